@@ -1,0 +1,37 @@
+"""Local objectives: what a client minimises on a batch. One file a method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import ConfigurationError
+from ...registry import Registry
+from .base import Batch, Objective
+from .plain import Plain
+from .proximal import Proximal
+
+__all__ = ["OBJECTIVES", "Batch", "Objective", "Plain", "Proximal", "objective"]
+
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "plain": "fedweight.clients.objectives.plain:Plain",
+        "proximal": "fedweight.clients.objectives.proximal:Proximal",
+    },
+)
+
+
+def objective(name: str, **options: Any) -> Objective:
+    """Make an objective by name, or the user's own by ``"module:Class"``.
+
+    Examples
+    --------
+    >>> objective("proximal", mu=0.1).mu
+    0.1
+    """
+    made = OBJECTIVES.resolve(name)(**options)
+    if not isinstance(made, Objective):
+        raise ConfigurationError(
+            f"objective '{name}' is not derived from fedweight.clients.Objective."
+        )
+    return made

@@ -1,0 +1,43 @@
+"""The proximal term of FedProx: stay near the global model.
+
+Tian Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020,
+equation 2: ``F_k(w) + (mu / 2) ||w - w_t||^2``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...errors import check_range
+from .base import Batch, Objective
+from .plain import Plain
+
+
+class Proximal(Objective):
+    """Another objective plus ``(mu / 2) ||w - w_t||^2`` around the received model.
+
+    Parameters
+    ----------
+    mu : float
+        0 or more; 0 is the other objective alone. The term joins the gradient
+        before momentum does, as a term of the loss would.
+    inner : Objective, optional
+        The other objective; :class:`Plain` by default.
+    """
+
+    def __init__(self, mu: float = 0.01, inner: Objective | None = None) -> None:
+        check_range("mu", mu, 0)
+        self.mu = mu
+        self.inner = inner or Plain()
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the inner objective's loss; the term acts on the gradient."""
+        return self.inner.loss(outputs, batch)
+
+    def penalty_gradient(self, parameters: Tensor, start: Tensor) -> Tensor | None:
+        """Return ``mu * (w - w_t)``, and what the inner objective adds."""
+        own = self.mu * (parameters - start) if self.mu else None
+        inner = self.inner.penalty_gradient(parameters, start)
+        if own is None or inner is None:
+            return inner if own is None else own
+        return own + inner

@@ -1,0 +1,226 @@
+"""Local training: from the global model and a client's data to its local model.
+
+A pure function of the received model, the examples, the random stream and the
+objective; which process it runs in, and after which other client, does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.examples import Examples
+from ..errors import ClientError, check_choice, check_range
+from ..parameters import FlatModel, FlatModule, as_tensor
+from .objectives import Batch, Objective
+
+EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a client trains.
+
+    Parameters
+    ----------
+    epochs : int
+        Passes over the client's data in a round, 1 or more.
+    batch_size : int
+        Examples in a step, 1 or more; the last step of a pass takes what is left.
+    optimizer : {"sgd", "adam"}
+        Fresh in every round.
+    learning_rate : float
+        0 or more.
+    learning_rate_decay : float
+        In (0, 1]; round t trains with ``learning_rate * decay ** (t - 1)``.
+    momentum : float
+        In [0, 1); for ``sgd``.
+    weight_decay : float
+        0 or more; the strength of the L2 term, in the gradient.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    optimizer: str = "sgd"
+    learning_rate: float = 0.1
+    learning_rate_decay: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_range("epochs", self.epochs, 1)
+        check_range("batch_size", self.batch_size, 1)
+        check_choice("optimizer", self.optimizer, ["sgd", "adam"])
+        check_range("learning_rate", self.learning_rate, 0)
+        check_range(
+            "learning_rate_decay", self.learning_rate_decay, 0, 1, low_open=True
+        )
+        check_range("momentum", self.momentum, 0, 1, high_open=True)
+        check_range("weight_decay", self.weight_decay, 0)
+
+    def learning_rate_in(self, round: int) -> float:
+        """Return the learning rate of a round, which count from 1."""
+        return float(self.learning_rate * self.learning_rate_decay ** (round - 1))
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training made.
+
+    ``loss`` and ``accuracy`` are means over the examples as training met them; NaN
+    for a client without data, whose model is the received one.
+    """
+
+    model: FlatModel
+    loss: float
+    accuracy: float
+    num_steps: int
+
+
+class LocalOptimizer:
+    """SGD or Adam on one vector of parameters, as ``torch.optim`` defines them."""
+
+    def __init__(
+        self, settings: TrainingSettings, learning_rate: float, like: Tensor
+    ) -> None:
+        self.settings = settings
+        self.learning_rate = learning_rate
+        self.num_steps = 0
+        adam = settings.optimizer == "adam"
+        self.first = torch.zeros_like(like) if adam or settings.momentum else None
+        self.second = torch.zeros_like(like) if adam else None
+
+    def step(self, parameters: Tensor, gradients: Tensor) -> None:
+        """Change the parameters in place; the gradients are used up."""
+        self.num_steps += 1
+        if self.settings.weight_decay:
+            gradients.add_(parameters, alpha=self.settings.weight_decay)
+        if self.second is not None:
+            self._adam(parameters, gradients)
+        elif self.first is not None:
+            self.first.mul_(self.settings.momentum).add_(gradients)
+            parameters.add_(self.first, alpha=-self.learning_rate)
+        else:
+            parameters.add_(gradients, alpha=-self.learning_rate)
+
+    def _adam(self, parameters: Tensor, gradients: Tensor) -> None:
+        assert self.first is not None
+        assert self.second is not None
+        beta_1, beta_2, epsilon = 0.9, 0.999, 1e-8
+        self.first.lerp_(gradients, 1 - beta_1)
+        self.second.mul_(beta_2).addcmul_(gradients, gradients, value=1 - beta_2)
+        correction_1 = 1 - beta_1**self.num_steps
+        correction_2 = 1 - beta_2**self.num_steps
+        scale = self.second.sqrt().div_(correction_2**0.5).add_(epsilon)
+        parameters.addcdiv_(self.first, scale, value=-self.learning_rate / correction_1)
+
+
+def train(
+    module: FlatModule,
+    start: FlatModel,
+    examples: Examples,
+    objective: Objective,
+    settings: TrainingSettings,
+    *,
+    learning_rate: float,
+    epochs: int,
+    stream: np.random.Generator,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> LocalResult:
+    """Train a client's model.
+
+    Parameters
+    ----------
+    module : FlatModule
+        The architecture; its values are overwritten.
+    start : FlatModel
+        The global model as received.
+    examples : Examples
+        The client's training data; n examples.
+    objective : Objective
+        What is minimised on a batch.
+    settings : TrainingSettings
+        The optimiser and the size of a batch.
+    learning_rate : float
+        Of this round.
+    epochs : int
+        Of this client in this round.
+    stream : numpy.random.Generator
+        Orders the examples of every pass.
+    cancelled : Callable[[], bool]
+        Asked before every step; once it says yes, training raises.
+
+    Returns
+    -------
+    LocalResult
+        The local model, after ``epochs * ceil(n / batch_size)`` steps.
+    """
+    module.load(start)
+    n = len(examples)
+    if n == 0:
+        return LocalResult(start, float("nan"), float("nan"), 0)
+    device = module.parameters.device
+    x, y = as_tensor(examples.x).to(device), as_tensor(examples.y).to(device)
+    received = start.parameters.to(device)
+    optimizer = LocalOptimizer(settings, learning_rate, module.parameters)
+    losses, outputs, labels = [], [], []
+    module.module.train()
+    for _ in range(epochs):
+        order = torch.from_numpy(stream.permutation(n)).to(device)
+        shuffled_x, shuffled_y = x[order], y[order]
+        for first in range(0, n, settings.batch_size):
+            if cancelled():
+                raise ClientError("training was cancelled")
+            last = min(first + settings.batch_size, n)
+            batch = Batch(shuffled_x[first:last], shuffled_y[first:last])
+            logits = module.module(batch.x)
+            loss = objective.loss(logits, batch)
+            module.gradients.zero_()
+            loss.backward()  # type: ignore[no-untyped-call]
+            penalty = objective.penalty_gradient(module.parameters, received)
+            if penalty is not None:
+                module.gradients.add_(penalty)
+            for place in module.frozen:
+                module.gradients[place] = 0
+            optimizer.step(module.parameters, module.gradients)
+            for place in module.frozen:
+                module.parameters[place] = received[place]
+            losses.append(loss.detach() * (last - first))
+            outputs.append(logits.detach())
+            labels.append(batch.y)
+    correct = torch.cat(outputs).argmax(1) == torch.cat(labels)
+    return LocalResult(
+        module.save(),
+        loss=float(torch.stack(losses).sum()) / (n * epochs),
+        accuracy=float(correct.float().mean()),
+        num_steps=len(losses),
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    module: FlatModule, model: FlatModel, examples: Examples
+) -> tuple[float, float]:
+    """Return a model's mean cross-entropy and accuracy on some examples.
+
+    Both are NaN where there are no examples.
+    """
+    if len(examples) == 0:
+        return float("nan"), float("nan")
+    module.load(model)
+    module.module.eval()
+    device = module.parameters.device
+    x, y = as_tensor(examples.x), as_tensor(examples.y)
+    loss, correct = 0.0, 0
+    for first in range(0, len(examples), EVALUATION_BATCH):
+        labels = y[first : first + EVALUATION_BATCH].to(device)
+        logits = module.module(x[first : first + EVALUATION_BATCH].to(device))
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(1) == labels).sum())
+    return loss / len(examples), correct / len(examples)

@@ -1,0 +1,101 @@
+"""Data sets, and how they are split over clients.
+
+Most users need :func:`load` and :func:`federate` only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..registry import Registry
+from ._options import check_options
+from .examples import DataSet, Examples, check
+from .federated import ClientData, FederatedData, federate, load_client, take_proxy
+from .fetch import default_folder, fetch
+from .partitions import partition, partition_catalogue
+
+__all__ = [
+    "ClientData",
+    "DataSet",
+    "Examples",
+    "FederatedData",
+    "catalogue",
+    "check",
+    "default_folder",
+    "federate",
+    "fetch",
+    "load",
+    "load_client",
+    "partition",
+    "partition_catalogue",
+    "take_proxy",
+]
+
+_DATA_SETS = Registry(
+    "data set",
+    {
+        "adult": "fedweight.data.adult:load",
+        "csv": "fedweight.data.files:load_csv",
+        "digits": "fedweight.data.digits:load",
+        "fashion-mnist": "fedweight.data.fashion_mnist:load",
+        "npz": "fedweight.data.files:load_npz",
+        "shakespeare": "fedweight.data.shakespeare:load",
+    },
+)
+
+
+def load(
+    name: str, path: str | Path | None = None, seed: int = 0, **options: Any
+) -> DataSet:
+    """Load a data set.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`catalogue`, or ``"module:function"`` for one of your own: the
+        function gets the options, and ``path`` and ``seed`` where it has parameters of
+        these names, and returns a :class:`DataSet`.
+    path : str or Path, optional
+        The file or folder that holds it.
+    seed : int
+        Draws what the data set itself draws: the test rows of a ``csv`` or ``npz``
+        without test data. The other data sets have a fixed test set.
+    **options
+        What the data set's own function takes.
+
+    Raises
+    ------
+    DataError
+        If a file is missing or malformed, or an option is unknown.
+
+    Examples
+    --------
+    >>> digits = load("digits")
+    >>> len(digits.train), len(digits.test), digits.input_shape
+    (1437, 360, (1, 8, 8))
+    """
+    function = _DATA_SETS.resolve(name)
+    what = f"data '{name}'"
+    parameters = inspect.signature(function).parameters
+    given: dict[str, Any] = {"seed": seed}
+    if path is not None or name in _DATA_SETS.entries:
+        given["path"] = None if path is None else Path(path).expanduser()
+    if path is not None and "path" not in parameters:
+        raise DataError(f"{what} takes no path, got '{path}'. Leave it out.")
+    given = {key: value for key, value in given.items() if key in parameters}
+    check_options(what, function, options, given, DataError)
+    dataset = function(**given, **options)
+    if not isinstance(dataset, DataSet):
+        raise DataError(
+            f"{what} returned {type(dataset).__name__}. Return a "
+            "fedweight.data.DataSet."
+        )
+    return check(dataset)
+
+
+def catalogue() -> dict[str, str]:
+    """Return each data set's name with a line that describes it."""
+    return _DATA_SETS.descriptions()

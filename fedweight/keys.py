@@ -1,0 +1,36 @@
+"""Names of the records and metrics that server and clients exchange.
+
+Kebab-case, as Flower writes them. One name for one thing: both sides import it
+from here.
+"""
+
+from typing import Final
+
+# Records of a message.
+ARRAYS: Final = "arrays"
+CONFIG: Final = "config"
+METRICS: Final = "metrics"
+PROFILE: Final = "profile"
+
+# What the server tells a client in the config record.
+ROUND: Final = "server-round"
+REQUEST: Final = "request"
+LOCAL_EPOCHS: Final = "local-epochs"
+PROXIMAL_MU: Final = "proximal-mu"
+COEFFICIENT: Final = "coefficient"
+
+# What every reply to a train message reports.
+NUM_EXAMPLES: Final = "num-examples"
+TRAIN_LOSS: Final = "train-loss"
+TRAIN_ACCURACY: Final = "train-accuracy"
+NUM_STEPS: Final = "num-steps"
+
+# What every reply to an evaluate message reports, besides num-examples.
+LOSS: Final = "loss"
+ACCURACY: Final = "accuracy"
+
+# What a strategy may ask for (the entries of `request`).
+LABEL_COUNTS: Final = "label-counts"
+LOSS_BEFORE: Final = "loss-before"
+ACCURACY_AFTER: Final = "accuracy-after"
+MINUS_ERROR: Final = "minus-error"

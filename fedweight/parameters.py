@@ -1,0 +1,476 @@
+"""A model as vectors: one for its parameters, one for its floating buffers.
+
+A method of this library reads and writes whole vectors. The names and shapes that
+a state dict needs live in a :class:`Layout`; :class:`FlatRecord` is Flower's
+``ArrayRecord`` over such vectors, which makes its arrays only when somebody looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import (
+    Callable,
+    Collection,
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    ValuesView,
+)
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor, nn
+
+from .errors import AggregationError, ConfigurationError
+
+Kind = Literal["parameter", "buffer", "integer"]
+
+# How BatchNorm and its kin name the running statistics in a state dict. A record
+# that came by wire does not say what is trained, so the names have to.
+BUFFER_NAMES = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named tensor of a model and where its values lie.
+
+    ``start:stop`` counts in the vector of its kind; it is empty for integers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and places of a model's tensors, in state-dict order.
+
+    Floating tensors that are trained are *parameters*; floating tensors that are
+    not (running statistics) are *buffers*; everything else is *integer*.
+    """
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(
+        cls, shapes: Mapping[str, tuple[tuple[int, ...], str]], buffers: Collection[str]
+    ) -> Self:
+        """Lay out tensors given as ``name -> (shape, dtype)``."""
+        entries = []
+        ends: dict[Kind, int] = {"parameter": 0, "buffer": 0, "integer": 0}
+        for name, (shape, dtype) in shapes.items():
+            kind: Kind = "parameter"
+            if not np.issubdtype(np.dtype(dtype), np.floating):
+                kind = "integer"
+            elif name in buffers:
+                kind = "buffer"
+            start = ends[kind]
+            if kind != "integer":
+                ends[kind] += int(np.prod(shape, dtype=np.int64))
+            entries.append(Entry(name, tuple(shape), dtype, kind, start, ends[kind]))
+        return cls(tuple(entries))
+
+    @classmethod
+    def of_record(
+        cls, record: ArrayRecord, buffers: Collection[str] | None = None
+    ) -> Layout:
+        """Lay out a record of arrays.
+
+        Parameters
+        ----------
+        record : ArrayRecord
+            Named arrays, as a state dict gives them.
+        buffers : Collection[str], optional
+            Names of the floating arrays that are not trained. By default those
+            whose last part is ``running_mean`` or ``running_var``.
+        """
+        if isinstance(record, FlatRecord) and record.flat is not None:
+            return record.flat.layout
+        if buffers is None:
+            buffers = {n for n in record if n.rsplit(".", 1)[-1] in BUFFER_NAMES}
+        return cls.of({n: (a.shape, a.dtype) for n, a in record.items()}, buffers)
+
+    @classmethod
+    def of_module(cls, module: nn.Module) -> Self:
+        """Lay out a module's state dict."""
+        buffers = {name for name, _ in module.named_buffers()}
+        shapes = {
+            name: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
+            for name, t in module.state_dict().items()
+        }
+        unfit = [n for n, (_, dtype) in shapes.items() if dtype == "bfloat16"]
+        if unfit:
+            raise ConfigurationError(
+                f"model: '{unfit[0]}' is bfloat16, which Flower's records do not "
+                "carry. Keep the weights in float32 and use autocast for compute."
+            )
+        return cls.of(shapes, buffers)
+
+    @cached_property
+    def parameters(self) -> tuple[Entry, ...]:
+        """The trained tensors."""
+        return tuple(e for e in self.entries if e.kind == "parameter")
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """P, the length of the parameter vector."""
+        return max((e.stop for e in self.parameters), default=0)
+
+    @cached_property
+    def num_buffers(self) -> int:
+        """B, the length of the buffer vector."""
+        return max((e.stop for e in self.entries if e.kind == "buffer"), default=0)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """T + 1 places: tensor t of the parameters is ``offsets[t]:offsets[t + 1]``."""
+        return (0, *(e.stop for e in self.parameters))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the vectors hold: float64 if any tensor is float64, else float32."""
+        double = any(e.dtype == "float64" for e in self.entries)
+        return torch.float64 if double else torch.float32
+
+
+@dataclass
+class FlatModel:
+    """The values of one model: a global model, or what a client trained.
+
+    Attributes
+    ----------
+    layout : Layout
+        What the vectors mean.
+    parameters : Tensor
+        Shape ``[P]``.
+    buffers : Tensor
+        Shape ``[B]``; empty for a model without running statistics.
+    integers : dict[str, ndarray]
+        Integer tensors by name, such as ``num_batches_tracked``.
+    """
+
+    layout: Layout
+    parameters: Tensor
+    buffers: Tensor
+    integers: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    def named_arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """Yield every tensor by name, in state-dict order, in its own dtype."""
+        parameters = self.parameters.detach().cpu().numpy()
+        buffers = self.buffers.detach().cpu().numpy()
+        for e in self.layout.entries:
+            if e.kind == "integer":
+                yield e.name, self.integers[e.name]
+            else:
+                vector = parameters if e.kind == "parameter" else buffers
+                values = vector[e.start : e.stop].reshape(e.shape)
+                yield e.name, values.astype(e.dtype, copy=False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy as a PyTorch state dict."""
+        return {n: torch.from_numpy(np.array(a)) for n, a in self.named_arrays()}
+
+    def with_parameters(self, parameters: Tensor) -> FlatModel:
+        """Return the same model with other parameters, of the layout's dtype."""
+        return FlatModel(
+            self.layout,
+            parameters.to(self.layout.dtype),
+            self.buffers,
+            self.integers,
+        )
+
+
+def view(array: Array) -> npt.NDArray[Any]:
+    """Read an array of a record without copying it.
+
+    Raises
+    ------
+    AggregationError
+        If the bytes are not a plain NumPy array; objects are never unpickled.
+    """
+    stream = BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read(stream)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        count = int(np.prod(shape, dtype=np.int64))
+        flat = np.frombuffer(array.data, dtype, count, stream.tell())
+    except ValueError as error:
+        raise AggregationError(f"an array cannot be read: {error}.") from error
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def flatten(record: ArrayRecord, layout: Layout) -> FlatModel:
+    """Read a record's arrays into vectors.
+
+    Parameters
+    ----------
+    record : ArrayRecord
+        Has the layout's names and shapes, in any order.
+    layout : Layout
+        What is expected.
+
+    Raises
+    ------
+    AggregationError
+        If a tensor is missing, unexpected, or of another shape or kind; the message
+        names it.
+    """
+    if isinstance(record, FlatRecord) and record.flat is not None:
+        if record.flat.layout is layout or record.flat.layout == layout:
+            return record.flat
+    missing = [e.name for e in layout.entries if e.name not in record]
+    unexpected = set(record) - {e.name for e in layout.entries}
+    if missing or unexpected:
+        raise AggregationError(
+            f"the arrays differ from the model: missing {missing or 'none'}, "
+            f"unexpected {sorted(unexpected) or 'none'}."
+        )
+    numpy_dtype = np.float64 if layout.dtype == torch.float64 else np.float32
+    parameters = np.empty(layout.num_parameters, numpy_dtype)
+    buffers = np.empty(layout.num_buffers, numpy_dtype)
+    integers = {}
+    for e in layout.entries:
+        values = view(record[e.name])
+        if values.shape != e.shape:
+            raise AggregationError(
+                f"'{e.name}' has shape {list(values.shape)}, the model has "
+                f"{list(e.shape)}."
+            )
+        fits = values.dtype == e.dtype
+        if e.kind != "integer" and values.dtype.kind in "iuf":
+            fits = True
+        if not fits:
+            raise AggregationError(
+                f"'{e.name}' has dtype {values.dtype}, the model has {e.dtype}."
+            )
+        if e.kind == "integer":
+            integers[e.name] = np.array(values)
+        else:
+            vector = parameters if e.kind == "parameter" else buffers
+            with np.errstate(over="ignore"):  # infinity is found by whoever checks
+                vector[e.start : e.stop] = values.reshape(-1)
+    return FlatModel(
+        layout, torch.from_numpy(parameters), torch.from_numpy(buffers), integers
+    )
+
+
+class FlatRecord(ArrayRecord):
+    """Flower's ``ArrayRecord`` over a :class:`FlatModel`.
+
+    It is an ordinary record to whoever reads it as one: the arrays are made at the
+    first look. Code of ours reads :attr:`flat` and never pays for them. Changing an
+    array makes it an ordinary record (``flat`` is ``None`` then). The vectors are
+    shared, not copied: nobody may change them in place.
+    """
+
+    def __init__(self, flat: FlatModel) -> None:
+        super().__init__()
+        self.__dict__["_flat"] = flat
+        self.__dict__["_made"] = False
+
+    @property
+    def flat(self) -> FlatModel | None:
+        """The vectors, or ``None`` once somebody has changed an array."""
+        value: FlatModel | None = self.__dict__["_flat"]
+        return value
+
+    def _make(self) -> None:
+        flat = self.flat
+        if flat is not None and not self.__dict__["_made"]:
+            self.__dict__["_made"] = True
+            data: dict[str, Array] = self.__dict__["_data"]
+            for name, values in flat.named_arrays():
+                data[name] = Array(np.asarray(values))
+
+    def plain(self) -> ArrayRecord:
+        """Return an ordinary ``ArrayRecord`` with the same arrays."""
+        return ArrayRecord(dict(self.items()))
+
+    def copy(self) -> Self:
+        """Return a shallow copy; the vectors are shared."""
+        new = super().copy()
+        new.__dict__["_flat"] = self.flat
+        new.__dict__["_made"] = self.__dict__["_made"]
+        return new
+
+    def __getitem__(self, item: str) -> Array:
+        self._make()
+        return super().__getitem__(item)
+
+    def __setitem__(self, key: str, value: Array) -> None:
+        self._make()
+        self.__dict__["_flat"] = None
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self._make()
+        self.__dict__["_flat"] = None
+        super().__delitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._make()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        flat = self.flat
+        return super().__len__() if flat is None else len(flat.layout.entries)
+
+    def __contains__(self, key: object) -> bool:
+        self._make()
+        return super().__contains__(key)
+
+    def __eq__(self, other: object) -> bool:
+        self._make()
+        if isinstance(other, FlatRecord):
+            other._make()
+        return super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        self._make()
+        return super().__repr__()
+
+    def keys(self) -> KeysView[str]:
+        """Return the names."""
+        self._make()
+        return super().keys()
+
+    def values(self) -> ValuesView[Array]:
+        """Return the arrays."""
+        self._make()
+        return super().values()
+
+    def items(self) -> ItemsView[str, Array]:
+        """Return names and arrays."""
+        self._make()
+        return super().items()
+
+    def deflate(self) -> bytes:
+        """Serialise as an ordinary record, so that any Flower node can read it."""
+        return self.plain().deflate()
+
+    def __reduce__(self) -> tuple[Callable[..., ArrayRecord], tuple[Any, ...]]:
+        flat = self.flat
+        if flat is None:
+            return ArrayRecord, (dict(self.__dict__["_data"]),)
+        return _rebuild, (
+            flat.layout,
+            flat.parameters.detach().cpu().numpy(),
+            flat.buffers.detach().cpu().numpy(),
+            flat.integers,
+        )
+
+
+def _rebuild(
+    layout: Layout,
+    parameters: npt.NDArray[Any],
+    buffers: npt.NDArray[Any],
+    integers: dict[str, npt.NDArray[Any]],
+) -> FlatRecord:
+    return FlatRecord(
+        FlatModel(layout, as_tensor(parameters), as_tensor(buffers), integers)
+    )
+
+
+def as_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """Return a tensor over an array's memory, without a copy, even if read-only.
+
+    Shared memory comes read-only. The library never writes to such a tensor, and
+    ``from_numpy`` would warn that one could.
+    """
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    return torch.from_dlpack(array)  # type: ignore[attr-defined]
+
+
+class FlatModule:
+    """A module whose parameters and buffers are views of vectors.
+
+    One optimiser step is then a few operations on one vector, and loading a model is
+    one copy. The module stays usable as it is.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Its floating tensors become views; frozen parameters stay as loaded.
+    device : torch.device or str
+        Where the vectors live.
+
+    Attributes
+    ----------
+    parameters, gradients : Tensor
+        Shape ``[P]``; ``gradients`` is filled by ``backward``.
+    buffers : Tensor
+        Shape ``[B]``.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
+        self.module = module.to(device)
+        self.layout = Layout.of_module(module)
+        dtype = self.layout.dtype
+        self.parameters = torch.empty(
+            self.layout.num_parameters, dtype=dtype, device=device
+        )
+        self.gradients = torch.zeros_like(self.parameters)
+        self.buffers = torch.empty(self.layout.num_buffers, dtype=dtype, device=device)
+        self._integers: dict[str, Tensor] = {}
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.frozen: list[slice] = []
+        for e in self.layout.entries:
+            tensor = tensors.get(e.name)
+            if tensor is None:
+                raise ConfigurationError(
+                    f"model: '{e.name}' is tied to another parameter. Tied weights "
+                    "are not supported: give the model one of the two."
+                )
+            if e.kind == "integer":
+                self._integers[e.name] = tensor
+                continue
+            if tensor.dtype != dtype:
+                raise ConfigurationError(
+                    f"model: '{e.name}' is {tensor.dtype}, others are {dtype}. "
+                    "All floating tensors must share one dtype."
+                )
+            place = slice(e.start, e.stop)
+            vector = self.parameters if e.kind == "parameter" else self.buffers
+            vector[place].copy_(tensor.detach().reshape(-1))
+            tensor.data = vector[place].view(e.shape)
+            if e.kind == "parameter":
+                if tensor.requires_grad:
+                    tensor.grad = self.gradients[place].view(e.shape)
+                else:
+                    self.frozen.append(place)
+
+    def load(self, model: FlatModel) -> None:
+        """Copy a model's values in."""
+        self.parameters.copy_(model.parameters)
+        self.buffers.copy_(model.buffers)
+        for name, tensor in self._integers.items():
+            tensor.copy_(torch.from_numpy(np.asarray(model.integers[name])))
+
+    def save(self) -> FlatModel:
+        """Copy the values out, to the CPU."""
+        return FlatModel(
+            self.layout,
+            self.parameters.detach().to("cpu", copy=True),
+            self.buffers.detach().to("cpu", copy=True),
+            {n: t.detach().cpu().numpy().copy() for n, t in self._integers.items()},
+        )

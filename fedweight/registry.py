@@ -1,0 +1,83 @@
+"""Things that a user picks by name: strategies, objectives, models, data, partitions.
+
+Wherever a name is taken, ``"module:attribute"`` is taken too, for what is the
+user's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ConfigurationError, closest
+
+
+def load_object(kind: str, path: str) -> Any:
+    """Import ``"module:attribute"``; the working directory counts as a source.
+
+    Raises
+    ------
+    ConfigurationError
+        If the module or the attribute does not exist. An error inside the user's
+        module is the user's: it passes through as it is.
+    """
+    module_name, _, attribute = path.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigurationError(
+            f"{kind} '{path}': there is no module '{module_name}' here or on the "
+            "Python path. Write it as 'package.module:name'."
+        ) from None
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise ConfigurationError(
+            f"{kind} '{path}': module '{module_name}' has no '{attribute}'."
+            f"{closest(attribute, public)}"
+        ) from None
+
+
+class Registry:
+    """A table of names to objects that are imported when they are asked for.
+
+    Parameters
+    ----------
+    kind : str
+        What the names stand for, in the singular; error messages use it.
+    entries : Mapping[str, str]
+        ``name -> "module:attribute"``.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+        self.kind = kind
+        self.entries = dict(entries)
+
+    def resolve(self, name: str) -> Any:
+        """Return the object behind a name, or behind a ``"module:attribute"``."""
+        if name in self.entries:
+            return load_object(self.kind, self.entries[name])
+        if ":" in name:
+            return load_object(self.kind, name)
+        listed = ", ".join(sorted(self.entries))
+        raise ConfigurationError(
+            f"there is no {self.kind} '{name}'.{closest(name, self.entries)} "
+            f"There are {listed}; your own is written 'module:name'."
+        )
+
+    def descriptions(self) -> dict[str, str]:
+        """Return each name with the first line of its object's docstring."""
+        lines = {}
+        for name in sorted(self.entries):
+            doc = self.resolve(name).__doc__ or ""
+            lines[name] = doc.strip().splitlines()[0] if doc.strip() else ""
+        return lines

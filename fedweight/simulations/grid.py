@@ -1,0 +1,155 @@
+"""What the simulation grids share: Flower's ``Grid`` over a fixed set of clients.
+
+A Flower ServerApp talks to clients through a ``Grid``. Ours are complete from the
+start (no client connects later), give client k the node ``FIRST_NODE + k``, and run
+the ClientApp themselves; how, is what the local grid and the Ray grid differ in.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import traceback
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import (
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from .. import _flower
+from ..errors import EngineError, check_range
+
+FIRST_NODE = 1000
+
+RunConfig = Mapping[str, bool | float | int | str]
+
+
+class SimulationGrid(Grid):
+    """A grid of simulated clients.
+
+    Parameters
+    ----------
+    num_clients : int
+        N, 1 or more; the clients are numbered 0 to N - 1.
+
+    Attributes
+    ----------
+    complete : bool
+        True: all clients are there from the start, waiting for more is in vain.
+    """
+
+    complete = True
+
+    def __init__(self, num_clients: int) -> None:
+        check_range("num_clients", num_clients, 1)
+        self.num_clients = num_clients
+        self._run = _flower.empty_run(0)
+        self._ids = (f"message-{n}" for n in itertools.count(1))
+
+    @staticmethod
+    def client_of(node_id: int) -> int:
+        """Return the number of the client behind a node."""
+        return node_id - FIRST_NODE
+
+    def close(self) -> None:
+        """Give back what the grid holds; it cannot be used afterwards."""
+
+    # Flower's interface.
+
+    def set_run(self, run: Any) -> None:
+        """Set the run that the grid belongs to."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """The run that the grid belongs to."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Make a message (Flower's older way; ``Message(...)`` is the newer)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the clients' nodes, in the order of their numbers."""
+        return range(FIRST_NODE, FIRST_NODE + self.num_clients)
+
+    def _addressed(self, messages: Iterable[Message]) -> list[Message]:
+        """Check where messages go and give each its id, as the SuperLink does."""
+        batch = list(messages)
+        for message in batch:
+            node = message.metadata.dst_node_id
+            if not 0 <= self.client_of(node) < self.num_clients:
+                raise EngineError(
+                    f"a message goes to node {node}, which does not exist: "
+                    f"get_node_ids() gives {FIRST_NODE} to "
+                    f"{FIRST_NODE + self.num_clients - 1}."
+                )
+            _flower.set_message_id(message, next(self._ids))
+        return batch
+
+
+def make_context(client: int, num_clients: int, run_config: RunConfig) -> Context:
+    """Return a client's Flower context before its first message."""
+    return Context(
+        run_id=0,
+        node_id=FIRST_NODE + client,
+        node_config={"partition-id": client, "num-partitions": num_clients},
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )
+
+
+def isolated(message: Message) -> Message:
+    """Return a message whose records its receiver may change.
+
+    Array data are immutable bytes (or vectors that nobody changes in place), so the
+    big part is shared.
+    """
+    content = RecordDict()
+    for name, record in message.content.items():
+        if isinstance(record, MetricRecord | ConfigRecord):
+            fresh = type(record)()
+            for key, value in record.items():
+                fresh[key] = list(value) if isinstance(value, list) else value  # type: ignore[assignment]
+            content[name] = fresh
+        else:
+            content[name] = record.copy()
+    received = copy.copy(message)
+    received.content = content
+    return received
+
+
+def execute(client_app: ClientApp, message: Message, context: Context) -> Message:
+    """Let a client handle a message; an exception becomes Flower's error reply."""
+    try:
+        reply = client_app(isolated(message), context)
+        if not isinstance(reply, Message):
+            raise TypeError(
+                f"the ClientApp returned {type(reply).__name__}, not a Message"
+            )
+    except Exception as error:
+        client = SimulationGrid.client_of(message.metadata.dst_node_id)
+        reason = (
+            f"client {client}, {message.metadata.message_type}: "
+            f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        )
+        reply = Message(
+            Error(code=_flower.CLIENT_APP_RAISED_EXCEPTION, reason=reason),
+            reply_to=message,
+        )
+    return reply

@@ -1,0 +1,710 @@
+"""The Flower strategy that all of ours share.
+
+A method derives from :class:`WeightingStrategy` and answers one question,
+``weights(round)``; or ``aggregate(round)`` where a weighted sum is not enough. What
+it needs from the clients it names in ``request``. Sampling, bad replies, buffers, the
+server's optimiser and the record of every round are done here, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict, Unpack
+
+import numpy as np
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from .. import keys
+from ..errors import AggregationError, ConfigurationError, check_range
+from ..parameters import FlatModel, FlatRecord, Layout, flatten
+from ..rng import Purpose, generator
+from ..updates import Accumulate, StackedUpdates, Updates
+from .round import ClientRecord, Round, RoundRecord
+from .server_optimizers import ServerOptimizer
+from .weights import size_weights
+
+log = logging.getLogger("fedweight")
+
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class StrategyArguments(TypedDict, total=False):
+    """The keyword arguments that every strategy takes besides its method's own.
+
+    The first ten are those of Flower's ``FedAvg`` and mean the same.
+    """
+
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    weighted_by_key: str
+    arrayrecord_key: str
+    configrecord_key: str
+    train_metrics_aggr_fn: MetricsFn | None
+    evaluate_metrics_aggr_fn: MetricsFn | None
+    seed: int
+    min_replies: int
+    stragglers: float
+    server_optimizer: ServerOptimizer | None
+    accumulate: Accumulate
+    buffers: Collection[str] | None
+    threads: int
+
+
+class WeightingStrategy(Strategy):
+    """Sample clients, weigh their updates, make the next global model.
+
+    Parameters
+    ----------
+    fraction_train, fraction_evaluate : float
+        Share of the clients that train, and that evaluate, in a round; in [0, 1].
+    min_train_nodes, min_evaluate_nodes, min_available_nodes : int
+        At least so many train, evaluate, and must be connected first.
+    weighted_by_key : str
+        The metric that says how much data a client has; ``num-examples``.
+    arrayrecord_key, configrecord_key : str
+        Names of the records in a message.
+    train_metrics_aggr_fn, evaluate_metrics_aggr_fn : callable, optional
+        How the clients' metrics become the round's; by default their mean, weighted
+        by data size.
+    seed : int
+        Seed of the sampling of clients; use the run's.
+    min_replies : int
+        With fewer good replies than this the round fails and the global model stays.
+    stragglers : float
+        Share of each round's clients that have time for only a part of their local
+        epochs, in [0, 1). The seed alone decides who, so every strategy meets the
+        same stragglers; needs the train config to say ``local-epochs`` of 2 or more.
+    server_optimizer : ServerOptimizer, optional
+        Turns the aggregated update into the step of the global model; by default the
+        update is the step.
+    accumulate : {"float64", "float32"}
+        What sums over clients and parameters are made in.
+    buffers : Collection[str], optional
+        Names of floating tensors that are not trained (running statistics). Known
+        BatchNorm names are recognised by default.
+    threads : int
+        Threads for the arithmetic over the updates. It never changes the result.
+
+    Attributes
+    ----------
+    history : list[RoundRecord]
+        The weight log: every round with every client that was asked.
+    """
+
+    request: tuple[str, ...] = ()
+    """What the method asks the clients for, beyond what every reply reports."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Server-side inputs that the method's constructor takes: "model", "proxy"."""
+
+    def __init__(self, **arguments: Unpack[StrategyArguments]) -> None:
+        unknown = sorted(set(arguments) - set(StrategyArguments.__annotations__))
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no argument '{unknown[0]}'; there are "
+                f"{', '.join(StrategyArguments.__annotations__)} besides its own."
+            )
+        self.fraction_train = float(arguments.get("fraction_train", 1.0))
+        self.fraction_evaluate = float(arguments.get("fraction_evaluate", 1.0))
+        self.min_train_nodes = int(arguments.get("min_train_nodes", 2))
+        self.min_evaluate_nodes = int(arguments.get("min_evaluate_nodes", 2))
+        self.min_available_nodes = int(arguments.get("min_available_nodes", 2))
+        self.weighted_by_key: str = arguments.get("weighted_by_key", keys.NUM_EXAMPLES)
+        self.arrayrecord_key = arguments.get("arrayrecord_key", keys.ARRAYS)
+        self.configrecord_key = arguments.get("configrecord_key", keys.CONFIG)
+        self.train_metrics_aggr_fn = arguments.get("train_metrics_aggr_fn")
+        self.evaluate_metrics_aggr_fn = arguments.get("evaluate_metrics_aggr_fn")
+        self.seed = int(arguments.get("seed", 0))
+        self.min_replies = int(arguments.get("min_replies", 1))
+        self.stragglers = float(arguments.get("stragglers", 0.0))
+        self.server_optimizer = arguments.get("server_optimizer")
+        self.accumulate: Accumulate = arguments.get("accumulate", "float64")
+        self.buffers = arguments.get("buffers")
+        self.threads = int(arguments.get("threads", 1))
+        check_range("fraction_train", self.fraction_train, 0, 1)
+        check_range("fraction_evaluate", self.fraction_evaluate, 0, 1)
+        check_range("stragglers", self.stragglers, 0, 1, high_open=True)
+        check_range("min_replies", self.min_replies, 1)
+        check_range("seed", self.seed, 0)
+        self.history: list[RoundRecord] = []
+        self._model: FlatModel | None = None
+        self._asked: dict[int, _Asked] = {}
+
+    # What a method answers.
+
+    def weights(self, round: Round) -> Tensor:
+        """Return how much each client counts in this round.
+
+        Parameters
+        ----------
+        round : Round
+            The clients and their updates; K is 1 or more.
+
+        Returns
+        -------
+        Tensor
+            Shape ``[K]``, or ``[K, T]`` for weights per named tensor. Finite; whether
+            they sum to one is the method's own law.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define weights(round) or aggregate(round)."
+        )
+
+    def aggregate(self, round: Round) -> Tensor:
+        """Return the next global parameters, ``[P]``.
+
+        By default ``w + sum_k weights_k * (w_k - w)``, which is ``sum_k weights_k *
+        w_k`` where the weights sum to one. A method that overrides this logs the
+        weights that it used: ``round.log("weight", weights)``.
+        """
+        weights = self.weights(round)
+        round.log("weight", weights if weights.ndim == 1 else weights.mean(1))
+        step = round.updates.combine(weights)
+        return round.model.parameters.to(step.dtype) + step
+
+    def train_config(self, round: int) -> dict[str, float | int]:
+        """Return what the method tells every client alike; nothing by default."""
+        return {}
+
+    def client_config(self, round: int, client: int) -> dict[str, float | int]:
+        """Return what the method tells one client; nothing by default."""
+        return {}
+
+    def asks(self, round: int, client: int) -> tuple[str, ...]:
+        """Return what the method asks one client for; :attr:`request` by default."""
+        return self.request
+
+    def receive(
+        self, client: int, metrics: Mapping[str, Any], profile: Mapping[str, Any]
+    ) -> None:
+        """Look at one client's reply before the round is aggregated.
+
+        Clients come in the order of their numbers, whatever order they answered in.
+        Raise :class:`AggregationError` to reject the reply, with the reason.
+        """
+
+    def aggregate_buffers(self, round: Round, buffers: Updates) -> Tensor:
+        """Return the next global buffers, ``[B]``; by default averaged by data size.
+
+        ``buffers`` are the clients' buffers, as :attr:`Round.updates` are their
+        parameters. Asked for only where the model has some.
+        """
+        before = round.model.buffers.double()
+        return before + buffers.combine(round.size_weights)
+
+    def keeps(self, round: int, client: int, straggler: bool) -> bool:
+        """Return whether a client's good reply takes part in the aggregation."""
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Return what the method carries from round to round, as plain values.
+
+        A strategy that is given this by :meth:`load_state` goes on as this one would.
+        """
+        optimizer = self.server_optimizer
+        return {} if optimizer is None else {"server-optimizer": optimizer.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        if self.server_optimizer is not None:
+            self.server_optimizer.load_state(state["server-optimizer"])
+
+    # Flower's five hooks.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Choose the round's clients and write them their messages."""
+        layout = self._model.layout if self._model else None
+        if layout is None or len(arrays) != len(layout.entries):
+            layout = Layout.of_record(arrays, self.buffers)
+        self._model = flatten(arrays, layout)
+        # It counts as failed until it is aggregated: a wrapper may never get there.
+        unfinished = RoundRecord(server_round, "failed", "its replies did not arrive")
+        self.history.append(unfinished)
+        nodes = self._sample(
+            grid,
+            self.fraction_train,
+            self.min_train_nodes,
+            Purpose.SAMPLING,
+            server_round,
+        )
+        config[keys.ROUND] = server_round
+        for key, value in self.train_config(server_round).items():
+            config[key] = value
+        epochs = self._straggler_epochs(server_round, len(nodes), config)
+        nbytes = _num_bytes(layout)
+        self._asked = {}
+        messages = []
+        # Clients that are told the same share one record.
+        records: dict[tuple[tuple[str, Any], ...], ConfigRecord] = {(): config}
+        for (client, node), part in zip(nodes, epochs, strict=True):
+            asks = self.asks(server_round, client)
+            own: dict[str, Any] = dict(self.client_config(server_round, client))
+            if part is not None:
+                own[keys.LOCAL_EPOCHS] = part
+            if asks:
+                own[keys.REQUEST] = asks
+            told = records.get(tuple(own.items()))
+            if told is None:
+                told = ConfigRecord({**dict(config), **own, **_request(config, asks)})
+                records[tuple(own.items())] = told
+            message = Message(
+                RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: told}),
+                dst_node_id=node,
+                message_type=MessageType.TRAIN,
+            )
+            self._asked[node] = _Asked(client, message, nbytes, part is not None, asks)
+            messages.append(message)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Make the next global model of the good replies; record all of them."""
+        if self._model is None:
+            raise AggregationError(
+                "aggregate_train was called before configure_train: the global model "
+                "is not known. Let Strategy.start run both."
+            )
+        record = self.history[-1]
+        asked, self._asked = self._asked, {}
+        if not asked and self.fraction_train == 0:
+            record.status, record.reason = "ok", ""
+            return None, None
+        good = self._sort(server_round, replies, asked, record)
+        record.clients.sort(key=lambda c: c.client)
+        if len(good) < self.min_replies:
+            return self._fail(
+                record,
+                f"{len(good)} good replies of {len(record.clients)} clients asked, "
+                f"min_replies is {self.min_replies}",
+            )
+        round = self._round(server_round, good)
+        try:
+            parameters = self.aggregate(round)
+            self._check(round, parameters)
+        except AggregationError as error:
+            return self._fail(record, str(error))
+        if self.server_optimizer is not None:
+            before = self._model.parameters.to(parameters.dtype)
+            parameters = before + self.server_optimizer.step(parameters - before)
+        self._record(record, round)
+        record.status, record.reason = "ok", ""
+        metrics = self._mean_metrics(
+            [reply.content for reply in good], self.train_metrics_aggr_fn
+        )
+        record.metrics.update(
+            {k: float(v) for k, v in metrics.items() if not isinstance(v, list)}
+        )
+        record.metrics.update(round.logged)
+        return FlatRecord(self._next_model(parameters, round, good)), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Choose the clients that evaluate the global model on their held-out data."""
+        self._asked = {}
+        if self.fraction_evaluate == 0:
+            return []
+        nodes = self._sample(
+            grid,
+            self.fraction_evaluate,
+            self.min_evaluate_nodes,
+            Purpose.EVALUATION,
+            server_round,
+        )
+        config[keys.ROUND] = server_round
+        content = RecordDict(
+            {self.arrayrecord_key: arrays, self.configrecord_key: config}
+        )
+        messages = []
+        for client, node in nodes:
+            message = Message(
+                content, dst_node_id=node, message_type=MessageType.EVALUATE
+            )
+            self._asked[node] = _Asked(client, message, 0, False, ())
+            messages.append(message)
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the clients' evaluation metrics by data size; record them."""
+        asked, self._asked = self._asked, {}
+        record = self.history[-1] if self.history else RoundRecord(server_round)
+        trained = {c.client: c for c in record.clients if c.status != "rejected"}
+        by_message = _by_message(asked)
+        contents = []
+        answered = set()
+        pairs = [(self._client_of(r, asked, by_message), r) for r in replies]
+        for client, reply in sorted(pairs, key=lambda pair: pair[0]):
+            entry = trained.get(client)
+            if entry is None:
+                entry = trained[client] = ClientRecord(client, "evaluated")
+                record.clients.append(entry)
+            try:
+                if reply.has_error():
+                    raise AggregationError(f"{reply.error.reason}")
+                if client in answered:
+                    raise AggregationError("it replied twice")
+                metrics, _ = self._measured(reply.content)
+            except AggregationError as error:
+                note = f"evaluation failed: {error}"
+                entry.reason = f"{entry.reason}; {note}" if entry.reason else note
+                log.warning("round %d: client %d: %s", server_round, client, note)
+                continue
+            answered.add(client)
+            contents.append(reply.content)
+            for name, value in metrics.items():
+                if not isinstance(value, list):
+                    entry.metrics[f"evaluate-{name}"] = float(value)
+        record.clients.sort(key=lambda c: c.client)
+        if not contents:
+            return None
+        result = self._mean_metrics(contents, self.evaluate_metrics_aggr_fn)
+        for name, value in result.items():
+            if not isinstance(value, list):
+                record.metrics[f"evaluate-{name}"] = float(value)
+        return result
+
+    def summary(self) -> None:
+        """Log the method and its settings."""
+        log.info("%s: %s", type(self).__name__, _settings(self))
+
+    # Steps of the hooks.
+
+    def _sample(
+        self, grid: Grid, fraction: float, least: int, purpose: Purpose, round: int
+    ) -> list[tuple[int, int]]:
+        """Draw ``(client, node)`` pairs, in the order of the clients' numbers."""
+        if fraction == 0:
+            return []
+        number = getattr(grid, "client_of", int)
+        nodes = list(grid.get_node_ids())
+        while len(nodes) < max(self.min_available_nodes, least):
+            if getattr(grid, "complete", False):
+                raise ConfigurationError(
+                    f"the strategy waits for "
+                    f"{max(self.min_available_nodes, least)} clients (min_train_nodes, "
+                    f"min_evaluate_nodes, min_available_nodes), but the simulation "
+                    f"has {len(nodes)}. Lower those or simulate more clients."
+                )
+            log.info("waiting for clients: %d connected", len(nodes))
+            time.sleep(1)  # Flower's Grid offers no event for a node that connects.
+            nodes = list(grid.get_node_ids())
+        size = max(int(len(nodes) * fraction), least)
+        nodes.sort(key=number)
+        if size < len(nodes):
+            stream = generator(self.seed, purpose, round)
+            chosen = np.sort(stream.choice(len(nodes), size, replace=False))
+            nodes = [nodes[i] for i in chosen]
+        return [(number(node), node) for node in nodes]
+
+    def _straggler_epochs(
+        self, round: int, cohort: int, config: ConfigRecord
+    ) -> list[int | None]:
+        """Return the epochs of each straggler, ``None`` for all other clients.
+
+        Tian Li et al., "Federated Optimization in Heterogeneous Networks", MLSys
+        2020: all but ``round(K * (1 - share))`` clients do U{1, ..., E - 1} epochs.
+        """
+        epochs: list[int | None] = [None] * cohort
+        if self.stragglers == 0:
+            return epochs
+        full = config.get(keys.LOCAL_EPOCHS)
+        if not isinstance(full, int) or full < 2:
+            raise ConfigurationError(
+                f"stragglers = {self.stragglers:g} needs local epochs of 2 or more "
+                f"(the train config's '{keys.LOCAL_EPOCHS}'), got {full!r}: a "
+                "straggler does fewer epochs than the others, but at least one."
+            )
+        stream = generator(self.seed, Purpose.STRAGGLERS, round)
+        slow = cohort - math.floor(cohort * (1 - self.stragglers) + 0.5)
+        for k in stream.choice(cohort, slow, replace=False):
+            epochs[k] = int(stream.integers(1, full))
+        return epochs
+
+    def _client_of(
+        self, reply: Message, asked: Mapping[int, _Asked], by_message: Mapping[str, int]
+    ) -> int:
+        """Return whose reply this is.
+
+        An error reply that the SuperLink writes for a lost client carries the
+        SuperLink's node id; the message that it answers tells whose it is.
+        """
+        node = reply.metadata.src_node_id
+        if node not in asked:
+            node = by_message.get(reply.metadata.reply_to_message_id, node)
+        return asked[node].client if node in asked else node
+
+    def _sort(
+        self,
+        round: int,
+        replies: Iterable[Message],
+        asked: Mapping[int, _Asked],
+        record: RoundRecord,
+    ) -> list[_Reply]:
+        """Tell good replies from bad ones, in the order of the clients' numbers."""
+        assert self._model is not None
+        by_client = {a.client: a for a in asked.values()}
+        by_message = _by_message(asked)
+        good: dict[int, _Reply] = {}
+        answered = set()
+        # In the clients' order, so that nothing depends on who answered first.
+        pairs = [(self._client_of(r, asked, by_message), r) for r in replies]
+        for client, reply in sorted(pairs, key=lambda pair: pair[0]):
+            sent = by_client.get(client)
+            entry = ClientRecord(client, "ok", bytes_down=sent.nbytes if sent else 0)
+            straggler = sent.straggler if sent else False
+            if reply.has_error():
+                entry.status, entry.reason = "failed", reply.error.reason or ""
+            elif client in answered:
+                entry.status, entry.reason = "rejected", "it replied twice"
+            elif asked and sent is None:
+                entry.status, entry.reason = "rejected", "it was not asked"
+            else:
+                try:
+                    asks = sent.asks if sent else self.request
+                    parsed = self._parse(client, reply, asks)
+                    entry.metrics = parsed.scalars()
+                    entry.bytes_up = _num_bytes(self._model.layout)
+                    if self.keeps(round, client, straggler):
+                        good[client] = parsed
+                    else:
+                        entry.status, entry.reason = "dropped", "straggler"
+                except AggregationError as error:
+                    entry.status, entry.reason = "rejected", str(error)
+            answered.add(client)
+            record.clients.append(entry)
+        for client, sent in by_client.items():
+            if client not in answered:
+                record.clients.append(
+                    ClientRecord(
+                        client, "missing", "no reply in time", bytes_down=sent.nbytes
+                    )
+                )
+        for entry in record.clients:
+            if entry.status in ("rejected", "failed", "missing"):
+                log.warning(
+                    "round %d: client %d %s: %s",
+                    round,
+                    entry.client,
+                    entry.status,
+                    entry.reason,
+                )
+        return [good[client] for client in sorted(good)]
+
+    def _parse(self, client: int, reply: Message, asks: tuple[str, ...]) -> _Reply:
+        """Read a reply; raise ``AggregationError`` with the reason if it is unfit."""
+        assert self._model is not None
+        content = reply.content
+        metrics, size = self._measured(content)
+        if self.arrayrecord_key not in content.array_records:
+            raise AggregationError(f"its reply has no '{self.arrayrecord_key}'")
+        model = flatten(content.array_records[self.arrayrecord_key], self._model.layout)
+        if not _is_finite(model.parameters) or not _is_finite(model.buffers):
+            raise AggregationError("its model has NaN or infinite values")
+        profile = content.config_records.get(keys.PROFILE, ConfigRecord())
+        for name in asks:
+            if name not in metrics and name not in profile:
+                raise AggregationError(f"it was asked for '{name}', which is missing")
+            value = metrics.get(name, 0.0)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise AggregationError(f"its '{name}' is {value!r}, not a number")
+        self.receive(client, metrics, profile)
+        return _Reply(client, content, model, metrics, profile, size)
+
+    def _measured(self, content: RecordDict) -> tuple[MetricRecord, float]:
+        """Return a reply's metrics and data size; raise if it has no such thing."""
+        if len(content.metric_records) != 1:
+            raise AggregationError(
+                f"its reply has {len(content.metric_records)} metric records, not 1"
+            )
+        metrics = next(iter(content.metric_records.values()))
+        size = metrics.get(self.weighted_by_key)
+        if not isinstance(size, int | float) or not 0 <= size < math.inf:
+            raise AggregationError(
+                f"its '{self.weighted_by_key}' must be a number of 0 or more, "
+                f"got {size!r}"
+            )
+        return metrics, float(size)
+
+    def _round(self, number: int, good: list[_Reply]) -> Round:
+        assert self._model is not None
+        updates = StackedUpdates(
+            [reply.model.parameters for reply in good],
+            self._model.parameters,
+            self._model.layout.offsets,
+            accumulate=self.accumulate,
+            threads=self.threads,
+        )
+        return Round(
+            number=number,
+            clients=tuple(reply.client for reply in good),
+            model=self._model,
+            updates=updates,
+            num_examples=torch.tensor(
+                [reply.num_examples for reply in good], dtype=torch.float64
+            ),
+            metrics=tuple(reply.metrics for reply in good),
+            profiles=tuple(reply.profile for reply in good),
+        )
+
+    def _check(self, round: Round, parameters: Tensor) -> None:
+        """Refuse weights and models that are not finite or do not fit."""
+        weights = round.logged_clients.get("weight")
+        if weights is None:
+            raise ConfigurationError(
+                f"{type(self).__name__}.aggregate must record the weights it used: "
+                'round.log("weight", weights), one for each client.'
+            )
+        if len(weights) != round.num_clients or not weights.isfinite().all():
+            raise AggregationError(
+                f"{type(self).__name__} gave weights {weights.tolist()} for "
+                f"{round.num_clients} clients; they must be finite, one each"
+            )
+        if not _is_finite(parameters):
+            raise AggregationError("the aggregated model has NaN or infinite values")
+
+    def _record(self, record: RoundRecord, round: Round) -> None:
+        """Write down the weights and what else the method logged."""
+        entries = {c.client: c for c in record.clients if c.status == "ok"}
+        for name, values in round.logged_clients.items():
+            for client, value in zip(round.clients, values.tolist(), strict=True):
+                if name == "weight":
+                    entries[client].weight = value
+                else:
+                    entries[client].metrics[name] = value
+        weights = round.logged_clients["weight"]
+        # Kish's effective sample size: how many equally weighted clients count as much.
+        squares = float(weights.square().sum())
+        total = float(weights.sum())
+        record.metrics["effective-clients"] = total**2 / squares if squares else 0.0
+
+    def _next_model(
+        self, parameters: Tensor, round: Round, good: list[_Reply]
+    ) -> FlatModel:
+        """Round to the model's dtype; average its buffers, copy its integers."""
+        assert self._model is not None
+        model = self._model.with_parameters(parameters)
+        if model.buffers.numel():
+            rows = StackedUpdates(
+                [reply.model.buffers for reply in good], self._model.buffers
+            )
+            model.buffers = self.aggregate_buffers(round, rows).to(model.buffers.dtype)
+        model.integers = good[0].model.integers
+        return model
+
+    def _fail(self, record: RoundRecord, reason: str) -> tuple[None, None]:
+        """Keep the global model, and say so."""
+        record.status, record.reason = "failed", reason
+        counts = Counter(c.reason for c in record.clients if c.status != "ok")
+        causes = "; ".join(f"{n} x {why}" for why, n in counts.most_common(3))
+        log.error(
+            "round %d failed, the global model is kept: %s%s",
+            record.number,
+            reason,
+            f" ({causes})" if causes else "",
+        )
+        return None, None
+
+    def _mean_metrics(
+        self, contents: list[RecordDict], custom: MetricsFn | None
+    ) -> MetricRecord:
+        """Average the clients' metrics by data size; NaN means a client has none."""
+        if custom is not None:
+            return custom(contents, self.weighted_by_key)
+        records = [next(iter(c.metric_records.values())) for c in contents]
+        names = [n for n in records[0] if all(n in r for r in records)]
+        result = MetricRecord()
+        for name in names:
+            if name == self.weighted_by_key or isinstance(records[0][name], list):
+                continue
+            values = _column(records, name)
+            known = ~values.isnan()
+            if known.any():
+                p = size_weights(_column(records, self.weighted_by_key)[known])
+                result[name] = float((p * values[known]).sum())
+        return result
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A message that went to a client."""
+
+    client: int
+    message: Message
+    nbytes: int
+    straggler: bool
+    asks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """A reply that is fit to be aggregated."""
+
+    client: int
+    content: RecordDict
+    model: FlatModel
+    metrics: Mapping[str, Any]
+    profile: Mapping[str, Any]
+    num_examples: float
+
+    def scalars(self) -> dict[str, float]:
+        return {k: float(v) for k, v in self.metrics.items() if not isinstance(v, list)}
+
+
+def _request(config: ConfigRecord, asks: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return the config's own request, if it has one, with the method's added."""
+    if not asks:
+        return {}
+    already = config.get(keys.REQUEST)
+    names = [str(n) for n in already] if isinstance(already, list) else []
+    return {keys.REQUEST: [*names, *(n for n in asks if n not in names)]}
+
+
+def _by_message(asked: Mapping[int, _Asked]) -> dict[str, int]:
+    """Return the node of each message id that the grid gave when it sent them."""
+    return {a.message.metadata.message_id: node for node, a in asked.items()}
+
+
+def _column(records: list[MetricRecord], name: str) -> Tensor:
+    """Return one metric of every record, ``[K]``, float64."""
+    values = [float(r[name]) for r in records]  # type: ignore[arg-type]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Tell whether all values are finite; the sum of finite values seldom is not."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+def _num_bytes(layout: Layout) -> int:
+    """Return the size of a model on the wire, without headers."""
+    return sum(math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in layout.entries)
+
+
+def _settings(strategy: WeightingStrategy) -> str:
+    public = {k: v for k, v in vars(strategy).items() if not k.startswith("_")}
+    public.pop("history")
+    return ", ".join(f"{name}={value!r}" for name, value in public.items())

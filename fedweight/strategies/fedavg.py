@@ -1,0 +1,44 @@
+"""FedAvg: a client counts by how much data it has.
+
+Brendan McMahan et al., "Communication-Efficient Learning of Deep Networks from
+Decentralized Data", AISTATS 2017, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor
+
+from .base import StrategyArguments, WeightingStrategy
+from .round import Round
+
+
+class FedAvg(WeightingStrategy):
+    """Weigh each client by its share of the cohort's data.
+
+    The next global model is ``sum_k p_k w_k`` with ``p_k = n_k / sum_j n_j`` over the
+    clients that took part. If no client has data the mean is uniform.
+
+    Parameters
+    ----------
+    drop_stragglers : bool
+        Leave out clients that did not finish their local epochs, as the FedAvg
+        baseline of the FedProx paper does. False counts their partial work.
+    **arguments
+        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
+    """
+
+    def __init__(
+        self, drop_stragglers: bool = False, **arguments: Unpack[StrategyArguments]
+    ) -> None:
+        super().__init__(**arguments)
+        self.drop_stragglers = drop_stragglers
+
+    def weights(self, round: Round) -> Tensor:
+        """Return ``p`` (:attr:`Round.size_weights`)."""
+        return round.size_weights
+
+    def keeps(self, round: int, client: int, straggler: bool) -> bool:
+        """Leave out stragglers if asked to."""
+        return not (straggler and self.drop_stragglers)

@@ -1,0 +1,69 @@
+"""From what a method measured to weights that sum to one."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from ..errors import AggregationError
+
+log = logging.getLogger("fedweight")
+
+
+def size_weights(num_examples: Tensor) -> Tensor:
+    """Return each client's share of the cohort's examples, ``p_k = n_k / sum_j n_j``.
+
+    Parameters
+    ----------
+    num_examples : Tensor
+        Shape ``[K]``, 0 or more. If all are 0 the weights are uniform.
+
+    Examples
+    --------
+    >>> size_weights(torch.tensor([100.0, 50.0, 50.0])).tolist()
+    [0.5, 0.25, 0.25]
+    """
+    n = num_examples.double()
+    total = n.sum()
+    return n / total if total > 0 else torch.full_like(n, 1 / max(len(n), 1))
+
+
+def normalise(raw: Tensor, fallback: Tensor, *, smallest: float = 0.0) -> Tensor:
+    """Return weights that are 0 or more and sum to one.
+
+    Parameters
+    ----------
+    raw : Tensor
+        Shape ``[K]``; what the method measured. Negative values count as 0.
+    fallback : Tensor
+        Shape ``[K]``; returned, with a warning in the log, where nothing is left
+        above ``smallest``.
+    smallest : float
+        Sums up to this count as nothing.
+
+    Raises
+    ------
+    AggregationError
+        If a value is NaN or infinite.
+
+    Examples
+    --------
+    >>> p = torch.tensor([0.5, 0.5])
+    >>> normalise(torch.tensor([3.0, 1.0]), p).tolist()
+    [0.75, 0.25]
+    >>> normalise(torch.tensor([-1.0, 0.0]), p).tolist()
+    [0.5, 0.5]
+    """
+    raw = raw.double()
+    if not raw.isfinite().all():
+        raise AggregationError(f"the raw weights are not finite: {raw.tolist()}.")
+    if len(raw) == 1:
+        return torch.ones_like(raw)
+    positive = raw.clamp(min=0)
+    total = positive.sum()
+    if total <= smallest:
+        log.warning("no client has a positive weight: falling back to data size")
+        return fallback.double()
+    return positive / total

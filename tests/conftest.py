@@ -1,0 +1,69 @@
+"""What every test relies on; read by pytest before any test module is."""
+
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+
+import pytest
+
+# Before anything imports flwr or ray: both read these once, at import.
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["MPLBACKEND"] = "Agg"  # no window, wherever the tests run
+
+# hypothesis comes after: its import is harmless, the order only stays plain.
+from hypothesis import settings
+
+# Training is slow the first time, so no deadline. In CI the examples are the same
+# each time: a failure there is the change's, not the draw's.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+_flwr_home = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep Flower's state of the tests out of the user's ~/.flwr."""
+    home = tempfile.mkdtemp(prefix="fedweight-tests-flwr-")
+    config.stash[_flwr_home] = home
+    os.environ["FLWR_HOME"] = home
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_flwr_home], ignore_errors=True)
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _no_ray() -> str | None:
+    if find_spec("ray"):
+        return None
+    return "Ray is not installed: pip install 'fedweight[simulation]'"
+
+
+def _no_browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"no browser: none of {', '.join(names)} is on the path"
+
+
+# marker -> why a test that carries it cannot run here, or None where it can
+_NEEDS = {"gpu": _no_gpu, "ray": _no_ray, "browser": _no_browser}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    for marker, missing in _NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and (reason := missing()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))

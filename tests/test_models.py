@@ -1,0 +1,165 @@
+"""The models: shapes, initialisation under a seed, batching over clients, errors."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+from fedweight import models
+from fedweight.errors import ConfigurationError
+
+CASES = [
+    ("softmax", (1, 8, 8), 10, {}),
+    ("softmax", (108,), 2, {}),
+    ("mlp", (108,), 2, {"hidden": 32}),
+    ("mlp", (1, 8, 8), 10, {"hidden": (32, 16)}),
+    ("cnn", (1, 8, 8), 10, {}),
+    ("cnn", (1, 28, 28), 10, {}),
+    ("cnn", (3, 32, 32), 10, {"channels": [4, 8], "hidden": 16}),
+    ("resnet18-gn", (1, 8, 8), 10, {"width": 4}),
+    ("resnet18-gn", (5, 16, 16), 3, {"width": 8, "groups": 4}),
+    ("char-gru", (6,), 20, {"hidden": 8}),
+    ("char-gru", (6,), 20, {"vocabulary": 30, "embedding": 4, "hidden": 8}),
+]
+
+
+def inputs(name, shape, count=4):
+    if name == "char-gru":
+        return torch.randint(0, 20, (count, *shape))
+    return torch.randn(count, *shape)
+
+
+@pytest.mark.parametrize(("name", "shape", "num_classes", "options"), CASES)
+def test_gives_a_logit_for_each_class(name, shape, num_classes, options):
+    model = models.build(name, shape, num_classes, seed=0, **options)
+    assert model(inputs(name, shape)).shape == (4, num_classes)
+
+
+@pytest.mark.parametrize(("name", "shape", "num_classes", "options"), CASES)
+def test_gradients_batched_over_clients_are_those_of_each(
+    name, shape, num_classes, options
+):
+    clients = [
+        models.build(name, shape, num_classes, seed=k, **options) for k in range(3)
+    ]
+    skeleton = copy.deepcopy(clients[0])
+    x = torch.stack([inputs(name, shape) for _ in clients])
+    y = torch.randint(0, num_classes, (len(clients), 4))
+    parameters, _ = stack_module_state(clients)
+
+    def loss(parameters, x, y):
+        logits = functional_call(skeleton, parameters, (x,))
+        return nn.functional.cross_entropy(logits, y)
+
+    batched = vmap(grad(loss))(parameters, x, y)
+    for k, client in enumerate(clients):
+        nn.functional.cross_entropy(client(x[k]), y[k]).backward()
+        for key, parameter in client.named_parameters():
+            torch.testing.assert_close(batched[key][k], parameter.grad)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_a_seed_decides_the_weights_and_leaves_the_global_stream_alone(name):
+    state = torch.get_rng_state()
+    a = models.build(name, (1, 8, 8), 10, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.randn(7)
+    b = models.build(name, (1, 8, 8), 10, seed=3)
+    c = models.build(name, (1, 8, 8), 10, seed=4)
+    vectors = [nn.utils.parameters_to_vector(m.parameters()) for m in (a, b, c)]
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.equal(vectors[0], vectors[2])
+
+
+def test_without_a_seed_the_callers_stream_decides():
+    vectors = []
+    for _ in range(2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            model = models.build("mlp", (4,), 3)
+        vectors.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*vectors)
+
+
+def test_char_gru_computes_what_the_gru_of_torch_computes():
+    model = models.build("char-gru", (6,), 20, seed=0, hidden=8, embedding=5)
+    reference = nn.GRU(5, 8, batch_first=True)
+    reference.load_state_dict(
+        {
+            "weight_ih_l0": model.from_input.weight,
+            "bias_ih_l0": model.from_input.bias,
+            "weight_hh_l0": model.from_state.weight,
+            "bias_hh_l0": model.from_state.bias,
+        }
+    )
+    x = inputs("char-gru", (6,))
+    states, _ = reference(model.embedding(x))
+    torch.testing.assert_close(model(x), model.classifier(states[:, -1]))
+
+
+def test_an_mlp_without_hidden_layers_is_softmax_regression():
+    model = models.build("mlp", (4,), 3, hidden=[])
+    assert sum(p.numel() for p in model.parameters()) == 4 * 3 + 3
+
+
+def test_no_model_has_buffers():
+    for name, shape, num_classes, options in CASES:
+        assert not list(models.build(name, shape, num_classes, **options).buffers())
+
+
+def test_catalogue_describes_every_model():
+    lines = models.catalogue()
+    assert set(lines) == {"char-gru", "cnn", "mlp", "resnet18-gn", "softmax"}
+    assert all(len(line) > 20 for line in lines.values())
+
+
+def test_a_model_of_ones_own(tmp_path, monkeypatch):
+    code = (
+        "from torch import nn\n"
+        "def make(input_shape, num_classes, *, bias=True):\n"
+        "    return nn.Linear(input_shape[0], num_classes, bias)\n"
+        "def wrong(input_shape, num_classes):\n"
+        "    return 3\n"
+    )
+    (tmp_path / "own_model_for_test.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = models.build("own_model_for_test:make", (4,), 3, bias=False)
+    assert model.weight.shape == (3, 4)
+    assert model.bias is None
+    with pytest.raises(ConfigurationError, match=r"gave int.*torch\.nn\.Module"):
+        models.build("own_model_for_test:wrong", (4,), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "message"),
+    [
+        ("mlpp", (4,), {}, "Did you mean 'mlp'"),
+        ("mlp", (4,), {"hiden": 3}, "no option 'hiden'. Did you mean 'hidden'"),
+        ("mlp", (4,), {"hidden": 0}, "hidden must be whole numbers from 1"),
+        ("mlp", (4,), {"hidden": ["a"]}, "hidden must be whole numbers from 1"),
+        ("cnn", (4,), {}, r"images of shape \(c, h, w\).*4 or more"),
+        ("cnn", (1, 3, 8), {}, "4 or more"),
+        ("cnn", (1, 8, 8), {"channels": [8]}, "channels must be two"),
+        ("cnn", (1, 8, 8), {"hidden": 1.5}, "hidden must be a whole number"),
+        ("resnet18-gn", (1, 4, 4), {}, "8 or more"),
+        ("resnet18-gn", (1, 8, 8), {"width": 6, "groups": 4}, "groups must divide"),
+        ("char-gru", (1, 8, 8), {}, r"texts of shape \(T,\)"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_what_is_allowed(name, shape, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        models.build(name, shape, 10, **options)
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ConfigurationError, match="num_classes must be in"):
+        models.build("mlp", (4,), 1)
+
+
+def test_a_numpy_shape_is_taken():
+    assert models.build("mlp", np.zeros((2, 3)).shape, 2)(torch.zeros(1, 2, 3)).numel()
