@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import Message
+from flwr.app import Message, Metadata, RecordDict
 
 if TYPE_CHECKING:
     from flwr.supercore.run import Run
@@ -48,6 +48,13 @@ def task_identity(run_id: int) -> Iterator[None]:
 def set_message_id(message: Message, message_id: str) -> None:
     """Give a message its id, as the SuperLink does when it is pushed."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def message_of(content: RecordDict, metadata: Metadata) -> Message:
+    """Make a message with metadata as given, as a node does with what it received."""
+    make: Any = Message  # Flower leaves this way of making one out of its types.
+    message: Message = make(content=content, metadata=metadata)
+    return message
 
 
 def empty_run(run_id: int) -> Run:

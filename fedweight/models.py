@@ -21,7 +21,7 @@ from .rng import Purpose, torch_seed
 
 __all__ = ["build", "catalogue"]
 
-_MODELS = Registry(
+MODELS = Registry(
     "model",
     {
         "char-gru": "fedweight.models:CharGRU",
@@ -64,7 +64,7 @@ def build(
     >>> model(torch.zeros(5, 1, 8, 8)).shape
     torch.Size([5, 10])
     """
-    model = _MODELS.resolve(name)
+    model = MODELS.resolve(name)
     check_options(f"model '{name}'", model, options, ["input_shape", "num_classes"])
     check_range("num_classes", num_classes, 2)
     with contextlib.nullcontext() if seed is None else _seeded(seed):
@@ -78,7 +78,7 @@ def build(
 
 def catalogue() -> dict[str, str]:
     """Return each model's name with a line that describes it."""
-    return _MODELS.descriptions()
+    return MODELS.descriptions()
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ class MLP(nn.Module):
         input_shape: tuple[int, ...],
         num_classes: int,
         *,
-        hidden: int | Sequence[int] = (64,),
+        hidden: int | Sequence[int] = (128,),
     ) -> None:
         super().__init__()
         widths = [hidden] if isinstance(hidden, int) else list(hidden)
@@ -358,7 +358,7 @@ class CharGRU(nn.Module):
         return logits
 
 
-def _check_widths(name: str, widths: Sequence[int]) -> None:
+def _check_widths(name: str, widths: Sequence[Any]) -> None:
     if not all(isinstance(width, int) and width >= 1 for width in widths):
         raise ConfigurationError(
             f"{name} must be whole numbers from 1, got {list(widths)!r}."

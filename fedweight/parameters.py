@@ -232,9 +232,9 @@ def flatten(record: ArrayRecord, layout: Layout) -> FlatModel:
         If a tensor is missing, unexpected, or of another shape or kind; the message
         names it.
     """
-    if isinstance(record, FlatRecord) and record.flat is not None:
-        if record.flat.layout is layout or record.flat.layout == layout:
-            return record.flat
+    flat = record.flat if isinstance(record, FlatRecord) else None
+    if flat is not None and (flat.layout is layout or flat.layout == layout):
+        return flat
     missing = [e.name for e in layout.entries if e.name not in record]
     unexpected = set(record) - {e.name for e in layout.entries}
     if missing or unexpected:
@@ -253,10 +253,8 @@ def flatten(record: ArrayRecord, layout: Layout) -> FlatModel:
                 f"'{e.name}' has shape {list(values.shape)}, the model has "
                 f"{list(e.shape)}."
             )
-        fits = values.dtype == e.dtype
-        if e.kind != "integer" and values.dtype.kind in "iuf":
-            fits = True
-        if not fits:
+        number = e.kind != "integer" and values.dtype.kind in "iuf"
+        if not number and values.dtype != e.dtype:
             raise AggregationError(
                 f"'{e.name}' has dtype {values.dtype}, the model has {e.dtype}."
             )

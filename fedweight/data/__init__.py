@@ -18,6 +18,7 @@ from .fetch import default_folder, fetch
 from .partitions import partition, partition_catalogue
 
 __all__ = [
+    "DATA_SETS",
     "ClientData",
     "DataSet",
     "Examples",
@@ -34,7 +35,7 @@ __all__ = [
     "take_proxy",
 ]
 
-_DATA_SETS = Registry(
+DATA_SETS = Registry(
     "data set",
     {
         "adult": "fedweight.data.adult:load",
@@ -77,11 +78,11 @@ def load(
     >>> len(digits.train), len(digits.test), digits.input_shape
     (1437, 360, (1, 8, 8))
     """
-    function = _DATA_SETS.resolve(name)
+    function = DATA_SETS.resolve(name)
     what = f"data '{name}'"
     parameters = inspect.signature(function).parameters
     given: dict[str, Any] = {"seed": seed}
-    if path is not None or name in _DATA_SETS.entries:
+    if path is not None or name in DATA_SETS.entries:
         given["path"] = None if path is None else Path(path).expanduser()
     if path is not None and "path" not in parameters:
         raise DataError(f"{what} takes no path, got '{path}'. Leave it out.")
@@ -98,4 +99,4 @@ def load(
 
 def catalogue() -> dict[str, str]:
     """Return each data set's name with a line that describes it."""
-    return _DATA_SETS.descriptions()
+    return DATA_SETS.descriptions()

@@ -10,7 +10,6 @@ import numpy as np
 
 from ..errors import ConfigurationError, FedweightError, closest
 
-
 # What an option must be, by the type of its default; other defaults say too little.
 _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 
 from ..errors import DataError
-from .examples import DataSet, Examples
+from .examples import Array, DataSet, Examples
 
 # The split belongs to the data set, so it does not move with the run's seed: scores
 # of different seeds are measured on the same test images.
@@ -23,25 +27,42 @@ def load() -> DataSet:
     E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
     Learning Repository, 1998.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise DataError(
-            "data 'digits' comes with scikit-learn, which is not installed. "
-            "Run: pip install scikit-learn"
-        ) from None
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = _read()
     x = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     y = labels.astype(np.int64)
-    train, test = train_test_split(
-        np.arange(len(y)), test_size=0.2, stratify=y, random_state=SPLIT_SEED
-    )
+    rng = np.random.Generator(np.random.PCG64(SPLIT_SEED))
+    test = np.zeros(len(y), bool)
+    for label in range(10):
+        members = rng.permutation(np.flatnonzero(y == label))
+        test[members[: round(len(members) / 5)]] = True
     examples = Examples(x, y)
     return DataSet(
         name="digits",
-        train=examples.take(np.sort(train)),
-        test=examples.take(np.sort(test)),
+        train=examples.take(np.flatnonzero(~test)),
+        test=examples.take(np.flatnonzero(test)),
         num_classes=10,
         class_names=tuple("0123456789"),
     )
+
+
+def _read() -> tuple[Array, Array]:
+    """Return the pixels ``[n, 64]``, 0 to 16, and the labels ``[n]``.
+
+    Scikit-learn is asked for the file only: importing it takes most of a second, and
+    nothing else of it is needed.
+    """
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise DataError(
+            "data 'digits' comes with scikit-learn, which is not installed. "
+            "Run: pip install scikit-learn"
+        )
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists():
+        with gzip.open(file, "rt") as lines:
+            table = np.loadtxt(lines, delimiter=",", dtype=np.float64)
+        return table[:, :-1], table[:, -1]
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return pixels, labels

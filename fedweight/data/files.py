@@ -220,12 +220,13 @@ def _read_table(path: Path) -> pd.DataFrame:
     table.columns = table.columns.astype(str)
     if table.empty:
         raise DataError(f"{path} has no rows below its header.")
-    holes = table.isna().to_numpy()
+    holes = (table.isna() | table.isin([np.inf, -np.inf])).to_numpy()
     if holes.any():
         row, column = np.argwhere(holes)[0]
         raise DataError(
-            f"{path}: column '{table.columns[column]}' has no value in data row "
-            f"{row + 1} ({holes.sum()} such places in all). Fill in or drop them first."
+            f"{path}: column '{table.columns[column]}' has no finite value in data "
+            f"row {row + 1} ({holes.sum()} such places in all). Fill in or "
+            "drop them first."
         )
     return table
 
@@ -314,7 +315,7 @@ def _read_arrays(path: Path) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} cannot be read as an NPZ file of plain arrays: {error}. Write it "
             "with numpy.savez, without arrays of objects."

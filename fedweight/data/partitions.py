@@ -28,7 +28,7 @@ from .examples import DataSet
 Indices = npt.NDArray[np.int64]
 Parts = list[Indices]
 
-_PARTITIONS = Registry(
+PARTITIONS = Registry(
     "partition",
     {
         "classes": "fedweight.data.partitions:classes",
@@ -82,7 +82,7 @@ def partition(
     >>> [len(part) for part in parts]
     [360, 359, 359, 359]
     """
-    function: Callable[..., Sequence[Indices]] = _PARTITIONS.resolve(name)
+    function: Callable[..., Sequence[Indices]] = PARTITIONS.resolve(name)
     what = f"partition '{name}'"
     if rows is None:
         rows = np.arange(len(dataset.train))
@@ -100,18 +100,18 @@ def partition(
                 "partition, or name the client column of your file."
             )
         subject = dataset.natural_clients[rows]
-    elif name not in _PARTITIONS.entries:
+    elif name not in PARTITIONS.entries:
         subject = _subset(dataset, rows)
     rng = generator(seed, Purpose.PARTITION)
     parts = [np.sort(part) for part in function(subject, num_clients, rng, **options)]
-    if name not in _PARTITIONS.entries:
+    if name not in PARTITIONS.entries:
         _check_parts(what, parts, num_clients, len(rows))
     return [rows[part] for part in parts]
 
 
 def partition_catalogue() -> dict[str, str]:
     """Return each partition's name with a line that describes it."""
-    return _PARTITIONS.descriptions()
+    return PARTITIONS.descriptions()
 
 
 def iid(labels: Indices, num_clients: int, rng: np.random.Generator) -> Parts:
@@ -146,7 +146,7 @@ def dirichlet(
     num_clients: int,
     rng: np.random.Generator,
     *,
-    alpha: float = 0.5,
+    alpha: float = 0.3,
     min_size: int = 0,
     balanced: bool = False,
 ) -> Parts:

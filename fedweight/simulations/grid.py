@@ -117,8 +117,8 @@ def make_context(client: int, num_clients: int, run_config: RunConfig) -> Contex
 def isolated(message: Message) -> Message:
     """Return a message whose records its receiver may change.
 
-    Array data are immutable bytes (or vectors that nobody changes in place), so the
-    big part is shared.
+    So may it change the metadata. Array data are immutable bytes (or vectors that
+    nobody changes in place), so the big part is shared.
     """
     content = RecordDict()
     for name, record in message.content.items():
@@ -129,9 +129,7 @@ def isolated(message: Message) -> Message:
             content[name] = fresh
         else:
             content[name] = record.copy()
-    received = copy.copy(message)
-    received.content = content
-    return received
+    return _flower.message_of(content, copy.copy(message.metadata))
 
 
 def execute(client_app: ClientApp, message: Message, context: Context) -> Message:
@@ -142,7 +140,7 @@ def execute(client_app: ClientApp, message: Message, context: Context) -> Messag
             raise TypeError(
                 f"the ClientApp returned {type(reply).__name__}, not a Message"
             )
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # On a device only its process would end.
         client = SimulationGrid.client_of(message.metadata.dst_node_id)
         reason = (
             f"client {client}, {message.metadata.message_type}: "

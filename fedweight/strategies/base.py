@@ -648,6 +648,13 @@ class WeightingStrategy(Strategy):
         return result
 
 
+def check_fraction(metrics: Mapping[str, Any], name: str) -> None:
+    """Raise ``AggregationError`` unless a client reports a number in [0, 1]."""
+    value = metrics.get(name)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise AggregationError(f"its '{name}' must be in [0, 1], got {value!r}")
+
+
 @dataclass(frozen=True)
 class _Asked:
     """A message that went to a client."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import check_choice, check_range
+from ..errors import check_range
+from ..registry import Registry
 
 
 class ServerOptimizer(ABC):
@@ -120,9 +121,27 @@ class ServerAdam(ServerOptimizer):
         self.first, self.second = state["first"], state["second"]
 
 
+SERVER_OPTIMIZERS = Registry(
+    "server optimiser",
+    {
+        "none": "fedweight.strategies.server_optimizers:no_optimizer",
+        "momentum": "fedweight.strategies.server_optimizers:ServerMomentum",
+        "adam": "fedweight.strategies.server_optimizers:ServerAdam",
+    },
+)
+
+
+def no_optimizer() -> None:
+    """The aggregated update is the step."""
+
+
 def server_optimizer(name: str, **options: float) -> ServerOptimizer | None:
-    """Return a server optimiser by name: ``none``, ``momentum`` or ``adam``."""
-    check_choice("server_optimizer", name, ["none", "momentum", "adam"])
-    if name == "none":
-        return None
-    return ServerMomentum(**options) if name == "momentum" else ServerAdam(**options)
+    """Make a server optimiser by name, or the user's own by ``"module:Class"``.
+
+    Examples
+    --------
+    >>> server_optimizer("adam", learning_rate=0.1).learning_rate
+    0.1
+    """
+    made: ServerOptimizer | None = SERVER_OPTIMIZERS.resolve(name)(**options)
+    return made

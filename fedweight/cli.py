@@ -1,0 +1,275 @@
+"""The command line: run, list, report, data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .studies.result import Run
+    from .studies.runner import Progress, Report
+
+EXAMPLES = """examples:
+  fedweight run                                         the quick start
+  fedweight run simulations/label_skew.toml --strategy feddisco --seed 1
+  fedweight run --set partition.alpha=0.1 --set run.rounds=50
+  fedweight list                                        what there is to choose from
+  fedweight report runs/quickstart-fedavg-seed0
+  fedweight data fashion-mnist                          fetch a data set
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(
+        prog="fedweight",
+        description="Simulate federated clients, and decide how much each one counts.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="store_true", help="print the version")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument(
+            "--json", action="store_true", help="print the result as JSON"
+        )
+        return sub
+
+    run = command(
+        "run",
+        "run a simulation and write its folder",
+        "fedweight run simulations/label_skew.toml --strategy ida --seed 1",
+    )
+    run.add_argument("file", nargs="?", help="a simulation file; none: quick start")
+    run.add_argument("--strategy", help="short for --set strategy.name=...")
+    run.add_argument("--engine", help="auto, local or ray")
+    run.add_argument("--seed", type=int, help="short for --set run.seed=...")
+    run.add_argument("--out", help="the run's folder (default: a new one in runs/)")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        dest="settings",
+        help="override a key of the simulation file; may be repeated",
+    )
+    command(
+        "list",
+        "list the strategies, objectives, data sets, partitions and models",
+        "fedweight list",
+    )
+    report = command(
+        "report", "write a run's report again", "fedweight report runs/my-run"
+    )
+    report.add_argument("folder", help="a run's folder")
+    data = command(
+        "data",
+        "fetch a public data set and verify it",
+        "fedweight data fashion-mnist --folder data/",
+    )
+    data.add_argument("name", help="fashion-mnist, adult or shakespeare")
+    data.add_argument("--folder", help="where to put it (default: the cache)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status.
+
+    0 is success; 1, something went wrong in the run; 2, what was asked for is not
+    allowed or not there; 130, Ctrl-C.
+    """
+    # Flower reports usage and looks for updates unless told before its import.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    given = parser().parse_args(arguments)
+    if given.version:
+        from . import __version__
+
+        print(__version__)
+        return 0
+    if given.command is None:
+        parser().print_help()
+        return 2
+    from .errors import ConfigurationError, DataError, FedweightError
+
+    try:
+        status: int = COMMANDS[given.command](given)
+    except (ConfigurationError, DataError) as error:
+        print(f"fedweight: {error}", file=sys.stderr)
+        return 2
+    except FedweightError as error:
+        print(f"fedweight: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nfedweight: interrupted; what was recorded is kept.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _run(given: argparse.Namespace) -> int:
+    from .studies.runner import run
+
+    _show_warnings()
+    with _progress(given.json) as progress:
+        result = run(
+            given.file,
+            strategy=given.strategy,
+            engine=given.engine,
+            seed=given.seed,
+            out=given.out,
+            settings=given.settings,
+            progress=progress,
+        )
+    summary = result.summary()
+    if given.json:
+        print(json.dumps({"folder": str(result.folder), **_no_nan(summary)}))
+    else:
+        _print_summary(result, summary)
+    return 1 if summary.get("failed_rounds") else 0
+
+
+def _list(given: argparse.Namespace) -> int:
+    from . import data, models
+    from .clients.objectives import OBJECTIVES
+    from .strategies import STRATEGIES
+
+    kinds = {
+        "strategies": STRATEGIES.descriptions(),
+        "objectives": OBJECTIVES.descriptions(),
+        "data": data.catalogue(),
+        "partitions": data.partition_catalogue(),
+        "models": models.catalogue(),
+    }
+    if given.json:
+        print(json.dumps(kinds))
+        return 0
+    width = max(len(name) for names in kinds.values() for name in names)
+    for kind, names in kinds.items():
+        print(kind)
+        for name, line in names.items():
+            print(f"  {name:<{width}}  {line}")
+    return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    from .studies.result import Run
+
+    path = Run(given.folder).report()
+    print(json.dumps({"report": str(path)}) if given.json else path)
+    return 0
+
+
+def _data(given: argparse.Namespace) -> int:
+    from .data import default_folder, fetch
+
+    folder = fetch(given.name, given.folder or default_folder(given.name))
+    print(json.dumps({"folder": str(folder)}) if given.json else folder)
+    return 0
+
+
+COMMANDS = {"run": _run, "list": _list, "report": _report, "data": _data}
+
+
+def _show_warnings() -> None:
+    """Show our warnings and errors, plainly."""
+    ours = logging.getLogger("fedweight")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        ours.addHandler(handler)
+    ours.propagate = False
+
+
+class _progress:
+    """Shows rounds as they end: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+
+    def __enter__(self) -> Report:
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _show(self, progress: Progress) -> None:
+        if self.quiet:
+            return
+        text = f"accuracy {progress.accuracy:.4f}  loss {progress.loss:.4f}"
+        if not sys.stderr.isatty():
+            print(
+                f"round {progress.round}/{progress.rounds}  {text}  "
+                f"{progress.seconds:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        if self.bar is None:
+            self.bar = _terminal_bar(progress.rounds)
+        self.bar.update(self.bar.task_ids[0], completed=progress.round, text=text)
+
+
+def _terminal_bar(rounds: int) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    bar.add_task("", total=rounds, text="")
+    bar.start()
+    return bar
+
+
+def _print_summary(result: Run, summary: dict[str, Any]) -> None:
+    for name, value in summary.items():
+        if isinstance(value, float):
+            print(f"{name.replace('_', ' '):<24} {value:.4f}")
+        elif value is not None:
+            print(f"{name.replace('_', ' '):<24} {value}")
+    print(f"{'results':<24} {result.folder}")
+    print(f"{'report':<24} {result.folder / 'report.html'}")
+
+
+def _no_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what is not known is null."""
+    return {
+        k: None if isinstance(v, float) and v != v else v for k, v in values.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

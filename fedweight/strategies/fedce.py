@@ -1,0 +1,173 @@
+"""FedCE: a client counts by what the others would lose without it.
+
+Meirui Jiang et al., "Fair Federated Medical Image Segmentation via Client
+Contribution Estimation", CVPR 2023. Contribution is estimated in gradient space (how
+little a client's update points where everybody else's goes) and in data space (how
+badly a model made without the client does on the client's own data).
+
+The authors' research code never stored the new coefficients on the server; the FedCE
+of NVIDIA FLARE 2.9 does. That differs from the second round on: ``consensus``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from .. import keys
+from ..errors import check_choice, check_range
+from .base import StrategyArguments, WeightingStrategy, check_fraction
+from .round import Round
+
+
+class FedCE(WeightingStrategy):
+    """Weigh clients by their estimated contribution.
+
+    Each round, with the coefficients ``c`` of the last one (``1 / K`` at first):
+
+    1. ``s_k = cos(update_k, sum_{j != k} c_j update_j)``, averaged over all rounds;
+    2. ``g`` proportional to ``1 - mean s``, ``h`` to the minus model's error ``e``;
+    3. ``c`` proportional to ``g + h`` (``plus``) or ``g * h`` (``times``).
+
+    Each client is told its ``c_k``. From its second round on it evaluates the minus
+    model ``(w - c_k w_k) / (1 - c_k)``, with ``w_k`` the model it sent last, on its
+    held-out data, and reports the error in [0, 1], averaged over its rounds.
+
+    Parameters
+    ----------
+    mode : {"plus", "times"}
+        How the two estimates are joined.
+    consensus : {"evolving", "uniform"}
+        Whether step 1 uses the last coefficients or, as the research code does by
+        accident, always ``1 / K``.
+    floor : float
+        In [0, 1); what no estimate goes below, so that nobody is shut out. 1e-6 in
+        NVIDIA FLARE, 1e-3 in the research code.
+    clip : {"before", "after"}
+        Whether the floor applies before weights are made to sum to one, or after it
+        as in the research code: then they may sum to up to ``1 + K * floor``.
+    **arguments
+        Those of :class:`~fedweight.strategies.base.WeightingStrategy`. ``min_replies``
+        is 2 or more, and 2 by default: one client has no others to be compared with.
+
+    Notes
+    -----
+    The method assumes that all clients take part in every round. Where they do not,
+    who is away keeps coefficient and mean, and who is new enters with
+    ``1 / (clients known + 1)``; that is this library's choice. The method *raises* the
+    weight of dissimilar and badly served clients, which includes broken ones.
+    """
+
+    request = (keys.MINUS_ERROR,)
+
+    def __init__(
+        self,
+        mode: Literal["plus", "times"] = "plus",
+        consensus: Literal["evolving", "uniform"] = "evolving",
+        floor: float = 1e-6,
+        clip: Literal["before", "after"] = "before",
+        **arguments: Unpack[StrategyArguments],
+    ) -> None:
+        arguments.setdefault("min_replies", 2)
+        super().__init__(**arguments)
+        check_range("min_replies", self.min_replies, 2)
+        check_choice("mode", mode, ["plus", "times"])
+        check_choice("consensus", consensus, ["evolving", "uniform"])
+        check_range("floor", floor, 0, 1, high_open=True)
+        check_choice("clip", clip, ["before", "after"])
+        self.mode: Literal["plus", "times"] = mode
+        self.consensus: Literal["evolving", "uniform"] = consensus
+        self.floor = floor
+        self.clip: Literal["before", "after"] = clip
+        self.coefficients: dict[int, float] = {}
+        self.cosines: dict[int, float] = {}
+        self.rounds: dict[int, int] = {}
+
+    def client_config(self, round: int, client: int) -> dict[str, float | int]:
+        """Tell a client its coefficient; nothing before its first round is over."""
+        known = self.coefficients.get(client)
+        return {} if known is None else {keys.COEFFICIENT: known}
+
+    def receive(
+        self, client: int, metrics: Mapping[str, Any], profile: Mapping[str, Any]
+    ) -> None:
+        """Reject an error outside [0, 1]."""
+        check_fraction(metrics, keys.MINUS_ERROR)
+
+    def weights(self, round: Round) -> Tensor:
+        """Return the new coefficients, and remember them."""
+        cosines = minus_cosines(round, self._consensus(round))
+        for client, cosine in zip(round.clients, cosines.tolist(), strict=True):
+            n = self.rounds[client] = self.rounds.get(client, 0) + 1
+            before = self.cosines.get(client, 0.0)
+            self.cosines[client] = before + (cosine - before) / n
+        mean = torch.tensor(
+            [self.cosines[client] for client in round.clients], dtype=torch.float64
+        )
+        error = round.metric(keys.MINUS_ERROR)
+        gradient, data = self._share(1 - mean), self._share(error)
+        joined = gradient + data if self.mode == "plus" else gradient * data
+        coefficients = self._share(joined)
+        self.coefficients.update(zip(round.clients, coefficients.tolist(), strict=True))
+        round.log("cosine", cosines)
+        round.log("gradient-contribution", gradient)
+        round.log("data-contribution", data)
+        return coefficients
+
+    def _consensus(self, round: Round) -> Tensor:
+        """Return what each client counts in the consensus that it is held against."""
+        uniform = 1 / round.num_clients
+        if self.consensus == "uniform" or not self.coefficients:
+            return torch.full((round.num_clients,), uniform, dtype=torch.float64)
+        new = 1 / (len(self.coefficients) + 1)
+        return torch.tensor(
+            [self.coefficients.get(client, new) for client in round.clients],
+            dtype=torch.float64,
+        )
+
+    def _share(self, raw: Tensor) -> Tensor:
+        """Return values as shares of their sum, none below the floor."""
+        raw = raw.clamp(min=self.floor if self.clip == "before" else 0.0)
+        total = raw.sum()
+        shares = raw / total if total > 0 else torch.full_like(raw, 1 / len(raw))
+        return shares if self.clip == "before" else shares.clamp(min=self.floor)
+
+    def state(self) -> dict[str, Any]:
+        """Return coefficient, mean cosine and number of rounds by client."""
+        return {
+            **super().state(),
+            "clients": list(self.coefficients),
+            "coefficients": list(self.coefficients.values()),
+            "cosines": [self.cosines[client] for client in self.coefficients],
+            "rounds": [self.rounds[client] for client in self.coefficients],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        super().load_state(state)
+        clients = [int(client) for client in state["clients"]]
+        self.coefficients = dict(zip(clients, state["coefficients"], strict=True))
+        self.cosines = dict(zip(clients, state["cosines"], strict=True))
+        self.rounds = dict(zip(clients, state["rounds"], strict=True))
+
+
+def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:
+    """Return ``cos(update_k, G - c_k update_k)``, ``G = sum_j c_j update_j``: ``[K]``.
+
+    Only inner products with ``G`` and norms are needed, never the K differences. The
+    cosine is 0 where either vector is 0.
+    """
+    consensus = round.updates.combine(coefficients)
+    inner = round.updates.project(consensus)
+    norms = round.updates.norms()
+    squares = norms.square()
+    whole = consensus.double().square().sum()
+    rest = whole - 2 * coefficients * inner + coefficients.square() * squares
+    # The difference of nearly equal numbers: what rounding leaves of 0 is 0.
+    noise = 1e-12 * (whole + coefficients.square() * squares)
+    rest = torch.where(rest > noise, rest, 0.0)
+    lengths = norms * rest.sqrt()
+    cosines = (inner - coefficients * squares) / lengths.clamp(min=1e-300)
+    return torch.where(lengths > 0, cosines.clamp(-1, 1), 0.0)

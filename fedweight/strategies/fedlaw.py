@@ -1,0 +1,364 @@
+"""FedLAW: learn on the server how much each client counts, and how much to shrink.
+
+Zexi Li et al., "Revisiting Weighted Aggregation in Federated Learning with Neural
+Networks", ICML 2023. The next model is ``gamma * sum_k lambda_k w_k``; a small
+labelled proxy set on the server decides lambda and gamma. Details that the paper
+leaves open follow its authors' code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any, ClassVar, Literal, Protocol, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import SWALR
+
+from ..errors import ConfigurationError, check_choice, check_range
+from ..parameters import Entry, FlatModule, as_tensor
+from ..rng import Purpose, generator, torch_seed
+from ..updates import Updates
+from .base import StrategyArguments, WeightingStrategy
+from .round import Round
+
+# The two-stage variant averages theta from this epoch on, at this learning rate.
+SWA_START, SWA_RATE = 5, 0.05
+
+
+class Proxy(Protocol):
+    """Labelled examples: ``x`` of shape ``[n, ...]`` and classes ``y``, ``[n]``."""
+
+    @property
+    def x(self) -> Any:  # noqa: D102
+        ...
+
+    @property
+    def y(self) -> Any:  # noqa: D102
+        ...
+
+
+class FedLAW(WeightingStrategy):
+    """Learn the clients' weights and a shrinking factor on a proxy set.
+
+    Every round starts afresh from ``lambda = p`` (``exp``) or uniform (``quad``) and
+    ``gamma = 1``, and minimises the cross-entropy of ``gamma * sum_k lambda_k w_k`` on
+    the proxy set. The weights lambda sum to one; gamma scales the *model*, not the
+    step, so below 1 it is a weight decay on the server.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture, returning class scores ``[n, C]``. It is copied.
+    proxy : Examples
+        Labelled examples held by the server, ``x`` and ``y`` as arrays or tensors.
+        Never part of the test set (the authors' code cuts it from there).
+    form : {"exp", "quad"}
+        ``exp``: ``lambda = softmax(theta)``, ``gamma = exp(phi)``. ``quad``:
+        ``lambda = theta^2 / sum theta^2``, ``gamma = phi^2``.
+    server_epochs : int
+        Passes over the proxy set; 0 is FedAvg (``exp``). Every step moves ``phi`` by
+        about the learning rate at most, so more epochs let gamma go farther.
+    batch_size : int
+        Proxy examples a step.
+    optimizer : {"adam", "sgd"}
+        Adam with betas (0.5, 0.999), or SGD with momentum 0.9.
+    learning_rate : float
+        Above 0. The authors' 0.01 is for CIFAR-10, 0.005 for their other data.
+    swa : bool
+        Two stages of ``server_epochs / 2`` each: first lambda with stochastic weight
+        averaging of theta, then gamma. Unverified in detail.
+    shrink : float, optional
+        Above 0: learn nothing, use ``gamma = shrink`` and ``lambda = p`` (the paper's
+        analysis of a fixed gamma). 1 is FedAvg.
+    max_log_shrink : float
+        Above 0; gamma stays between ``exp(-max_log_shrink)`` and its inverse.
+    revert_if_worse : bool
+        Use FedAvg where the learned model has a higher proxy loss than FedAvg's. Ours.
+    coherence : bool
+        Log each client's ``sum_{j != k} p_j cos(update_k, update_j)``, which the paper
+        analyses and does not use; unverified. It costs K^2 inner products.
+    proxy_statistics : bool
+        Running statistics come from the proxy batches, as in the authors' code. False
+        averages the clients' by data size.
+    device : str
+        Where the proxy set is evaluated.
+    **arguments
+        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
+
+    Notes
+    -----
+    The model stays in training mode on the proxy set, as in the authors' code: a
+    BatchNorm sees the batch's statistics, which cancel much of gamma's effect. Their
+    code halves the learning rate after 20 epochs, so never within the default; here
+    it stays.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("model", "proxy")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        proxy: Proxy,
+        form: Literal["exp", "quad"] = "exp",
+        server_epochs: int = 20,
+        batch_size: int = 128,
+        optimizer: Literal["adam", "sgd"] = "adam",
+        learning_rate: float = 0.01,
+        swa: bool = False,
+        shrink: float | None = None,
+        max_log_shrink: float = 1.0,
+        revert_if_worse: bool = True,
+        coherence: bool = True,
+        proxy_statistics: bool = False,
+        device: str = "cpu",
+        **arguments: Unpack[StrategyArguments],
+    ) -> None:
+        super().__init__(**arguments)
+        check_choice("form", form, ["exp", "quad"])
+        check_range("server_epochs", server_epochs, 0)
+        check_range("batch_size", batch_size, 1)
+        check_choice("optimizer", optimizer, ["adam", "sgd"])
+        check_range("learning_rate", learning_rate, 0, low_open=True, high_open=True)
+        if shrink is not None:
+            check_range("shrink", shrink, 0, low_open=True, high_open=True)
+        check_range("max_log_shrink", max_log_shrink, 0, low_open=True)
+        self.form: Literal["exp", "quad"] = form
+        self.server_epochs = server_epochs
+        self.batch_size = batch_size
+        self.optimizer: Literal["adam", "sgd"] = optimizer
+        self.learning_rate = learning_rate
+        self.swa = swa
+        self.shrink = shrink
+        self.max_log_shrink = max_log_shrink
+        self.revert_if_worse = revert_if_worse
+        self.coherence = coherence
+        self.proxy_statistics = proxy_statistics
+        self.device = device
+        if self.buffers is None:
+            self.buffers = {name for name, _ in model.named_buffers()}
+        self._module = FlatModule(copy.deepcopy(model), device)
+        self._x = _tensor(proxy.x).to(device)
+        self._y = _tensor(proxy.y).to(device, torch.int64)
+        if self._x.is_floating_point():
+            self._x = self._x.to(self._module.layout.dtype)
+        if not len(self._y) or len(self._x) != len(self._y):
+            raise ConfigurationError(
+                f"proxy has {len(self._x)} inputs and {len(self._y)} labels: FedLAW "
+                "needs one label an input, and at least one of each. Without labelled "
+                "data on the server use fedavg."
+            )
+
+    def aggregate(self, round: Round) -> Tensor:
+        """Return ``gamma * sum_k lambda_k w_k``."""
+        self._begin(round)
+        origin, p = round.model.parameters.double(), round.size_weights
+        average = origin + round.updates.combine(p)
+        before = self._loss(average)
+        weights, gamma = self._learn(round) if self.shrink is None else (p, self.shrink)
+        parameters = gamma * (origin + round.updates.combine(weights))
+        after = self._loss(parameters)
+        worse = not after <= before  # NaN is worse
+        reverted = worse and self.revert_if_worse and self.shrink is None
+        if reverted:
+            weights, gamma, parameters = p, 1.0, average
+        round.log("weight", weights)
+        round.log("gamma", gamma)
+        round.log("proxy-loss-before", before)
+        round.log("proxy-loss-after", after)
+        round.log("reverted", reverted)
+        if self.coherence:
+            round.log("coherence", coherence(round.updates, p))
+        return parameters
+
+    def aggregate_buffers(self, round: Round, buffers: Updates) -> Tensor:
+        """Return the clients' mean, or what the proxy batches left."""
+        if self.proxy_statistics:
+            return self._module.buffers.detach().to("cpu", copy=True)
+        return super().aggregate_buffers(round, buffers)
+
+    def _learn(self, round: Round) -> tuple[Tensor, float]:
+        """Return lambda and gamma after ``server_epochs`` on the proxy set."""
+        k = round.num_clients
+        x = start(round.size_weights, self.form).requires_grad_()
+        if not self.swa:
+            optimizer = self._optimizer(x)
+            for epoch in range(self.server_epochs):
+                for batch in self._batches(round.number, epoch):
+                    x.grad = self._gradient(round, x.detach(), batch)
+                    optimizer.step()
+                    self._clamp(x)
+            return self._split(x)
+        half = self.server_epochs // 2
+        optimizer = self._optimizer(x)
+        cosine = CosineAnnealingLR(optimizer, T_max=100)
+        swa = SWALR(optimizer, swa_lr=SWA_RATE)
+        total, count = torch.zeros_like(x), 0
+        for epoch in range(half):
+            for batch in self._batches(round.number, epoch):
+                x.grad = self._gradient(round, x.detach(), batch)
+                x.grad[k] = 0.0
+                optimizer.step()
+            if epoch > SWA_START:
+                total, count = total + x.detach(), count + 1
+                swa.step()
+            else:
+                cosine.step()
+        if count:
+            x = (total / count).requires_grad_()
+        optimizer = self._optimizer(x)
+        for epoch in range(half, self.server_epochs):
+            for batch in self._batches(round.number, epoch):
+                x.grad = self._gradient(round, x.detach(), batch)
+                x.grad[:k] = 0.0
+                optimizer.step()
+                self._clamp(x)
+        return self._split(x)
+
+    def _optimizer(self, x: Tensor) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam([x], lr=self.learning_rate, betas=(0.5, 0.999))
+        return torch.optim.SGD([x], lr=self.learning_rate, momentum=0.9)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, float]:
+        weights, gamma = split(x.detach(), self.form)
+        return weights, float(gamma)
+
+    def _clamp(self, x: Tensor) -> None:
+        """Keep gamma within its bounds."""
+        limit = self.max_log_shrink
+        with torch.no_grad():
+            if self.form == "exp":
+                x[-1].clamp_(-limit, limit)
+            else:
+                x[-1].clamp_(np.exp(-limit / 2), np.exp(limit / 2))
+
+    def _gradient(self, round: Round, x: Tensor, batch: Tensor) -> Tensor:
+        """Return the gradient of the batch's loss by ``x``, one backward pass."""
+        weights, gamma = split(x, self.form)
+        mean = round.model.parameters.double() + round.updates.combine(weights)
+        self._module.parameters.copy_(gamma * mean)
+        self._module.gradients.zero_()
+        loss = self._cross_entropy(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        g = self._module.gradients.to("cpu", torch.float64)
+        inner = round.updates.project(g)
+        return chain(x, self.form, inner, torch.dot(g, mean.double()))
+
+    def _begin(self, round: Round) -> None:
+        """Load the global model; its parameters are overwritten, its buffers used."""
+        ours, theirs = self._module.layout, round.model.layout
+        if ours != theirs:
+            pairs = zip_longest(ours.entries, theirs.entries)
+            mine, other = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ConfigurationError(
+                "model: FedLAW was given another model than the clients train. It has "
+                f"{_describe(mine)} where theirs has {_describe(other)}."
+            )
+        self._module.load(round.model)
+        self._module.module.train()
+        self._seed = torch_seed(self.seed, Purpose.SERVER, round.number)
+        self._step = 0
+
+    def _batches(self, round: int, epoch: int) -> Iterator[Tensor]:
+        """Yield the indices of an epoch's batches, in an order of its own.
+
+        A last batch of one example joins the one before: BatchNorm cannot have it.
+        """
+        stream = generator(self.seed, Purpose.SERVER, round, epoch + 1)
+        order = torch.from_numpy(stream.permutation(len(self._y)))
+        starts = range(0, len(order), self.batch_size)
+        batches = [order[i : i + self.batch_size] for i in starts]
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        yield from batches
+
+    def _cross_entropy(self, batch: Tensor) -> Tensor:
+        """Return the mean loss of a batch; dropout draws from this round's stream."""
+        self._step += 1
+        devices = [self._x.device] if self._x.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._seed + self._step)
+            scores = self._module.module(self._x[batch])
+        return nn.functional.cross_entropy(scores, self._y[batch])
+
+    def _loss(self, parameters: Tensor) -> float:
+        """Return the mean loss on the whole proxy set, as the optimiser sees it."""
+        self._module.parameters.copy_(parameters)
+        self._step = 0
+        total = 0.0
+        with torch.no_grad():
+            for batch in self._batches(0, 0):
+                total += float(self._cross_entropy(batch)) * len(batch)
+        return total / len(self._y)
+
+
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else as_tensor(np.asarray(values))
+
+
+def _describe(entry: Entry | None) -> str:
+    if entry is None:
+        return "nothing"
+    return f"the {entry.kind} '{entry.name}' {list(entry.shape)} {entry.dtype}"
+
+
+def start(p: Tensor, form: str) -> Tensor:
+    """Return where ``x = [theta_1 .. theta_K, phi]`` starts.
+
+    ``exp`` starts at data size; ``quad`` at uniform weights, whatever the data size.
+    """
+    if form == "exp":
+        return torch.cat([p.double().log(), torch.zeros(1, dtype=torch.float64)])
+    theta = torch.full((len(p),), len(p) ** -0.5, dtype=torch.float64)
+    return torch.cat([theta, torch.ones(1, dtype=torch.float64)])
+
+
+def split(x: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """Return lambda, ``[K]``, and gamma, a scalar, of ``x``, ``[K + 1]``."""
+    theta, phi = x[:-1], x[-1]
+    if form == "exp":
+        return torch.softmax(theta, 0), phi.exp()
+    return theta.square() / theta.square().sum(), phi.square()
+
+
+def chain(x: Tensor, form: str, inner: Tensor, along: Tensor) -> Tensor:
+    """Return the loss's gradient by ``x``, ``[K + 1]``.
+
+    Parameters
+    ----------
+    x : Tensor
+        Shape ``[K + 1]``; theta and phi.
+    form : {"exp", "quad"}
+        How lambda and gamma are made of them.
+    inner : Tensor
+        Shape ``[K]``; ``<g, update_k>``, with g the gradient by the model's
+        parameters at ``gamma v``, ``v = sum_k lambda_k w_k``.
+    along : Tensor
+        ``<g, v>``.
+    """
+    weights, gamma = split(x, form)
+    # <g, w_k - v>: the global model drops out, since the weights sum to one.
+    apart = inner - torch.dot(weights, inner)
+    if form == "exp":
+        return torch.cat([gamma * weights * apart, (gamma * along)[None]])
+    theta, phi = x[:-1], x[-1]
+    slope = 2 * theta / theta.square().sum()
+    return torch.cat([gamma * slope * apart, (2 * phi * along)[None]])
+
+
+def coherence(updates: Updates, p: Tensor) -> Tensor:
+    """Return how well each update agrees with the others', ``[K]``, in [-1, 1].
+
+    ``sum_{j != k} p_j cos(update_k, update_j)``; 0 for an update of 0.
+    """
+    gram = updates.gram()
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    lengths = norms[:, None] * norms[None]
+    cosines = torch.where(lengths > 0, gram / lengths.clamp(min=1e-300), 0.0)
+    cosines.fill_diagonal_(0.0)
+    return cosines.clamp(-1, 1) @ p

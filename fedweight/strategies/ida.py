@@ -1,0 +1,152 @@
+"""IDA: a client counts by how near its model is to the cohort's mean.
+
+Yousef Yeganeh et al., "Inverse Distance Aggregation for Federated Learning with
+Non-IID Data", DART workshop at MICCAI 2020. No official code was found: the formulas
+are ours, from knowledge of the paper and unverified, so what is unsure is a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from .. import keys
+from ..errors import AggregationError, check_choice, check_range
+from .base import StrategyArguments, WeightingStrategy, check_fraction
+from .round import Round
+
+
+class IDA(WeightingStrategy):
+    """Weigh clients by the inverse distance of their model from the mean.
+
+    ``weight_k`` is proportional to ``1 / (||mean - w_k|| + epsilon)``, times ``n_k``
+    with ``fedavg``, times ``1 / max(floor, accuracy_k)`` with ``intrac``.
+
+    Parameters
+    ----------
+    distance : {"l1", "l2"}
+        The norm, over trainable parameters only.
+    base : {"uniform", "sample", "previous"}
+        What the distance is measured from: the clients' mean, their mean by data
+        size, or the global model they started from (which saves a pass over the
+        updates, but favours clients that took few steps even more).
+    fedavg : bool
+        Also weigh by data size (the paper's IDA + FedAvg).
+    intrac : bool
+        Also weigh by inverse training accuracy: what a client already fits counts
+        less. Asks the clients for the accuracy on their own training data.
+    intrac_floor : "clients" or float
+        Accuracies below it count as it; in (0, 1]. ``"clients"`` is 1 / K; the chance
+        level, one over the number of classes, is the sensible alternative.
+    per_tensor : bool
+        Distances and weights for each named tensor on its own. The weight log then
+        holds a client's mean over the tensors.
+    epsilon : float
+        0 or more. Where a distance is as good as 0 (up to ``epsilon`` times the
+        largest), 1e-8 of the mean distance takes its place.
+    **arguments
+        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
+
+    Notes
+    -----
+    Two clients are equally far from their mean, so with ``base="uniform"`` the method
+    needs three or more to say anything. If all distances are 0 they count alike.
+    """
+
+    def __init__(
+        self,
+        distance: Literal["l1", "l2"] = "l1",
+        base: Literal["uniform", "sample", "previous"] = "uniform",
+        fedavg: bool = False,
+        intrac: bool = False,
+        intrac_floor: float | Literal["clients"] = "clients",
+        per_tensor: bool = False,
+        epsilon: float = 1e-8,
+        **arguments: Unpack[StrategyArguments],
+    ) -> None:
+        super().__init__(**arguments)
+        check_choice("distance", distance, ["l1", "l2"])
+        check_choice("base", base, ["uniform", "sample", "previous"])
+        check_range("epsilon", epsilon, 0, high_open=True)
+        if isinstance(intrac_floor, str):
+            check_choice("intrac_floor", intrac_floor, ["clients"])
+        else:
+            check_range("intrac_floor", intrac_floor, 0, 1, low_open=True)
+        self.distance: Literal["l1", "l2"] = distance
+        self.base: Literal["uniform", "sample", "previous"] = base
+        self.fedavg = fedavg
+        self.intrac = intrac
+        self.intrac_floor = intrac_floor
+        self.per_tensor = per_tensor
+        self.epsilon = epsilon
+        self.request = (keys.ACCURACY_AFTER,) if intrac else ()
+
+    def receive(
+        self, client: int, metrics: Mapping[str, Any], profile: Mapping[str, Any]
+    ) -> None:
+        """Reject an accuracy outside [0, 1]."""
+        if self.intrac:
+            check_fraction(metrics, keys.ACCURACY_AFTER)
+
+    def weights(self, round: Round) -> Tensor:
+        """Return the product of the factors, made to sum to one; per tensor if so."""
+        distances = self._distances(round)
+        if not distances.isfinite().all():
+            raise AggregationError("the updates are too large to measure")
+        if distances.ndim == 1:
+            round.log("distance", distances)
+        if round.num_clients <= 2 and self.base == "uniform":
+            distances = torch.zeros_like(distances)  # equal, but for rounding
+        raw = inverse(distances, self.epsilon)
+        factor = torch.ones(round.num_clients, dtype=torch.float64)
+        if self.fedavg:
+            factor = factor * round.size_weights
+        if self.intrac:
+            floor = self.intrac_floor
+            least = 1 / round.num_clients if floor == "clients" else float(floor)
+            factor = factor / round.metric(keys.ACCURACY_AFTER).clamp(min=least)
+        raw = raw * (factor if raw.ndim == 1 else factor[:, None])
+        return raw / raw.sum(0)
+
+    def _distances(self, round: Round) -> Tensor:
+        point = None
+        if self.base == "uniform":
+            k = round.num_clients
+            point = round.updates.combine(torch.full((k,), 1 / k, dtype=torch.float64))
+        elif self.base == "sample":
+            point = round.updates.combine(round.size_weights)
+        return round.updates.distances(
+            point, order=1 if self.distance == "l1" else 2, per_tensor=self.per_tensor
+        )
+
+
+def inverse(distances: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """Return ``1 / (distances + epsilon)`` along the first axis, 1 for the nearest.
+
+    Parameters
+    ----------
+    distances : Tensor
+        Shape ``[K]`` or ``[K, T]``, 0 or more.
+    epsilon : float
+        0 or more; see :class:`IDA`.
+
+    Examples
+    --------
+    >>> inverse(torch.tensor([1.0, 2.0, 4.0]), epsilon=0).tolist()
+    [1.0, 0.5, 0.25]
+    >>> inverse(torch.zeros(3)).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    distances = distances.double()
+    largest = distances.amax(0)
+    # Relative to the largest, so that no distance is too small to be told from 0.
+    scale = torch.where(largest > 0, largest, 1.0)
+    relative = distances / scale
+    added = torch.where(
+        (relative <= epsilon).any(0), 1e-8 * relative.mean(0), epsilon / scale
+    )
+    nearest = relative.amin(0) + added
+    return torch.where(largest > 0, nearest / (relative + added), 1.0)

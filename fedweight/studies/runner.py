@@ -1,0 +1,474 @@
+"""One run: from a simulation file to a run's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from .. import keys, models
+from ..clients import TrainingApp, TrainingSettings, client_number, objective
+from ..clients.training import evaluate
+from ..data import ClientData, DataSet, FederatedData, federate, load, load_client
+from ..errors import ConfigurationError
+from ..parameters import FlatModule, FlatRecord, Layout, flatten
+from ..simulations import simulate
+from ..simulations.simulate import choose_engine
+from ..strategies import RoundRecord, WeightingStrategy, strategy_class
+from ..strategies.server_optimizers import server_optimizer
+from .configuration import Configuration, options_of
+from .folder import Table, new_folder, write_whole
+from .records import CLIENT_COLUMNS, ROUND_COLUMNS, client_row, round_row
+from .result import Run
+
+log = logging.getLogger("fedweight")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known after a round; ``accuracy`` is the test accuracy, or NaN."""
+
+    round: int
+    rounds: int
+    accuracy: float
+    loss: float
+    seconds: float
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass
+class Components:
+    """A configuration's parts, made: what the server and the clients share."""
+
+    configuration: Configuration
+    data: FederatedData
+    device: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Choose the device."""
+        wanted = self.configuration["engine"]["device"]
+        available = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = available if wanted == "auto" else wanted
+
+    def make_model(self) -> nn.Module:
+        """Build the model with the run's initial weights."""
+        return models.build(
+            self.configuration["model"]["name"],
+            self.data.input_shape,
+            self.data.num_classes,
+            seed=self.configuration["run"]["seed"],
+            **self.configuration.options("model"),
+        )
+
+    def client_data(self, context: Context) -> ClientData:
+        """Return a client's data: its part of a simulation, or its own file."""
+        return client_data(self.configuration, context, self.data)
+
+    def client_app(self) -> TrainingApp:
+        """Make the ClientApp."""
+        training = self.configuration["training"]
+        chosen = self.configuration["objective"]["name"]
+        return TrainingApp(
+            self.make_model,
+            self.client_data,
+            num_classes=self.data.num_classes,
+            objective=objective(chosen, **self.configuration.options("objective")),
+            settings=TrainingSettings(
+                **{key.replace("-", "_"): value for key, value in training.items()}
+            ),
+            seed=self.configuration["run"]["seed"],
+            device=self.device,
+        )
+
+    def strategy(self) -> Strategy:
+        """Make the strategy, with what it needs from the server."""
+        name = self.configuration["strategy"]["name"]
+        chosen = strategy_class(name)
+        takes = options_of(chosen)
+        threads = self.configuration["engine"]["threads"] or os.cpu_count() or 1
+        ours: dict[str, Any] = {
+            "seed": self.configuration["run"]["seed"],
+            "server_optimizer": server_optimizer(
+                self.configuration["server"]["name"],
+                **self.configuration.options("server"),
+            ),
+            "threads": threads,
+            "device": self.device,
+            "min_train_nodes": 1,
+            "min_evaluate_nodes": 1,
+            "min_available_nodes": 1,
+            "model": self.make_model,
+            "proxy": self.data.proxy,
+        }
+        if ours["server_optimizer"] and "server_optimizer" not in takes:
+            raise ConfigurationError(
+                f"server.name: strategy '{name}' takes no server optimiser; choose "
+                "'none'."
+            )
+        arguments = {key: value for key, value in ours.items() if key in takes}
+        if "model" in arguments:
+            arguments["model"] = self.make_model()
+        arguments |= self.configuration.options("strategy")
+        return chosen(**arguments)
+
+
+def prepare(
+    configuration: Configuration,
+    dataset: DataSet | None = None,
+    num_clients: int | None = None,
+) -> Components:
+    """Load and divide the data of a configuration.
+
+    Parameters
+    ----------
+    configuration : Configuration
+        What to run.
+    dataset : DataSet, optional
+        Data of your own instead of the configuration's.
+    num_clients : int, optional
+        How many clients there really are, where something else decides that.
+    """
+    data = configuration["data"]
+    seed = configuration["run"]["seed"]
+    if dataset is None:
+        dataset = load(
+            data["name"], data["path"] or None, seed, **configuration.options("data")
+        )
+    partition = configuration["partition"]
+    federated = federate(
+        dataset,
+        partition["name"],
+        num_clients or partition["clients"] or None,
+        held_out=data["held-out"],
+        proxy=data["proxy"],
+        seed=seed,
+        **configuration.options("partition"),
+    )
+    return Components(configuration, federated)
+
+
+def client_data(
+    configuration: Configuration, context: Context, federated: FederatedData | None
+) -> ClientData:
+    """Return the data of the client behind a context.
+
+    A real node names its file, ``data-path``; a simulated one its ``partition-id``.
+    """
+    path = context.node_config.get("data-path")
+    if path is not None:
+        return load_client(
+            str(path),
+            held_out=configuration["data"]["held-out"],
+            seed=configuration["run"]["seed"],
+        )
+    if federated is None or "partition-id" not in context.node_config:
+        raise ConfigurationError(
+            "the node config has neither 'partition-id' nor 'data-path'. Start the "
+            "SuperNode with --node-config \"data-path='/path/to/data.csv'\"."
+        )
+    return federated.client(client_number(context))
+
+
+def run(
+    file: str | Path | None = None,
+    *,
+    strategy: str | None = None,
+    engine: str | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    dataset: DataSet | None = None,
+    report: bool = True,
+    progress: Report | None = None,
+) -> Run:
+    """Run a simulation and write its folder.
+
+    Parameters
+    ----------
+    file : str or Path, optional
+        A simulation file; the quick start by default.
+    strategy, engine, seed : optional
+        Short for the settings ``strategy.name``, ``engine.name`` and ``run.seed``.
+    out : str or Path, optional
+        The run's folder; by default a new one under ``runs/``.
+    settings : Mapping or sequence of str
+        Override keys of the file: ``{"partition.alpha": 0.1}``, or texts as on the
+        command line, ``["partition.alpha=0.1"]``.
+    dataset : DataSet, optional
+        Data of your own instead of the file's ``[data]``.
+    report : bool
+        Write ``report.html`` at the end.
+    progress : Callable[[Progress], None], optional
+        Called after every round.
+
+    Returns
+    -------
+    Run
+        The folder, as pandas frames and plots.
+
+    Raises
+    ------
+    ConfigurationError, DataError
+        Before anything is written.
+
+    Examples
+    --------
+    >>> import fedweight
+    >>> result = fedweight.run(strategy="ida", settings={"run.rounds": 2})  # doctest: +SKIP
+    >>> result.rounds["test_accuracy"].plot()  # doctest: +SKIP
+    """
+    if isinstance(settings, Mapping):
+        settings = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    texts = list(settings)
+    for key, value in (
+        ("strategy.name", strategy),
+        ("engine.name", engine),
+        ("run.seed", seed),
+    ):
+        if value is not None:
+            texts.append(f"{key}={value}")
+    configuration = Configuration.read(file, texts)
+    components = prepare(configuration, dataset)
+    chosen = components.strategy()
+    client_app = components.client_app()
+    initial = FlatRecord(FlatModule(components.make_model()).save())
+    name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
+    label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
+    folder = new_folder(out, label)
+    recorder = Recorder(folder, components, chosen, progress)
+    recorder.begin()
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid, components, chosen, initial, recorder)
+
+    engine_table = configuration["engine"]
+    try:
+        with quiet_flower():
+            simulate(
+                server_app,
+                client_app,
+                num_clients=components.data.num_clients,
+                engine=engine_table["name"],
+                workers=engine_table["workers"] or None,
+                gpus_per_worker=engine_table["gpus-per-worker"],
+                address=engine_table["address"] or None,
+                threads=engine_table["threads"] or None,
+            )
+    finally:
+        recorder.end()
+    result = Run(folder)
+    if report:
+        result.report()
+    return result
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Keep Flower's log to warnings; what a round did is in the run's folder."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def serve(
+    grid: Grid,
+    components: Components,
+    strategy: Strategy,
+    initial: ArrayRecord,
+    recorder: Recorder,
+) -> None:
+    """Be the server: let the strategy run its rounds, and record them."""
+    configuration = components.configuration
+    strategy.start(
+        grid,
+        initial,
+        num_rounds=configuration["run"]["rounds"],
+        train_config=ConfigRecord(
+            {keys.LOCAL_EPOCHS: configuration["training"]["epochs"]}
+        ),
+        evaluate_fn=recorder.after_round,
+    )
+
+
+class Recorder:
+    """Writes a run's folder, round by round.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's folder.
+    components : Components
+        What is run.
+    strategy : Strategy
+        Its ``history`` is what is recorded, if it keeps one.
+    progress : Callable, optional
+        Called after every round.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        components: Components,
+        strategy: Strategy,
+        progress: Report | None = None,
+    ) -> None:
+        self.folder = folder
+        self.components = components
+        self.strategy = strategy
+        self.progress = progress
+        self.rounds = Table(folder / "rounds.csv", ROUND_COLUMNS)
+        self.clients = Table(folder / "clients.csv", CLIENT_COLUMNS)
+        self.timings = Table(folder / "timings.csv", ("round", "seconds", "elapsed"))
+        self._module: FlatModule | None = None
+        self._arrays: ArrayRecord | None = None
+        self._began = self._last = time.perf_counter()
+
+    def begin(self) -> None:
+        """Write what is known before the first round."""
+        components = self.components
+        write_whole(self.folder / "config.toml", components.configuration.to_toml())
+        environment = json.dumps(environment_of(components), indent=2) + "\n"
+        write_whole(self.folder / "environment.json", environment)
+        counts = components.data.label_counts
+        held_out = [len(components.data.client(k).held_out) for k in range(len(counts))]
+        table = Table(
+            self.folder / "partition.csv",
+            (
+                "client",
+                "train_examples",
+                "held_out_examples",
+                *(f"label_{c}" for c in range(counts.shape[1])),
+            ),
+        )
+        table.append(
+            {
+                "client": k,
+                "train_examples": int(row.sum()),
+                "held_out_examples": held_out[k],
+                **{f"label_{c}": int(n) for c, n in enumerate(row)},
+            }
+            for k, row in enumerate(counts)
+        )
+        self._began = self._last = time.perf_counter()
+
+    def after_round(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Evaluate the global model, and record the round; Flower's evaluate_fn."""
+        self._arrays = arrays
+        test = self._test(number, arrays)
+        history = getattr(self.strategy, "history", None)
+        if history and history[-1].number == number:
+            record = history[-1]
+        else:
+            record = RoundRecord(number)
+        self.clients.append(client_row(number, c) for c in record.clients)
+        self.rounds.append([round_row(record, test)])
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.timings.append(
+            [{"round": number, "seconds": seconds, "elapsed": now - self._began}]
+        )
+        if self.progress is not None:
+            self.progress(
+                Progress(
+                    number,
+                    self.components.configuration["run"]["rounds"],
+                    test.get("accuracy", float("nan")),
+                    test.get("loss", float("nan")),
+                    now - self._began,
+                )
+            )
+        return MetricRecord(dict(test)) if test else None
+
+    def end(self) -> None:
+        """Write everything that is still to be written; also after a Ctrl-C."""
+        for table in (self.rounds, self.clients, self.timings):
+            table.write()
+        if self._arrays is not None:
+            layout = self._ready_module().layout
+            state = flatten(self._arrays, layout).state_dict()
+            write_whole(self.folder / "model.safetensors", safetensors_bytes(state))
+
+    def _ready_module(self) -> FlatModule:
+        if self._module is None:
+            components = self.components
+            self._module = FlatModule(components.make_model(), components.device)
+        return self._module
+
+    def _test(self, number: int, arrays: ArrayRecord) -> dict[str, float]:
+        table = self.components.configuration["run"]
+        due = number % table["evaluate-every"] == 0 or number == table["rounds"]
+        if not due:
+            return {}
+        module = self._ready_module()
+        model = flatten(arrays, module.layout)
+        loss, accuracy = evaluate(module, model, self.components.data.test)
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def environment_of(components: Components) -> dict[str, Any]:
+    """Return what a run ran on: versions, machine, engine, data."""
+    packages = ("fedweight", "flwr", "torch", "ray", "numpy", "pandas")
+    engine = components.configuration["engine"]
+    name = engine["name"]
+    if name == "auto":
+        name = choose_engine(
+            engine["workers"] or None,
+            engine["gpus-per-worker"],
+            engine["address"] or None,
+        )
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in packages},
+        },
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "gpus": [
+                torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+            ],
+        },
+        "engine": {"name": name, "device": components.device},
+        "data": {
+            "name": components.data.name,
+            "clients": components.data.num_clients,
+            "classes": components.data.num_classes,
+            "class_names": list(components.data.class_names),
+            "input_shape": list(components.data.input_shape),
+        },
+        "model": {
+            "parameters": Layout.of_module(components.make_model()).num_parameters
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

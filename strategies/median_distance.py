@@ -1,0 +1,55 @@
+"""A strategy of one's own: trust a client less when it is far from most others.
+
+Run it from the folder that holds ``strategies``, as it stands::
+
+    fedweight run simulations/quickstart.toml \\
+        --strategy strategies.median_distance:MedianDistance
+
+Where it comes from: robust statistics weighs a measurement by how far off it lies, in
+units of what is usual (Cauchy's weight function). How far off a client lies is its
+median distance from all clients, which up to half of them cannot move, as they could
+move a mean. A client at the usual distance keeps half its weight at ``tolerance = 1``;
+one ten times as far off keeps a hundredth.
+"""
+
+from typing import Unpack
+
+from torch import Tensor
+
+from fedweight.errors import check_range
+from fedweight.strategies import Round, WeightingStrategy
+from fedweight.strategies.base import StrategyArguments
+
+
+class MedianDistance(WeightingStrategy):
+    """Weigh clients by data size, over ``1 + (distance / (tolerance * usual))^2``.
+
+    Parameters
+    ----------
+    tolerance : float
+        Above 0, in units of the usual distance, the clients' median. Infinity is
+        FedAvg; the smaller it is, the more only the most central clients count.
+    **arguments
+        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
+    """
+
+    def __init__(
+        self, tolerance: float = 2.0, **arguments: Unpack[StrategyArguments]
+    ) -> None:
+        super().__init__(**arguments)
+        check_range("tolerance", tolerance, 0, low_open=True)
+        self.tolerance = tolerance
+
+    def weights(self, round: Round) -> Tensor:
+        """Return one weight for each client; they sum to one."""
+        gram = round.updates.gram()
+        squares = gram.diagonal()
+        apart = (squares[:, None] + squares[None] - 2 * gram).clamp(min=0).sqrt()
+        distances = apart.median(dim=1).values
+        round.log("distance", distances)
+        usual = distances.median()
+        if usual == 0:
+            return round.size_weights
+        odd = distances / (self.tolerance * usual)
+        weights = round.size_weights / (1 + odd.square())
+        return weights / weights.sum()

@@ -1,0 +1,215 @@
+"""Grids for the tests: one Ray for all of them, started when the first test asks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedweight import _flower
+from fedweight.simulations.grid import SimulationGrid
+from fedweight.simulations.local import LocalGrid
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    """Let the tests write messages, as a ServerApp may."""
+    with _flower.task_identity(run_id=0):
+        yield
+
+
+@pytest.fixture(scope="session")
+def _ray() -> Iterator[Any]:
+    import ray
+
+    # Three: the tests hold a grid of one worker and one of two. A small store, as
+    # /dev/shm is small in containers.
+    ray.init(
+        num_cpus=3,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=200_000_000,
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _ray_grids(_ray: Any) -> Iterator[list[Any]]:
+    from fedweight.simulations.ray import RayGrid
+
+    grids = [RayGrid(ClientApp(), 1, workers=n) for n in (1, 2)]
+    yield grids
+    for grid in grids:
+        grid.close()
+
+
+@pytest.fixture
+def ray_grids(
+    _ray: Any, _ray_grids: list[Any], request: pytest.FixtureRequest
+) -> Iterator[list[Any]]:
+    """Give a grid of one worker and one of two; ``load`` an app before use."""
+    # The workers need not find the test modules: what they define travels along.
+    _ray.cloudpickle.register_pickle_by_value(request.module)
+    yield _ray_grids
+    _ray.cloudpickle.unregister_pickle_by_value(request.module)
+
+
+@pytest.fixture
+def ray_grid(ray_grids: list[Any]) -> Any:
+    """Give the grid of two workers."""
+    return ray_grids[1]
+
+
+@pytest.fixture
+def everywhere(
+    ray_grids: list[Any],
+) -> Callable[[Callable[[SimulationGrid], Any], ClientApp, int], Any]:
+    """Give a function that runs something on every grid and expects the same of all.
+
+    It returns what the local grid gave.
+    """
+
+    def play(
+        what: Callable[[SimulationGrid], Any],
+        client_app: ClientApp,
+        num_clients: int,
+        run_config: dict[str, Any] | None = None,
+    ) -> Any:
+        local = what(LocalGrid(client_app, num_clients, run_config))
+        for grid in ray_grids:
+            grid.load(client_app, num_clients, run_config)
+            assert what(grid) == local, f"Ray, {grid.workers} workers"
+        return local
+
+    return play
+
+
+@pytest.fixture
+def serve() -> Callable[[ServerApp, SimulationGrid], Context]:
+    """Give a function that runs a ServerApp on a grid, as ``simulate`` does."""
+
+    def run(
+        server_app: ServerApp,
+        grid: SimulationGrid,
+        run_config: dict[str, Any] | None = None,
+    ) -> Context:
+        context = Context(0, 1, {}, RecordDict(), dict(run_config or {}))
+        server_app(grid, context)
+        return context
+
+    return run
+
+
+@pytest.fixture
+def write() -> Callable[..., Message]:
+    """Give a function that writes a message to a client."""
+
+    def message(
+        grid: SimulationGrid,
+        client: int,
+        kind: str = "train",
+        arrays: ArrayRecord | None = None,
+        **config: Any,
+    ) -> Message:
+        content = RecordDict({"config": ConfigRecord(config)})
+        if arrays is not None:
+            content["arrays"] = arrays
+        return Message(content, list(grid.get_node_ids())[client], kind)
+
+    return message
+
+
+class Script:
+    """A Python program of its own process group, and what it leaves behind."""
+
+    def __init__(self, text: str, folder: Path) -> None:
+        path = folder / "script.py"
+        path.write_text(text)
+        root = str(Path(__file__).parents[2])
+        found = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+        self.errors = folder / "errors.txt"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(path)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": found},
+                start_new_session=True,
+            )
+
+    def wait_for(self, line: str) -> None:
+        """Read the output until a line."""
+        assert self.process.stdout is not None
+        for got in self.process.stdout:
+            if got.strip() == line:
+                return
+        raise AssertionError(f"no line {line!r}; {self.errors.read_text()}")
+
+    def interrupt(self) -> None:
+        """Do what Ctrl-C does: it reaches every process of the group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def finish(self) -> str:
+        """Wait for the end; return the rest of the output."""
+        output, _ = self.process.communicate(timeout=60)
+        return output
+
+    def left_behind(self) -> list[str]:
+        """Return the processes of the group that outlive it by two seconds."""
+        deadline = time.monotonic() + 2
+        while left := _members(self.process.pid):
+            if time.monotonic() > deadline:
+                return left
+            time.sleep(0.05)
+        return []
+
+    def kill(self) -> None:
+        if _members(self.process.pid):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+def _members(session: int) -> list[str]:
+    """Return the command lines of a session's processes, as /proc has them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, _, _, its = (
+                (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            )
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its) == session and state != "Z":
+            found.append(command)
+    return found
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Callable[[str], Script]]:
+    """Give a function that starts a Python program; it is gone after the test."""
+    started: list[Script] = []
+
+    def start(text: str) -> Script:
+        started.append(Script(text, tmp_path))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from fedweight.strategies.fedavg import FedAvg
+from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
+
+
+def test_golden(kit, golden):
+    expected = golden("fedavg")
+    round = kit.make_round(kit.toy["models"], num_examples=kit.toy["num_examples"])
+    strategy = FedAvg()
+    assert strategy.weights(round).tolist() == expected["weights"]
+    assert strategy.aggregate(round).tolist() == expected["model"]
+
+
+def test_golden_through_messages(kit, golden):
+    clients = {
+        i: kit.Client(model, n)
+        for i, (model, n) in enumerate(
+            zip(kit.toy["models"], kit.toy["num_examples"], strict=True)
+        )
+    }
+    start = kit.record({"w": np.zeros(4, np.float32)})
+    federation = kit.Federation(FedAvg(), clients, start)
+    record = federation.round()
+    assert record.status == "ok"
+    assert [c.weight for c in record.clients] == golden("fedavg")["weights"]
+    np.testing.assert_array_equal(federation.vector, golden("fedavg")["model"])
+
+
+def test_damped_momentum(kit, golden):
+    expected = golden("fedavg")["damped_momentum"]
+    beta = expected["beta"]
+    optimizer = ServerMomentum(beta=beta, dampening=beta)
+    update = torch.tensor(expected["update"], dtype=torch.float64)
+    model = torch.zeros(1, dtype=torch.float64)
+    reached = []
+    for d in update:
+        model = model + optimizer.step(d[None])
+        reached.append(float(model))
+    assert reached == pytest.approx(expected["model"], abs=1e-12)
+
+
+@pytest.mark.parametrize("make", [ServerMomentum, ServerAdam])
+def test_server_optimizer_goes_on_from_its_state(kit, make):
+    def federation():
+        clients = {i: kit.Client(np.arange(4.0) * (i + 1)) for i in range(3)}
+        start = kit.record({"w": np.zeros(4, np.float32)})
+        return kit.Federation(FedAvg(server_optimizer=make()), clients, start)
+
+    whole = federation()
+    for _ in range(4):
+        whole.round()
+    first = federation()
+    first.round()
+    first.round()
+    second = federation()
+    second.strategy.load_state(first.strategy.state())
+    second.arrays, second.number = first.arrays, first.number
+    second.round()
+    second.round()
+    np.testing.assert_array_equal(second.vector, whole.vector)

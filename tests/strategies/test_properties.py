@@ -1,0 +1,467 @@
+"""What every method promises, whatever its rule is.
+
+A method that is registered is tested. Where its law differs from "weights of 0 or
+more that sum to one, applied to the clients' models", a line below says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedweight import keys
+from fedweight.strategies import STRATEGIES, WeightingStrategy, strategy_class
+
+METHODS = sorted(STRATEGIES.entries)
+
+# Settings under which a method's law is the common one.
+CONVEX = {
+    # Its shrinking factor makes another model of the same weights: see test_fedlaw.
+    "fedlaw": {"server_epochs": 0}
+}
+
+# More settings that the bits and the bad replies are tried with.
+VARIANTS = [(name, {}) for name in METHODS] + [
+    ("feddisco", {"metric": "l2", "scale_with_cohort": True}),
+    ("fedce", {"mode": "times", "consensus": "uniform"}),
+    ("fedlaw", {"form": "quad"}),
+    ("ida", {"fedavg": True, "intrac": True}),
+    ("ida", {"per_tensor": True, "distance": "l2", "base": "sample"}),
+]
+IDS = [f"{name}-{'-'.join(map(str, o)) or 'default'}" for name, o in VARIANTS]
+
+CLASSES, FEATURES = 3, 2
+SIZE = CLASSES * FEATURES + CLASSES
+
+every_method = pytest.mark.parametrize("name", METHODS)
+every_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
+values = st.floats(-10, 10, width=32)
+
+
+def build(name, **options):
+    """Make a strategy of a registered name, with the inputs that it needs."""
+    cls = strategy_class(name)
+    stream = np.random.default_rng(0)
+    inputs = {
+        "model": nn.Linear(FEATURES, CLASSES).double(),
+        "proxy": SimpleNamespace(
+            x=stream.normal(size=(12, FEATURES)), y=np.arange(12) % CLASSES
+        ),
+    }
+    needed = {key: inputs[key] for key in cls.needs}
+    return cls(**needed, **{"min_train_nodes": 1, "min_available_nodes": 1, **options})
+
+
+def client(kit, model, n=10.0, seed=0, **changes):
+    """A client that has an answer to whatever a method may ask."""
+    stream = np.random.default_rng(seed)
+    metrics = {
+        name: float(stream.uniform())
+        for name in (keys.LOSS_BEFORE, keys.ACCURACY_AFTER, keys.MINUS_ERROR)
+    }
+    profile = {keys.LABEL_COUNTS: stream.integers(0, 20, CLASSES).tolist()}
+    return kit.Client(model, n, metrics, profile, **changes)
+
+
+def start(kit, dtype=np.float64):
+    stream = np.random.default_rng(9)
+    return kit.record(
+        {
+            "weight": stream.normal(size=(CLASSES, FEATURES)).astype(dtype),
+            "bias": stream.normal(size=CLASSES).astype(dtype),
+        }
+    )
+
+
+def federation(kit, strategy, models, sizes=None, **options):
+    sizes = sizes or [10.0] * len(models)
+    clients = {
+        k: client(kit, model, n, seed=k)
+        for k, (model, n) in enumerate(zip(models, sizes, strict=True))
+    }
+    return kit.Federation(strategy, clients, start(kit), **options)
+
+
+def random_models(k, seed=0):
+    return np.random.default_rng(seed).normal(size=(k, SIZE))
+
+
+def fewest(name):
+    return build(name).min_replies
+
+
+@every_method
+def test_describes_itself(name, caplog):
+    strategy = build(name)
+    assert isinstance(strategy, WeightingStrategy)
+    assert STRATEGIES.descriptions()[name].endswith(".")
+    assert type(strategy).__module__.endswith(name)
+    with caplog.at_level(logging.INFO, logger="fedweight"):
+        strategy.summary()
+    assert type(strategy).__name__ in caplog.text
+    with pytest.raises(TypeError, match="has no argument 'colour'"):
+        build(name, colour="red")
+
+
+@every_method
+@given(data=st.data())
+@settings(max_examples=30)
+def test_identical_clients_give_what_each_has(kit, name, data):
+    k = data.draw(st.integers(fewest(name), 5))
+    model = np.array(data.draw(st.lists(values, min_size=SIZE, max_size=SIZE)))
+    sizes = data.draw(st.lists(st.integers(0, 50), min_size=k, max_size=k))
+    run = federation(kit, build(name, **CONVEX.get(name, {})), [model] * k, sizes)
+    assert run.round().status == "ok"
+    np.testing.assert_allclose(run.vector, model, rtol=1e-12, atol=1e-12)
+
+
+@every_variant
+@given(data=st.data())
+@settings(max_examples=30)
+def test_weights_are_a_share_of_one(kit, name, options, data):
+    k = data.draw(st.integers(fewest(name), 6))
+    row = st.lists(values, min_size=SIZE, max_size=SIZE)
+    models = data.draw(st.lists(row, min_size=k, max_size=k))
+    sizes = data.draw(st.lists(st.integers(0, 50), min_size=k, max_size=k))
+    run = federation(kit, build(name, **options), np.array(models), sizes)
+    for _ in range(2):
+        record = run.round()
+        assert record.status == "ok"
+        weights = np.array([c.weight for c in record.clients])
+        assert np.isfinite(weights).all()
+        assert (weights >= 0).all()
+        assert weights.sum() == pytest.approx(1, abs=1e-9)
+        assert 1 - 1e-9 <= record.metrics["effective-clients"] <= k + 1e-9
+
+
+@every_method
+@given(data=st.data())
+@settings(max_examples=30)
+def test_the_model_is_the_weighted_sum_of_the_models(kit, name, data):
+    k = data.draw(st.integers(fewest(name), 6))
+    row = st.lists(values, min_size=SIZE, max_size=SIZE)
+    models = np.array(data.draw(st.lists(row, min_size=k, max_size=k)))
+    run = federation(kit, build(name, **CONVEX.get(name, {})), models)
+    weights = [c.weight for c in run.round().clients]
+    np.testing.assert_allclose(run.vector, weights @ models, rtol=1e-9, atol=1e-9)
+
+
+@every_variant
+@given(order=st.permutations(range(6)))
+@settings(max_examples=15)
+def test_who_answers_first_does_not_matter(kit, name, options, order):
+    def play(arrange):
+        run = federation(kit, build(name, **options), random_models(6), arrange=arrange)
+        for t in range(3):
+            for k, model in enumerate(random_models(6, seed=t)):
+                run.clients[k].model = model
+            record = run.round()
+        return run.vector, [(c.client, c.weight) for c in record.clients]
+
+    straight, weights = play(lambda replies: replies)
+    mixed, mixed_weights = play(lambda replies: [replies[i] for i in order])
+    np.testing.assert_array_equal(mixed, straight)
+    assert mixed_weights == weights
+
+
+@every_variant
+def test_threads_do_not_change_a_bit(kit, name, options):
+    def play(threads):
+        strategy = build(name, **options, threads=threads)
+        run = federation(kit, strategy, random_models(40))
+        run.round()
+        run.round()
+        return run.vector
+
+    np.testing.assert_array_equal(play(1), play(4))
+
+
+@every_variant
+def test_one_client_alone(kit, name, options):
+    run = federation(kit, build(name, **options), random_models(1))
+    record = run.round()
+    if fewest(name) > 1:
+        assert record.status == "failed"
+    else:
+        assert record.clients[0].weight == 1
+
+
+@every_variant
+def test_no_client_has_data(kit, name, options):
+    run = federation(kit, build(name, **options), random_models(4), [0] * 4)
+    record = run.round()
+    assert record.status == "ok"
+    assert sum(c.weight for c in record.clients) == pytest.approx(1)
+
+
+@every_variant
+def test_some_clients_have_no_data(kit, name, options):
+    run = federation(kit, build(name, **options), random_models(4), [0, 5, 0, 3])
+    for k in (0, 2):
+        run.clients[k].profile[keys.LABEL_COUNTS] = [0] * CLASSES
+    record = run.round()
+    assert record.status == "ok"
+    assert sum(c.weight for c in record.clients) == pytest.approx(1)
+
+
+@every_method
+def test_clients_that_learnt_nothing_change_nothing(kit, name):
+    run = federation(kit, build(name, **CONVEX.get(name, {})), [None] * 4)
+    before = run.vector
+    for _ in range(2):
+        assert run.round().status == "ok"
+    np.testing.assert_allclose(run.vector, before, rtol=1e-15)
+
+
+@every_variant
+def test_one_client_learnt_nothing(kit, name, options):
+    models = [*random_models(4), None]
+    run = federation(kit, build(name, **options), models)
+    for _ in range(2):
+        record = run.round()
+        assert record.status == "ok"
+        assert sum(c.weight for c in record.clients) == pytest.approx(1)
+
+
+def named(vector, dtype=np.float64):
+    weight, bias = np.split(np.asarray(vector, dtype), [CLASSES * FEATURES])
+    return {"weight": weight.reshape(CLASSES, FEATURES), "bias": bias}
+
+
+def spoil(kit, how):
+    """A client whose reply is unfit, and what the record says of it."""
+    good = random_models(1, seed=8)[0]
+    bad = good.copy()
+    if how == "nan":
+        bad[3] = np.nan
+        return client(kit, bad), "rejected", "NaN or infinite"
+    if how == "infinity":
+        bad[-1] = -np.inf
+        return client(kit, bad), "rejected", "NaN or infinite"
+    if how == "shape":
+        arrays = {**named(good), "bias": np.zeros(CLASSES + 1)}
+        return client(kit, arrays), "rejected", "'bias' has shape [4]"
+    if how == "missing array":
+        return client(kit, {"bias": np.zeros(CLASSES)}), "rejected", "['weight']"
+    if how == "another array":
+        arrays = {**named(good), "extra": np.zeros(1)}
+        return client(kit, arrays), "rejected", "unexpected ['extra']"
+    if how == "kind":
+        arrays = {**named(good), "bias": np.array(["a", "b", "c"])}
+        return client(kit, arrays), "rejected", "'bias' has dtype <U1"
+    if how == "complex":
+        arrays = {**named(good), "bias": np.zeros(CLASSES, np.complex64)}
+        return client(kit, arrays), "rejected", "'bias' has dtype complex64"
+    if how == "negative size":
+        return client(kit, good, -1.0), "rejected", "'num-examples' must be"
+    if how == "size is no number":
+        return client(kit, good, float("nan")), "rejected", "'num-examples' must be"
+    if how == "error":
+        return client(kit, good, error="out of memory"), "failed", "out of memory"
+    return client(kit, good, silent=True), "missing", "no reply in time"
+
+
+SPOILT = [
+    "nan",
+    "infinity",
+    "shape",
+    "missing array",
+    "another array",
+    "kind",
+    "complex",
+    "negative size",
+    "size is no number",
+    "error",
+    "silent",
+]
+
+
+@every_method
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_bad_reply_is_recorded_and_does_no_harm(kit, name, how, caplog):
+    odd, status, reason = spoil(kit, how)
+    run = federation(kit, build(name), random_models(5))
+    run.clients[2] = odd
+    clean = federation(kit, build(name), random_models(5))
+    del clean.clients[2]
+    with caplog.at_level(logging.WARNING, logger="fedweight"):
+        record, other = run.round(), clean.round()
+    assert record.status == "ok"
+    assert record.clients[2].status == status
+    assert reason in record.clients[2].reason
+    assert "client 2" in caplog.text
+    np.testing.assert_array_equal(run.vector, clean.vector)
+    weights = {c.client: c.weight for c in record.clients if c.client != 2}
+    assert weights == {c.client: c.weight for c in other.clients}
+    assert np.isnan(record.clients[2].weight)
+
+
+@every_method
+def test_a_client_counts_once(kit, name):
+    run = federation(kit, build(name), random_models(4))
+    run.clients[1].twice = True
+    once = federation(kit, build(name), random_models(4))
+    record = run.round()
+    once.round()
+    twice = [(c.status, c.reason) for c in record.clients if c.client == 1]
+    assert twice == [("ok", ""), ("rejected", "it replied twice")]
+    np.testing.assert_array_equal(run.vector, once.vector)
+
+
+@every_method
+def test_a_scalar_that_was_asked_for_must_be_one(kit, name):
+    for wrong in (float("nan"), float("inf"), [0.5, 0.5]):
+        run = federation(kit, build(name), random_models(4))
+        asked = run.strategy.request
+        for key in run.clients[1].metrics:
+            run.clients[1].metrics[key] = wrong
+        record = run.round()
+        scalar = any(key in run.clients[1].metrics for key in asked)
+        assert record.clients[1].status == ("rejected" if scalar else "ok")
+
+
+@every_method
+def test_too_few_replies_keep_the_model_and_the_state(kit, name, caplog):
+    run = federation(kit, build(name, min_replies=3), random_models(4))
+    run.round()
+    before, state = run.vector, json.dumps(run.strategy.state())
+    run.clients[0].silent = True
+    run.clients[3].error = "no power"
+    with caplog.at_level(logging.ERROR, logger="fedweight"):
+        record = run.round()
+    assert record.status == "failed"
+    assert "2 good replies of 4 clients asked, min_replies is 3" in record.reason
+    assert "round 2 failed, the global model is kept" in caplog.text
+    assert "no power" in caplog.text
+    np.testing.assert_array_equal(run.vector, before)
+    assert json.dumps(run.strategy.state()) == state
+    run.clients[0].silent, run.clients[3].error = False, ""
+    assert run.round().status == "ok"
+
+
+@every_method
+def test_nobody_answers(kit, name):
+    run = federation(kit, build(name), random_models(3))
+    for c in run.clients.values():
+        c.silent = True
+    before = run.vector
+    record = run.round()
+    assert record.status == "failed"
+    assert record.count("missing") == 3
+    np.testing.assert_array_equal(run.vector, before)
+
+
+@every_variant
+def test_goes_on_from_its_state(kit, name, options):
+    """The state is plain values: it may go through JSON."""
+
+    def play(run, rounds):
+        for t in rounds:
+            for k, model in enumerate(random_models(5, seed=t)):
+                run.clients[k].model = model
+            run.round()
+
+    whole = federation(kit, build(name, **options), [None] * 5)
+    play(whole, range(5))
+    first = federation(kit, build(name, **options), [None] * 5)
+    play(first, range(2))
+    second = federation(kit, build(name, **options), [None] * 5)
+    state = json.loads(json.dumps(first.strategy.state()))
+    second.strategy.load_state(state)
+    second.arrays, second.number = first.arrays, first.number
+    play(second, range(2, 5))
+    np.testing.assert_array_equal(second.vector, whole.vector)
+    assert second.strategy.state() == whole.strategy.state()
+
+
+@every_method
+def test_who_takes_part_depends_on_the_seed_alone(kit, name):
+    def chosen(seed, clients):
+        strategy = build(name, fraction_train=0.3, seed=seed)
+        run = federation(kit, strategy, random_models(20))
+        run.clients = {k: run.clients[k] for k in clients}
+        run.grid.clients = run.clients
+        return [{c.client for c in run.round().clients} for _ in range(3)]
+
+    forwards = chosen(1, range(20))
+    assert forwards == chosen(1, reversed(range(20)))
+    assert all(len(cohort) == 6 for cohort in forwards)
+    assert forwards != chosen(2, range(20))
+    assert forwards[0] != forwards[1]
+
+
+def wrapped(strategy, kind):
+    if kind == "server fixed":
+        return DifferentialPrivacyServerSideFixedClipping(strategy, 0.1, 1.0, 4)
+    if kind == "server adaptive":
+        return DifferentialPrivacyServerSideAdaptiveClipping(strategy, 0.1, 4)
+    if kind == "client fixed":
+        return DifferentialPrivacyClientSideFixedClipping(strategy, 0.1, 1.0, 4)
+    return DifferentialPrivacyClientSideAdaptiveClipping(strategy, 0.1, 4)
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["server fixed", "server adaptive", "client fixed"])
+def test_inside_flowers_differential_privacy(kit, name, kind):
+    strategy = build(name)
+    run = federation(kit, wrapped(strategy, kind), random_models(4) * 100)
+    for _ in range(3):
+        before = run.vector
+        record = run.round()
+        assert record.status == "ok"
+        assert len(record.clients) == 4
+        assert np.isfinite(run.vector).all()
+        if kind == "server fixed" and name not in CONVEX:
+            # Clipped to 1, and noise of 0.1 * 1 / 4 on nine values.
+            assert np.linalg.norm(run.vector - before) < 1.5
+    assert isinstance(run.arrays, ArrayRecord)
+
+
+@every_method
+def test_a_wrapper_that_gives_up_leaves_a_failed_round(kit, name):
+    run = federation(kit, wrapped(build(name), "server fixed"), random_models(4))
+    run.clients[0].error = "no power"
+    before = run.vector
+    assert run.round().status == "failed"
+    np.testing.assert_array_equal(run.vector, before)
+    run.clients[0].error = ""
+    assert run.round().status == "ok"
+
+
+@every_method
+def test_float32_models_and_both_accumulators(kit, name):
+    if "model" in strategy_class(name).needs:
+        model = nn.Linear(FEATURES, CLASSES)
+    results = []
+    for accumulate in ("float64", "float32"):
+        strategy = build(name, accumulate=accumulate)
+        if "model" in strategy.needs:
+            proxy = SimpleNamespace(x=np.eye(2, dtype=np.float32), y=np.arange(2))
+            strategy = type(strategy)(model, proxy, accumulate=accumulate)
+        run = federation(kit, strategy, random_models(5).astype(np.float32))
+        run.arrays = start(kit, np.float32)
+        for _ in range(2):
+            assert run.round().status == "ok"
+        assert {a.dtype for a in run.arrays.values()} == {"float32"}
+        results.append(run.vector)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_methods_are_told_apart():
+    assert len({strategy_class(name) for name in METHODS}) == len(METHODS)
+    assert torch.is_grad_enabled()
