@@ -43,9 +43,7 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument(
-            "--json", action="store_true", help="print the result as JSON"
-        )
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
         return sub
 
     run = command(
@@ -107,12 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         status: int = COMMANDS[given.command](given)
-    except (ConfigurationError, DataError) as error:
-        print(f"fedweight: {error}", file=sys.stderr)
-        return 2
+        if sys.stdout is not None:
+            sys.stdout.flush()  # Here, where a reader that has gone is noticed.
     except FedweightError as error:
-        print(f"fedweight: {error}", file=sys.stderr)
-        return 1
+        print(f"fedweight: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError | DataError) else 1
     except KeyboardInterrupt:
         print("\nfedweight: interrupted; what was recorded is kept.", file=sys.stderr)
         return 130
@@ -215,6 +212,8 @@ class _progress:
         if self.quiet:
             return
         text = f"accuracy {progress.accuracy:.4f}  loss {progress.loss:.4f}"
+        if progress.accuracy != progress.accuracy:  # NaN: not a round that is tested.
+            text = "not tested"
         if not sys.stderr.isatty():
             print(
                 f"round {progress.round}/{progress.rounds}  {text}  "

@@ -63,9 +63,9 @@ def check_range(
     name : str
         The parameter, as the user writes it.
     value : float
-        What the user gave. NaN is never allowed.
+        What the user gave. NaN and infinity are never allowed.
     low, high : float
-        The bounds; each belongs to the range unless its ``_open`` flag is set.
+        The bounds; a finite one belongs to the range unless its ``_open`` flag is set.
     low_open, high_open : bool
         Whether the bound itself is excluded.
 
@@ -76,12 +76,13 @@ def check_range(
     Traceback (most recent call last):
     fedweight.errors.ConfigurationError: alpha must be in (0, inf), got -1.0.
     """
+    low_open = low_open or low == float("-inf")
+    high_open = high_open or high == float("inf")
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
     if above and below:
         return
-    left = "(" if low_open or low == float("-inf") else "["
-    right = ")" if high_open or high == float("inf") else "]"
+    left, right = "(" if low_open else "[", ")" if high_open else "]"
     raise ConfigurationError(
         f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}."
     )

@@ -25,6 +25,10 @@ def load_object(kind: str, path: str) -> Any:
         module is the user's: it passes through as it is.
     """
     module_name, _, attribute = path.partition(":")
+    if not (attribute and all(part.isidentifier() for part in module_name.split("."))):
+        raise ConfigurationError(
+            f"{kind} '{path}' must be written 'package.module:name'."
+        )
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)

@@ -34,7 +34,7 @@ PERSONAL_METRICS = "personal-metrics"
 class TrainingApp(ClientApp):
     """A ClientApp that trains a PyTorch classifier on a client's own data.
 
-    It answers ``train``, ``evaluate`` and ``query.label-counts`` messages, with the
+    It answers ``train``, ``evaluate`` and ``query.label_counts`` messages, with the
     records and metrics that :mod:`fedweight.keys` names.
 
     Parameters
@@ -122,8 +122,12 @@ class TrainingApp(ClientApp):
         return not self.mods and not stochastic and self.device == "cpu"
 
     def cancel(self) -> None:
-        """Let clients that are training in other threads stop at their next step."""
-        self._cancelled.set()
+        """Let clients that are training in other threads stop at their next step.
+
+        Those that start afterwards are not concerned: the app can be used again.
+        """
+        cancelled, self._cancelled = self._cancelled, threading.Event()
+        cancelled.set()
 
     # What the app answers.
 
@@ -134,6 +138,7 @@ class TrainingApp(ClientApp):
         data = self.data(context)
         request = list(config.get(keys.REQUEST, ()))
         metrics: dict[str, float | int] = {}
+        cancelled = self._cancelled  # Of now: see cancel().
         with self._module(round, client) as module:
             start = flatten(_arrays(message), module.layout)
             if keys.LOSS_BEFORE in request:
@@ -152,7 +157,7 @@ class TrainingApp(ClientApp):
                 learning_rate=self.settings.learning_rate_in(round),
                 epochs=int(config.get(keys.LOCAL_EPOCHS, self.settings.epochs)),
                 stream=generator(self.seed, Purpose.SHUFFLE, round, client),
-                cancelled=self._cancelled.is_set,
+                cancelled=cancelled.is_set,
             )
             if keys.ACCURACY_AFTER in request:
                 _, accuracy = evaluate(module, result.model, data.train)
@@ -242,16 +247,18 @@ class TrainingApp(ClientApp):
         Meirui Jiang et al., "Fair Federated Medical Image Segmentation via Client
         Contribution Estimation", CVPR 2023. The minus model is ``(w - c w_own) / (1 -
         c)`` with the own model of the last round; its accuracy is measured on the
-        held-out part. A first round counts as accuracy 0, and stays in the mean.
+        held-out part. A first round counts as accuracy 0, and stays in the mean. It
+        is one where the server tells no coefficient: it has none of this client.
         """
         past = context.state.get(PERSONAL_METRICS, MetricRecord())
         scores = [float(s) for s in past.get("minus-scores", [])]  # type: ignore[union-attr]
         own = context.state.get(PERSONAL_MODEL)
-        if own is None:
+        told = config.get(keys.COEFFICIENT)
+        if own is None or told is None:
             scores = [0.0]
         else:
             before = flatten(own, module.layout)  # type: ignore[arg-type]
-            c = min(float(config[keys.COEFFICIENT]), 0.999)  # type: ignore[arg-type]
+            c = min(float(told), 0.999)  # type: ignore[arg-type]
             minus = start.with_parameters(
                 (start.parameters - c * before.parameters) / (1 - c)
             )

@@ -6,7 +6,8 @@ objective; which process it runs in, and after which other client, does not matt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..data.examples import Examples
 from ..errors import ClientError, check_choice, check_range
 from ..parameters import FlatModel, FlatModule, as_tensor
+from .noise import LocalTraining, draws_noise
 from .objectives import Batch, Objective
 
 EVALUATION_BATCH = 1024
@@ -84,41 +86,58 @@ class LocalResult:
 
 
 class LocalOptimizer:
-    """SGD or Adam on one vector of parameters, as ``torch.optim`` defines them."""
+    """SGD or Adam as ``torch.optim`` defines them, on a few tensors.
+
+    Parameters
+    ----------
+    settings : TrainingSettings
+        Which, and its parameters.
+    learning_rate : float
+        Of this round.
+    parameters : Sequence[Tensor]
+        What will be optimised: one vector of a client, or tensors of many clients.
+    """
 
     def __init__(
-        self, settings: TrainingSettings, learning_rate: float, like: Tensor
+        self,
+        settings: TrainingSettings,
+        learning_rate: float,
+        parameters: Sequence[Tensor],
     ) -> None:
         self.settings = settings
         self.learning_rate = learning_rate
         self.num_steps = 0
         adam = settings.optimizer == "adam"
-        self.first = torch.zeros_like(like) if adam or settings.momentum else None
-        self.second = torch.zeros_like(like) if adam else None
+        moments = parameters if adam or settings.momentum else ()
+        self.first = [torch.zeros_like(p) for p in moments]
+        self.second = [torch.zeros_like(p) for p in moments] if adam else []
 
-    def step(self, parameters: Tensor, gradients: Tensor) -> None:
+    def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Change the parameters in place; the gradients are used up."""
         self.num_steps += 1
         if self.settings.weight_decay:
-            gradients.add_(parameters, alpha=self.settings.weight_decay)
-        if self.second is not None:
+            for w, g in zip(parameters, gradients, strict=True):
+                g.add_(w, alpha=self.settings.weight_decay)
+        if self.second:
             self._adam(parameters, gradients)
-        elif self.first is not None:
-            self.first.mul_(self.settings.momentum).add_(gradients)
-            parameters.add_(self.first, alpha=-self.learning_rate)
-        else:
-            parameters.add_(gradients, alpha=-self.learning_rate)
+            return
+        if self.first:
+            for v, g in zip(self.first, gradients, strict=True):
+                v.mul_(self.settings.momentum).add_(g)
+            gradients = self.first
+        for w, g in zip(parameters, gradients, strict=True):
+            w.add_(g, alpha=-self.learning_rate)
 
-    def _adam(self, parameters: Tensor, gradients: Tensor) -> None:
-        assert self.first is not None
-        assert self.second is not None
+    def _adam(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         beta_1, beta_2, epsilon = 0.9, 0.999, 1e-8
-        self.first.lerp_(gradients, 1 - beta_1)
-        self.second.mul_(beta_2).addcmul_(gradients, gradients, value=1 - beta_2)
-        correction_1 = 1 - beta_1**self.num_steps
-        correction_2 = 1 - beta_2**self.num_steps
-        scale = self.second.sqrt().div_(correction_2**0.5).add_(epsilon)
-        parameters.addcdiv_(self.first, scale, value=-self.learning_rate / correction_1)
+        rate = self.learning_rate / (1 - beta_1**self.num_steps)
+        root = (1 - beta_2**self.num_steps) ** 0.5
+        for w, g, m, v in zip(
+            parameters, gradients, self.first, self.second, strict=True
+        ):
+            m.lerp_(g, 1 - beta_1)
+            v.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
+            w.addcdiv_(m, v.sqrt().div_(root).add_(epsilon), value=-rate)
 
 
 def train(
@@ -131,6 +150,7 @@ def train(
     learning_rate: float,
     epochs: int,
     stream: np.random.Generator,
+    noise_seed: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> LocalResult:
     """Train a client's model.
@@ -150,9 +170,11 @@ def train(
     learning_rate : float
         Of this round.
     epochs : int
-        Of this client in this round.
+        Of this client in this round, 1 or more.
     stream : numpy.random.Generator
         Orders the examples of every pass.
+    noise_seed : int
+        Of the client's noise inside the model, such as dropout's.
     cancelled : Callable[[], bool]
         Asked before every step; once it says yes, training raises.
 
@@ -161,6 +183,7 @@ def train(
     LocalResult
         The local model, after ``epochs * ceil(n / batch_size)`` steps.
     """
+    check_range("epochs", epochs, 1)
     module.load(start)
     n = len(examples)
     if n == 0:
@@ -168,8 +191,10 @@ def train(
     device = module.parameters.device
     x, y = as_tensor(examples.x).to(device), as_tensor(examples.y).to(device)
     received = start.parameters.to(device)
-    optimizer = LocalOptimizer(settings, learning_rate, module.parameters)
+    optimizer = LocalOptimizer(settings, learning_rate, [module.parameters])
     losses, outputs, labels = [], [], []
+    noise = draws_noise(module.module)
+    seed = torch.tensor(noise_seed, device=device)
     module.module.train()
     for _ in range(epochs):
         order = torch.from_numpy(stream.permutation(n)).to(device)
@@ -179,7 +204,9 @@ def train(
                 raise ClientError("training was cancelled")
             last = min(first + settings.batch_size, n)
             batch = Batch(shuffled_x[first:last], shuffled_y[first:last])
-            logits = module.module(batch.x)
+            step = torch.tensor(len(losses), device=device)
+            with LocalTraining(seed, step) if noise else nullcontext():
+                logits = module.module(batch.x)
             loss = objective.loss(logits, batch)
             module.gradients.zero_()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -188,7 +215,7 @@ def train(
                 module.gradients.add_(penalty)
             for place in module.frozen:
                 module.gradients[place] = 0
-            optimizer.step(module.parameters, module.gradients)
+            optimizer.step([module.parameters], [module.gradients])
             for place in module.frozen:
                 module.parameters[place] = received[place]
             losses.append(loss.detach() * (last - first))

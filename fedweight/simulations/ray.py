@@ -9,8 +9,10 @@ those that took least, so that all workers finish together.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import heapq
+import inspect
 import itertools
 import logging
 import os
@@ -101,8 +103,11 @@ class RayGrid(SimulationGrid):
             check_range("workers", workers, 1)
         check_range("gpus_per_worker", gpus_per_worker, 0)
         self._pool = _Pool(workers, gpus_per_worker, address)
-        # Whatever becomes of the grid, no process may outlive it.
+        # Whatever becomes of the grid, no process may outlive it. When the interpreter
+        # ends it has to be closed before Ray is: what is registered last runs first.
         self._guard = weakref.finalize(self, self._pool.close)
+        self._guard.atexit = False
+        atexit.register(self._guard)
         try:
             self.load(client_app, num_clients, run_config)
         except BaseException:
@@ -134,6 +139,7 @@ class RayGrid(SimulationGrid):
     def close(self) -> None:
         """Stop the workers, and Ray too if the grid started it."""
         self._guard()
+        atexit.unregister(self._guard)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages to the clients; return the messages' ids at once."""
@@ -178,7 +184,8 @@ class _Job:
 
     ``payloads`` are the messages as bytes; array records that travel apart are in
     ``arrays``, by the number that stands for them. ``seconds`` is what the client took
-    for such messages the last time, None if it never had one.
+    for such messages before, None if it never had one; ``expected`` is what the list
+    that it is in reckons with; an ``alone`` job gets a list to itself.
     """
 
     batch: _Batch
@@ -301,6 +308,7 @@ class _Pool:
                 job.batch.dropped = True
             while self._busy:
                 self._answers.wait()
+                self._check()
             self._forget()
         try:
             self._app = (ray.put(app), num_clients, run_config)
@@ -319,7 +327,7 @@ class _Pool:
         except RayError as error:
             raise EngineError(
                 "a Ray worker cannot load the ClientApp. The modules that it comes "
-                f"from must be importable there. {error}"
+                f"from must be importable there: {getattr(error, 'cause', '') or error}"
             ) from error
         for thread in self._threads:
             if thread.ident is None:
@@ -373,10 +381,11 @@ class _Pool:
             self._closed = True
             self._work.notify_all()
             self._answers.notify_all()
-        for worker in self.workers:
-            # Somebody may have ended Ray, or begun another.
-            with contextlib.suppress(Exception):
-                ray.kill(worker)
+        # Somebody may have ended Ray, when ``kill`` would start it, or begun another.
+        if ray.is_initialized():
+            for worker in self.workers:
+                with contextlib.suppress(Exception):
+                    ray.kill(worker)
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(THREAD_TIMEOUT)
@@ -565,7 +574,9 @@ class _Pool:
                 self._states[job.client] = state
             else:
                 self._states.pop(job.client, None)
-            self._measured[job.kind, job.client] = answer.seconds
+            # The mean of now and before: one measurement of a quick client is noise.
+            before = self._measured.get((job.kind, job.client), answer.seconds)
+            self._measured[job.kind, job.client] = (before + answer.seconds) / 2
             self._reply(job, answer.replies)
         for kind in {job.kind for job in jobs}:
             taken = [
@@ -618,16 +629,24 @@ def _num_bytes(record: ArrayRecord) -> int:
 
 def _unshippable(app: ClientApp, error: Exception) -> str:
     """Say what of an app cannot be sent to another process."""
+    found: set[str] = set()
     with open(os.devnull, "w") as nowhere, contextlib.suppress(Exception):
-        _, failures = inspect_serializability(app, name="app", print_file=nowhere)
-        found = sorted({f"'{f.name}' ({type(f.obj).__name__})" for f in failures})
-        if found:
-            return (
-                f"the ClientApp cannot be sent to Ray workers, because of "
-                f"{', '.join(found)}: {str(error).splitlines()[0]}. Make such objects "
-                "inside the client's functions, or use engine = 'local'."
-            )
-    return f"the ClientApp cannot be sent to Ray workers: {error}"
+        for value in vars(app).values():
+            for part in value.values() if isinstance(value, dict) else [value]:
+                if getattr(part, "__self__", None) is app:
+                    continue
+                _, failures = inspect_serializability(part, print_file=nowhere)
+                found |= {
+                    f"'{failure.name}' ({type(failure.obj).__name__})"
+                    for failure in failures
+                    if not inspect.isroutine(failure.obj)
+                }
+    because = f", because of {', '.join(sorted(found))}" if found else ""
+    return (
+        f"the ClientApp cannot be sent to Ray workers{because}: "
+        f"{error.__cause__ or error}. Make such objects inside the client's functions, "
+        "or use engine = 'local'."
+    )
 
 
 # Starting Ray.

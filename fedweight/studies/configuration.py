@@ -40,6 +40,8 @@ class Key:
     low: float = -INFINITY
     high: float = INFINITY
     choices: Sequence[str] = ()
+    low_open: bool = False
+    high_open: bool = False
 
 
 SCHEMA: dict[str, dict[str, Key]] = {
@@ -52,9 +54,15 @@ SCHEMA: dict[str, dict[str, Key]] = {
     "data": {
         "name": Key("digits", "a data set, or 'module:function'"),
         "path": Key("", "the folder or file that holds it, where it needs one"),
-        "held-out": Key(0.2, "share of a client's data it keeps to evaluate", 0, 1),
+        "held-out": Key(
+            0.2, "share of a client's data it keeps to evaluate", 0, 1, high_open=True
+        ),
         "proxy": Key(
-            0.02, "share of the training data the server keeps as a proxy set", 0, 1
+            0.02,
+            "share of the training data the server keeps as a proxy set",
+            0,
+            1,
+            high_open=True,
         ),
     },
     "partition": {
@@ -68,8 +76,10 @@ SCHEMA: dict[str, dict[str, Key]] = {
         "batch-size": Key(16, "examples in a step", 1),
         "optimizer": Key("sgd", "the client's optimiser", choices=("sgd", "adam")),
         "learning-rate": Key(0.1, "of the client's optimiser", 0),
-        "learning-rate-decay": Key(1.0, "factor on the rate after every round", 0, 1),
-        "momentum": Key(0.9, "of sgd", 0, 1),
+        "learning-rate-decay": Key(
+            1.0, "factor on the rate after every round", 0, 1, low_open=True
+        ),
+        "momentum": Key(0.9, "of sgd", 0, 1, high_open=True),
         "weight-decay": Key(0.0, "strength of the L2 term", 0),
     },
     "strategy": {"name": Key("fedavg", "how clients are weighed, or 'module:Class'")},
@@ -89,9 +99,7 @@ SCHEMA: dict[str, dict[str, Key]] = {
 # What the library fills in itself and a file may not.
 GIVEN: dict[str, frozenset[str]] = {
     "data": frozenset({"path", "seed"}),
-    "partition": frozenset(
-        {"labels", "natural_clients", "num_clients", "num_classes", "rng"}
-    ),
+    "partition": frozenset(),  # its first three parameters, whatever they are called
     "model": frozenset({"input_shape", "num_classes"}),
     "objective": frozenset({"inner"}),
     "strategy": frozenset(
@@ -173,7 +181,9 @@ class Configuration:
 
     @classmethod
     def read(
-        cls, path: str | Path | None = None, settings: Iterable[str] = ()
+        cls,
+        path: str | Path | None = None,
+        settings: Mapping[str, Any] | Iterable[str] = (),
     ) -> Configuration:
         """Read a simulation file, and settings that override it.
 
@@ -181,16 +191,23 @@ class Configuration:
         ----------
         path : str or Path, optional
             The file; the quick start by default.
-        settings : Iterable[str]
-            As ``"partition.alpha=0.1"``; later ones win.
+        settings : Mapping or iterable of str
+            ``{"partition.alpha": 0.1}``, or texts, ``["partition.alpha=0.1"]``; later
+            ones win.
         """
-        given: dict[str, Any] = {}
-        if path is not None:
-            given = _read_toml(Path(path))
+        given: dict[str, Any] = {} if path is None else _read_toml(Path(path))
+        changes: dict[str, Any] = {}
         for setting in settings:
-            table, key, value = parse_setting(setting)
-            given.setdefault(table, {})[key] = value
-        return cls.of(given, str(path) if path is not None else "")
+            if isinstance(settings, Mapping):
+                value = settings[setting]
+                table, key = split_key(setting, setting)
+                value = str(value) if isinstance(value, Path) else value
+            else:
+                table, key, value = parse_setting(setting)
+            changes.setdefault(table, {})[key] = value
+        _make_paths_whole(given, changes, Path(path or "").parent)
+        source = "" if path is None else str(path)
+        return cls.of(_merged(given, changes), source)
 
     @classmethod
     def unflatten(cls, flat: Mapping[str, bool | float | int | str]) -> Configuration:
@@ -200,10 +217,9 @@ class Configuration:
         """
         given: dict[str, Any] = {}
         for dotted, value in flat.items():
-            if dotted == "settings":
-                continue
-            table, _, key = dotted.partition(".")
-            given.setdefault(table, {})[key] = value
+            if dotted != "settings":
+                table, key = split_key(dotted, dotted)
+                given.setdefault(table, {})[key] = value
         for setting in str(flat.get("settings", "")).split():
             table, key, value = parse_setting(setting)
             given.setdefault(table, {})[key] = value
@@ -222,6 +238,14 @@ class Configuration:
             if key not in fixed
         }
 
+    def with_data(self, name: str) -> Configuration:
+        """Return the same, with data called ``name`` that came as an object."""
+        fixed = SCHEMA["data"]
+        data = {key: v for key, v in self.tables["data"].items() if key in fixed}
+        return Configuration(
+            {**self.tables, "data": {**data, "name": name, "path": ""}}
+        )
+
     def to_toml(self) -> str:
         """Return the tables as a simulation file that repeats the run."""
         return tomli_w.dumps({k: dict(v) for k, v in self.tables.items()})
@@ -238,12 +262,7 @@ def parse_setting(setting: str) -> tuple[str, str, Any]:
     ('strategy', 'name', 'ida')
     """
     dotted, equals, text = setting.partition("=")
-    table, dot, key = dotted.strip().partition(".")
-    if not (equals and dot and table and key):
-        raise ConfigurationError(
-            f"setting {setting!r} must be written table.key=value, such as "
-            "partition.alpha=0.1."
-        )
+    table, key = split_key(dotted if equals else "", setting)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -251,21 +270,59 @@ def parse_setting(setting: str) -> tuple[str, str, Any]:
     return table, key, value
 
 
+def split_key(dotted: str, setting: str) -> tuple[str, str]:
+    """Read ``"table.key"``, a part of a setting that an error message names."""
+    table, _, key = dotted.strip().partition(".")
+    if not (table and key):
+        raise ConfigurationError(
+            f"setting {setting!r} must be written table.key=value, such as "
+            "partition.alpha=0.1."
+        )
+    return table, key
+
+
+def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tables with some keys changed; what is no table stays, to be refused."""
+    merged = dict(given)
+    for name, table in changes.items():
+        before = merged.get(name, {})
+        merged[name] = {**before, **table} if isinstance(before, dict) else before
+    return merged
+
+
+def _make_paths_whole(
+    given: Mapping[str, Any], changes: Mapping[str, Any], folder: Path
+) -> None:
+    """Make the paths of [data] absolute, so that they hold wherever a run is repeated.
+
+    Those of a file are relative to it, those of settings to the working directory.
+    """
+    name = _merged(given, changes).get("data", {})
+    name = name.get("name") if isinstance(name, dict) else None
+    paths = {"path"}
+    if isinstance(name, str) and (name in DATA_SETS.entries or ":" in name):
+        options = options_of(DATA_SETS.resolve(name))
+        kinds = {key: typing.get_args(o.annotation) for key, o in options.items()}
+        paths |= {key for key, kind in kinds.items() if Path in kind}
+    for tables, start in ((given, folder), (changes, Path())):
+        data = tables.get("data")
+        for key in paths if isinstance(data, dict) else ():
+            if isinstance(data.get(key), str) and data[key]:
+                data[key] = str((start / Path(data[key]).expanduser()).resolve())
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigurationError(
             f"there is no simulation file '{path}'. Those that come with fedweight "
             "are in simulations/."
         ) from None
-    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path}: not a TOML file: {error}.") from None
-    data = given.get("data")
-    if isinstance(data, dict) and isinstance(data.get("path"), str) and data["path"]:
-        # A path in a file means the same from wherever the file is run.
-        data["path"] = str((path.parent / Path(data["path"]).expanduser()).resolve())
-    return given
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path} is not a TOML file: {error}.") from None
 
 
 def _resolve(where: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,12 +332,21 @@ def _resolve(where: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]
     for key, rule in fixed.items():
         value = given.get(key, rule.default)
         resolved[key] = _checked(f"{where}.{key}", value, rule)
-    options = {}
+    options: dict[str, Option] = {}
+    any_key = False
     if table in REGISTRIES:
         chosen = REGISTRIES[table].resolve(resolved["name"])
-        options = options_of(chosen, GIVEN[table])
+        if not callable(chosen):
+            raise ConfigurationError(
+                f"{where}.name must be a function or a class, but "
+                f"'{resolved['name']}' is {chosen!r}."
+            )
+        options = options_of(chosen)
+        library = set(list(options)[:3]) if table == "partition" else GIVEN[table]
+        options = {name: o for name, o in options.items() if name not in library}
+        any_key = options.pop(ANY, None) is not None
     for key in given:
-        if key not in fixed and key.replace("-", "_") not in options:
+        if not any_key and key not in fixed and key.replace("-", "_") not in options:
             allowed = [*fixed, *(name.replace("_", "-") for name in options)]
             raise ConfigurationError(
                 f"{where} has no key '{key}'.{closest(key, allowed)} "
@@ -296,9 +362,29 @@ def _resolve(where: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]
             raise ConfigurationError(f"{where} needs the key '{key}'.")
         if written is not None:
             check_type(f"{where}.{key}", value, option.annotation)
-        if value is not None:
-            resolved[key] = list(value) if isinstance(value, tuple) else value
-    return resolved
+        if written is not None or _is_toml(value):
+            resolved[key] = value
+    known = {*fixed, *options}
+    others = {k: v for k, v in given.items() if not known & {k, k.replace("-", "_")}}
+    return {k: _lists(v) for k, v in (resolved | others).items()}
+
+
+def _is_toml(value: Any) -> bool:
+    """Tell whether a default can be written down; others stay the function's own."""
+    if isinstance(value, list | tuple):
+        return all(_is_toml(v) for v in value)
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_toml(v) for k, v in value.items())
+    return isinstance(value, bool | int | float | str)
+
+
+def _lists(value: Any) -> Any:
+    """Return a value as TOML reads it: tuples are lists there."""
+    if isinstance(value, list | tuple):
+        return [_lists(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return value
 
 
 def _checked(where: str, value: Any, rule: Key) -> Any:
@@ -307,8 +393,19 @@ def _checked(where: str, value: Any, rule: Key) -> Any:
     if rule.choices:
         check_choice(where, value, rule.choices)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        check_range(where, value, rule.low, rule.high)
+        check_range(
+            where,
+            value,
+            rule.low,
+            rule.high,
+            low_open=rule.low_open,
+            high_open=rule.high_open,
+        )
     return float(value) if isinstance(rule.default, float) else value
+
+
+# The name under which a function that takes any option (**options) says so.
+ANY = "**"
 
 
 @dataclass(frozen=True)
@@ -319,26 +416,44 @@ class Option:
     annotation: Any
 
 
-def options_of(
-    function: Callable[..., Any], given: Iterable[str] = ()
-) -> dict[str, Option]:
-    """Return the parameters of a function or class, but for those ``given``.
+def options_of(function: Callable[..., Any]) -> dict[str, Option]:
+    """Return the parameters of a function or class.
 
     Keyword arguments typed by a ``TypedDict`` (``**arguments: Unpack[...]``) count
-    as parameters without a default of their own.
+    as parameters without a default of their own. Untyped ones stand for those of the
+    next base class; where there is none, :data:`ANY` is among the names.
     """
-    target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
-    hints = typing.get_type_hints(target, include_extras=True)
-    options = {}
+    if not isinstance(function, type):
+        return _parameters(function)
+    options: dict[str, Option] = {ANY: Option(None, Any)}
+    for base in function.__mro__:
+        if ANY in options and "__init__" in vars(base) and base is not object:
+            del options[ANY]
+            inherited = _parameters(base.__init__)
+            inherited.pop(next(iter(inherited), ""), None)  # self
+            options |= {k: o for k, o in inherited.items() if k not in options}
+    options.pop(ANY if function.__init__ is object.__init__ else "", None)
+    return options
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, Option]:
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):  # Names that its module imports for types only.
+        hints = {}
+    options: dict[str, Option] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name, Any)
         if parameter.kind is parameter.VAR_KEYWORD:
-            for arguments in typing.get_args(hint):
+            kinds = typing.get_args(hint)
+            for arguments in kinds:
                 for key, kind in typing.get_type_hints(arguments).items():
                     options.setdefault(key, Option(None, kind))
+            if not kinds:
+                options[ANY] = Option(None, Any)
         elif parameter.kind is not parameter.VAR_POSITIONAL:
             options[name] = Option(parameter.default, hint)
-    return {name: o for name, o in options.items() if name not in set(given)}
+    return options
 
 
 def check_type(where: str, value: Any, annotation: Any) -> None:
@@ -352,8 +467,11 @@ def check_type(where: str, value: Any, annotation: Any) -> None:
     fedweight.errors.ConfigurationError: run.rounds must be a whole number, got 'many'.
     """
     if not _fits(value, annotation):
+        near = ""
+        if typing.get_origin(annotation) is Literal:
+            near = closest(str(value), map(str, typing.get_args(annotation)))
         raise ConfigurationError(
-            f"{where} must be {_described(annotation)}, got {value!r}."
+            f"{where} must be {_described(annotation)}, got {value!r}.{near}"
         )
 
 
@@ -370,6 +488,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is not None:
         if not (isinstance(origin, type) and issubclass(origin, Iterable)):
             return True
+        if issubclass(origin, Mapping):
+            return isinstance(value, Mapping)
         inner = arguments[0] if arguments else Any
         return isinstance(value, list | tuple) and all(_fits(v, inner) for v in value)
     if annotation is float:
@@ -388,6 +508,8 @@ def _described(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         kinds = [a for a in arguments if a is not types.NoneType]
         return " or ".join(_described(a) for a in kinds)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a table"
     if origin is not None:
         inner = arguments[0] if arguments else Any
         return f"a list, each {_described(inner)}"

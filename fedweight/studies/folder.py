@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,22 @@ def new_folder(out: str | Path | None, name: str) -> Path:
         with a number added if that is taken.
     name : str
         What the run is called.
+
+    Raises
+    ------
+    ConfigurationError
+        If the folder is taken or cannot be made.
     """
+    try:
+        return _make_folder(out, name)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the run's folder '{error.filename}' cannot be made: {error.strerror}. "
+            "Choose another with --out."
+        ) from error
+
+
+def _make_folder(out: str | Path | None, name: str) -> Path:
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -38,6 +54,7 @@ def new_folder(out: str | Path | None, name: str) -> Path:
             )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+    name = re.sub(r"[/\\]+", "-", name)
     for number in range(1, 1_000_000):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:

@@ -8,7 +8,7 @@ itself in a notebook. Nothing here touches pyplot or matplotlib's global setting
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, check_choice
+from .records import ROUND_COLUMNS
 from .result import Run, label_columns
 
 if TYPE_CHECKING:
@@ -139,9 +140,9 @@ def client_accuracies_by_round(run: Run, ax: Axes | None = None) -> Axes:
     _label_ends(
         ax,
         [
-            (high[-1], "best 10 %", MUTED),
-            (median[-1], "median client", BLUE),
             (low[-1], "worst 10 %", MUTED),
+            (median[-1], "median client", BLUE),
+            (high[-1], "best 10 %", MUTED),
         ],
     )
     _style(ax)
@@ -249,7 +250,7 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
         raise DataError(f"{run.folder} holds no weights of round {number}.")
     row = weights.loc[number].dropna()
     clients, weight = row.index.to_numpy(), row.to_numpy(dtype=float)
-    share = _data_shares(run, number, clients)
+    share = data_shares(run, number, clients)
 
     ax = ax or _new_axes(HALF, 3.9)
     top = 1.08 * max(float(share.max()), float(weight.max()), 1 / len(weight))
@@ -288,14 +289,23 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
             markersize=size,
             markerfacecolor=colour,
             markeredgecolor=PAPER,
-            markeredgewidth=0.5,
+            markeredgewidth=0.5 if len(weight) <= 300 else 0,
             alpha=0.85,
             label=label,
         )
     ax.set_xlim(0, top)
     ax.set_ylim(bottom, top)
     far = np.argsort(-np.abs(weight - share), kind="stable")[:3]
+    named: list[int] = []
     for index in far[np.abs(weight - share)[far] > 0.02 * top]:
+        # A name that would cover another one is left out.
+        if any(
+            abs(weight[index] - weight[other]) < 0.06 * top
+            and abs(share[index] - share[other]) < 0.25 * top
+            for other in named
+        ):
+            continue
+        named.append(index)
         above = weight[index] > share[index]
         ax.annotate(
             f"client {clients[index]}",
@@ -434,6 +444,8 @@ def labels(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
         .T
     )
     sizes = counts.sum(axis=0)
+    if sizes.sum() == 0:
+        raise DataError(f"{run.folder / 'partition.csv'} holds no examples.")
     shares = counts / np.where(sizes > 0, sizes, np.nan)
     blocks, rows, merged = _block_means(shares)
     names = run.class_names
@@ -486,6 +498,56 @@ def labels(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
         "share of the client’s data",
     )
     return ax
+
+
+# ------------------------------------------------------------------ the method's own
+
+
+def recorded(run: Run) -> Figure:
+    """Draw what the method itself recorded of each round, a panel a number.
+
+    Parameters
+    ----------
+    run : Run
+        What to draw; the first eight of its numbers.
+
+    Raises
+    ------
+    DataError
+        The method recorded nothing of its own.
+    """
+    names = [name for name in run.rounds if name not in ROUND_COLUMNS]
+    frame = run.rounds.set_index("round")[names].select_dtypes("number")
+    frame = frame.astype(float)
+    frame = frame.where(np.isfinite(frame)).dropna(axis=1, how="all").iloc[:, :8]
+    if frame.empty:
+        raise DataError(f"the strategy '{run.strategy}' recorded nothing of its own.")
+    across = min(max(frame.shape[1], 2), 4)
+    lines = math.ceil(frame.shape[1] / across)
+    figure = _figure_class()(
+        figsize=(FULL, 2.1 * lines), layout="constrained", facecolor=PAPER
+    )
+    panels = figure.subplots(lines, across, squeeze=False).ravel()
+    for panel in panels[frame.shape[1] :]:
+        panel.set_visible(False)
+    for panel, name in zip(panels, frame, strict=False):
+        values = frame[name].dropna()
+        marker = "o" if len(values) < 3 else ""
+        panel.set_facecolor("none")
+        panel.plot(
+            values.index,
+            values.to_numpy(),
+            color=BLUE,
+            linewidth=1.6,
+            marker=marker,
+            markersize=4,
+        )
+        _limits(panel, values.to_numpy(), (-math.inf, math.inf))
+        _round_axis(panel, float(values.index.min()), float(values.index.max()))
+        panel.set_title(_readable(name), loc="left", fontsize=9.5, color=INK)
+        panel.set_xlabel("Round", fontsize=9, color=INK)
+        _style(panel)
+    return figure
 
 
 # -------------------------------------------------------------------- what they share
@@ -689,9 +751,7 @@ def _weights(run: Run) -> Any:
 def _clients_accuracy(run: Run) -> Any:
     frame = run.by_client("accuracy")
     if frame.empty:
-        raise DataError(
-            f"{run.folder / 'clients.csv'} holds no accuracies: no client was evaluated."
-        )
+        raise DataError(f"{run.folder / 'clients.csv'} holds no client's accuracy.")
     return frame
 
 
@@ -718,13 +778,25 @@ def _ordered_clients(run: Run, order: str) -> list[int]:
     return [int(client) for client in frame["client"]]
 
 
-def _data_shares(run: Run, number: int, clients: npt.NDArray[Any]) -> Array:
+def data_shares(run: Run, number: int, clients: Iterable[int]) -> Array:
+    """Return the share of the round's data that each of its clients holds, ``[K]``.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    number : int
+        The round.
+    clients : iterable of int
+        The clients that counted in it.
+    """
+    clients = list(clients)
     rows = run.clients[run.clients["round"] == number]
     sizes = np.full(len(clients), np.nan)
     if "examples" in rows:
         known = rows.dropna(subset=["weight"]).drop_duplicates("client")
-        known = known.set_index("client")["examples"].reindex(clients)
-        sizes = known.to_numpy(dtype=float, na_value=np.nan)
+        examples = known.set_index("client")["examples"].reindex(clients)
+        sizes = examples.to_numpy(dtype="float64", na_value=np.nan)
     if np.isnan(sizes).any():
         table = run.partition.set_index("client")["train_examples"].reindex(clients)
         sizes = np.where(
@@ -930,5 +1002,11 @@ def _name_missing(ax: Axes) -> None:
     )
 
 
+def _readable(name: object) -> str:
+    return _shortened(str(name).replace("_", " "), 40)
+
+
 def _shortened(name: str, length: int = 16) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """Return a name that fits, with no dollar that would begin a formula."""
+    short = name if len(name) <= length else name[: length - 1] + "…"
+    return short.replace("$", r"\$")

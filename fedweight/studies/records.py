@@ -66,7 +66,13 @@ COUNTS = {"examples", "steps", "held_out_examples"}
 
 def client_row(number: int, record: ClientRecord) -> Row:
     """Return one client's row of a round."""
-    row: Row = {
+    row: Row = {}
+    for name, value in record.metrics.items():
+        column = CLIENT_NAMES.get(name, snake_case(name))
+        whole = column in COUNTS and math.isfinite(value)
+        row[column] = int(value) if whole else value
+    # Whatever a client calls its metrics, these columns say what the server saw.
+    return row | {
         "round": number,
         "client": record.client,
         "status": record.status,
@@ -75,10 +81,6 @@ def client_row(number: int, record: ClientRecord) -> Row:
         "bytes_down": record.bytes_down,
         "bytes_up": record.bytes_up,
     }
-    for name, value in record.metrics.items():
-        column = CLIENT_NAMES.get(name, snake_case(name))
-        row[column] = int(value) if column in COUNTS else value
-    return row
 
 
 def round_row(record: RoundRecord, test: dict[str, float]) -> Row:
@@ -89,16 +91,16 @@ def round_row(record: RoundRecord, test: dict[str, float]) -> Row:
     )
     counted = ("ok", "rejected", "failed", "missing", "dropped")
     return {
-        "round": record.number,
-        "status": record.status,
-        "reason": first_line(record.reason),
-        "asked": sum(status != "evaluated" for status in statuses),
-        **{status: statuses.count(status) for status in counted},
         **{
             snake_case(name): value
             for name, value in record.metrics.items()
             if name != "num-steps"
         },
+        "round": record.number,
+        "status": record.status,
+        "reason": first_line(record.reason),
+        "asked": sum(status != "evaluated" for status in statuses),
+        **{status: statuses.count(status) for status in counted},
         **{f"test_{name}": value for name, value in test.items()},
         **{f"client_accuracy_{name}": value for name, value in spread.items()},
         "bytes_down": sum(c.bytes_down for c in record.clients),

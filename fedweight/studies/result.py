@@ -254,7 +254,7 @@ class Run:
             "clients": self._num_clients(),
             "test_accuracy": _last(test),
             "best_test_accuracy": _number(test.max()) if len(test) else None,
-            "best_round": int(test.index[test.argmax()]) if len(test) else None,
+            "best_round": int(test.index[int(test.argmax())]) if len(test) else None,
             "mean_test_accuracy_last_10": _number(last_ten.mean()),
             "held_out_accuracy": _last(self._measured("evaluate_accuracy")),
         }
@@ -333,6 +333,12 @@ class Run:
 
         return plots.figure_of(plots.labels(self, order=order))
 
+    def plot_recorded(self) -> Figure:
+        """Draw what the method itself recorded of each round."""
+        from . import plots
+
+        return plots.recorded(self)
+
     def report(self) -> Path:
         """Write ``report.html`` anew and return its path."""
         from .report import write_report
@@ -374,7 +380,7 @@ class Run:
                 path,
                 dtype={column: "str" for column in header if column in _TEXT},
                 keep_default_na=False,
-                na_values={column: _EMPTY for column in numbers},
+                na_values=dict.fromkeys(numbers, _EMPTY),
                 encoding="utf-8",
             )
             for column in numbers:

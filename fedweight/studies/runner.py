@@ -25,13 +25,15 @@ from .. import keys, models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
 from ..clients.training import evaluate
 from ..data import ClientData, DataSet, FederatedData, federate, load, load_client
-from ..errors import ConfigurationError
+from ..data import check as check_data
+from ..data.files import load_one_csv
+from ..errors import ConfigurationError, check_choice
 from ..parameters import FlatModule, FlatRecord, Layout, flatten
 from ..simulations import simulate
 from ..simulations.simulate import choose_engine
-from ..strategies import RoundRecord, WeightingStrategy, strategy_class
+from ..strategies import RoundRecord, strategy_class
 from ..strategies.server_optimizers import server_optimizer
-from .configuration import Configuration, options_of
+from .configuration import Configuration, options_of, parse_setting
 from .folder import Table, new_folder, write_whole
 from .records import CLIENT_COLUMNS, ROUND_COLUMNS, client_row, round_row
 from .result import Run
@@ -64,8 +66,13 @@ class Components:
     def __post_init__(self) -> None:
         """Choose the device."""
         wanted = self.configuration["engine"]["device"]
-        available = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = available if wanted == "auto" else wanted
+        gpus = torch.cuda.device_count()
+        if wanted == "auto":
+            wanted = "cuda" if gpus else "cpu"
+        allowed = ["cpu", *(["cuda"] if gpus else [])]
+        allowed += [f"cuda:{number}" for number in range(gpus)]
+        check_choice("engine.device", wanted, ["auto", *allowed])
+        self.device = wanted
 
     def make_model(self) -> nn.Module:
         """Build the model with the run's initial weights."""
@@ -151,6 +158,8 @@ def prepare(
         dataset = load(
             data["name"], data["path"] or None, seed, **configuration.options("data")
         )
+    else:
+        check_data(dataset)
     partition = configuration["partition"]
     federated = federate(
         dataset,
@@ -173,10 +182,14 @@ def client_data(
     """
     path = context.node_config.get("data-path")
     if path is not None:
+        options = configuration.options("data")
+        # What [data] says of the columns of a CSV file holds for everybody's.
+        takes = options_of(load_one_csv) if str(path).endswith(".csv") else {}
         return load_client(
             str(path),
             held_out=configuration["data"]["held-out"],
             seed=configuration["run"]["seed"],
+            **{key: value for key, value in options.items() if key in takes},
         )
     if federated is None or "partition-id" not in context.node_config:
         raise ConfigurationError(
@@ -231,20 +244,21 @@ def run(
     Examples
     --------
     >>> import fedweight
-    >>> result = fedweight.run(strategy="ida", settings={"run.rounds": 2})  # doctest: +SKIP
+    >>> result = fedweight.run(
+    ...     strategy="ida", settings={"run.rounds": 2}
+    ... )  # doctest: +SKIP
     >>> result.rounds["test_accuracy"].plot()  # doctest: +SKIP
     """
-    if isinstance(settings, Mapping):
-        settings = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    texts = list(settings)
-    for key, value in (
-        ("strategy.name", strategy),
-        ("engine.name", engine),
-        ("run.seed", seed),
-    ):
-        if value is not None:
-            texts.append(f"{key}={value}")
-    configuration = Configuration.read(file, texts)
+    if not isinstance(settings, Mapping):
+        settings = {
+            f"{table}.{key}": value
+            for table, key, value in map(parse_setting, settings)
+        }
+    short = {"strategy.name": strategy, "engine.name": engine, "run.seed": seed}
+    given = {key: value for key, value in short.items() if value is not None}
+    configuration = Configuration.read(file, {**settings, **given})
+    if dataset is not None:
+        configuration = configuration.with_data(dataset.name)
     components = prepare(configuration, dataset)
     chosen = components.strategy()
     client_app = components.client_app()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,13 @@ def _identity() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _ray() -> Iterator[Any]:
+def ray_session() -> Iterator[Any]:
     import ray
 
-    # Three: the tests hold a grid of one worker and one of two. A small store, as
-    # /dev/shm is small in containers.
+    # The tests hold a grid of one worker, one of two, and at times another worker.
+    # A small store, as /dev/shm is small in containers.
     ray.init(
-        num_cpus=3,
+        num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -46,7 +48,7 @@ def _ray() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def _ray_grids(_ray: Any) -> Iterator[list[Any]]:
+def session_grids(ray_session: Any) -> Iterator[list[Any]]:
     from fedweight.simulations.ray import RayGrid
 
     grids = [RayGrid(ClientApp(), 1, workers=n) for n in (1, 2)]
@@ -57,13 +59,13 @@ def _ray_grids(_ray: Any) -> Iterator[list[Any]]:
 
 @pytest.fixture
 def ray_grids(
-    _ray: Any, _ray_grids: list[Any], request: pytest.FixtureRequest
+    ray_session: Any, session_grids: list[Any], request: pytest.FixtureRequest
 ) -> Iterator[list[Any]]:
     """Give a grid of one worker and one of two; ``load`` an app before use."""
     # The workers need not find the test modules: what they define travels along.
-    _ray.cloudpickle.register_pickle_by_value(request.module)
-    yield _ray_grids
-    _ray.cloudpickle.unregister_pickle_by_value(request.module)
+    ray_session.cloudpickle.register_pickle_by_value(request.module)
+    yield session_grids
+    ray_session.cloudpickle.unregister_pickle_by_value(request.module)
 
 
 @pytest.fixture
@@ -94,6 +96,20 @@ def everywhere(
         return local
 
     return play
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def make(request: pytest.FixtureRequest) -> Callable[..., SimulationGrid]:
+    """Give a function that makes a grid, of either kind."""
+    if request.param == "local":
+        return LocalGrid
+    grid = request.getfixturevalue("ray_grid")
+
+    def load(*arguments: Any) -> SimulationGrid:
+        grid.load(*arguments)
+        return grid
+
+    return load
 
 
 @pytest.fixture
@@ -132,13 +148,14 @@ def write() -> Callable[..., Message]:
 
 
 class Script:
-    """A Python program of its own process group, and what it leaves behind."""
+    """A Python program in a process group of its own, and what it leaves behind."""
 
     def __init__(self, text: str, folder: Path) -> None:
         path = folder / "script.py"
         path.write_text(text)
         root = str(Path(__file__).parents[2])
-        found = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+        self.mark = f"FEDWEIGHT_TEST={uuid.uuid4()}"
+        name, _, value = self.mark.partition("=")
         self.errors = folder / "errors.txt"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
@@ -146,8 +163,8 @@ class Script:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": found},
+                cwd=root,  # Ray's workers find modules where the program stands
+                env={**os.environ, "PYTHONPATH": root, name: value},
                 start_new_session=True,
             )
 
@@ -157,7 +174,7 @@ class Script:
         for got in self.process.stdout:
             if got.strip() == line:
                 return
-        raise AssertionError(f"no line {line!r}; {self.errors.read_text()}")
+        raise AssertionError(f"no line {line!r}: {self.errors.read_text()}")
 
     def interrupt(self) -> None:
         """Do what Ctrl-C does: it reaches every process of the group."""
@@ -165,40 +182,34 @@ class Script:
 
     def finish(self) -> str:
         """Wait for the end; return the rest of the output."""
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=100)
         return output
 
     def left_behind(self) -> list[str]:
-        """Return the processes of the group that outlive it by two seconds."""
+        """Return the commands of the processes that outlive it by two seconds."""
         deadline = time.monotonic() + 2
-        while left := _members(self.process.pid):
-            if time.monotonic() > deadline:
-                return left
+        while (left := self._members()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return []
+        return list(left.values())
 
     def kill(self) -> None:
-        if _members(self.process.pid):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for number in self._members():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         self.process.communicate()
 
-
-def _members(session: int) -> list[str]:
-    """Return the command lines of a session's processes, as /proc has them."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            state, _, _, its = (
-                (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            )
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(its) == session and state != "Z":
-            found.append(command)
-    return found
+    def _members(self) -> dict[int, str]:
+        """Find the processes that have inherited this program's mark."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if self.mark.encode() in environment:
+                found[int(entry.name)] = command.replace(b"\0", b" ").decode()
+        return found
 
 
 @pytest.fixture

@@ -153,8 +153,12 @@ STRATEGIES: dict[str, tuple[Callable[[], Strategy], list[Any]]] = {
 
 @pytest.mark.ray
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_strategy(name: str, everywhere: Any, serve: Any) -> None:
+def test_strategy(
+    name: str, everywhere: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strategy, mods = STRATEGIES[name]
+    # QFedAvg collects garbage for each reply, which takes seconds in a big process.
+    monkeypatch.setattr("gc.collect", lambda: 0)
 
     def play(grid: Grid) -> Result:
         results: list[Result] = []
@@ -196,12 +200,11 @@ print("RESULT", json.dumps(found), flush=True)
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_flowers_own_runtime_gives_the_same(script: Any, serve: Any) -> None:
     """Full participation and clients that know their number: one right answer."""
     from fedweight.simulations.local import LocalGrid
 
-    names = ["FedAvg", "FedAvgM", "FedAdam", "Krum", "QFedAvg"]
+    names = ["FedAvg", "FedAdam", "QFedAvg"]
     ours = {}
     for name in names:
         results: list[Result] = []
@@ -209,7 +212,7 @@ def test_flowers_own_runtime_gives_the_same(script: Any, serve: Any) -> None:
         serve(make_server_app(STRATEGIES[name][0](), results), grid)
         ours[name] = json.loads(json.dumps(results[0]))
     program = script(FLOWER.format(path=__file__, names=names, num_clients=NUM_CLIENTS))
-    output, _ = program.process.communicate(timeout=280)
+    output = program.finish()
     lines = [x for x in output.splitlines() if x.startswith("RESULT ")]
     assert lines, program.errors.read_text()[-3000:]
     theirs = json.loads(lines[0].removeprefix("RESULT "))

@@ -1,0 +1,375 @@
+"""Local training of a chunk of clients at once.
+
+The same step as in :mod:`fedweight.clients.training`, batched over clients with
+``torch.func`` and traced once to plain tensor operations, so that Python's share does
+not grow with the clients. Clients of different sizes share a chunk: a step that is
+not full is padded and masked, and a client that is done is set aside.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..data.examples import Examples
+from ..errors import ClientError
+from ..parameters import Entry, FlatModel, FlatModule, as_tensor
+from .noise import LocalTraining, draws_noise
+from .objectives import Batch, Objective
+from .training import LocalOptimizer, LocalResult, TrainingSettings
+
+Step = Callable[..., Any]
+
+# PyTorch traces one function at a time in a process.
+TRACING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's local training in one round.
+
+    Parameters
+    ----------
+    examples : Examples
+        Its training data.
+    epochs : int
+        Passes over them.
+    stream : numpy.random.Generator
+        Orders them.
+    noise_seed : int
+        Of the client's noise inside the model.
+    """
+
+    examples: Examples
+    epochs: int
+    stream: np.random.Generator
+    noise_seed: int = 0
+
+
+class BatchedTrainer:
+    """Trains chunks of clients; keeps what it traced and its buffers.
+
+    Threads may share one: what is traced is the same for all, buffers are each's own.
+
+    Parameters
+    ----------
+    module : FlatModule
+        The architecture.
+    objective : Objective
+        What is minimised on a batch.
+    settings : TrainingSettings
+        The optimiser and the size of a batch.
+    """
+
+    def __init__(
+        self, module: FlatModule, objective: Objective, settings: TrainingSettings
+    ) -> None:
+        self.module = module
+        self.objective = objective
+        self.settings = settings
+        self.device = module.parameters.device
+        layout = module.layout
+        trained = {n for n, p in module.module.named_parameters() if p.requires_grad}
+        self.parameters = [e for e in layout.parameters if e.name in trained]
+        self.frozen = [e for e in layout.parameters if e.name not in trained]
+        self.buffers = [e for e in layout.entries if e.kind == "buffer"]
+        self.integers = [e for e in layout.entries if e.kind == "integer"]
+        self.noisy = draws_noise(module.module)
+        self._steps: dict[tuple[Any, ...], Step] = {}
+        self._own = threading.local()
+
+    def train(
+        self,
+        start: FlatModel,
+        tasks: Sequence[Task],
+        *,
+        learning_rate: float,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[LocalResult]:
+        """Train some clients from the same global model.
+
+        Parameters
+        ----------
+        start : FlatModel
+            The global model as received.
+        tasks : Sequence[Task]
+            C clients, each with one example or more.
+        learning_rate : float
+            Of this round.
+        cancelled : Callable[[], bool]
+            Asked before every step; once it says yes, training raises.
+
+        Returns
+        -------
+        list[LocalResult]
+            In the order of the tasks; the models are rows of one matrix.
+        """
+        plan = _Schedule.of(tasks, self.settings.batch_size)
+        clients = len(tasks)
+        received = start.parameters.to(self.device)
+        rows = received.repeat(clients, 1)
+        buffer_rows = start.buffers.to(self.device).repeat(clients, 1)
+        integers = {
+            name: torch.from_numpy(np.array(values))
+            .to(self.device)
+            .expand(clients, *values.shape)
+            .clone()
+            for name, values in start.integers.items()
+        }
+        parameters = _views(rows, self.parameters)
+        buffers = _views(buffer_rows, self.buffers)
+        counters = [integers[e.name] for e in self.integers]
+        starts = _views(received[None], self.parameters)
+        optimizer = LocalOptimizer(self.settings, learning_rate, parameters)
+        seeds = torch.tensor([task.noise_seed for task in tasks], device=self.device)
+        losses = torch.zeros(clients, device=self.device)
+        correct = torch.zeros(clients, device=self.device)
+        done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+        x_all, y_all = self._buffers_for(tasks, plan)
+        with torch.no_grad():
+            for step in range(plan.total):
+                if cancelled():
+                    raise ClientError("training was cancelled")
+                for k in plan.ended(step):
+                    done[k] = (
+                        rows[k].clone(),
+                        buffer_rows[k].clone(),
+                        {n: t[k].clone() for n, t in integers.items()},
+                    )
+                plan.fill(tasks, step, x_all, y_all)
+                x, y = plan.batch(step, x_all, y_all)
+                x, y = x.to(self.device), y.to(self.device)
+                mask = plan.mask(step)
+                extra = [] if mask is None else [mask.to(self.device)]
+                if self.noisy:
+                    extra += [seeds, torch.tensor(step, device=self.device)]
+                run = self._step(parameters, buffers, counters, x, y, extra)
+                gradients, loss, logits = run(
+                    *parameters, *buffers, *counters, x, y, *extra
+                )
+                for g, w, s in zip(gradients, parameters, starts, strict=True):
+                    penalty = self.objective.penalty_gradient(w, s)
+                    if penalty is not None:
+                        g.add_(penalty)
+                optimizer.step(parameters, gradients)
+                hits = logits.argmax(-1) == y
+                if mask is not None:
+                    hits = hits * mask
+                correct += hits.sum(1)
+                losses.addcmul_(loss.to(losses.dtype), plan.counts[step])
+        for k, (row, buffer_row, own) in done.items():
+            rows[k] = row
+            buffer_rows[k] = buffer_row
+            for name, values in own.items():
+                integers[name][k] = values
+        return self._results(
+            tasks, plan, rows.cpu(), buffer_rows.cpu(), integers, losses, correct
+        )
+
+    def _results(
+        self,
+        tasks: Sequence[Task],
+        plan: _Schedule,
+        rows: Tensor,
+        buffer_rows: Tensor,
+        integers: dict[str, Tensor],
+        losses: Tensor,
+        correct: Tensor,
+    ) -> list[LocalResult]:
+        loss, hits = losses.tolist(), correct.tolist()
+        own = {name: values.cpu().numpy() for name, values in integers.items()}
+        results = []
+        for k, task in enumerate(tasks):
+            seen = len(task.examples) * task.epochs
+            model = FlatModel(
+                self.module.layout,
+                rows[k],
+                buffer_rows[k],
+                {name: values[k] for name, values in own.items()},
+            )
+            results.append(
+                LocalResult(model, loss[k] / seen, hits[k] / seen, int(plan.steps[k]))
+            )
+        return results
+
+    def _buffers_for(
+        self, tasks: Sequence[Task], plan: _Schedule
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``x [C, S, B, ...]`` and ``y [C, S, B]`` for one pass, to fill."""
+        x = as_tensor(tasks[0].examples.x)
+        size = (len(tasks), int(plan.per_epoch.max()), plan.batch_size)
+        key = (size, x.shape[1:], x.dtype)
+        if getattr(self._own, "key", None) != key:
+            self._own.key = key
+            self._own.x = torch.zeros(*size, *x.shape[1:], dtype=x.dtype)
+            self._own.y = torch.zeros(size, dtype=torch.int64)
+        return self._own.x, self._own.y
+
+    def _step(
+        self,
+        parameters: list[Tensor],
+        buffers: list[Tensor],
+        counters: list[Tensor],
+        x: Tensor,
+        y: Tensor,
+        extra: list[Tensor],
+    ) -> Step:
+        """Return the traced step for these shapes: gradients, losses and logits."""
+        key = (x.shape, x.dtype, len(extra))
+        if key not in self._steps:
+            with TRACING:
+                if key not in self._steps:
+                    self._steps[key] = self._trace(
+                        parameters, buffers, counters, x, y, extra
+                    )
+        return self._steps[key]
+
+    def _trace(
+        self,
+        parameters: list[Tensor],
+        buffers: list[Tensor],
+        counters: list[Tensor],
+        x: Tensor,
+        y: Tensor,
+        extra: list[Tensor],
+    ) -> Step:
+        """Record the step's tensor operations, for these shapes."""
+        along: list[int | None] = [0] * len(extra)
+        if self.noisy:
+            along[-1] = None  # The step is the same for all clients.
+        batched = vmap(
+            grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, along)
+        )
+
+        def flat(*tensors: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+            parts, rest = [], list(tensors)
+            for part in (parameters, buffers, counters):
+                parts.append([rest.pop(0) for _ in part])
+            gradients, (loss, logits) = batched(*parts, rest[0], rest[1], rest[2:])
+            return gradients, loss, logits
+
+        # The trace runs on copies: buffers change in place as it goes.
+        copies = [[t.clone() for t in part] for part in (buffers, counters)]
+        self.module.module.train()
+        traced = make_fx(flat)(*parameters, *copies[0], *copies[1], x, y, *extra)
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+        step: Step = traced.forward
+        return step
+
+    def _loss(
+        self,
+        parameters: list[Tensor],
+        buffers: list[Tensor],
+        counters: list[Tensor],
+        x: Tensor,
+        y: Tensor,
+        extra: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Return one client's loss on a batch, and its logits."""
+        rest = list(extra)
+        step = rest.pop() if self.noisy else torch.tensor(0, device=x.device)
+        seed = rest.pop() if self.noisy else step
+        mask = rest.pop() if rest else None
+        state = {
+            e.name: t
+            for entries, tensors in (
+                (self.parameters, parameters),
+                (self.buffers, buffers),
+                (self.integers, counters),
+            )
+            for e, t in zip(entries, tensors, strict=True)
+        }
+        with LocalTraining(seed, step, mask):
+            logits = functional_call(self.module.module, state, (x,))
+        return self.objective.loss(logits, Batch(x, y, mask)), logits.detach()
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Who does how many steps, and how full each step is.
+
+    A client's steps follow one another without a gap, whatever the others do: its
+    momentum must not notice them.
+
+    Attributes
+    ----------
+    per_epoch, steps : ndarray
+        ``[C]``: a client's steps in one pass, and in all.
+    counts : Tensor
+        ``[total, C]``: real examples of each client in each step, float32.
+    ragged : bool
+        Whether any step of any client is not full.
+    """
+
+    batch_size: int
+    per_epoch: npt.NDArray[np.int64]
+    steps: npt.NDArray[np.int64]
+    counts: Tensor
+    ragged: bool
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task], batch_size: int) -> _Schedule:
+        """Lay out the steps of some clients."""
+        sizes = np.array([len(task.examples) for task in tasks])
+        per_epoch = -(-sizes // batch_size)
+        steps = per_epoch * np.array([task.epochs for task in tasks])
+        step = np.arange(steps.max())[:, None]
+        left = np.clip(sizes - (step % per_epoch) * batch_size, 0, batch_size)
+        counts = left * (step < steps)
+        return cls(
+            batch_size,
+            per_epoch,
+            steps,
+            torch.from_numpy(counts.astype(np.float32)),
+            bool((counts != batch_size).any()),
+        )
+
+    @property
+    def total(self) -> int:
+        """Steps of the chunk."""
+        return len(self.counts)
+
+    def ended(self, step: int) -> list[int]:
+        """Return the clients whose last step was the one before."""
+        return [int(k) for k in np.flatnonzero(self.steps == step)]
+
+    def fill(self, tasks: Sequence[Task], step: int, x: Tensor, y: Tensor) -> None:
+        """Shuffle the data of the clients that begin a pass into ``x`` and ``y``."""
+        begins = (step % self.per_epoch == 0) & (step < self.steps)
+        for k in np.flatnonzero(begins):
+            examples = tasks[k].examples
+            n = len(examples)
+            order = torch.from_numpy(tasks[k].stream.permutation(n))
+            for source, target in ((examples.x, x), (examples.y, y)):
+                rows = target[k].flatten(0, 1)[:n]
+                torch.index_select(as_tensor(source), 0, order, out=rows)
+
+    def batch(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a step's batch of every client, ``[C, B, ...]`` and ``[C, B]``."""
+        place = step % self.per_epoch
+        if (place == place[0]).all():
+            return x[:, int(place[0])], y[:, int(place[0])]
+        client, at = torch.arange(len(place)), torch.from_numpy(place)
+        return x[client, at], y[client, at]
+
+    def mask(self, step: int) -> Tensor | None:
+        """Return which places of a step hold an example, ``[C, B]``, float32."""
+        if not self.ragged:
+            return None
+        places = torch.arange(self.batch_size)
+        return (places < self.counts[step][:, None]).float()
+
+
+def _views(rows: Tensor, entries: Sequence[Entry]) -> list[Tensor]:
+    """Return named tensors ``[C, *shape]`` as views of rows ``[C, P]``."""
+    return [rows[:, e.start : e.stop].view(len(rows), *e.shape) for e in entries]

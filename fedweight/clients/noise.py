@@ -1,0 +1,168 @@
+"""Random numbers inside a model, as a function of client, step and place.
+
+Dropout as PyTorch draws it depends on which client ran before in the same process,
+and cannot be the same for one client alone and in a batch of clients. In training the
+layers below therefore draw from a counter: the noise of an element is a hash of the
+client's seed, the step, the layer's turn and the element's index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# What PyTorch draws out of reach: fused or in C++, or not through these functions.
+OUT_OF_REACH = (nn.RReLU, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def uniform(seed: Tensor, step: Tensor, layer: int, shape: torch.Size) -> Tensor:
+    """Return noise in [0, 1), float32: a hash of seed, step, layer and place.
+
+    Parameters
+    ----------
+    seed, step : Tensor
+        0-d, int64.
+    layer : int
+        The turn of the layer within the step.
+    shape : torch.Size
+        The shape of the noise.
+
+    References
+    ----------
+    The mixing function is the finaliser of SplitMix64 (G. Steele et al., "Fast
+    Splittable Pseudorandom Number Generators", OOPSLA 2014).
+    """
+    place = torch.arange(shape.numel(), device=seed.device)
+    key = _mix(_mix(seed + _signed(0x9E3779B97F4A7C15) * (step + 1)) + layer)
+    bits = _mix(key + _signed(0x9E3779B97F4A7C15) * (place + 1))
+    return (_shift(bits, 40).to(torch.float32) / (1 << 24)).reshape(shape)
+
+
+def _signed(value: int) -> int:
+    """Return a 64-bit constant as int64 holds it."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift(z: Tensor, places: int) -> Tensor:
+    """Shift right without the sign: int64 stands for an unsigned number."""
+    return (z >> places) & ((1 << (64 - places)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+class LocalTraining(TorchFunctionMode):
+    """Within this context a model's forward pass is one client's step.
+
+    Dropout draws from the client's counter, and BatchNorm leaves padding out of its
+    statistics.
+
+    Parameters
+    ----------
+    seed, step : Tensor
+        0-d, int64: the client's stream and its step.
+    mask : Tensor, optional
+        ``[n]``: 1 for an example, 0 for padding.
+    """
+
+    def __init__(self, seed: Tensor, step: Tensor, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.seed = seed
+        self.step = step
+        self.mask = mask
+        self.layers = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace the calls that need it; pass all others on."""
+        kwargs = kwargs or {}
+        if func in _WHOLE_CHANNELS or func is F.dropout:
+            return self._dropout(func, *args, **kwargs)
+        if func is F.batch_norm and self.mask is not None:
+            return self._batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(
+        self,
+        func: Callable[..., Any],
+        input: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+    ) -> Tensor:
+        if not training or p == 0:
+            return input
+        self.layers += 1
+        shape = input.shape
+        if func in _WHOLE_CHANNELS:
+            shape = torch.Size([*shape[:2], *(1 for _ in shape[2:])])
+        noise = uniform(self.seed, self.step, self.layers, shape)
+        kept = (noise >= p).to(input.dtype)
+        return input * kept / (1 - p) if p < 1 else input * 0
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        assert self.mask is not None
+        if not training:
+            return F.batch_norm(
+                input, running_mean, running_var, weight, bias, False, momentum, eps
+            )
+        others = [d for d in range(input.ndim) if d != 1]
+        channel = (1, -1, *(1 for _ in others[1:]))
+        real = self.mask.reshape(-1, *(1 for _ in range(input.ndim - 1)))
+        per_example = input[0, 0].numel()
+        count = (self.mask.sum() * per_example).clamp(min=1)
+        mean = (input * real).sum(others) / count
+        centred = (input - mean.reshape(channel)) * real
+        var = centred.square().sum(others) / count
+        if running_mean is not None and running_var is not None:
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            running_mean.mul_(1 - momentum).add_(momentum * mean.detach())
+            running_var.mul_(1 - momentum).add_(momentum * unbiased.detach())
+        output = centred * torch.rsqrt(var + eps).reshape(channel)
+        if weight is not None:
+            output = output * weight.reshape(channel)
+        return output if bias is None else output + bias.reshape(channel)
+
+
+# Dropout that keeps or drops a whole channel of an example.
+_WHOLE_CHANNELS = (F.dropout1d, F.dropout2d, F.dropout3d)
+
+
+def draws_noise(module: nn.Module) -> bool:
+    """Tell whether a model draws random numbers in training."""
+    return any(
+        isinstance(m, nn.modules.dropout._DropoutNd) or getattr(m, "dropout", 0)
+        for m in module.modules()
+    ) or draws_out_of_reach(module)
+
+
+def draws_out_of_reach(module: nn.Module) -> bool:
+    """Tell whether a model draws random numbers that :class:`LocalTraining` misses."""
+    return any(
+        isinstance(m, OUT_OF_REACH)
+        or (isinstance(m, nn.RNNBase | nn.MultiheadAttention) and m.dropout > 0)
+        for m in module.modules()
+    )

@@ -1,0 +1,442 @@
+"""The ClientApp, spoken to as Flower does."""
+
+import pickle
+import threading
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+from torch import nn
+
+from fedweight import simulate
+from fedweight.clients import TrainingSettings, client_number
+from fedweight.clients.objectives import Objective, Plain, Proximal
+from fedweight.clients.training import evaluate, train
+from fedweight.data import ClientData
+from fedweight.errors import AggregationError, ClientError, ConfigurationError
+from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.rng import Purpose, generator
+
+SETTINGS = TrainingSettings(epochs=2, batch_size=5)
+
+
+def directly(kit, client=1, round=1, epochs=2, goal=None, settings=SETTINGS):
+    """What the app must come to, without messages."""
+    module = FlatModule(kit.linear())
+    return train(
+        module,
+        module.save(),
+        kit.client_of(kit.context(client)).train,
+        goal or Plain(),
+        settings,
+        learning_rate=settings.learning_rate_in(round),
+        epochs=epochs,
+        stream=generator(0, Purpose.SHUFFLE, round, client),
+    )
+
+
+def test_a_train_reply_has_what_the_contract_says_and_no_more(kit):
+    reply = kit.app()(kit.message(kit.start()), kit.context(1))
+    expected = directly(kit)
+    assert set(reply.content) == {"arrays", "metrics"}
+    assert dict(reply.content["metrics"]) == {
+        "num-examples": 13,
+        "train-loss": expected.loss,
+        "train-accuracy": expected.accuracy,
+        "num-steps": 6,
+    }
+    assert list(reply.content["arrays"]) == ["weight", "bias"]
+    np.testing.assert_array_equal(
+        kit.vector(reply.content["arrays"]), expected.model.parameters.numpy()
+    )
+
+
+def test_an_evaluate_reply_measures_the_held_out_part(kit):
+    message = kit.message(kit.start(), MessageType.EVALUATE)
+    reply = kit.app()(message, kit.context(1))
+    module = FlatModule(kit.linear())
+    part = kit.client_of(kit.context(1)).held_out
+    loss, accuracy = evaluate(module, module.save(), part)
+    assert set(reply.content) == {"metrics"}
+    assert dict(reply.content["metrics"]) == {
+        "num-examples": 6,
+        "loss": loss,
+        "accuracy": accuracy,
+    }
+
+
+def test_label_counts_are_told_when_asked_and_only_then(kit):
+    labels = kit.client_of(kit.context(2)).train.y
+    counts = np.bincount(labels, minlength=3).tolist()
+    asked = kit.message(kit.start(), request=["label-counts"])
+    reply = kit.app()(asked, kit.context(2))
+    assert dict(reply.content["profile"]) == {"label-counts": counts}
+    other = kit.message(kit.start(), request=["loss-before"])
+    assert "profile" not in kit.app()(other, kit.context(2)).content
+
+
+def test_label_counts_can_be_queried_without_training(kit):
+    message = kit.message(None, "query.label_counts")
+    reply = kit.app(num_classes=5)(message, kit.context(2))
+    counts = reply.content["profile"]["label-counts"]
+    assert len(counts) == 5
+    assert sum(counts) == reply.content["metrics"]["num-examples"] == 14
+    assert not reply.content.array_records
+
+
+def test_loss_before_and_accuracy_after_are_of_the_models_they_say(kit):
+    asked = kit.message(kit.start(), request=["loss-before", "accuracy-after"])
+    metrics = kit.app()(asked, kit.context(1)).content["metrics"]
+    part = kit.client_of(kit.context(1)).train
+    module = FlatModule(kit.linear())
+    assert metrics["loss-before"] == evaluate(module, module.save(), part)[0]
+    assert metrics["accuracy-after"] == evaluate(module, directly(kit).model, part)[1]
+    assert metrics["train-loss"] == directly(kit).loss
+
+
+def test_the_server_may_tell_epochs_and_the_proximal_term(kit):
+    app = kit.app()
+    message = kit.message(kit.start(), local_epochs=1, proximal_mu=0.5)
+    reply = app(message, kit.context(1))
+    expected = directly(kit, epochs=1, goal=Proximal(0.5))
+    assert reply.content["metrics"]["num-steps"] == 3
+    np.testing.assert_array_equal(
+        kit.vector(reply.content["arrays"]), expected.model.parameters.numpy()
+    )
+    # It holds for that message only.
+    after = app(kit.message(kit.start()), kit.context(1))
+    np.testing.assert_array_equal(
+        kit.vector(after.content["arrays"]), directly(kit).model.parameters.numpy()
+    )
+
+
+def test_the_servers_mu_takes_the_place_of_the_clients_own(kit):
+    app = kit.app(objective=Proximal(3.0))
+    own = app(kit.message(kit.start()), kit.context(1))
+    told = app(kit.message(kit.start(), proximal_mu=0.5), kit.context(1))
+    for reply, mu in ((own, 3.0), (told, 0.5)):
+        expected = directly(kit, goal=Proximal(mu)).model.parameters.numpy()
+        np.testing.assert_array_equal(kit.vector(reply.content["arrays"]), expected)
+
+
+def test_zero_epochs_are_refused(kit):
+    with pytest.raises(ConfigurationError, match="epochs must be in"):
+        kit.app()(kit.message(kit.start(), local_epochs=0), kit.context(0))
+
+
+def test_the_round_decides_order_and_learning_rate(kit):
+    settings = TrainingSettings(epochs=2, batch_size=5, learning_rate_decay=0.5)
+    app = kit.app(settings=settings)
+    for round in (1, 3):
+        reply = app(kit.message(kit.start(), server_round=round), kit.context(1))
+        expected = directly(kit, round=round, settings=settings)
+        np.testing.assert_array_equal(
+            kit.vector(reply.content["arrays"]), expected.model.parameters.numpy()
+        )
+
+
+def test_a_client_without_examples_says_so(kit):
+    nothing = ClientData(kit.examples(0), kit.examples(0))
+    app = kit.app(data=lambda context: nothing)
+    metrics = app(kit.message(kit.start()), kit.context(0)).content
+    assert metrics["metrics"]["num-examples"] == 0
+    assert np.isnan(metrics["metrics"]["train-loss"])
+    np.testing.assert_array_equal(
+        kit.vector(metrics["arrays"]), kit.vector(kit.start())
+    )
+
+
+# FedCE's minus model.
+
+
+class OneWeight(nn.Module):
+    """Answers class 1 where its weight is at least the example, else class 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return torch.cat([torch.zeros_like(x), self.w - x + 1e-4], 1)
+
+
+def fedce(kit, held_out, objective=None):
+    """A client with one weight that is told what to hold out."""
+    from fedweight.data import Examples
+
+    x = np.array(held_out, np.float32)[:, None]
+    part = Examples(x, np.ones(len(x), np.int64))
+    return kit.app(
+        OneWeight,
+        lambda context: ClientData(part, part),
+        num_classes=2,
+        settings=TrainingSettings(learning_rate=0.0),
+    )
+
+
+def one(value):
+    return ArrayRecord({"w": torch.tensor([float(value)])})
+
+
+def test_the_minus_model_has_the_golden_value(kit):
+    # Global 10, previous local 4, c = 0.25: the minus model is 12. It gets examples
+    # up to 12 right, and those above wrong.
+    app, context = fedce(kit, [11.0, 11.9, 12.0, 12.1]), kit.context(0)
+    first = app(kit.message(one(4), request=["minus-error"]), context)
+    assert first.content["metrics"]["minus-error"] == 1.0
+    second = app(
+        kit.message(one(10), request=["minus-error"], coefficient=0.25), context
+    )
+    # The first round's accuracy of 0 stays in the mean.
+    assert second.content["metrics"]["minus-error"] == 1 - (0 + 3 / 4) / 2
+    third = app(kit.message(one(20), request=["minus-error"], coefficient=0.5), context)
+    # The model before was 10: minus is 30, all are right.
+    assert third.content["metrics"]["minus-error"] == 1 - (0 + 3 / 4 + 1) / 3
+    assert list(third.content["metrics"]).count("minus-error") == 1
+
+
+def test_a_coefficient_of_one_does_not_divide_by_zero(kit):
+    app, context = fedce(kit, [1.0]), kit.context(0)
+    app(kit.message(one(1), request=["minus-error"]), context)
+    reply = app(kit.message(one(2), request=["minus-error"], coefficient=1.0), context)
+    assert reply.content["metrics"]["minus-error"] == 0.5
+
+
+def test_a_client_that_the_server_does_not_know_starts_anew(kit):
+    # The server tells no coefficient where it never used a reply of this client.
+    app, context = fedce(kit, [1.0]), kit.context(0)
+    for _ in range(3):
+        reply = app(kit.message(one(1), request=["minus-error"]), context)
+        assert reply.content["metrics"]["minus-error"] == 1.0
+    reply = app(kit.message(one(2), request=["minus-error"], coefficient=0.5), context)
+    assert reply.content["metrics"]["minus-error"] == 0.5
+
+
+def test_personal_state_is_the_contexts_and_is_kept_only_where_it_is_needed(kit):
+    app = fedce(kit, [1.0])
+    contexts = [kit.context(k) for k in range(3)]
+    for context in contexts[:2]:
+        app(kit.message(one(1), request=["minus-error"]), context)
+    app(kit.message(one(1)), contexts[2])
+    assert [len(c.state) for c in contexts] == [2, 2, 0]
+    # The state travels as Flower stores it.
+    kept = {name: pickle.loads(pickle.dumps(r)) for name, r in contexts[0].state.items()}
+    moved = kit.context(0)
+    for name, record in kept.items():
+        moved.state[name] = record
+    message = kit.message(one(3), request=["minus-error"], coefficient=0.5)
+    assert app(message, moved).content["metrics"]["minus-error"] == 0.5
+
+
+# What else may come.
+
+
+def test_missing_or_other_arrays_are_a_clear_error(kit):
+    app = kit.app()
+    with pytest.raises(ClientError, match="0 array records"):
+        app(kit.message(None), kit.context(0))
+    other = ArrayRecord({"weight": torch.zeros(3, 4), "bais": torch.zeros(3)})
+    with pytest.raises(AggregationError, match="missing .'bias'.*unexpected .'bais'"):
+        app(kit.message(other), kit.context(0))
+    wide = ArrayRecord({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)})
+    with pytest.raises(AggregationError, match=r"'weight' has shape \[3, 5\]"):
+        app(kit.message(wide), kit.context(0))
+    two = kit.message(kit.start())
+    two.content["more"] = kit.start()
+    with pytest.raises(ClientError, match="2 array records"):
+        app(two, kit.context(0))
+
+
+def test_records_may_be_called_otherwise(kit):
+    content = RecordDict(
+        {"model": kit.start(), "settings": ConfigRecord({"local-epochs": 1})}
+    )
+    message = Message(content, dst_node_id=1000, message_type=MessageType.TRAIN)
+    reply = kit.app()(message, kit.context(0))
+    assert reply.content["metrics"]["num-steps"] == 3
+
+
+def test_a_flat_record_trains_as_an_ordinary_one(kit):
+    flat = FlatRecord(FlatModule(kit.linear()).save())
+    replies = [
+        kit.app()(kit.message(arrays), kit.context(0)) for arrays in (flat, kit.start())
+    ]
+    vectors = [kit.vector(reply.content["arrays"]) for reply in replies]
+    np.testing.assert_array_equal(*vectors)
+
+
+def test_batch_norm_travels_in_the_arrays(kit):
+    settings = TrainingSettings(epochs=3, batch_size=4)
+    app = kit.app(kit.batch_norm, settings=settings)
+    reply = app(kit.message(kit.start(kit.batch_norm)), kit.context(0))
+    arrays = {n: a.numpy() for n, a in reply.content["arrays"].items()}
+    assert list(arrays) == list(kit.batch_norm().state_dict())
+    assert arrays["1.num_batches_tracked"] == 9
+    assert arrays["1.num_batches_tracked"].dtype == np.int64
+    assert np.abs(arrays["1.running_mean"]).max() > 0
+
+
+def test_dropout_depends_on_round_and_client_and_nothing_else(kit):
+    start = kit.start(kit.dropout)
+
+    def model(app, client, round=1):
+        message = kit.message(start, server_round=round)
+        return kit.vector(app(message, kit.context(client)).content["arrays"])
+
+    app = kit.app(kit.dropout)
+    alone = model(app, 2)
+    before = torch.get_rng_state()
+    model(app, 0)
+    model(app, 1)
+    torch.rand(7)  # somebody else's numbers
+    np.testing.assert_array_equal(model(app, 2), alone)
+    np.testing.assert_array_equal(model(kit.app(kit.dropout), 2), alone)
+    assert not np.array_equal(model(app, 2, round=2), alone)
+    torch.set_rng_state(before)
+    model(app, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mods_may_keep_state_and_so_forbid_threads(kit):
+    assert kit.app().thread_safe
+    mod = [lambda message, context, call: call(message, context)]
+    assert not kit.app(mods=mod).thread_safe
+
+
+def test_mods_see_every_message(kit):
+    seen = []
+
+    def mod(message, context, call):
+        seen.append(message.metadata.message_type)
+        reply = call(message, context)
+        reply.content["metrics"]["seen"] = 1
+        return reply
+
+    app = kit.app(mods=[mod])
+    for kind in ("train", "evaluate", "query.label_counts"):
+        arrays = None if kind.startswith("query") else kit.start()
+        reply = app(kit.message(arrays, kind), kit.context(0))
+        assert reply.content["metrics"]["seen"] == 1
+    assert seen == ["train", "evaluate", "query.label_counts"]
+
+
+def test_it_pickles_before_and_after_use(kit):
+    app = kit.app(objective=Proximal(0.1))
+    before = cloudpickle.loads(cloudpickle.dumps(app))
+    expected = app(kit.message(kit.start()), kit.context(1))
+    after = cloudpickle.loads(cloudpickle.dumps(app))
+    for copy in (before, after):
+        reply = copy(kit.message(kit.start()), kit.context(1))
+        np.testing.assert_array_equal(
+            kit.vector(reply.content["arrays"]), kit.vector(expected.content["arrays"])
+        )
+        assert isinstance(copy, ClientApp)
+
+
+class Waits(Objective):
+    """Says when the first step begins, and goes on when it may."""
+
+    def __init__(self):
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def loss(self, outputs, batch):
+        self.begun.set()
+        assert self.go.wait(20)
+        return Plain().loss(outputs, batch)
+
+
+def test_cancel_stops_who_is_training_and_nobody_later(kit):
+    goal = Waits()
+    app = kit.app(objective=goal)
+    message, errors = kit.message(kit.start()), []
+
+    def client():
+        try:
+            app(message, kit.context(0))
+        except ClientError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert goal.begun.wait(20)
+    app.cancel()
+    goal.go.set()
+    thread.join(20)
+    assert errors == ["training was cancelled"]
+    reply = app(kit.message(kit.start()), kit.context(0))
+    assert reply.content["metrics"]["num-steps"] == 6
+
+
+def test_a_client_is_its_partition_or_else_its_node(kit):
+    context = kit.context(3)
+    assert client_number(context) == 3
+    del context.node_config["partition-id"]
+    assert client_number(context) == 1003
+
+
+def test_flowers_plain_fedavg_works_with_it(kit):
+    reached = {}
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid, context):
+        result = FedAvg(min_available_nodes=3).start(
+            grid, kit.start(), num_rounds=2, timeout=60
+        )
+        reached["arrays"] = result.arrays
+        reached["metrics"] = result.evaluate_metrics_clientapp
+
+    simulate(server_app, kit.app(), num_clients=3, engine="local")
+    assert set(reached["metrics"]) == {1, 2}
+    assert {"loss", "accuracy"} <= set(reached["metrics"][2])
+
+    # The same by hand.
+    w = FlatModule(kit.linear())
+    model = w.save()
+    for round in (1, 2):
+        total = torch.zeros(15, dtype=torch.float64)
+        for client in range(3):
+            part = kit.client_of(kit.context(client)).train
+            local = train(
+                w,
+                model,
+                part,
+                Plain(),
+                SETTINGS,
+                learning_rate=0.1,
+                epochs=2,
+                stream=generator(0, Purpose.SHUFFLE, round, client),
+            ).model
+            total += local.parameters.double() * len(part) / (12 + 13 + 14)
+        model = model.with_parameters(total)
+    np.testing.assert_allclose(
+        kit.vector(reached["arrays"]), model.parameters.numpy(), atol=1e-6
+    )
+
+
+def test_threads_never_change_the_result_even_with_dropout(kit):
+    settings = TrainingSettings(epochs=20, batch_size=5)
+    models = []
+    for threads in (1, 3):
+        server_app = ServerApp()
+
+        @server_app.main()
+        def main(grid, context):
+            start = kit.start(kit.dropout)
+            messages = [kit.message(start, client=k) for k in range(12)]
+            replies = grid.send_and_receive(messages)
+            models.append([kit.vector(r.content["arrays"]) for r in replies])
+
+        simulate(
+            server_app,
+            kit.app(kit.dropout, settings=settings),
+            num_clients=12,
+            engine="local",
+            threads=threads,
+        )
+    np.testing.assert_array_equal(models[0], models[1])

@@ -1,0 +1,360 @@
+"""One client's training against PyTorch's own optimisers, on the same batches."""
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedweight.clients import Batch, Objective, TrainingSettings, objective
+from fedweight.clients.objectives import Plain, Proximal
+from fedweight.clients.training import evaluate, train
+from fedweight.data import Examples
+from fedweight.errors import ClientError, ConfigurationError
+from fedweight.parameters import FlatModule
+from fedweight.rng import Purpose, generator
+
+
+def trained(make, part, settings, *, round=1, client=0, goal=None, **options):
+    module = FlatModule(make())
+    start = module.save()
+    result = train(
+        module,
+        start,
+        part,
+        goal or Plain(),
+        settings,
+        learning_rate=settings.learning_rate_in(round),
+        epochs=options.pop("epochs", settings.epochs),
+        stream=generator(0, Purpose.SHUFFLE, round, client),
+        **options,
+    )
+    return start, result
+
+
+def by_torch(make, part, settings, optimizer, *, mu=0.0, round=1):
+    """The same training, as anybody would write it in PyTorch."""
+    module = make()
+    module.train()
+    received = [p.detach().clone() for p in module.parameters()]
+    stream = generator(0, Purpose.SHUFFLE, round, 0)
+    step = optimizer([p for p in module.parameters() if p.requires_grad])
+    losses, correct = [], 0
+    for _ in range(settings.epochs):
+        order = stream.permutation(len(part))
+        for first in range(0, len(part), settings.batch_size):
+            rows = order[first : first + settings.batch_size]
+            x, y = torch.from_numpy(part.x[rows]), torch.from_numpy(part.y[rows])
+            outputs = module(x)
+            loss = F.cross_entropy(outputs, y)
+            losses += [loss.item()] * len(rows)
+            correct += int((outputs.argmax(1) == y).sum())
+            for p, w in zip(module.parameters(), received, strict=True):
+                loss = loss + mu / 2 * (p - w).square().sum()
+            step.zero_grad()
+            loss.backward()
+            step.step()
+    total = len(part) * settings.epochs
+    return module, float(np.mean(losses)), correct / total
+
+
+CASES = {
+    "sgd": ({"learning_rate": 0.3}, {}),
+    "momentum": ({"learning_rate": 0.1, "momentum": 0.9}, {"momentum": 0.9}),
+    "weight decay": ({"weight_decay": 0.05}, {"weight_decay": 0.05}),
+    "both": (
+        {"momentum": 0.5, "weight_decay": 0.01},
+        {"momentum": 0.5, "weight_decay": 0.01},
+    ),
+    "adam": ({"optimizer": "adam", "learning_rate": 0.01}, {}),
+    "adam with decay": (
+        {"optimizer": "adam", "learning_rate": 0.01, "weight_decay": 0.1},
+        {"weight_decay": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.7])
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_what_torch_optim_does(kit, case, mu):
+    ours, theirs = CASES[case]
+    settings = TrainingSettings(epochs=3, batch_size=5, **ours)
+    part = kit.examples(17)  # the last batch of a pass has 2 examples
+    goal = Proximal(mu) if mu else Plain()
+    _, result = trained(kit.linear, part, settings, goal=goal)
+
+    def optimizer(parameters):
+        kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
+        return kind(parameters, lr=settings.learning_rate, **theirs)
+
+    module, loss, accuracy = by_torch(kit.linear, part, settings, optimizer, mu=mu)
+    expected = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    torch.testing.assert_close(result.model.parameters, expected, atol=1e-6, rtol=0)
+    assert result.loss == pytest.approx(loss, abs=1e-6)
+    assert result.accuracy == pytest.approx(accuracy, abs=1e-6)
+    assert result.num_steps == 3 * 4
+
+
+class Linearised(Objective):
+    """A loss whose gradient is what a test says."""
+
+    def loss(self, outputs, batch):
+        return (outputs * torch.tensor([0.5, 0.25])).sum()
+
+
+class Direct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, -2.0]))
+
+    def forward(self, x):
+        return self.w.expand(len(x), 2)
+
+
+def test_one_proximal_step_has_the_golden_value():
+    file = Path(__file__).parents[1] / "golden" / "fedprox.toml"
+    expected = tomllib.loads(file.read_text())["local_step"]
+    module = FlatModule(Direct())
+    start = module.save().with_parameters(torch.tensor(expected["global_model"]))
+    goal = Proximal(expected["proximal_mu"], Linearised())
+    w = torch.tensor(expected["model"])
+    outputs = w.clone().requires_grad_()
+    batch = Batch(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
+    goal.loss(outputs[None], batch).backward()
+    assert outputs.grad.tolist() == expected["gradient"]
+    gradient = outputs.grad + goal.penalty_gradient(w, start.parameters)
+    step = w - expected["learning_rate"] * gradient
+    assert step.tolist() == pytest.approx(expected["next"], abs=1e-6)
+
+
+def test_the_second_step_feels_the_proximal_term():
+    part = Examples(np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
+    settings = TrainingSettings(epochs=2, learning_rate=0.1)
+    _, result = trained(Direct, part, settings, goal=Proximal(0.1, Linearised()))
+    # The first step starts at the received model, where the term is 0.
+    first = np.array([1.0, -2.0]) - 0.1 * np.array([0.5, 0.25])
+    drift = first - np.array([1.0, -2.0])
+    second = first - 0.1 * (np.array([0.5, 0.25]) + 0.1 * drift)
+    np.testing.assert_allclose(result.model.parameters, second, atol=1e-6)
+
+
+def test_mu_0_is_plain_training_to_the_last_bit(kit):
+    settings = TrainingSettings(epochs=2, batch_size=4, momentum=0.9)
+    _, plain = trained(kit.linear, kit.examples(10), settings)
+    _, proximal = trained(kit.linear, kit.examples(10), settings, goal=Proximal(0.0))
+    assert torch.equal(plain.model.parameters, proximal.model.parameters)
+
+
+def test_a_proximal_term_adds_to_the_inner_objectives_own():
+    w, start = torch.tensor([3.0]), torch.tensor([1.0])
+    nested = Proximal(0.5, Proximal(0.25))
+    assert nested.penalty_gradient(w, start).tolist() == [1.5]
+    assert Proximal(0.0, Proximal(0.25)).penalty_gradient(w, start).tolist() == [0.5]
+    assert Plain().penalty_gradient(w, start) is None
+
+
+def test_padding_does_not_count():
+    outputs = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, -5.0]])
+    y = torch.tensor([0, 0, 1])
+    padded = Batch(torch.zeros(3, 1), y, mask=torch.tensor([1.0, 1.0, 0.0]))
+    real = Batch(torch.zeros(2, 1), y[:2])
+    assert float(Plain().loss(outputs, padded)) == pytest.approx(
+        float(Plain().loss(outputs[:2], real))
+    )
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_frozen_parameters_stay(kit, kind):
+    def make():
+        module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)
+        module[0].requires_grad_(False)
+        return module
+
+    settings = TrainingSettings(
+        epochs=2, batch_size=4, momentum=0.9, weight_decay=0.1, optimizer=kind
+    )
+    with torch.random.fork_rng(devices=[]):
+        start, result = trained(make, kit.examples(10), settings, goal=Proximal(0.1))
+    frozen = slice(0, 4 * 6 + 6)
+    before, after = start.parameters, result.model.parameters
+    assert torch.equal(after[frozen], before[frozen])
+    assert not torch.equal(after[30:], before[30:])
+
+
+def test_batch_norm_statistics_and_counters_travel(kit):
+    settings = TrainingSettings(epochs=2, batch_size=4, learning_rate=0.1)
+    part = kit.examples(8)
+    start, result = trained(kit.batch_norm, part, settings)
+
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    module, _, _ = by_torch(kit.batch_norm, part, settings, optimizer)
+    state = module.state_dict()
+    expected = torch.cat([state["1.running_mean"], state["1.running_var"]])
+    torch.testing.assert_close(result.model.buffers, expected, atol=1e-6, rtol=0)
+    assert int(result.model.integers["1.num_batches_tracked"]) == 4
+    assert int(start.integers["1.num_batches_tracked"]) == 0
+
+
+def test_training_leaves_the_received_model_alone(kit):
+    module = FlatModule(kit.batch_norm())
+    start = module.save()
+    copies = start.parameters.clone(), start.buffers.clone()
+    train(
+        module,
+        start,
+        kit.examples(8),
+        Plain(),
+        TrainingSettings(batch_size=4),
+        learning_rate=0.5,
+        epochs=1,
+        stream=np.random.default_rng(0),
+    )
+    assert torch.equal(start.parameters, copies[0])
+    assert torch.equal(start.buffers, copies[1])
+
+
+def test_a_client_without_examples_returns_what_it_received(kit):
+    start, result = trained(kit.linear, kit.examples(0), TrainingSettings())
+    assert torch.equal(result.model.parameters, start.parameters)
+    assert np.isnan(result.loss)
+    assert np.isnan(result.accuracy)
+    assert result.num_steps == 0
+
+
+def test_the_same_stream_gives_the_same_bits_and_another_another_order(kit):
+    settings = TrainingSettings(epochs=2, batch_size=4)
+    part = kit.examples(20)
+
+    def model(**stream):
+        return trained(kit.linear, part, settings, **stream)[1].model.parameters
+
+    assert torch.equal(model(round=1, client=3), model(round=1, client=3))
+    assert not torch.equal(model(round=1, client=3), model(round=1, client=4))
+    assert not torch.equal(model(round=1, client=3), model(round=2, client=3))
+
+
+def test_who_used_the_module_before_does_not_matter(kit):
+    settings = TrainingSettings(optimizer="adam", epochs=2, batch_size=4)
+    module = FlatModule(kit.batch_norm())
+    start = module.save()
+
+    def model(module, client, n):
+        stream = generator(0, Purpose.SHUFFLE, 1, client)
+        result = train(
+            module,
+            start,
+            kit.examples(n, seed=client),
+            Plain(),
+            settings,
+            learning_rate=0.1,
+            epochs=2,
+            stream=stream,
+        ).model
+        return torch.cat([result.parameters, result.buffers])
+
+    alone = model(FlatModule(kit.batch_norm()), 5, 12)
+    model(module, 1, 8)
+    evaluate(module, start, kit.examples(7))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        model(module, 2, 9)  # BatchNorm refuses its last batch, of one example
+    assert torch.equal(model(module, 5, 12), alone)
+
+
+def test_the_learning_rate_decays_by_the_round():
+    settings = TrainingSettings(learning_rate=0.4, learning_rate_decay=0.5)
+    rates = [settings.learning_rate_in(t) for t in (1, 2, 3)]
+    assert rates == [0.4, 0.2, 0.1]
+
+
+def test_evaluate_is_the_mean_over_all_examples(kit):
+    part = kit.examples(2500)  # more than one batch, the last one smaller
+    module = FlatModule(kit.linear())
+    loss, accuracy = evaluate(module, module.save(), part)
+    x, y = torch.from_numpy(part.x), torch.from_numpy(part.y)
+    with torch.no_grad():
+        outputs = kit.linear()(x)
+    assert loss == pytest.approx(float(F.cross_entropy(outputs, y)), abs=1e-6)
+    assert accuracy == float((outputs.argmax(1) == y).double().mean())
+
+
+def test_evaluate_uses_running_statistics_and_no_dropout(kit):
+    module = FlatModule(nn.Sequential(kit.batch_norm(), nn.Dropout(0.9)))
+    model = module.save()
+    model.buffers = torch.arange(1.0, 11.0)
+    part = kit.examples(50)
+    loss, _ = evaluate(module, model, part)
+    assert evaluate(module, model, part)[0] == loss
+    plain = kit.batch_norm()
+    plain[1].running_mean.copy_(model.buffers[:5])
+    plain[1].running_var.copy_(model.buffers[5:])
+    plain.eval()
+    with torch.no_grad():
+        outputs = plain(torch.from_numpy(part.x))
+    expected = float(F.cross_entropy(outputs, torch.from_numpy(part.y)))
+    assert loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluate_nothing_is_nan(kit):
+    module = FlatModule(kit.linear())
+    assert all(map(np.isnan, evaluate(module, module.save(), kit.examples(0))))
+
+
+def test_training_stops_at_the_next_step_once_cancelled(kit):
+    asked = []
+
+    def cancelled():
+        asked.append(True)
+        return len(asked) == 3
+
+    with pytest.raises(ClientError, match="cancelled"):
+        trained(
+            kit.linear,
+            kit.examples(20),
+            TrainingSettings(batch_size=5),
+            cancelled=cancelled,
+        )
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"optimizer": "sdg"},
+        {"learning_rate": -0.1},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"learning_rate_decay": 0.0},
+        {"learning_rate_decay": 1.1},
+        {"momentum": 1.0},
+        {"weight_decay": -1.0},
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(wrong):
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+        TrainingSettings(**wrong)
+
+
+def test_no_epoch_is_no_training(kit):
+    with pytest.raises(ConfigurationError, match="epochs"):
+        trained(kit.linear, kit.examples(5), TrainingSettings(), epochs=0)
+
+
+def test_an_objective_is_made_by_name_and_must_be_one():
+    assert isinstance(objective("plain"), Plain)
+    assert objective("proximal", mu=0.3).mu == 0.3
+    with pytest.raises(ConfigurationError, match="Did you mean 'proximal'"):
+        objective("proximale")
+    with pytest.raises(ConfigurationError, match="not derived from"):
+        objective("fractions:Fraction")
+    with pytest.raises(ConfigurationError, match="mu"):
+        objective("proximal", mu=-1.0)

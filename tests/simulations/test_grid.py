@@ -1,0 +1,355 @@
+"""What every grid promises, and the parts that the grids share."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import (
+    Array,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+
+from fedweight import _flower
+from fedweight.errors import ConfigurationError, EngineError
+from fedweight.parameters import FlatModel, FlatRecord, Layout
+from fedweight.simulations.grid import (
+    FIRST_NODE,
+    SimulationGrid,
+    execute,
+    isolated,
+    make_context,
+)
+from fedweight.simulations.local import LocalGrid
+
+Make = Callable[..., SimulationGrid]
+
+
+def app_of(handler: Callable[[Message, Context], Any]) -> ClientApp:
+    """Make an app that handles train messages."""
+    app = ClientApp()
+    app.train()(handler)
+    return app
+
+
+def answer(message: Message, **metrics: Any) -> Message:
+    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+def number(message: Message, context: Context) -> Message:
+    return answer(message, client=context.node_config["partition-id"])
+
+
+def clients_of(replies: Any) -> list[int]:
+    return [reply.metadata.src_node_id - FIRST_NODE for reply in replies]
+
+
+def ones(size: int = 4) -> FlatRecord:
+    layout = Layout.of({"w": ((size,), "float32")}, ())
+    return FlatRecord(FlatModel(layout, torch.ones(size), torch.empty(0)))
+
+
+# What every grid promises.
+
+
+def test_replies_come_in_the_order_of_the_messages(make: Make, write: Any) -> None:
+    grid = make(app_of(number), 50)
+    order = [int(k) for k in np.random.default_rng(0).permutation(50)]
+    for _ in range(2):  # the second time it is known how long clients take
+        replies = list(grid.send_and_receive([write(grid, k) for k in order]))
+        assert [r.content["metrics"]["client"] for r in replies] == order
+
+
+def test_no_messages(make: Make) -> None:
+    grid = make(app_of(number), 2)
+    assert list(grid.send_and_receive([])) == []
+    assert list(grid.push_messages([])) == []
+    assert list(grid.pull_messages([])) == []
+
+
+def test_reply_names_the_message_that_it_answers(make: Make, write: Any) -> None:
+    grid = make(app_of(number), 2)
+    messages = [write(grid, 0), write(grid, 1)]
+    ids = [m.metadata.reply_to_message_id for m in grid.send_and_receive(messages)]
+    assert ids == [m.metadata.message_id for m in messages]
+    assert len(set(ids)) == 2
+
+
+def test_node_that_does_not_exist(make: Make) -> None:
+    grid = make(app_of(number), 3)
+    message = Message(RecordDict(), 1003, "train")
+    with pytest.raises(EngineError, match=r"node 1003.*gives 1000 to 1002"):
+        grid.send_and_receive([message])
+
+
+def test_a_million_clients(make: Make, write: Any) -> None:
+    began = time.perf_counter()
+    grid = make(app_of(number), 1_000_000)
+    nodes = grid.get_node_ids()
+    assert time.perf_counter() - began < 0.5
+    assert len(list(nodes)) == 1_000_000
+    (reply,) = grid.send_and_receive([write(grid, 999_999)])
+    assert reply.content["metrics"]["client"] == 999_999
+
+
+def test_client_that_raises(make: Make, write: Any) -> None:
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 2:
+            raise ValueError("no such column: age")
+        return answer(message, fine=1)
+
+    grid = make(app_of(train), 4)
+    replies = list(grid.send_and_receive([write(grid, k) for k in range(4)]))
+    assert [r.has_error() for r in replies] == [False, False, True, False]
+    assert clients_of(replies) == [0, 1, 2, 3]
+    error = replies[2].error
+    assert error.code == _flower.CLIENT_APP_RAISED_EXCEPTION
+    assert error.reason.startswith("client 2, train: ValueError: no such column: age")
+    assert "Traceback" in error.reason
+    assert "in train" in error.reason
+
+
+def test_client_that_exits(make: Make, write: Any) -> None:
+    grid = make(app_of(lambda message, context: sys.exit(3)), 1)
+    (reply,) = grid.send_and_receive([write(grid, 0)])
+    assert reply.error.reason.startswith("client 0, train: SystemExit: 3")
+
+
+def test_client_that_returns_no_message(make: Make, write: Any) -> None:
+    grid = make(app_of(lambda message, context: 7), 1)
+    (reply,) = grid.send_and_receive([write(grid, 0)])
+    assert "the ClientApp returned int, not a Message" in reply.error.reason
+
+
+def test_unknown_action(make: Make, write: Any) -> None:
+    grid = make(app_of(number), 1)
+    (reply,) = grid.send_and_receive([write(grid, 0, "train.other")])
+    assert "No train function registered with name 'other'" in reply.error.reason
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_clients_may_change_what_they_receive(
+    make: Make, write: Any, flat: bool
+) -> None:
+    def train(message: Message, context: Context) -> Message:
+        content = message.content
+        assert content["config"] == {"list": [1], "text": "as sent"}
+        assert content["arrays"]["w"].numpy().sum() == 4
+        assert list(content) == ["config", "arrays"]
+        content["config"]["text"] = "changed"
+        content["config"]["list"].append(2)
+        content["arrays"]["w"] = Array(np.zeros(2))
+        content["more"] = MetricRecord({"x": 1})
+        message.metadata.message_type = "query"
+        return Message(content, reply_to=message)
+
+    arrays = ones() if flat else ones().plain()
+    grid = make(app_of(train), 6)
+    messages = [write(grid, k, arrays=arrays) for k in range(6)]
+    shared = ConfigRecord({"list": [1], "text": "as sent"})
+    for message in messages:
+        message.content["config"] = shared
+    for _ in range(2):
+        replies = list(grid.send_and_receive(messages))
+        assert [r.error.reason for r in replies if r.has_error()] == []
+    assert shared == {"list": [1], "text": "as sent"}
+    assert arrays["w"].numpy().sum() == 4
+    assert messages[0].metadata.message_type == "train"
+
+
+def test_arrays_of_each_client(make: Make, write: Any) -> None:
+    """Small and large ones, some shared, some not, and two in one message."""
+
+    def train(message: Message, context: Context) -> Message:
+        records = message.content.array_records
+        sums = {n: float(r["w"].numpy().sum()) for n, r in records.items()}
+        return answer(message, **sums)
+
+    grid = make(app_of(train), 4)
+    shared, own = ones(100_000), [ones(10), ones(50_000), ones(3).plain(), ones(20)]
+    messages = [write(grid, k, arrays=own[k]) for k in range(4)]
+    for message in messages:
+        message.content["shared"] = shared
+    sums = [dict(r.content["metrics"]) for r in grid.send_and_receive(messages)]
+    assert sums == [{"arrays": size, "shared": 100_000} for size in (10, 50_000, 3, 20)]
+
+
+def test_state_lasts_from_message_to_message(make: Make, write: Any) -> None:
+    def train(message: Message, context: Context) -> Message:
+        past = context.state.get("past", ConfigRecord({"told": []}))
+        told = [*past["told"], message.content["config"]["say"]]
+        context.state["past"] = ConfigRecord({"told": told})
+        context.state["model"] = ones(len(told))
+        return answer(message, count=len(told), size=len(context.state["model"]))
+
+    grid = make(app_of(train), 8)
+    for count in (1, 2, 3):
+        messages = [write(grid, k, say=f"{k}:{count}") for k in range(8)]
+        replies = grid.send_and_receive(messages)
+        assert [r.content["metrics"]["count"] for r in replies] == [count] * 8
+
+
+def test_state_is_kept_when_a_client_raises_and_can_be_emptied(
+    make: Make, write: Any
+) -> None:
+    def train(message: Message, context: Context) -> Message:
+        found = len(context.state)
+        what = message.content["config"]["do"]
+        if what == "empty":
+            context.state = RecordDict()
+        else:
+            context.state["seen"] = ConfigRecord()
+        if what == "raise":
+            raise RuntimeError
+        return answer(message, found=found)
+
+    grid = make(app_of(train), 1)
+    found = []
+    for what in ("raise", "write", "empty", "write"):
+        (reply,) = grid.send_and_receive([write(grid, 0, do=what)])
+        found.append(None if reply.has_error() else reply.content["metrics"]["found"])
+    assert found == [None, 1, 1, 0]
+
+
+def test_messages_to_one_client_are_handled_in_order(make: Make, write: Any) -> None:
+    def train(message: Message, context: Context) -> Message:
+        past = context.state.get("past", ConfigRecord({"steps": []}))
+        steps = [*past["steps"], message.content["config"]["step"]]
+        context.state["past"] = ConfigRecord({"steps": steps})
+        return answer(message, steps=steps)
+
+    grid = make(app_of(train), 3)
+    messages = [write(grid, k, step=s) for s in range(5) for k in range(3)]
+    replies = list(grid.send_and_receive(messages))
+    for message, reply in zip(messages, replies, strict=True):
+        step = message.content["config"]["step"]
+        assert reply.content["metrics"]["steps"] == list(range(step + 1))
+    # In several pushes likewise.
+    ids = [grid.push_messages([write(grid, 0, step=s)])[0] for s in range(5, 9)]
+    last = _collect(grid, ids)[ids[-1]]
+    assert last.content["metrics"]["steps"] == list(range(9))
+
+
+def _collect(grid: SimulationGrid, ids: list[str]) -> dict[str, Message]:
+    found: dict[str, Message] = {}
+    deadline = time.monotonic() + 30
+    while len(found) < len(ids) and time.monotonic() < deadline:
+        for reply in grid.pull_messages(ids):
+            name = reply.metadata.reply_to_message_id
+            assert name not in found
+            found[name] = reply
+    return found
+
+
+def test_pull_hands_out_each_reply_once(make: Make, write: Any) -> None:
+    grid = make(app_of(number), 5)
+    ids = list(grid.push_messages([write(grid, k) for k in range(5)]))
+    assert len(_collect(grid, ids)) == 5
+    assert list(grid.pull_messages(ids)) == []
+    assert list(grid.pull_messages(["message-that-never-was"])) == []
+
+
+def test_pushed_messages_are_left_alone_by_a_round(make: Make, write: Any) -> None:
+    grid = make(app_of(number), 4)
+    ids = list(grid.push_messages([write(grid, 3)]))
+    assert clients_of(grid.send_and_receive([write(grid, 1), write(grid, 3)])) == [1, 3]
+    (reply,) = _collect(grid, ids).values()
+    assert clients_of([reply]) == [3]
+
+
+def test_server_may_change_what_it_has_pushed(make: Make, write: Any) -> None:
+    def train(message: Message, context: Context) -> Message:
+        return answer(message, value=message.content["config"]["value"])
+
+    grid = make(app_of(train), 20)
+    messages = [write(grid, k, value=1) for k in range(20)]
+    ids = list(grid.push_messages(messages))
+    for message in messages:
+        message.content["config"]["value"] = 2
+    values = [r.content["metrics"]["value"] for r in _collect(grid, ids).values()]
+    assert values == [1] * 20
+
+
+def test_what_has_not_begun_at_the_timeout_never_does(
+    make: Make, write: Any, tmp_path: Path
+) -> None:
+    def train(message: Message, context: Context) -> Message:
+        client = context.node_config["partition-id"]
+        (tmp_path / f"{client}").touch()
+        time.sleep(0.3)
+        return answer(message, client=client)
+
+    grid = make(app_of(train), 12)
+    messages = [write(grid, k) for k in range(10)]
+    replies = list(grid.send_and_receive(messages, timeout=0.5))
+    assert 1 <= len(replies) < 10
+    assert clients_of(replies) == sorted(clients_of(replies))
+    (reply,) = grid.send_and_receive([write(grid, 11)])
+    assert clients_of([reply]) == [11]
+    assert len(list(tmp_path.iterdir())) < 8
+
+
+def test_torch_has_one_thread(make: Make, write: Any) -> None:
+    def train(message: Message, context: Context) -> Message:
+        return answer(message, threads=torch.get_num_threads())
+
+    grid = make(app_of(train), 1)
+    (reply,) = grid.send_and_receive([write(grid, 0)])
+    assert reply.content["metrics"]["threads"] == 1
+
+
+# What the grids share.
+
+
+def test_flowers_older_names() -> None:
+    grid = LocalGrid(app_of(number), 3)
+    assert grid.run.run_id == 0
+    grid.set_run(_flower.empty_run(7))
+    assert grid.run.run_id == 7
+    message = grid.create_message(RecordDict(), "train", 1001, "group")
+    assert message.metadata.group_id == "group"
+    assert clients_of(grid.send_and_receive([message])) == [1]
+    assert [node.node_id for node in grid.get_nodes()] == [1000, 1001, 1002]
+
+
+def test_grid_needs_a_client() -> None:
+    with pytest.raises(ConfigurationError, match="num_clients must be in"):
+        LocalGrid(app_of(number), 0)
+
+
+def test_context_of_a_client() -> None:
+    config = {"rate": 0.1}
+    context = make_context(2, 5, config)
+    assert context.node_id == FIRST_NODE + 2
+    assert context.node_config == {"partition-id": 2, "num-partitions": 5}
+    assert context.run_config == config
+    assert len(context.state) == 0
+    assert context.run_config is not config
+
+
+def test_isolated_message_shares_the_vectors(write: Any) -> None:
+    record = ones()
+    message = write(LocalGrid(app_of(number), 1), 0, arrays=record)
+    received = isolated(message).content["arrays"]
+    assert received is not record
+    assert received.flat is record.flat
+
+
+def test_interrupt_is_no_reply(write: Any) -> None:
+    def train(message: Message, context: Context) -> Message:
+        raise KeyboardInterrupt
+
+    message = write(LocalGrid(app_of(number), 1), 0)
+    with pytest.raises(KeyboardInterrupt):
+        execute(app_of(train), message, make_context(0, 1, {}))

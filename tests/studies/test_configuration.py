@@ -1,0 +1,397 @@
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedweight import models
+from fedweight.clients.objectives import OBJECTIVES
+from fedweight.data import DATA_SETS
+from fedweight.data.partitions import PARTITIONS
+from fedweight.errors import ConfigurationError
+from fedweight.strategies import STRATEGIES
+from fedweight.studies.configuration import (
+    SCHEMA,
+    Configuration,
+    check_type,
+    options_of,
+    parse_setting,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def refused(given, *texts):
+    """Return the message, which must be one line that has the texts."""
+    with pytest.raises(ConfigurationError) as caught:
+        Configuration.of(given)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in texts:
+        assert text in message, message
+    return message
+
+
+def test_every_default_resolves_and_is_the_one_in_the_schema():
+    configuration = Configuration.of({})
+    for table, keys in SCHEMA.items():
+        for key, rule in keys.items():
+            assert configuration[table][key] == rule.default
+            assert type(configuration[table][key]) is type(rule.default)
+
+
+def test_the_defaults_are_the_quick_start():
+    written = Configuration.read(ROOT / "simulations" / "quickstart.toml")
+    assert written == Configuration.read()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "simulations").glob("**/*.toml")), ids=lambda p: p.stem
+)
+def test_what_ships_is_valid(file):
+    Configuration.read(file)
+
+
+@pytest.mark.parametrize(
+    ("table", "registry"),
+    [
+        ("data", DATA_SETS),
+        ("partition", PARTITIONS),
+        ("model", models.MODELS),
+        ("objective", OBJECTIVES),
+        ("strategy", STRATEGIES),
+    ],
+)
+def test_whatever_is_picked_resolves_and_can_be_written_and_read(
+    table, registry, tmp_path
+):
+    for name in registry.entries:
+        given = {table: {"name": name}}
+        if name == "classes":
+            given[table]["per-client"] = 2
+        try:
+            configuration = Configuration.of(given)
+        except ConfigurationError as error:
+            # What it needs has no default: then that is what it says.
+            assert "needs the key" in str(error)
+            continue
+        assert configuration[table]["name"] == name
+        file = tmp_path / "config.toml"
+        file.write_text(configuration.to_toml())
+        assert Configuration.read(file) == configuration
+        assert tomllib.loads(configuration.to_toml()) == configuration.tables
+
+
+def test_a_resolved_file_gives_the_same_configuration_from_anywhere(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "study" / "a.toml"
+    file.write_text(
+        """
+        [run]
+        name = "été, 'x' \\"y\\""
+        [data]
+        name = "csv"
+        path = "mine.csv"
+        test = "../test.csv"
+        label = "class"
+        sensitive = ["sex", "age"]
+        [training]
+        learning-rate = 1
+        [strategy]
+        name = "ida"
+        """
+    )
+    monkeypatch.chdir(tmp_path)
+    configuration = Configuration.read("study/a.toml")
+    assert configuration["data"]["path"] == str(tmp_path / "study" / "mine.csv")
+    assert configuration["data"]["test"] == str(tmp_path / "test.csv")
+    assert configuration["training"]["learning-rate"] == 1.0
+    resolved = tmp_path / "run" / "config.toml"
+    resolved.write_text(configuration.to_toml(), encoding="utf-8")
+    monkeypatch.chdir("/")
+    assert Configuration.read(resolved) == configuration
+
+
+def test_a_path_in_a_setting_is_relative_to_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"data.name": "csv", "data.path": Path("a/b.csv"), "data.test": "c.csv"}
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "f.toml").write_text("[data]\npath = 'x.csv'\n")
+    for given in (settings, [f"{k}={v}" for k, v in settings.items()]):
+        data = Configuration.read("deep/f.toml", given)["data"]
+        assert data["path"] == str(tmp_path / "a" / "b.csv")
+        assert data["test"] == str(tmp_path / "c.csv")
+    only = Configuration.read("deep/f.toml", ["data.name=csv"])["data"]
+    assert only["path"] == str(tmp_path / "deep" / "x.csv")
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ({"runs": {}}, ["[runs]", "Did you mean 'run'?", "strategy"]),
+        ({"run": 3}, ["'run'", "got 3", "[run]"]),
+        ({"run": {"round": 3}}, ["'round'", "Did you mean 'rounds'?", "seed"]),
+        ({"run": {"rounds": "many"}}, ["run.rounds", "a whole number", "'many'"]),
+        ({"run": {"rounds": 2.5}}, ["run.rounds", "a whole number", "2.5"]),
+        ({"run": {"rounds": True}}, ["run.rounds", "a whole number", "True"]),
+        ({"run": {"rounds": 0}}, ["run.rounds", "[1, inf)", "got 0"]),
+        ({"run": {"seed": -1}}, ["run.seed", "[0, inf)", "-1"]),
+        ({"run": {"name": 7}}, ["run.name", "a text", "7"]),
+        ({"data": {"held-out": 1.0}}, ["data.held-out", "[0, 1)", "1.0"]),
+        ({"data": {"held_out": 0.1}}, ["'held_out'", "Did you mean 'held-out'?"]),
+        ({"data": {"proxy": 1}}, ["data.proxy", "[0, 1)", "1"]),
+        ({"training": {"momentum": 1}}, ["training.momentum", "[0, 1)"]),
+        (
+            {"training": {"learning-rate-decay": 0.0}},
+            ["training.learning-rate-decay", "(0, 1]"],
+        ),
+        ({"training": {"learning-rate": math.inf}}, ["training.learning-rate", "inf"]),
+        ({"training": {"learning-rate": math.nan}}, ["training.learning-rate", "nan"]),
+        (
+            {"training": {"optimizer": "adm"}},
+            ["training.optimizer", "'sgd', 'adam'", "'adm'", "Did you mean 'adam'?"],
+        ),
+        ({"engine": {"name": "rai"}}, ["engine.name", "Did you mean 'ray'?"]),
+        ({"partition": {"alpha": "low"}}, ["partition.alpha", "a number", "'low'"]),
+        ({"partition": {"alhpa": 1}}, ["'alhpa'", "Did you mean 'alpha'?"]),
+        (
+            {"strategy": {"name": "fedce", "mode": "pluss"}},
+            ["strategy.mode", "'plus', 'times'", "'pluss'", "Did you mean 'plus'?"],
+        ),
+        ({"strategy": {"seed": 3}}, ["no key 'seed'"]),
+        ({"model": {"hidden": ["wide"]}}, ["model.hidden", "a list", "wide"]),
+        ({"server": {"name": "adam", "beta": 0.1}}, ["'beta'", "beta-1"]),
+        ({"strategy": {"name": 3}}, ["strategy.name", "a text", "3"]),
+        ({"strategy": {"name": "no_such:Thing"}}, ["no_such", "package.module:name"]),
+        ({"strategy": {"name": "math:cosinus"}}, ["math", "'cosinus'", "'cos'"]),
+        ({"strategy": {"name": "math:pi"}}, ["strategy.name", "math:pi", "function"]),
+        ({"strategy": {"name": ":FedAvg"}}, [":FedAvg", "package.module:name"]),
+        ({"strategy": {"name": ".a:B"}}, [".a:B", "package.module:name"]),
+        ({"strategy": {"name": "math:"}}, ["math:", "package.module:name"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_is_wrong_and_allowed(given, texts):
+    refused(given, *texts)
+
+
+@pytest.mark.parametrize(
+    ("table", "wrong", "right"),
+    [
+        ("data", "digit", "digits"),
+        ("partition", "dirichelet", "dirichlet"),
+        ("model", "mpl", "mlp"),
+        ("objective", "plane", "plain"),
+        ("strategy", "fed_avg", "fedavg"),
+        ("server", "adamm", "adam"),
+    ],
+)
+def test_an_unknown_name_is_met_with_the_closest_and_all(table, wrong, right):
+    message = refused({table: {"name": wrong}}, f"'{wrong}'", f"Did you mean '{right}'")
+    assert "module:name" in message
+
+
+def test_the_file_is_named_where_there_is_one(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[run]\nround = 3\n")
+    with pytest.raises(ConfigurationError, match=r"mine\.toml: run has no key 'round'"):
+        Configuration.read(file)
+
+
+def test_no_file_and_no_toml_are_one_line(tmp_path):
+    with pytest.raises(ConfigurationError, match="there is no simulation file"):
+        Configuration.read(tmp_path / "none.toml")
+    for name, content in (("a.toml", b"[run\n"), ("b.toml", b"\xff\xfe[run]")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigurationError, match="is not a TOML file") as caught:
+            Configuration.read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        Configuration.read(tmp_path)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        Configuration.read(tmp_path / "a.toml" / "b.toml")
+
+
+def test_a_setting_on_a_broken_file_says_what_is_broken(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("run = 3\n")
+    with pytest.raises(ConfigurationError, match="'run' is a table of keys, got 3"):
+        Configuration.read(file, ["run.seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a.b=1", 1),
+        ("a.b=0.5", 0.5),
+        ("a.b=1e-3", 0.001),
+        ("a.b=true", True),
+        ("a.b=[1, 2]", [1, 2]),
+        ('a.b="1"', "1"),
+        ("a.b=fedavg", "fedavg"),
+        ("a.b=m:C", "m:C"),
+        ("a.b=x=y", "x=y"),
+        ("a.b=", ""),
+        (" a.b = /tmp/x y ", "/tmp/x y"),
+    ],
+)
+def test_settings_are_toml_or_else_text(text, value):
+    table, key, read = parse_setting(text)
+    assert (table, key) == ("a", "b")
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize("text", ["", "a", "a=1", "a.b", ".b=1", "a.=1", "=1"])
+def test_a_setting_written_otherwise_is_refused(text):
+    with pytest.raises(ConfigurationError, match=r"written table\.key=value"):
+        parse_setting(text)
+
+
+def test_settings_override_the_file_and_later_ones_win(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("[run]\nrounds = 3\nseed = 4\n[partition]\nalpha = 2.0\n")
+    read = Configuration.read(file, ["run.rounds=5", "run.rounds=6"])
+    assert (read["run"]["rounds"], read["run"]["seed"]) == (6, 4)
+    assert read["partition"]["alpha"] == 2.0
+    assert "[run]\nrounds = 3" in file.read_text()
+
+
+def test_settings_may_be_values():
+    given = {"run.name": "😀 null", "model.hidden": [3, 4], "partition.alpha": 2}
+    read = Configuration.read(settings=given)
+    assert read["run"]["name"] == "😀 null"
+    assert read["model"]["hidden"] == [3, 4]
+    assert read["partition"]["alpha"] == 2
+    with pytest.raises(ConfigurationError, match="'rounds' must be written table"):
+        Configuration.read(settings={"rounds": 3})
+
+
+def test_a_flower_run_config_is_read():
+    read = Configuration.unflatten(
+        {
+            "run.rounds": 3,
+            "strategy.name": "ida",
+            "settings": "model.hidden=[8] partition.alpha=0.5",
+        }
+    )
+    assert read["run"]["rounds"] == 3
+    assert read["strategy"]["name"] == "ida"
+    assert read["model"]["hidden"] == [8]
+    assert read["partition"]["alpha"] == 0.5
+    with pytest.raises(ConfigurationError, match="run config: there is no table"):
+        Configuration.unflatten({"rnu.rounds": 3})
+    with pytest.raises(ConfigurationError, match="'rounds' must be written"):
+        Configuration.unflatten({"rounds": 3})
+
+
+def test_options_are_in_snake_case_and_without_the_fixed_keys():
+    read = Configuration.of({"partition": {"min-size": 2, "alpha": 1.5}})
+    assert read.options("partition") == {
+        "alpha": 1.5,
+        "min_size": 2,
+        "balanced": False,
+    }
+    assert read.options("run") == {}
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "own_things.py").write_text(
+        """
+from __future__ import annotations
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+from torch import nn
+from flwr.serverapp.strategy import FedAvg
+from fedweight.strategies.base import StrategyArguments, WeightingStrategy
+if TYPE_CHECKING:
+    from nowhere import Something
+
+def load(seed, size: int = 3, how: Literal["a", "b"] = "a"): ...
+def load_any(**options): ...
+def net(input_shape, num_classes, activation=nn.ReLU, sizes=(1, (2, 3))): ...
+def split(dataset, k, rng, extra: float = 0.5, table: dict[str, int] | None = None): ...
+def typed(labels, k, rng, thing: Something, more: int = 1): ...
+
+class Passes(FedAvg):
+    def __init__(self, *args, own: int = 1, **kwargs): ...
+class Ours(WeightingStrategy):
+    def __init__(self, own: float, **arguments: Unpack[StrategyArguments]): ...
+class Bare(WeightingStrategy): ...
+class Plain: ...
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield
+    import sys
+
+    sys.modules.pop("own_things", None)
+
+
+@pytest.mark.usefixtures("own_module")
+def test_ones_own_things_bring_their_own_options():
+    read = Configuration.of(
+        {
+            "data": {"name": "own_things:load", "size": 9, "how": "b"},
+            "partition": {"name": "own_things:split", "table": {"a": 1}},
+            "model": {"name": "own_things:net"},
+            "strategy": {"name": "own_things:Passes", "fraction-train": 0.5},
+        }
+    )
+    assert read.options("data") == {"size": 9, "how": "b"}
+    assert read.options("partition") == {"extra": 0.5, "table": {"a": 1}}
+    # A default that TOML cannot hold is left to the function.
+    assert read.options("model") == {"sizes": [1, [2, 3]]}
+    assert read.options("strategy")["own"] == 1
+    assert read.options("strategy")["fraction_train"] == 0.5
+    assert tomllib.loads(read.to_toml()) == read.tables
+
+
+@pytest.mark.usefixtures("own_module")
+def test_ones_own_options_are_checked_likewise():
+    def of(table, name, **given):
+        return {table: {"name": f"own_things:{name}", **given}}
+
+    refused(of("data", "load", size="x"), "data.size", "a whole number")
+    refused(of("data", "load", how="c"), "data.how", "'a', 'b'")
+    refused(of("data", "load", siez=3), "'siez'", "Did you mean 'size'?")
+    refused(of("partition", "split", table=3), "partition.table", "a table", "3")
+    refused(of("partition", "typed"), "partition needs the key 'thing'")
+    refused(of("strategy", "Ours"), "strategy needs the key 'own'")
+    refused(of("strategy", "Passes", fraction_trian=1), "'fraction_trian'")
+    refused(of("strategy", "Plain", x=1), "no key 'x'", "It takes name.")
+    Configuration.of(of("partition", "typed", thing="what the module says"))
+    Configuration.of(of("strategy", "Ours", own=1, stragglers=0.5))
+    Configuration.of(of("strategy", "Bare", stragglers=0.5))
+    anything = Configuration.of(of("data", "load_any", x=[1, 2], y="z"))
+    assert anything.options("data") == {"x": [1, 2], "y": "z"}
+
+
+def test_flowers_own_strategies_show_their_options():
+    from flwr.serverapp import strategy
+
+    for name in ("FedMedian", "Krum", "FedTrimmedAvg", "FedAdam", "QFedAvg"):
+        options = options_of(getattr(strategy, name))
+        assert "fraction_train" in options, name
+    given = {"name": "flwr.serverapp.strategy:Krum", "num-malicious-nodes": 1}
+    assert Configuration.of({"strategy": given}).options("strategy")[
+        "num_malicious_nodes"
+    ] == 1
+
+
+def test_types_are_checked_as_annotated():
+    check_type("k", None, int | None)
+    check_type("k", 3, float)
+    check_type("k", [1, 2], tuple[int, ...])
+    for value, annotation in (
+        (None, int),
+        (True, float),
+        ("x", list[str]),
+        ([1, "x"], list[int]),
+        ("x", int | None),
+    ):
+        with pytest.raises(ConfigurationError, match="k must be"):
+            check_type("k", value, annotation)

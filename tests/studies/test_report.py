@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedweight.studies import plots, report
+from fedweight.studies.result import Run
+
+MakeRun = Any
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask of a page, and that its tags close."""
+
+    VOID = frozenset({"meta", "link", "br", "use", "path"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_report_holds_what_was_run(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    path = run.report()
+    assert path == run.folder / "report.html"
+    assert list(run.folder.glob(".*")) == []  # nothing left aside
+    text = path.read_text("utf-8")
+    page = Page(text)
+    assert len(page.all("svg")) == 8
+    assert all(svg["aria-label"] for svg in page.all("svg"))
+    assert "70.0 %" in text  # the last test accuracy
+    assert "too few replies" in text
+    assert "Client 3 counted most" in text
+    assert "discrepancy" in text
+    assert "nested.deep" in text
+
+
+def test_what_others_wrote_is_escaped(make_run: MakeRun) -> None:
+    name = "<img src=x>"
+    folder = make_run(class_names=[name, "b", "c"])
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(config.replace("made-up", name))
+    text = report.render(Run(folder))
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "&lt;b&gt;&amp;" in text
+
+
+def test_report_asks_for_nothing(make_run: MakeRun) -> None:
+    text = report.render(Run(make_run()))
+    page = Page(text)
+    assert page.all("script") == []
+    for _, attributes in page.tags:
+        for name in ("src", "href"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:"))
+    assert "default-src 'none'" in text
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_ids_are_unique_and_every_reference_has_one(make_run: MakeRun) -> None:
+    text = report.render(Run(make_run()))
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'(?:href="#|url\(#)([^")]+)', text)
+    assert set(references) == set(ids)
+
+
+def test_same_run_same_bytes_wherever_it_lies(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    folder = make_run()
+    other = tmp_path / "elsewhere"
+    shutil.copytree(folder, other)
+    (other / "timings.csv").write_text("round,seconds,elapsed\n0,99,99\n")
+    first = Run(folder).report().read_bytes()
+    assert Run(other).report().read_bytes() == first
+    assert Run(folder).report().read_bytes() == first
+
+
+def test_figures_take_their_colours_from_the_page(make_run: MakeRun) -> None:
+    text = report.render(Run(make_run()))
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    for colour, role in report._ROLES.items():
+        assert colour not in drawings
+        assert text.count(f"--fw-{role}:") == 3  # light, dark and on paper
+    assert set(report._ROLES) == {
+        plots.INK,
+        plots.MUTED,
+        plots.GRID,
+        plots.PAPER,
+        plots.MISSING,
+        plots.BLUE,
+        plots.VERMILION,
+        plots.GREEN,
+    }
+
+
+def test_sections_without_data_are_left_out(make_run: MakeRun) -> None:
+    text = report.render(Run(make_run(weights=False, evaluated=False, rounds=1)))
+    Page(text)
+    assert "How much each client counts" not in text
+    assert "How the clients fare" not in text
+    assert "Bad replies and failed rounds" not in text
+    assert "Which classes each client holds" in text
+
+
+def test_interrupted_run_says_so(make_run: MakeRun) -> None:
+    text = report.render(Run(make_run(rounds=2, asked=9, model=False)))
+    assert "stands at round 2 of 9" in text
+    assert "fedweight resume" in text
+
+
+def test_many_clients_stay_a_small_file(make_run: MakeRun) -> None:
+    text = report.render(Run(make_run(clients=600, rounds=4)))
+    assert len(text) < 600_000
+    assert "100 more in clients.csv" in text
+
+
+def test_failure_keeps_the_former_report(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(make_run())
+    path = run.report()
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        run.report()
+    assert path.read_bytes() == before
+    assert list(run.folder.glob(".*")) == []
+
+
+def test_letters_that_matplotlib_lacks_are_no_warning(make_run: MakeRun) -> None:
+    text = report.render(Run(make_run(class_names=["数字", "b", "c"])))
+    assert "数字" in text
+
+
+def browse(path: Path, profile: Path) -> tuple[str, list[str]]:
+    """Open a file in a browser without a network: its DOM, what the console said."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)))
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--enable-logging=stderr",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={profile}",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.browser
+def test_report_opens_in_a_browser_without_a_complaint(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    path = Run(make_run()).report()
+    page, complaints = browse(path, tmp_path / "profile")
+    assert page.count("<svg") == 8
+    assert complaints == []
+    # The page's own policy forbids every request, so that one would show up here.
+    text = path.read_text("utf-8")
+    path.write_text(text.replace("</main>", "<img src='https://x.invalid/'></main>"))
+    _, complaints = browse(path, tmp_path / "profile")
+    assert "Content Security Policy" in " ".join(complaints)
