@@ -1,49 +1,244 @@
 """The Flower App that this folder is: what ``flwr run .`` and real nodes start.
 
 The run config holds the keys of a simulation file, dotted (``strategy.name``), and
-``settings`` for the options beside them (``settings = "strategy.a=0.2"``).
+three of its own: ``settings`` for the options beside them (``"strategy.a=0.2"``),
+``out`` for the run's folder, and ``num-classes`` where every node has data of its own.
+
+Only Flower is imported here. A node starts a process for each message, and what a
+message does not need it should not wait for.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from .studies.configuration import Configuration
+    from .studies.runner import Components
+
+log = logging.getLogger("fedweight")
+
+# Keys of the run config that no simulation file has.
+OUT = "out"
+NUM_CLASSES = "num-classes"
+
+# What the nodes are asked once, and the record they answer with.
+IDENTITY = "identity"
+ANSWER_SECONDS = 120
+
+Frozen = tuple[tuple[str, bool | float | int | str], ...]
 
 server_app = ServerApp()
 client_app = ClientApp()
 
 
+# --------------------------------------------------------------------- the server
+
+
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the strategy on Flower's grid, and write the run's folder."""
+    run_config = _frozen(context)
+    folder = _folder(run_config, context.run_id)
+    numbered = grid if hasattr(grid, "client_of") else NumberedGrid(grid)
+    if _num_classes(run_config):
+        components = _server_components(run_config)
+    else:
+        components = _shared_components(run_config, _num_partitions(numbered))
+
     from .parameters import FlatModule, FlatRecord
     from .studies.folder import new_folder
+    from .studies.result import Run
     from .studies.runner import Recorder, serve
 
-    nodes = len(list(grid.get_node_ids()))
-    components = _components(_frozen(context), nodes or None)
     strategy = components.strategy()
     initial = FlatRecord(FlatModule(components.make_model()).save())
-    table = components.configuration["run"]
-    folder = new_folder(None, f"{table['name']}-flower-seed{table['seed']}")
-    recorder = Recorder(folder, components, strategy)
+    recorder = Recorder(new_folder(folder, folder.name), components, strategy)
     recorder.begin()
+    _correct(folder, own_data=bool(_num_classes(run_config)))
+    print(f"results go to {folder}", flush=True)
     try:
-        serve(grid, components, strategy, initial, recorder)
+        serve(numbered, components, strategy, initial, recorder)
     finally:
         recorder.end()
-    from .studies.result import Run
+    run = Run(folder)
+    run.report()
+    print(f"test accuracy {run.summary()['test_accuracy']:.4f}")
+    print(f"results in {folder}", flush=True)
 
-    print(f"test accuracy {Run(folder).summary()['test_accuracy']:.4f}")
-    print(f"results in {folder.resolve()}")
+
+class NumberedGrid(Grid):
+    """A Flower grid that knows the nodes' client numbers.
+
+    Flower gives a node a random id; its client number is its ``partition-id``. In the
+    order of these numbers clients are sampled and summed, so with them a run does not
+    depend on the ids, and the weight log says who is who. A node without a
+    ``partition-id`` is known by its id.
+
+    Parameters
+    ----------
+    grid : Grid
+        What carries the messages.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.identities: dict[int, ConfigRecord] = {}  # in the order nodes came
+        self._numbers: dict[int, int] = {}
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes that are connected, and ask new ones who they are."""
+        nodes = list(self.grid.get_node_ids())
+        new = sorted(node for node in nodes if node not in self.identities)
+        if new:
+            self._ask(new)
+        numbers: dict[int, int] = {}
+        taken: set[int] = set()
+        connected = set(nodes)
+        for node, identity in self.identities.items():
+            number = identity.get("partition-id")
+            if node in connected and isinstance(number, int) and number not in taken:
+                numbers[node] = number
+                taken.add(number)
+            elif node in connected and number is not None:
+                log.warning(
+                    "node %d says that it is client %s, which is still connected as "
+                    "another node; it goes by its node id while that lasts",
+                    node,
+                    number,
+                )
+        self._numbers = numbers
+        return nodes
+
+    def client_of(self, node: int) -> int:
+        """Return a node's client number."""
+        return self._numbers.get(node, node)
+
+    def _ask(self, nodes: list[int]) -> None:
+        messages = [
+            Message(RecordDict(), dst_node_id=node, message_type=f"query.{IDENTITY}")
+            for node in nodes
+        ]
+        replies = {
+            reply.metadata.src_node_id: reply.content[IDENTITY]
+            for reply in self.grid.send_and_receive(messages, timeout=ANSWER_SECONDS)
+            if not reply.has_error()
+        }
+        for node in nodes:
+            identity = replies.get(node)
+            if not isinstance(identity, ConfigRecord):
+                log.warning("node %d did not say which client it is", node)
+                identity = ConfigRecord()
+            self.identities[node] = identity
+
+    # The rest of a grid, as it is.
+
+    def set_run(self, run: Any) -> None:
+        """Pass on."""
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Pass on."""
+        return self.grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Pass on."""
+        return self.grid.create_message(*args, **kwargs)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pass on."""
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass on."""
+        return self.grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Pass on."""
+        return self.grid.send_and_receive(messages, timeout=timeout)
+
+
+def _num_partitions(grid: Grid) -> int | None:
+    """Return among how many clients the nodes divide the data, as they were told."""
+    nodes = list(grid.get_node_ids())
+    while not nodes:
+        log.info("waiting for a node")
+        time.sleep(1)  # Flower's Grid offers no event for a node that connects.
+        nodes = list(grid.get_node_ids())
+    if not isinstance(grid, NumberedGrid):
+        return len(nodes)
+    told = {i.get("num-partitions") for i in grid.identities.values()} - {None}
+    if len(told) > 1:
+        raise ConfigurationError(
+            f"the nodes disagree on num-partitions: {sorted(map(str, told))}. Start "
+            "every SuperNode with the same."
+        )
+    return int(told.pop()) if told else None  # type: ignore[arg-type]
+
+
+def _folder(run_config: Frozen, run_id: int) -> Path:
+    """Return where the run's folder goes.
+
+    An app runs where the SuperLink was started, which for ``flwr run .`` is wherever
+    the first one was typed. So nothing here is relative to the working directory.
+    """
+    out = str(dict(run_config).get(OUT, ""))
+    if not out:
+        values = dict(run_config)
+        name = values.get("run.name", "run")
+        strategy = str(values.get("strategy.name", "")).rsplit(":", 1)[-1].lower()
+        label = f"{name}-{strategy}-seed{values.get('run.seed', 0)}-{run_id}"
+        return Path.home() / "fedweight-runs" / label.replace("/", "-")
+    return _absolute(OUT, out)
+
+
+def _correct(folder: Path, own_data: bool) -> None:
+    """Say in the run's folder what is otherwise than in a simulation of ours."""
+    from .studies.folder import write_whole
+
+    path = folder / "environment.json"
+    environment = json.loads(path.read_text("utf-8"))
+    environment["engine"]["name"] = "flower"
+    if own_data:
+        # How the clients' data are spread is theirs to know.
+        del environment["data"]["clients"]
+        (folder / "partition.csv").unlink()
+    write_whole(path, json.dumps(environment, indent=2) + "\n")
+
+
+# -------------------------------------------------------------------- the clients
 
 
 def _handle(message: Message, context: Context) -> Message:
+    """Train, evaluate or count labels: on a part of the data, or on a node's own."""
+    run_config = _frozen(context)
+    path = context.node_config.get("data-path")
+    num_classes = _num_classes(run_config)
+    if bool(num_classes) != (path is not None):
+        raise ConfigurationError(
+            f"this node has {'no' if path is None else 'a'} 'data-path', but the run "
+            f"config's {NUM_CLASSES} is {num_classes}. It is the number of classes "
+            "where every node has a file of its own, and 0 where they share the data."
+        )
+    if path is not None:
+        return _own_client_app(context)(message, context)
     clients = context.node_config.get("num-partitions")
-    app = _client_app(_frozen(context), None if clients is None else int(clients))
+    app = _client_app(run_config, None if clients is None else int(clients))
     return app(message, context)
 
 
@@ -51,7 +246,42 @@ client_app.train()(_handle)
 client_app.evaluate()(_handle)
 client_app.query("label_counts")(_handle)
 
-Frozen = tuple[tuple[str, bool | float | int | str], ...]
+
+@client_app.query(IDENTITY)
+def _identity(message: Message, context: Context) -> Message:
+    """Say which client this node is, of how many; nothing about its data."""
+    told = context.node_config
+    names = ("partition-id", "num-partitions")
+    identity = ConfigRecord({name: int(told[name]) for name in names if name in told})
+    return Message(RecordDict({IDENTITY: identity}), reply_to=message)
+
+
+@lru_cache(maxsize=2)
+def _client_app(run_config: Frozen, num_clients: int | None) -> ClientApp:
+    """Make a process's ClientApp once, however many messages it handles."""
+    return _shared_components(run_config, num_clients).client_app()
+
+
+def _own_client_app(context: Context) -> ClientApp:
+    """Make the ClientApp of a node that has a file of its own."""
+    import numpy as np
+
+    from .data import DataSet, FederatedData, check
+    from .studies.runner import Components, client_data
+
+    run_config = _frozen(context)
+    configuration = _configuration(run_config)
+    own = client_data(configuration, context, None)
+    name = str(context.node_config["data-path"])
+    dataset = check(DataSet(name, own.train, own.held_out, _num_classes(run_config)))
+    everything = np.arange(len(own.train))
+    data = FederatedData(dataset, [everything], held_out=0)
+    app = Components(configuration, data).client_app()
+    app.data = lambda context: own
+    return app
+
+
+# ---------------------------------------------------------------- what both sides do
 
 
 def _frozen(context: Context) -> Frozen:
@@ -59,16 +289,80 @@ def _frozen(context: Context) -> Frozen:
     return tuple(sorted(context.run_config.items()))
 
 
+def _num_classes(run_config: Frozen) -> int:
+    """Return C where every node has data of its own, or 0."""
+    value = dict(run_config).get(NUM_CLASSES, 0)
+    if not isinstance(value, int) or value < 0:
+        raise ConfigurationError(
+            f"{NUM_CLASSES} must be a whole number, 0 or more, got {value!r}."
+        )
+    return int(value)
+
+
+def _absolute(key: str, path: str) -> Path:
+    whole = Path(path).expanduser()
+    if not whole.is_absolute():
+        raise ConfigurationError(
+            f"run config: {key} must be an absolute path, got '{path}'. An app does "
+            "not run in the folder where flwr run was typed."
+        )
+    return whole
+
+
+def _configuration(run_config: Frozen) -> Configuration:
+    """Read the keys that a simulation file has."""
+    from .studies.configuration import Configuration
+
+    flat = {k: v for k, v in run_config if k not in (OUT, NUM_CLASSES)}
+    configuration = Configuration.unflatten(flat)
+    if configuration["data"]["path"]:
+        _absolute("data.path", configuration["data"]["path"])
+    return configuration
+
+
 @lru_cache(maxsize=2)
-def _components(run_config: Frozen, num_clients: int | None):  # type: ignore[no-untyped-def]
+def _shared_components(run_config: Frozen, num_clients: int | None) -> Components:
+    """Divide the configuration's data among the nodes, alike on every side."""
     from .studies.configuration import Configuration
     from .studies.runner import prepare
 
-    return prepare(Configuration.unflatten(dict(run_config)), num_clients=num_clients)
+    configuration = _configuration(run_config)
+    if num_clients is not None:
+        # What config.toml says must be what happened.
+        partition = {**configuration["partition"], "clients": num_clients}
+        configuration = Configuration({**configuration.tables, "partition": partition})
+    return prepare(configuration, num_clients=num_clients)
 
 
-@lru_cache(maxsize=2)
-def _client_app(run_config: Frozen, num_clients: int | None) -> ClientApp:
-    """Make a process's ClientApp once, however many messages it handles."""
-    app: ClientApp = _components(run_config, num_clients).client_app()
-    return app
+def _server_components(run_config: Frozen) -> Components:
+    """Read the server's own file, where the nodes have theirs: test and proxy set.
+
+    It is read as a node's is, its values as they stand. ``data.proxy`` of it becomes
+    the proxy set, and the rest is for testing.
+    """
+    import numpy as np
+
+    from .data import DataSet, FederatedData, check, load_client, take_proxy
+    from .data.files import load_one_csv
+    from .rng import Purpose, generator
+    from .studies.configuration import options_of
+    from .studies.runner import Components
+
+    configuration = _configuration(run_config)
+    data, seed = configuration["data"], configuration["run"]["seed"]
+    if data["name"] not in ("csv", "npz") or not data["path"]:
+        raise ConfigurationError(
+            f"with {NUM_CLASSES} above 0 the nodes have the data, and the server needs "
+            "a file of test examples: data.name='csv' (or 'npz') and data.path."
+        )
+    takes = options_of(load_one_csv) if data["name"] == "csv" else {}
+    options = {k: v for k, v in configuration.options("data").items() if k in takes}
+    examples = load_client(data["path"], held_out=0, seed=seed, **options).train
+    rows = take_proxy(examples.y, data["proxy"], generator(seed, Purpose.PROXY))
+    test = examples.take(np.setdiff1d(np.arange(len(examples)), rows))
+    name, num_classes = Path(data["path"]).stem, _num_classes(run_config)
+    dataset = check(DataSet(name, examples, test, num_classes))
+    nobody = [np.empty(0, np.int64)]
+    return Components(
+        configuration, FederatedData(dataset, nobody, proxy=data["proxy"], seed=seed)
+    )

@@ -199,6 +199,8 @@ class _progress:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
+        # Asked once: what draws the live line puts itself in the stream's place.
+        self.live = sys.stderr is not None and sys.stderr.isatty()
         self.bar: Any = None
 
     def __enter__(self) -> Report:
@@ -214,7 +216,7 @@ class _progress:
         text = f"accuracy {progress.accuracy:.4f}  loss {progress.loss:.4f}"
         if progress.accuracy != progress.accuracy:  # NaN: not a round that is tested.
             text = "not tested"
-        if not sys.stderr.isatty():
+        if not self.live:
             print(
                 f"round {progress.round}/{progress.rounds}  {text}  "
                 f"{progress.seconds:.1f} s",

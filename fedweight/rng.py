@@ -7,9 +7,11 @@ interrupted in between.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -67,3 +69,116 @@ def torch_generator(
 ) -> torch.Generator:
     """Return the torch generator (CPU) of one stream; see :func:`generator`."""
     return torch.Generator().manual_seed(torch_seed(seed, purpose, round, client))
+
+
+def keys(
+    seed: int, purpose: Purpose, round: int, clients: Sequence[int]
+) -> npt.NDArray[np.uint64]:
+    """Return a 64-bit key for each of some clients: the name of its stream, hashed.
+
+    The same as ``SeedSequence([seed, purpose, round, client]).generate_state(1,
+    uint64)`` for each client, at a hundredth of the cost.
+
+    Examples
+    --------
+    >>> one = np.random.SeedSequence([7, int(Purpose.SHUFFLE), 1, 42])
+    >>> several = keys(7, Purpose.SHUFFLE, 1, [41, 42])
+    >>> several[1] == one.generate_state(1, np.uint64)[0]
+    np.True_
+    """
+    numbers = np.asarray(clients, dtype=np.uint64)
+    small = numbers >> np.uint64(32) == 0
+    if not small.all():
+        # A client's number of more than 32 bits makes two words instead of one.
+        result = np.empty(len(numbers), np.uint64)
+        for k, client in enumerate(numbers.tolist()):
+            sequence = np.random.SeedSequence([seed, int(purpose), round, client])
+            result[k] = sequence.generate_state(1, np.uint64)[0]
+        return result
+    words = [*_words(seed), int(purpose), *_words(round)]
+    entropy = [np.full(len(numbers), w, np.uint32) for w in words]
+    entropy.append(numbers.astype(np.uint32))
+    return _generate(_mixed_pool(entropy))
+
+
+def permutation(key: int, pass_number: int, n: int) -> npt.NDArray[np.int64]:
+    """Return an order of ``range(n)``: by the hash of key, pass and place.
+
+    Examples
+    --------
+    >>> sorted(permutation(key=1, pass_number=0, n=4).tolist())
+    [0, 1, 2, 3]
+    """
+    places = permutations(np.array([key], np.uint64), pass_number, n)
+    return places[0]
+
+
+def permutations(
+    keys: npt.NDArray[np.uint64], pass_number: int, n: int
+) -> npt.NDArray[np.int64]:
+    """Return an order of ``range(n)`` for each key, ``[K, n]``; see `permutation`."""
+    step = np.uint64(GOLDEN * (pass_number + 1) & 0xFFFFFFFFFFFFFFFF)
+    base = _mix64(keys + step)
+    places = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return np.argsort(_mix64(base[:, None] + places), axis=1)
+
+
+# The finaliser of SplitMix64 (G. Steele et al., "Fast Splittable Pseudorandom Number
+# Generators", OOPSLA 2014), and its increment.
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+# NumPy's SeedSequence (after M. O'Neill's seed_seq), for many sequences at once. NumPy
+# guarantees that its output never changes, and a test compares the two.
+
+_Words = npt.NDArray[np.uint32]
+
+
+def _words(value: int) -> list[int]:
+    """Return an integer's 32-bit words, lowest first; 0 is one word."""
+    words = [value & 0xFFFFFFFF]
+    while value := value >> 32:
+        words.append(value & 0xFFFFFFFF)
+    return words
+
+
+def _mixed_pool(entropy: list[_Words]) -> list[_Words]:
+    constant = 0x43B0D7E5
+
+    def hashed(value: _Words) -> _Words:
+        nonlocal constant
+        value = value ^ np.uint32(constant)
+        constant = constant * 0x931E8875 & 0xFFFFFFFF
+        value = value * np.uint32(constant)
+        return value ^ (value >> np.uint32(16))
+
+    def mixed(x: _Words, y: _Words) -> _Words:
+        result = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
+        return result ^ (result >> np.uint32(16))
+
+    pool = [hashed(word) for word in entropy[:4]]
+    for source in range(4):
+        for target in range(4):
+            if source != target:
+                pool[target] = mixed(pool[target], hashed(pool[source]))
+    for word in entropy[4:]:
+        for target in range(4):
+            pool[target] = mixed(pool[target], hashed(word))
+    return pool
+
+
+def _generate(pool: list[_Words]) -> npt.NDArray[np.uint64]:
+    constant = 0x8B51F9DD
+    halves = []
+    for word in pool[:2]:
+        word = word ^ np.uint32(constant)
+        constant = constant * 0x58F38DED & 0xFFFFFFFF
+        word = word * np.uint32(constant)
+        halves.append((word ^ (word >> np.uint32(16))).astype(np.uint64))
+    return halves[0] | (halves[1] << np.uint64(32))

@@ -1,8 +1,8 @@
-"""A strategy of one's own: trust a client less when it is far from most others.
+r"""A strategy of one's own: trust a client less when it is far from most others.
 
 Run it from the folder that holds ``strategies``, as it stands::
 
-    fedweight run simulations/quickstart.toml \\
+    fedweight run simulations/quickstart.toml \
         --strategy strategies.median_distance:MedianDistance
 
 Where it comes from: robust statistics weighs a measurement by how far off it lies, in
@@ -27,8 +27,8 @@ class MedianDistance(WeightingStrategy):
     Parameters
     ----------
     tolerance : float
-        Above 0, in units of the usual distance, the clients' median. Infinity is
-        FedAvg; the smaller it is, the more only the most central clients count.
+        Above 0, in units of the usual distance, the clients' median. Very large
+        values are FedAvg; with small ones only the most central clients count.
     **arguments
         Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
     """

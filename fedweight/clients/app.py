@@ -133,11 +133,12 @@ class TrainingApp(ClientApp):
 
     def _train(self, message: Message, context: Context) -> Message:
         config = _config(message)
-        round = int(config.get(keys.ROUND, 1))
+        round = int(config.get(keys.ROUND, 1))  # type: ignore[arg-type]
         client = client_number(context)
         data = self.data(context)
-        request = list(config.get(keys.REQUEST, ()))
-        metrics: dict[str, float | int] = {}
+        request = list(config.get(keys.REQUEST, ()))  # type: ignore[arg-type]
+        metrics: dict[str, Any] = {}
+        epochs = config.get(keys.LOCAL_EPOCHS, self.settings.epochs)
         cancelled = self._cancelled  # Of now: see cancel().
         with self._module(round, client) as module:
             start = flatten(_arrays(message), module.layout)
@@ -155,7 +156,7 @@ class TrainingApp(ClientApp):
                 self._objective(config),
                 self.settings,
                 learning_rate=self.settings.learning_rate_in(round),
-                epochs=int(config.get(keys.LOCAL_EPOCHS, self.settings.epochs)),
+                epochs=int(epochs),  # type: ignore[arg-type]
                 stream=generator(self.seed, Purpose.SHUFFLE, round, client),
                 cancelled=cancelled.is_set,
             )

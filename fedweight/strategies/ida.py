@@ -142,11 +142,15 @@ def inverse(distances: Tensor, epsilon: float = 1e-8) -> Tensor:
     """
     distances = distances.double()
     largest = distances.amax(0)
-    # Relative to the largest, so that no distance is too small to be told from 0.
-    scale = torch.where(largest > 0, largest, 1.0)
+    # Relative to the largest, so that nothing overflows; below the smallest normal
+    # number there is nothing to tell apart.
+    apart = largest >= torch.finfo(torch.float64).tiny
+    scale = torch.where(apart, largest, 1.0)
     relative = distances / scale
     added = torch.where(
-        (relative <= epsilon).any(0), 1e-8 * relative.mean(0), epsilon / scale
+        (relative <= epsilon).any(0),
+        1e-8 * relative.mean(0),
+        (epsilon / scale).clamp(max=1e300),
     )
     nearest = relative.amin(0) + added
-    return torch.where(largest > 0, nearest / (relative + added), 1.0)
+    return torch.where(apart, nearest / (relative + added), 1.0)

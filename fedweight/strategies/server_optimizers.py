@@ -132,7 +132,7 @@ SERVER_OPTIMIZERS = Registry(
 
 
 def no_optimizer() -> None:
-    """The aggregated update is the step."""
+    """Take the aggregated update as the step."""
 
 
 def server_optimizer(name: str, **options: float) -> ServerOptimizer | None:

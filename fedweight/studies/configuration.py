@@ -184,6 +184,7 @@ class Configuration:
         cls,
         path: str | Path | None = None,
         settings: Mapping[str, Any] | Iterable[str] = (),
+        data: str | None = None,
     ) -> Configuration:
         """Read a simulation file, and settings that override it.
 
@@ -194,6 +195,9 @@ class Configuration:
         settings : Mapping or iterable of str
             ``{"partition.alpha": 0.1}``, or texts, ``["partition.alpha=0.1"]``; later
             ones win.
+        data : str, optional
+            What the data are called, where they come as an object: then nothing that
+            [data] says of where they are is read.
         """
         given: dict[str, Any] = {} if path is None else _read_toml(Path(path))
         changes: dict[str, Any] = {}
@@ -207,7 +211,16 @@ class Configuration:
             changes.setdefault(table, {})[key] = value
         _make_paths_whole(given, changes, Path(path or "").parent)
         source = "" if path is None else str(path)
-        return cls.of(_merged(given, changes), source)
+        merged = _merged(given, changes)
+        if data is None:
+            return cls.of(merged, source)
+        shares = ("held-out", "proxy")
+        if isinstance(merged.get("data"), dict):
+            table = merged["data"]
+            merged["data"] = {key: table[key] for key in shares if key in table}
+        tables = cls.of(merged, source).tables
+        own = {"name": data, "path": "", **{k: tables["data"][k] for k in shares}}
+        return cls({**tables, "data": own})
 
     @classmethod
     def unflatten(cls, flat: Mapping[str, bool | float | int | str]) -> Configuration:
@@ -237,14 +250,6 @@ class Configuration:
             for key, value in self.tables[table].items()
             if key not in fixed
         }
-
-    def with_data(self, name: str) -> Configuration:
-        """Return the same, with data called ``name`` that came as an object."""
-        fixed = SCHEMA["data"]
-        data = {key: v for key, v in self.tables["data"].items() if key in fixed}
-        return Configuration(
-            {**self.tables, "data": {**data, "name": name, "path": ""}}
-        )
 
     def to_toml(self) -> str:
         """Return the tables as a simulation file that repeats the run."""
@@ -306,7 +311,9 @@ def _make_paths_whole(
         paths |= {key for key, kind in kinds.items() if Path in kind}
     for tables, start in ((given, folder), (changes, Path())):
         data = tables.get("data")
-        for key in paths if isinstance(data, dict) else ():
+        if not isinstance(data, dict):
+            continue
+        for key in paths:
             if isinstance(data.get(key), str) and data[key]:
                 data[key] = str((start / Path(data[key]).expanduser()).resolve())
 
@@ -425,14 +432,18 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     """
     if not isinstance(function, type):
         return _parameters(function)
-    options: dict[str, Option] = {ANY: Option(None, Any)}
-    for base in function.__mro__:
-        if ANY in options and "__init__" in vars(base) and base is not object:
-            del options[ANY]
-            inherited = _parameters(base.__init__)
-            inherited.pop(next(iter(inherited), ""), None)  # self
-            options |= {k: o for k, o in inherited.items() if k not in options}
-    options.pop(ANY if function.__init__ is object.__init__ else "", None)
+    makers = [
+        vars(base)["__init__"]
+        for base in function.__mro__[:-1]
+        if "__init__" in vars(base)
+    ]
+    options: dict[str, Option] = {}
+    for make in makers:
+        options.pop(ANY, None)
+        _, *inherited = _parameters(make).items()  # the first is self
+        options |= {name: o for name, o in inherited if name not in options}
+        if ANY not in options:
+            break
     return options
 
 

@@ -85,7 +85,7 @@ def client_row(number: int, record: ClientRecord) -> Row:
 
 def round_row(record: RoundRecord, test: dict[str, float]) -> Row:
     """Return a round's row; ``test`` is what the server measured, or empty."""
-    statuses = [c.status for c in record.clients]
+    statuses: list[str] = [c.status for c in record.clients]
     spread = client_spread(
         c.metrics.get("evaluate-accuracy", math.nan) for c in record.clients
     )

@@ -256,9 +256,8 @@ def run(
         }
     short = {"strategy.name": strategy, "engine.name": engine, "run.seed": seed}
     given = {key: value for key, value in short.items() if value is not None}
-    configuration = Configuration.read(file, {**settings, **given})
-    if dataset is not None:
-        configuration = configuration.with_data(dataset.name)
+    own = None if dataset is None else dataset.name
+    configuration = Configuration.read(file, {**settings, **given}, own)
     components = prepare(configuration, dataset)
     chosen = components.strategy()
     client_app = components.client_app()

@@ -225,7 +225,9 @@ def test_personal_state_is_the_contexts_and_is_kept_only_where_it_is_needed(kit)
     app(kit.message(one(1)), contexts[2])
     assert [len(c.state) for c in contexts] == [2, 2, 0]
     # The state travels as Flower stores it.
-    kept = {name: pickle.loads(pickle.dumps(r)) for name, r in contexts[0].state.items()}
+    kept = {
+        name: pickle.loads(pickle.dumps(r)) for name, r in contexts[0].state.items()
+    }
     moved = kit.context(0)
     for name, record in kept.items():
         moved.state[name] = record
@@ -241,7 +243,7 @@ def test_missing_or_other_arrays_are_a_clear_error(kit):
     with pytest.raises(ClientError, match="0 array records"):
         app(kit.message(None), kit.context(0))
     other = ArrayRecord({"weight": torch.zeros(3, 4), "bais": torch.zeros(3)})
-    with pytest.raises(AggregationError, match="missing .'bias'.*unexpected .'bais'"):
+    with pytest.raises(AggregationError, match=r"missing .'bias'.*unexpected .'bais'"):
         app(kit.message(other), kit.context(0))
     wide = ArrayRecord({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)})
     with pytest.raises(AggregationError, match=r"'weight' has shape \[3, 5\]"):

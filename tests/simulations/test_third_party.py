@@ -133,21 +133,30 @@ def halve_loss(message: Message, context: Context, call_next: Any) -> Message:
     return reply
 
 
+# Flower's runtime may begin before all nodes are there, and its strategies would be
+# content with two.
+ALL: dict[str, Any] = {
+    "min_train_nodes": NUM_CLIENTS,
+    "min_evaluate_nodes": NUM_CLIENTS,
+    "min_available_nodes": NUM_CLIENTS,
+}
+PRIVACY = (0.1, 1.0, NUM_CLIENTS)  # noise, clipping norm, cohort
+
 STRATEGIES: dict[str, tuple[Callable[[], Strategy], list[Any]]] = {
-    "FedAvg": (FedAvg, []),
-    "FedAvgM": (lambda: FedAvgM(server_momentum=0.9), []),
-    "FedAdam": (FedAdam, []),
-    "Krum": (lambda: Krum(num_malicious_nodes=1), []),
-    "QFedAvg": (lambda: QFedAvg(client_learning_rate=0.05, q=0.2), []),
+    "FedAvg": (lambda: FedAvg(**ALL), []),
+    "FedAvgM": (lambda: FedAvgM(server_momentum=0.9, **ALL), []),
+    "FedAdam": (lambda: FedAdam(**ALL), []),
+    "Krum": (lambda: Krum(num_malicious_nodes=1, **ALL), []),
+    "QFedAvg": (lambda: QFedAvg(client_learning_rate=0.05, q=0.2, **ALL), []),
     "server-side DP": (
-        lambda: DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.1, 1.0, 4),
+        lambda: DifferentialPrivacyServerSideFixedClipping(FedAvg(**ALL), *PRIVACY),
         [],
     ),
     "client-side DP": (
-        lambda: DifferentialPrivacyClientSideFixedClipping(FedAvg(), 0.1, 1.0, 4),
+        lambda: DifferentialPrivacyClientSideFixedClipping(FedAvg(**ALL), *PRIVACY),
         [fixedclipping_mod],
     ),
-    "own mod": (FedAvg, [halve_loss]),
+    "own mod": (lambda: FedAvg(**ALL), [halve_loss]),
 }
 
 

@@ -35,9 +35,9 @@ def test_the_usual_distance_costs_half_at_tolerance_one(kit, cls):
     np.testing.assert_allclose(weights, raw / raw.sum())
 
 
-def test_infinite_tolerance_is_fedavg(kit, cls):
+def test_a_large_tolerance_is_fedavg(kit, cls):
     round = kit.make_round(kit.toy["models"], num_examples=kit.toy["num_examples"])
-    weights = cls(tolerance=float("inf")).weights(round)
+    weights = cls(tolerance=1e9).weights(round)
     assert weights.tolist() == [0.5, 0.25, 0.25]
 
 

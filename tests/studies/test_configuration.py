@@ -67,14 +67,7 @@ def test_whatever_is_picked_resolves_and_can_be_written_and_read(
 ):
     for name in registry.entries:
         given = {table: {"name": name}}
-        if name == "classes":
-            given[table]["per-client"] = 2
-        try:
-            configuration = Configuration.of(given)
-        except ConfigurationError as error:
-            # What it needs has no default: then that is what it says.
-            assert "needs the key" in str(error)
-            continue
+        configuration = Configuration.of(given)
         assert configuration[table]["name"] == name
         file = tmp_path / "config.toml"
         file.write_text(configuration.to_toml())
@@ -166,7 +159,7 @@ def test_a_path_in_a_setting_is_relative_to_where_one_is(tmp_path, monkeypatch):
         ({"server": {"name": "adam", "beta": 0.1}}, ["'beta'", "beta-1"]),
         ({"strategy": {"name": 3}}, ["strategy.name", "a text", "3"]),
         ({"strategy": {"name": "no_such:Thing"}}, ["no_such", "package.module:name"]),
-        ({"strategy": {"name": "math:cosinus"}}, ["math", "'cosinus'", "'cos'"]),
+        ({"strategy": {"name": "math:sqr"}}, ["math", "'sqr'", "'sqrt'"]),
         ({"strategy": {"name": "math:pi"}}, ["strategy.name", "math:pi", "function"]),
         ({"strategy": {"name": ":FedAvg"}}, [":FedAvg", "package.module:name"]),
         ({"strategy": {"name": ".a:B"}}, [".a:B", "package.module:name"]),
@@ -352,8 +345,8 @@ def test_ones_own_things_bring_their_own_options():
 
 @pytest.mark.usefixtures("own_module")
 def test_ones_own_options_are_checked_likewise():
-    def of(table, name, **given):
-        return {table: {"name": f"own_things:{name}", **given}}
+    def of(part, name, **given):
+        return {part: {"name": f"own_things:{name}", **given}}
 
     refused(of("data", "load", size="x"), "data.size", "a whole number")
     refused(of("data", "load", how="c"), "data.how", "'a', 'b'")
@@ -377,9 +370,10 @@ def test_flowers_own_strategies_show_their_options():
         options = options_of(getattr(strategy, name))
         assert "fraction_train" in options, name
     given = {"name": "flwr.serverapp.strategy:Krum", "num-malicious-nodes": 1}
-    assert Configuration.of({"strategy": given}).options("strategy")[
-        "num_malicious_nodes"
-    ] == 1
+    assert (
+        Configuration.of({"strategy": given}).options("strategy")["num_malicious_nodes"]
+        == 1
+    )
 
 
 def test_types_are_checked_as_annotated():

@@ -1,0 +1,42 @@
+"""The floor: a loop written by hand, one process, one thread.
+
+What training costs if nothing is between PyTorch and the clients' data.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .talk import start
+from .work import BATCH, LEARNING_RATE, SAMPLES, flat
+
+
+def main() -> None:
+    """Run rounds as told."""
+    talk, job = start(f"PyTorch {torch.__version__}")
+    torch.set_num_threads(1)
+    module = job.model().train()
+    parameters = list(module.parameters())
+    current = [p.detach().clone() for p in parameters]
+    total = [torch.zeros_like(p) for p in current]
+    optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
+    examples = job.cohort * SAMPLES
+    round = 0
+    while talk.next_round(lambda: flat(current)):
+        round += 1
+        torch._foreach_zero_(total)
+        for k in range(job.cohort):
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, current)
+            x, y = job.shuffled(round, k)
+            for first in range(0, SAMPLES, BATCH):
+                optimizer.zero_grad()
+                logits = module(x[first : first + BATCH])
+                F.cross_entropy(logits, y[first : first + BATCH]).backward()
+                optimizer.step()
+            with torch.no_grad():
+                torch._foreach_add_(total, parameters, alpha=SAMPLES / examples)
+        torch._foreach_copy_(current, total)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""fedweight on its Ray grid: one worker process a core."""
+
+from .local import main
+
+if __name__ == "__main__":
+    main(engine="ray")

@@ -1,0 +1,88 @@
+"""How an engine and the program that measures it talk.
+
+Over the engine's standard input and output, a line each. The engine says ``ready``
+with its version; then it is told
+
+* ``run N``: run N rounds, answer ``done`` with the seconds;
+* ``weights FILE``: write the global weights as one vector, answer ``done``;
+* ``quit``.
+
+An engine asks for leave before every round, so it does not matter whether its loop is
+its own or lies inside the peer's library.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .work import Job
+
+Weights = Callable[[], npt.NDArray[np.float32]]
+
+
+class Talk:
+    """The engine's end of the talk.
+
+    Parameters
+    ----------
+    version : str
+        What is measured, such as ``pfl 0.6.0``.
+    """
+
+    def __init__(self, version: str) -> None:
+        # What libraries print goes to the error stream, and they cannot read along.
+        self._commands = os.fdopen(os.dup(0))
+        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.dup2(2, 1)
+        self._version = version
+        self._said_ready = False
+        self._left = 0
+        self._began: float | None = None
+
+    def next_round(self, weights: Weights) -> bool:
+        """Wait for leave to run one more round; return False when it is over.
+
+        Parameters
+        ----------
+        weights : Callable
+            Returns the global weights as they are now.
+        """
+        if self._left:
+            self._left -= 1
+            return True
+        if self._began is not None:
+            self._answer(f"done {time.perf_counter() - self._began}")
+            self._began = None
+        if not self._said_ready:
+            self._said_ready = True
+            self._answer(f"ready {self._version}")
+        for line in self._commands:
+            command, _, argument = line.strip().partition(" ")
+            if command == "run":
+                self._left = int(argument) - 1
+                self._began = time.perf_counter()
+                return True
+            if command == "weights":
+                np.save(Path(argument), weights())
+                self._answer("done")
+            if command == "quit":
+                break
+        return False
+
+    def _answer(self, line: str) -> None:
+        print(line, file=self._answers, flush=True)
+
+
+def start(version: str) -> tuple[Talk, Job]:
+    """Begin: read the job from the folder that the command line names."""
+    talk = Talk(version)
+    return talk, Job(sys.argv[1])

@@ -1,0 +1,172 @@
+"""Messages to and from a whole cohort, without a message for each client.
+
+A strategy of ours sends a :class:`Cohort`, a grid of ours answers it with
+:class:`Replies`, and between them a client costs a few microseconds. Both are ordinary
+sequences of Flower messages to whoever reads them as such (another grid, a wrapper, a
+user's code); the messages are made at the first look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from . import keys
+from ._flower import CLIENT_APP_RAISED_EXCEPTION
+from .parameters import FlatModel, FlatRecord
+
+
+class Cohort(Sequence[Message]):
+    """The messages of one phase: the same content to each of some clients.
+
+    Parameters
+    ----------
+    content : RecordDict
+        What every client receives.
+    nodes : Sequence[int]
+        The clients' nodes, in the order of the clients' numbers; none twice.
+    message_type : str
+        Flower's, such as ``"train"``.
+    own : Mapping[int, Mapping], optional
+        For some nodes, values that replace those of the shared config.
+    config_key : str
+        The name of the config record in ``content``.
+
+    Attributes
+    ----------
+    ids : list[str]
+        The messages' ids, once a grid has given them.
+    """
+
+    def __init__(
+        self,
+        content: RecordDict,
+        nodes: Sequence[int],
+        message_type: str,
+        own: Mapping[int, Mapping[str, Any]] | None = None,
+        config_key: str = keys.CONFIG,
+    ) -> None:
+        self.content = content
+        self.nodes = list(nodes)
+        self.message_type = message_type
+        self.own = dict(own or {})
+        self.config_key = config_key
+        self.ids: list[str] = []
+        self._messages: dict[int, Message] = {}
+
+    def config(self, node: int) -> ConfigRecord:
+        """Return the config that one client receives."""
+        shared = self.content.config_records[self.config_key]
+        own = self.own.get(node)
+        return ConfigRecord({**dict(shared), **own}) if own else shared
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index not in self._messages:
+            node = self.nodes[index]
+            content = self.content
+            if node in self.own:
+                content = RecordDict({**dict(content), self.config_key: self.config(node)})
+            self._messages[index] = Message(
+                content, dst_node_id=node, message_type=self.message_type
+            )
+        return self._messages[index]
+
+    def __iter__(self) -> Iterator[Message]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass
+class Reply:
+    """What one client answered, as plain values.
+
+    Attributes
+    ----------
+    node : int
+        The client's node.
+    model : FlatModel, optional
+        What it trained.
+    metrics : Mapping
+        The reply's metric record.
+    profile : Mapping
+        The side data that it was asked for.
+    error : str, optional
+        Why there is nothing else.
+    """
+
+    node: int
+    model: FlatModel | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def message(self, reply_to: Message) -> Message:
+        """Return the reply as Flower sends it."""
+        if self.error is not None:
+            code = CLIENT_APP_RAISED_EXCEPTION
+            return Message(Error(code=code, reason=self.error), reply_to=reply_to)
+        content = RecordDict({keys.METRICS: MetricRecord(dict(self.metrics))})
+        if self.model is not None:
+            content[keys.ARRAYS] = FlatRecord(self.model)
+        if self.profile:
+            content[keys.PROFILE] = ConfigRecord(dict(self.profile))
+        return Message(content, reply_to=reply_to)
+
+
+class Replies(Sequence[Message]):
+    """The replies to a cohort, in its order.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        What was asked.
+    replies : Sequence[Reply]
+        The answers of some or all of its clients, in the cohort's order.
+    """
+
+    def __init__(self, cohort: Cohort, replies: Sequence[Reply]) -> None:
+        self.cohort = cohort
+        self._replies = list(replies)
+        self._index = {node: i for i, node in enumerate(cohort.nodes)}
+        self._messages: dict[int, Message] = {}
+
+    @property
+    def plain(self) -> Sequence[Reply] | None:
+        """The answers as plain values; ``None`` once somebody has had a message.
+
+        A message may have been changed (a differential-privacy wrapper does so); from
+        then on the messages are what counts.
+        """
+        return None if self._messages else self._replies
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index not in self._messages:
+            reply = self._replies[index]
+            asked = self.cohort[self._index[reply.node]]
+            self._messages[index] = reply.message(asked)
+        return self._messages[index]
+
+    def __iter__(self) -> Iterator[Message]:
+        return (self[i] for i in range(len(self)))

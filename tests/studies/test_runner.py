@@ -1,0 +1,589 @@
+"""Whole runs, quickly: a few clients, a round or two, a small model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, RecordDict
+from safetensors.torch import load_file
+
+from fedweight import Run, run
+from fedweight.clients import TrainingApp
+from fedweight.data import DataSet, Examples
+from fedweight.errors import ConfigurationError, DataError, FedweightError
+from fedweight.studies import runner
+from fedweight.studies.configuration import Configuration
+from fedweight.studies.runner import client_data, prepare
+
+QUICK: dict[str, Any] = {
+    "run.rounds": 2,
+    "partition.clients": 4,
+    "training.epochs": 1,
+    "model.name": "softmax",
+    "engine.name": "local",
+}
+
+
+def small_data(n: int = 120, clients: int | None = None) -> DataSet:
+    """Three classes of points in the plane."""
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % 3
+    x = (rng.normal(size=(n, 2)) + 3 * np.eye(3)[y, :2]).astype(np.float32)
+    train, test = Examples(x[:-30], y[:-30]), Examples(x[-30:], y[-30:])
+    natural = None if clients is None else np.arange(len(train)) % clients
+    return DataSet("points", train, test, 3, natural, ("a", "b", "c"))
+
+
+@pytest.fixture(scope="session")
+def points() -> Callable[..., DataSet]:
+    return small_data
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Callable[..., Run]:
+    """Run, quickly, into ``tmp_path / out``."""
+
+    def start(out: str = "run", **arguments: Any) -> Run:
+        basis = {} if "file" in arguments else QUICK
+        settings = {**basis, **arguments.pop("settings", {})}
+        arguments.setdefault("dataset", small_data())
+        arguments.setdefault("report", False)
+        return run(settings=settings, out=tmp_path / out, **arguments)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[[Path], list[dict[str, str]]]:
+    """Read a CSV file."""
+
+    def read(path: Path) -> list[dict[str, str]]:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    return read
+
+
+@pytest.fixture
+def own_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module of the user's, found in the working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    name = f"own_{abs(hash(str(tmp_path)))}"
+    (folder / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(folder)
+    yield name
+    sys.modules.pop(name, None)
+    if str(folder) in sys.path:
+        sys.path.remove(str(folder))
+
+
+OWN = '''
+import math
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from fedweight.clients import Objective
+from fedweight.data import DataSet, Examples
+from fedweight.strategies.base import WeightingStrategy
+
+
+def load(seed, *, n=60):
+    y = np.arange(n) % 2
+    x = np.stack([y, 1 - y], 1).astype(np.float32)
+    return DataSet("own", Examples(x, y), Examples(x, y), 2)
+
+
+def split(dataset, num_clients, rng, *, first=5):
+    rows = rng.permutation(len(dataset.train))
+    return [rows[:first], *np.array_split(rows[first:], num_clients - 1)]
+
+
+def net(input_shape, num_classes, activation=nn.ReLU, width=4):
+    size = math.prod(input_shape)
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(size, width),
+        activation(),
+        nn.Linear(width, num_classes),
+    )
+
+
+class Scaled(Objective):
+    def __init__(self, factor=2.0):
+        self.factor = factor
+
+    def loss(self, outputs, batch):
+        return self.factor * F.cross_entropy(outputs, batch.y)
+
+
+class First(WeightingStrategy):
+    """Only the first client counts, by a share."""
+
+    def __init__(self, share: float = 1.0, **arguments):
+        super().__init__(**arguments)
+        self.share = share
+
+    def weights(self, round):
+        weights = torch.zeros(round.num_clients, dtype=torch.float64)
+        weights[0] = self.share
+        return weights
+
+
+class Sometimes(Objective):
+    """Breaks for a client with a certain number of examples of class 0, or for all."""
+
+    def __init__(self, how="raise", everybody=False):
+        self.how, self.everybody = how, everybody
+
+    def loss(self, outputs, batch):
+        loss = F.cross_entropy(outputs, batch.y)
+        if not self.everybody and int((batch.y == 0).sum()) != len(batch.y):
+            return loss
+        if self.how == "raise":
+            raise ValueError('it has, as they say, "no way",\\nand no second line')
+        return loss * math.nan
+'''
+
+
+SAME = ("rounds.csv", "clients.csv", "partition.csv", "config.toml")
+SAME += ("model.safetensors",)
+
+
+def content(result):
+    return {name: (result.folder / name).read_bytes() for name in SAME}
+
+
+def test_the_folder_has_what_the_design_says(quick):
+    result = quick()
+    names = {path.name for path in result.folder.iterdir()}
+    assert names == {*SAME, "environment.json", "timings.csv"}
+    assert result.summary()["rounds"] == 2
+    environment = json.loads((result.folder / "environment.json").read_text())
+    assert environment["engine"]["name"] == "local"
+    assert environment["data"]["name"] == "points"
+    assert environment["model"]["parameters"] == 9
+
+
+def test_the_report_is_written_where_it_is_wanted(quick):
+    assert (quick(report=True).folder / "report.html").stat().st_size > 1000
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(quick):
+    first = content(quick("a", seed=3))
+    assert content(quick("b", seed=3)) == first
+    other = content(quick("c", seed=4))
+    for name in SAME:
+        assert other[name] != first[name], name
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_a_bit(quick, threads):
+    settings = {"partition.clients": 7}
+    one = content(quick("one", settings={**settings, "engine.threads": 1}))
+    more = content(quick("more", settings={**settings, "engine.threads": threads}))
+    del one["config.toml"], more["config.toml"]
+    assert one == more
+
+
+def test_the_written_configuration_repeats_the_run(tmp_path):
+    settings = ["run.rounds=1", "training.epochs=1", "partition.clients=3"]
+    first = run(settings=settings, strategy="ida", out=tmp_path / "a", report=False)
+    again = run(first.folder / "config.toml", out=tmp_path / "b", report=False)
+    assert content(first) == content(again)
+
+
+def test_the_tables_say_what_happened(quick, rows):
+    result = quick(settings={"run.rounds": 3})
+    rounds, clients = (
+        rows(result.folder / "rounds.csv"),
+        rows(result.folder / "clients.csv"),
+    )
+    partition = rows(result.folder / "partition.csv")
+    assert [row["round"] for row in rounds] == ["0", "1", "2", "3"]
+    assert [row["ok"] for row in rounds] == ["0", "4", "4", "4"]
+    assert all(row["status"] == "ok" for row in rounds)
+    assert len(clients) == 3 * 4
+    for number in (1, 2, 3):
+        part = [row for row in clients if row["round"] == str(number)]
+        sizes = np.array([int(row["examples"]) for row in part])
+        weights = [float(row["weight"]) for row in part]
+        np.testing.assert_allclose(weights, sizes / sizes.sum(), atol=1e-12)
+        assert sizes.tolist() == [int(row["train_examples"]) for row in partition]
+        accuracies = [float(row["accuracy"]) for row in part]
+        assert float(rounds[number]["client_accuracy_mean"]) == pytest.approx(
+            np.mean(accuracies)
+        )
+        assert rounds[number]["bytes_up"] == str(4 * 9 * 4)
+    for row in partition:
+        labels = [int(row[f"label_{c}"]) for c in range(3)]
+        assert sum(labels) == int(row["train_examples"])
+
+
+def test_the_model_on_disk_is_the_one_that_was_tested(quick, points, rows):
+    result = quick()
+    state = load_file(result.folder / "model.safetensors")
+    test = points().test
+    logits = torch.from_numpy(test.x) @ state["linear.weight"].T + state["linear.bias"]
+    accuracy = float((logits.argmax(1) == torch.from_numpy(test.y)).double().mean())
+    assert float(rows(result.folder / "rounds.csv")[-1]["test_accuracy"]) == accuracy
+
+
+def test_progress_is_told_after_every_round(quick):
+    seen = []
+    result = quick(progress=seen.append, settings={"run.evaluate-every": 2})
+    assert [(p.round, p.rounds) for p in seen] == [(0, 2), (1, 2), (2, 2)]
+    assert [np.isnan(p.accuracy) for p in seen] == [False, True, False]
+    assert seen[-1].accuracy == result.summary()["test_accuracy"]
+    assert seen[0].seconds <= seen[1].seconds <= seen[2].seconds
+
+
+def test_evaluate_every_includes_the_last_round(quick, rows):
+    result = quick(settings={"run.rounds": 5, "run.evaluate-every": 3})
+    tested = [
+        row["round"]
+        for row in rows(result.folder / "rounds.csv")
+        if row["test_accuracy"]
+    ]
+    assert tested == ["0", "3", "5"]
+
+
+def test_an_interrupted_run_can_be_read(quick, tmp_path):
+    def stop(progress):
+        if progress.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(progress=stop, settings={"run.rounds": 4})
+    whole = quick("whole", settings={"run.rounds": 2})
+    stopped = Run(tmp_path / "run")
+    assert stopped.rounds_done == 2
+    assert not stopped.complete
+    for name in ("rounds.csv", "clients.csv", "partition.csv", "model.safetensors"):
+        assert (stopped.folder / name).read_bytes() == (
+            whole.folder / name
+        ).read_bytes()
+    assert not list(stopped.folder.glob("*.part"))
+    assert not list(stopped.folder.glob(".*"))
+
+
+def test_a_folder_with_something_in_it_is_refused(quick, tmp_path):
+    (tmp_path / "run").mkdir()
+    quick()  # an empty one is taken
+    before = content(Run(tmp_path / "run"))
+    with pytest.raises(ConfigurationError, match="not an empty folder"):
+        quick(seed=9)
+    assert content(Run(tmp_path / "run")) == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"run.rounds": 0},
+        {"strategy.name": "fedavgg"},
+        {"strategy.stragglers": 2.0},
+        {"strategy.name": "feddisco", "strategy.a": -1.0},
+        {"objective.name": "proximal", "objective.mu": -1.0},
+        {"partition.alpha": -1.0},
+        {"partition.name": "natural"},
+        {"model.name": "cnn"},
+        {"engine.device": "banana"},
+        {"engine.device": "cuda:99"},
+        {"server.name": "adam", "strategy.name": "flwr.serverapp.strategy:FedAvg"},
+        {"server.name": "adam", "server.tau": 0.0},
+        {"data.proxy": 0.0, "strategy.name": "fedlaw"},
+    ],
+    ids=str,
+)
+def test_nothing_is_written_for_what_is_refused(quick, tmp_path, settings):
+    with pytest.raises((ConfigurationError, DataError)):
+        quick(settings=settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_are_refused_before_anything_is_written(quick, tmp_path):
+    x, y = np.zeros((9, 2), np.float32), np.zeros(9, np.int64)
+    hole = x.copy()
+    hole[4, 1] = np.nan
+    for part in (Examples(hole, y), Examples(x, y + 7)):
+        with pytest.raises(DataError):
+            quick(dataset=DataSet("bad", part, part, 3))
+    with pytest.raises(DataError):
+        quick(dataset=None, settings={"data.name": "csv", "data.path": "/no/such.csv"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_ones_own_are_named_in_what_is_written(quick):
+    result = quick(settings={"data.held-out": 0.3})
+    config = tomllib.loads((result.folder / "config.toml").read_text())
+    assert config["data"] == {
+        "name": "points",
+        "path": "",
+        "held-out": 0.3,
+        "proxy": 0.02,
+    }
+    assert result.summary()["data"] == "points"
+    # What was written repeats the run, with the same data.
+    again = quick("again", file=result.folder / "config.toml")
+    assert content(again) == content(result)
+
+
+# Clients that fail.
+
+
+def skewed():
+    """Client 0 has class 0 only, and nobody else has it."""
+    y = np.repeat([0, 1, 2], 20)
+    x = np.eye(3, dtype=np.float32)[y]
+    return DataSet("skewed", Examples(x, y), Examples(x, y), 3, np.array(y))
+
+
+NATURAL = {
+    "partition.name": "natural",
+    "partition.clients": 0,
+    "data.proxy": 0.0,
+    "data.held-out": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "reason"),
+    [
+        ("raise", "failed", 'ValueError: it has, as they say, "no way",'),
+        ("nan", "rejected", "its model has NaN or infinite values"),
+    ],
+)
+def test_a_client_that_fails_is_recorded_and_the_run_goes_on(
+    quick, rows, own_things, how, status, reason
+):
+    settings = {
+        **NATURAL,
+        "objective.name": f"{own_things}:Sometimes",
+        "objective.how": how,
+    }
+    result = quick(dataset=skewed(), settings=settings)
+    clients = rows(result.folder / "clients.csv")
+    clients = [row for row in clients if row["status"] != "evaluated"]
+    bad = [row for row in clients if row["client"] == "0"]
+    assert [row["status"] for row in bad] == [status, status]
+    assert all(reason in row["reason"] for row in bad), bad[0]["reason"]
+    assert all("\n" not in row["reason"] for row in bad)
+    assert all(row["weight"] == "" for row in bad)
+    good = [row for row in clients if row["client"] != "0"]
+    assert [row["weight"] for row in good] == ["0.5"] * 4
+    rounds = rows(result.folder / "rounds.csv")
+    assert [row[status] for row in rounds] == ["0", "1", "1"]
+    assert [row["status"] for row in rounds] == ["ok"] * 3
+    assert result.summary()["bad_replies"] == 2
+
+
+class Reshaping(TrainingApp):
+    """Client 1 sends another shape, and a nonsense number of steps."""
+
+    def __call__(self, message, context: Context):
+        reply = super().__call__(message, context)
+        if message.metadata.message_type != "train":
+            return reply
+        reply.content["metrics"]["num-steps"] = float("nan")
+        reply.content["metrics"]["status"] = 7.0
+        reply.content["metrics"]["weight"] = 9.0
+        if context.node_config["partition-id"] == 1:
+            reply.content["arrays"] = ArrayRecord({"linear.weight": torch.zeros(2)})
+        return reply
+
+
+def test_another_shape_and_odd_metrics_are_recorded(quick, rows, monkeypatch):
+    monkeypatch.setattr(runner, "TrainingApp", Reshaping)
+    result = quick(dataset=skewed(), settings=NATURAL)
+    clients = rows(result.folder / "clients.csv")
+    clients = [row for row in clients if row["status"] != "evaluated"]
+    assert [row["status"] for row in clients] == ["ok", "rejected", "ok"] * 2
+    assert "linear.bias" in clients[1]["reason"]
+    assert [row["weight"] for row in clients[:3]] == ["0.5", "", "0.5"]
+    assert clients[0]["steps"] == ""
+
+
+def test_a_round_without_a_good_reply_keeps_the_model(quick, rows, own_things):
+    settings = {
+        **NATURAL,
+        "objective.name": f"{own_things}:Sometimes",
+        "objective.everybody": True,
+    }
+    result = quick(dataset=skewed(), settings=settings)
+    rounds = rows(result.folder / "rounds.csv")
+    assert [row["status"] for row in rounds] == ["ok", "failed", "failed"]
+    assert "0 good replies of 3" in rounds[1]["reason"]
+    assert len({row["test_loss"] for row in rounds}) == 1
+    assert result.summary()["failed_rounds"] == 2
+    configuration = Configuration.read(result.folder / "config.toml", (), "skewed")
+    initial = prepare(configuration, skewed()).make_model().state_dict()
+    kept = load_file(result.folder / "model.safetensors")
+    assert all(torch.equal(kept[name], initial[name]) for name in initial)
+
+
+# What can be chosen.
+
+
+def test_only_some_clients_take_part(quick, rows):
+    settings = {"partition.clients": 6, "strategy.fraction-train": 0.5}
+    result = quick(settings={**settings, "run.rounds": 4})
+    weights = result.weights
+    assert weights.notna().sum(axis=1).tolist() == [3, 3, 3, 3]
+    assert weights.notna().any(axis=0).sum() > 3  # not always the same ones
+    assert {row["status"] for row in rows(result.folder / "clients.csv")} == {
+        "ok",
+        "evaluated",
+    }
+
+
+def test_natural_clients_are_all_there(quick, points):
+    settings = {"partition.name": "natural", "partition.clients": 0}
+    result = quick(dataset=points(clients=5), settings=settings)
+    assert result.weights.shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_server_optimiser_changes_the_course(quick, name):
+    plain = load_file(quick("plain").folder / "model.safetensors")
+    result = quick(name, settings={"server.name": name})
+    other = load_file(result.folder / "model.safetensors")
+    assert not torch.equal(plain["linear.weight"], other["linear.weight"])
+
+
+def test_stragglers_do_less_and_may_be_dropped(quick, rows):
+    settings = {"strategy.stragglers": 0.5, "training.epochs": 4}
+    kept = quick("kept", strategy="fedprox", settings=settings)
+    settings["strategy.drop-stragglers"] = True
+    dropped = quick("dropped", strategy="fedavg", settings=settings)
+    steps = [
+        [int(row["steps"]) / -(-int(row["examples"]) // 16) for row in part]
+        for part in (rows(result.folder / "clients.csv") for result in (kept, dropped))
+    ]
+    assert steps[0] == steps[1]  # the seed alone decides who
+    assert sorted(set(steps[0]))[-1] == 4
+    slow = [epochs < 4 for epochs in steps[0]]
+    assert sum(slow) == 4  # two of four, in two rounds
+    for result, status in ((kept, "ok"), (dropped, "dropped")):
+        clients = rows(result.folder / "clients.csv")
+        assert {r["status"] for r, s in zip(clients, slow, strict=True) if s} == {
+            status
+        }
+
+
+@pytest.mark.parametrize("strategy", ["fedprox", "feddisco", "fedlaw", "fedce", "ida"])
+def test_every_strategy_runs(quick, strategy):
+    result = quick(strategy=strategy, settings={"data.proxy": 0.2})
+    assert result.summary()["failed_rounds"] == 0
+    assert result.summary()["bad_replies"] == 0
+    assert result.weights.notna().all(axis=None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy.name": "FedMedian", "strategy.fraction-train": 1.0},
+        {"strategy.name": "Krum", "strategy.num-malicious-nodes": 1},
+        {"strategy.name": "FedTrimmedAvg", "strategy.beta": 0.25},
+        {"strategy.name": "FedAdam", "strategy.eta": 0.5},
+        {"strategy.name": "FedAvg", "strategy.fraction-evaluate": 0.0},
+    ],
+    ids=lambda settings: settings["strategy.name"],
+)
+def test_flowers_own_strategies_run_with_their_options(quick, settings):
+    name = settings["strategy.name"]
+    result = quick(
+        settings={**settings, "strategy.name": f"flwr.serverapp.strategy:{name}"}
+    )
+    assert result.rounds_done == 2
+    first, last = result.accuracy.iloc[0], result.accuracy.iloc[-1]
+    assert last != first
+    key = next(key for key in settings if key != "strategy.name").split(".")[1]
+    assert key in result.config["strategy"]
+
+
+def test_ones_own_things_run(quick, own_things):
+    settings = {
+        "data.name": f"{own_things}:load",
+        "data.n": 90,
+        "data.proxy": 0.0,
+        "data.held-out": 0.0,
+        "partition.name": f"{own_things}:split",
+        "partition.first": 7,
+        "model.name": f"{own_things}:net",
+        "model.width": 6,
+        "objective.name": f"{own_things}:Scaled",
+        "objective.factor": 0.5,
+        "strategy.name": f"{own_things}:First",
+        "strategy.share": 0.25,
+        "strategy.fraction-evaluate": 0.0,
+    }
+    result = quick(dataset=None, settings=settings)
+    assert result.partition["train_examples"].tolist() == [7, 28, 28, 27]
+    assert result.weights.to_numpy().tolist() == [[0.25, 0, 0, 0]] * 2
+    assert result.model()["1.weight"].shape == (6, 2)
+    again = run(
+        result.folder / "config.toml",
+        out=result.folder.parent / "again",
+        report=False,
+    )
+    assert content(again) == content(result)
+
+
+# A real node has its own file.
+
+
+def node(**config):
+    return Context(0, 77, config, RecordDict(), {})
+
+
+def test_a_node_with_a_file_of_its_own_reads_it_as_the_configuration_says(tmp_path):
+    table = tmp_path / "mine.csv"
+    lines = [f"{'sick' if i % 2 else 'well'},{i},{i / 10}" for i in range(10)]
+    table.write_text("\n".join(["state,a,b", *lines]) + "\n")
+    configuration = Configuration.of(
+        {
+            "data": {
+                "name": "csv",
+                "path": "unused.csv",
+                "label": "state",
+                "classes": ["well", "sick"],
+                "held-out": 0.3,
+            }
+        }
+    )
+    data = client_data(configuration, node(**{"data-path": str(table)}), None)
+    assert (len(data.train), len(data.held_out)) == (7, 3)
+    assert data.train.x.shape == (7, 2)
+    assert data.train.y.tolist() == [int(i) % 2 for i in data.train.x[:, 0]]
+
+
+def test_a_node_may_have_arrays(tmp_path):
+    file = tmp_path / "mine.npz"
+    np.savez(file, x=np.ones((5, 2), np.float32), y=np.array([0, 1, 2, 1, 0]))
+    configuration = Configuration.of({"data": {"held-out": 0.2}})
+    data = client_data(configuration, node(**{"data-path": str(file)}), None)
+    assert (len(data.train), len(data.held_out)) == (4, 1)
+
+
+def test_a_node_with_neither_is_told_what_to_do(points):
+    components = prepare(Configuration.of({}), points())
+    for federated in (None, components.data):
+        with pytest.raises(ConfigurationError, match="'partition-id' nor 'data-path'"):
+            client_data(components.configuration, node(), federated)
+    part = components.client_data(node(**{"partition-id": 2}))
+    np.testing.assert_array_equal(part.train.x, components.data.client(2).train.x)
+
+
+def test_every_refusal_is_an_error_of_ours(quick):
+    with pytest.raises(FedweightError):
+        quick(settings={"strategy.name": "nope"})

@@ -1,0 +1,298 @@
+"""The command line: in this process, and as real processes with real signals."""
+
+import csv
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fedweight
+from fedweight import Run
+from fedweight.cli import main
+
+QUICK = [
+    *("--set", "partition.clients=3"),
+    *("--set", "training.epochs=1"),
+    *("--set", "model.name=softmax"),
+    *("--set", "engine.name=local"),
+]
+ROOT = Path(fedweight.__file__).parents[1]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def process(*arguments, **options):
+    options.setdefault("stdout", subprocess.PIPE)
+    options.setdefault("stderr", subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedweight", *arguments],
+        env=environment(**options.pop("env", {})),
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_run_takes_settings_and_prints_json(here, capsys):
+    arguments = ["run", *QUICK, "--set", "run.rounds=2", "--seed", "5"]
+    assert main([*arguments, "--strategy", "ida", "--out", "x", "--json"]) == 0
+    out, err = capsys.readouterr()
+    printed = json.loads(out)
+    assert out.count("\n") == 1
+    assert err == ""
+    assert printed["folder"] == "x"
+    assert (printed["rounds"], printed["seed"], printed["strategy"]) == (2, 5, "ida")
+    config = tomllib.loads((here / "x" / "config.toml").read_text())
+    assert (config["run"]["seed"], config["strategy"]["name"]) == (5, "ida")
+    assert (here / "x" / "report.html").is_file()
+
+
+def test_json_has_no_nan(here, capsys):
+    # Without a held-out part and a proxy there is much that is not known.
+    arguments = ["run", *QUICK, "--set", "run.rounds=1", "--json", "--out", "x"]
+    assert main([*arguments, "--set", "data.held-out=0"]) == 0
+
+    def no(constant):
+        raise AssertionError(constant)
+
+    printed = json.loads(capsys.readouterr().out, parse_constant=no)
+    assert printed["held_out_accuracy"] is None
+
+
+def test_a_file_is_run_and_its_lines_are_plain_where_nobody_watches(here, capsys):
+    Path("mine.toml").write_text(
+        "[run]\nname = 'mine'\nrounds = 3\nevaluate-every = 3\n"
+        "[partition]\nclients = 3\n[training]\nepochs = 1\n"
+        "[model]\nname = 'softmax'\n[engine]\nname = 'local'\n"
+    )
+    assert main(["run", "mine.toml"]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert [line.split()[1] for line in lines] == ["0/3", "1/3", "2/3", "3/3"]
+    assert "accuracy" in lines[0]
+    assert "accuracy" in lines[3]
+    assert "nan" not in err
+    assert "\x1b" not in err + out
+    assert "runs/mine-fedavg-seed0" in out
+    assert Run("runs/mine-fedavg-seed0").complete
+    # Its report can be written again.
+    report = here / "runs" / "mine-fedavg-seed0" / "report.html"
+    report.unlink()
+    assert main(["report", "runs/mine-fedavg-seed0", "--json"]) == 0
+    assert Path(json.loads(capsys.readouterr().out)["report"]) == Path(
+        "runs/mine-fedavg-seed0/report.html"
+    )
+    assert report.is_file()
+
+
+def test_list_shows_every_name_with_a_line(capsys):
+    assert main(["list", "--json"]) == 0
+    kinds = json.loads(capsys.readouterr().out)
+    assert set(kinds) == {"strategies", "objectives", "data", "partitions", "models"}
+    assert {"fedavg", "fedprox", "feddisco", "fedlaw", "fedce", "ida"} <= set(
+        kinds["strategies"]
+    )
+    assert all(line for names in kinds.values() for line in names.values())
+    assert main(["list"]) == 0
+    plain = capsys.readouterr().out
+    for names in kinds.values():
+        for name, line in names.items():
+            assert f"  {name} " in plain
+            assert line in plain
+
+
+@pytest.mark.parametrize("command", ["run", "list", "report", "data"])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"example:\n  fedweight {command}" in out
+    assert "--json" in out
+
+
+def test_help_and_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == fedweight.__version__
+    assert main([]) == 2
+    assert "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["run", "none.toml"], "there is no simulation file 'none.toml'"),
+        (["run", "--set", "run.round=3"], "Did you mean 'rounds'?"),
+        (["run", "--set", "rounds"], "must be written table.key=value"),
+        (["run", "--strategy", "fedavgg"], "Did you mean 'fedavg'?"),
+        (["run", "--engine", "rai"], "Did you mean 'ray'?"),
+        (["run", "--seed", "-1"], "run.seed must be in [0, inf), got -1."),
+        (["run", "--out", "full"], "is not an empty folder"),
+        (["run", "--out", "full/file/x"], "cannot be made"),
+        (["run", "--set", "engine.device=gpu"], "engine.device must be one of"),
+        (["run", *("--set", "data.name=csv"), *("--set", "data.path=bad.csv")], "bad"),
+        (["report", "nowhere"], "nowhere is not a folder"),
+        (["report", "full"], "config.toml is missing"),
+        (["data", "mnist"], "fashion-mnist"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_an_error_is_one_line_and_status_2(here, capsys, arguments, text):
+    (here / "full").mkdir()
+    (here / "full" / "file").touch()
+    (here / "bad.csv").write_text("a,b\n1,2\n1,2,3\n")
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fedweight: ")
+    assert err.count("\n") == 1
+    assert text in err
+    assert not (here / "runs").exists()
+
+
+def test_a_run_whose_rounds_fail_has_status_1(here, capsys):
+    (here / "own_cli_nan.py").write_text(
+        "from fedweight.clients.objectives import Plain\n"
+        "class Nan(Plain):\n"
+        "    def loss(self, outputs, batch):\n"
+        "        return super().loss(outputs, batch) * float('nan')\n"
+    )
+    arguments = ["run", *QUICK, "--set", "run.rounds=1", "--out", "x", "--json"]
+    assert main([*arguments, "--set", "objective.name=own_cli_nan:Nan"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["failed_rounds"] == 1
+    assert "global model is kept" in err
+    assert (here / "x" / "model.safetensors").is_file()
+    sys.modules.pop("own_cli_nan", None)
+
+
+def test_an_error_of_a_process_has_no_traceback(tmp_path):
+    with process("run", "--set", "strategy.nme=x", cwd=tmp_path) as child:
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (2, "")
+    assert "Did you mean 'name'?" in err
+    assert err.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with process("list", cwd=tmp_path, stdout=writes) as child:
+        os.close(writes)
+        _, err = child.communicate(timeout=60)
+    assert err == ""
+    assert child.returncode == 1
+
+
+def test_a_closed_output_is_no_traceback(tmp_path):
+    command = f"{sys.executable} -m fedweight list >&-"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
+
+
+# A client that needs a while: a second or more, with many steps.
+SLOW = """
+import math
+import torch
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.layer = nn.Linear(math.prod(input_shape), num_classes)
+
+    def forward(self, x):
+        work = torch.ones(256, 256)
+        for _ in range(self.training):
+            work = work @ work / 256
+        return self.layer(x.flatten(1)) + 0 * work.sum()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_ends_a_run_at_once_and_keeps_what_was_recorded(tmp_path, threads):
+    (tmp_path / "own_slow.py").write_text(SLOW)
+    arguments = [
+        *("run", "--out", "x"),
+        *("--set", "model.name=own_slow:Slow"),
+        *("--set", "run.rounds=1000"),
+        *("--set", "partition.clients=6"),
+        *("--set", "training.batch-size=4"),
+        *("--set", f"engine.threads={threads}"),
+    ]
+    with process(*arguments, cwd=tmp_path, start_new_session=True) as child:
+        for line in child.stderr:
+            if line.startswith("round 1/"):
+                break
+        # The next round has begun, or is about to: both must end.
+        began = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+        seconds = time.monotonic() - began
+    assert child.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    assert out == ""
+    assert seconds < 2
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)  # nobody of its session is left
+    stopped = Run(tmp_path / "x")
+    assert stopped.rounds_done >= 1
+    assert not stopped.rounds["test_accuracy"].isna().any()
+    assert stopped.model()["layer.weight"].shape == (10, 64)
+    with (tmp_path / "x" / "clients.csv").open(newline="") as file:
+        rounds = {row["round"] for row in csv.DictReader(file)}
+    assert len(rounds) == stopped.rounds_done
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals are POSIX's")
+def test_on_a_terminal_the_rounds_are_a_live_line(tmp_path):
+    ours, theirs = pty.openpty()
+    arguments = ["run", *QUICK, "--set", "run.rounds=2", "--out", "x"]
+    with process(
+        *arguments, cwd=tmp_path, stderr=theirs, env={"TERM": "xterm", "COLUMNS": "120"}
+    ) as child:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # Linux's way to say that the other side is closed
+                break
+            if not part:
+                break
+            shown += part
+        out, _ = child.communicate(timeout=60)
+    os.close(ours)
+    assert child.returncode == 0
+    assert b"\x1b[" in shown
+    assert b"2/2" in shown
+    assert b"accuracy" in shown
+    assert not re.search(rb"loss [0-9.]+  [0-9.]+ s", shown)  # no plain lines besides
+    assert "\x1b" not in out
+    assert "test accuracy" in out

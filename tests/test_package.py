@@ -1,0 +1,205 @@
+"""What the package promises as a whole: who imports whom, and what nobody does."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fedweight
+
+PACKAGE = Path(fedweight.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def python(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    """Yield the full name of every module or attribute that a file imports."""
+    module = name_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                start = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def chain(node):
+    """Return ``a.b.c`` of an attribute access, or ``""``."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def test_the_helpers_see_what_is_there():
+    found = set(imports(PACKAGE / "clients" / "app.py"))
+    assert {"fedweight.keys", "flwr.app.Message", "fedweight.errors.ClientError"} <= (
+        found
+    )
+    assert "fedweight.clients.training.train" in found
+    assert len(FILES) > 30
+
+
+def test_importing_fedweight_imports_nothing_heavy():
+    heavy = ("torch", "flwr", "ray", "matplotlib", "pandas", "sklearn", "numpy")
+    code = f"import sys, fedweight; print([m for m in {heavy} if m in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_the_command_lines_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom fedweight.cli import parser\nparser().format_help()\n"
+        "print([m for m in ('torch', 'flwr', 'ray') if m in sys.modules])"
+    )
+    assert python(code) == "[]"
+
+
+def test_what_is_exported_is_there():
+    for name in fedweight.__all__:
+        assert getattr(fedweight, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fedweight.nothing
+
+
+def test_a_server_or_a_device_needs_no_ray_and_no_plots():
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'matplotlib'): sys.modules[name] = None\n"
+        "import fedweight.clients, fedweight.strategies, fedweight.apps\n"
+        "from fedweight.strategies import STRATEGIES\n"
+        "from fedweight.clients import OBJECTIVES\n"
+        "print(len(STRATEGIES.descriptions()), len(OBJECTIVES.descriptions()))\n"
+        "import fedweight.simulations, fedweight.studies.runner\n"
+    )
+    strategies, objectives = map(int, python(code).split())
+    assert strategies >= 6
+    assert objectives >= 2
+
+
+# Who may know whom (the design's page says why).
+KNOWS_NOT = {
+    "keys": {"fedweight"},
+    "errors": {"fedweight"},
+    "rng": {"fedweight"},
+    "parameters": {"fedweight"},
+    "updates": {"fedweight"},
+    "strategies": {
+        "fedweight.clients",
+        "fedweight.simulations",
+        "fedweight.studies",
+        "fedweight.data",
+        "fedweight.cli",
+    },
+    "clients": {
+        "fedweight.strategies",
+        "fedweight.simulations",
+        "fedweight.studies",
+        "fedweight.cli",
+    },
+    "data": {
+        "fedweight.strategies",
+        "fedweight.clients",
+        "fedweight.simulations",
+        "fedweight.studies",
+    },
+    "metrics": {"fedweight.strategies", "fedweight.clients", "fedweight.studies"},
+    "simulations": {"fedweight.strategies", "fedweight.studies", "fedweight.cli"},
+}
+MAY = {
+    "parameters": {"fedweight.errors"},
+    "updates": {"fedweight.errors", "fedweight.parameters"},
+}
+
+
+@pytest.mark.parametrize("part", KNOWS_NOT)
+def test_nobody_knows_whom_he_should_not(part):
+    mine = [f for f in FILES if f.relative_to(PACKAGE).parts[0] in (part, f"{part}.py")]
+    assert mine, part
+    for path in mine:
+        for imported in imports(path):
+            allowed = any(f"{imported}.".startswith(f"{m}.") for m in MAY.get(part, ()))
+            known = any(f"{imported}.".startswith(f"{m}.") for m in KNOWS_NOT[part])
+            assert allowed or not known, f"{name_of(path)} imports {imported}"
+
+
+def test_ray_is_imported_in_simulations_only_and_never_at_the_top():
+    for path in FILES:
+        used = [m for m in imports(path) if re.match(r"ray(\.|$)", m)]
+        if not used:
+            continue
+        assert path.parent.name == "simulations", path
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.name != "ray.py":
+            top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+            assert not any("ray" in ast.unparse(n).split() for n in top), path
+
+
+PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+
+
+def test_only_one_file_touches_what_is_private_to_flower():
+    for path in FILES:
+        if path.name == "_flower.py":
+            continue
+        for imported in imports(path):
+            if imported == "flwr" or imported.startswith("flwr."):
+                assert imported.startswith(PUBLIC_FLOWER), f"{path}: {imported}"
+                assert "._" not in imported, f"{path}: {imported}"
+
+
+FORBIDDEN = ("pickle.load", "pickle.loads", "torch.load", "cloudpickle.load")
+# Where a driver and its own workers, of one run, send each other objects.
+UNPICKLES = {"simulations/ray.py"}
+# Names of numpy.random that make a stream of one's own.
+OWN_STREAM = {"Generator", "PCG64", "SeedSequence"}
+
+
+def test_nobody_unpickles_or_draws_from_a_global_stream():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            name = chain(node) if isinstance(node, ast.Attribute) else ""
+            if path.relative_to(PACKAGE).as_posix() not in UNPICKLES:
+                assert name not in FORBIDDEN, f"{where}: {name}"
+            for module in ("np.random.", "numpy.random."):
+                if name.startswith(module):
+                    drawn = name.removeprefix(module)
+                    assert drawn in OWN_STREAM, f"{where}: {name}"
+            if isinstance(node, ast.Call) and chain(node.func).endswith("np.load"):
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert keywords.get("allow_pickle") == "False", where
+        assert not any(f"{m}.".startswith("random.") for m in imports(path)), path
+        assert not any(m.startswith("pickle.") for m in imports(path)), path
+
+
+def test_the_version_is_said_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fedweight.__version__

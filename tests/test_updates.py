@@ -1,0 +1,169 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedweight import updates as module
+from fedweight.errors import ConfigurationError
+from fedweight.updates import StackedUpdates
+
+# More rows than a tile has, more columns than one has, and a border inside a tensor.
+LARGE = (module.TILE_ROWS + 5, 2 * module.TILE_COLUMNS + 77)
+
+
+def draw(k, p, tensors=1, seed=0, dtype=np.float64, **options):
+    """Random models; return the updates, and the matrix that they stand for."""
+    stream = np.random.default_rng(seed)
+    models = stream.normal(size=(k, p)).astype(dtype)
+    origin = stream.normal(size=p).astype(dtype)
+    cuts = np.sort(stream.integers(0, p + 1, tensors - 1)) if tensors > 1 else []
+    offsets = [0, *map(int, cuts), p]
+    rows = [torch.from_numpy(model) for model in models]
+    stacked = StackedUpdates(rows, torch.from_numpy(origin), offsets, **options)
+    return stacked, models.astype(np.float64) - origin.astype(np.float64), offsets
+
+
+def per_tensor(matrix, offsets, measure):
+    parts = [measure(matrix[:, a:b]) for a, b in pairwise(offsets)]
+    return np.stack(parts, axis=1)
+
+
+def l1(matrix):
+    return np.abs(matrix).sum(1)
+
+
+def l2(matrix):
+    return np.sqrt((matrix**2).sum(1))
+
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 4))
+
+
+def check_all(k, p, tensors, seed, rtol, **options):
+    updates, matrix, offsets = draw(k, p, tensors, seed, **options)
+    stream = np.random.default_rng(seed + 1)
+    w, v = stream.normal(size=k), stream.normal(size=p)
+    each = stream.normal(size=(k, tensors))
+    near = {"rtol": rtol, "atol": rtol * np.sqrt(k * p) * 10}
+
+    assert (updates.num_clients, updates.num_parameters) == (k, p)
+    assert updates.num_tensors == tensors
+    np.testing.assert_allclose(updates.combine(torch.tensor(w)), w @ matrix, **near)
+    spread = np.repeat(each, np.diff(offsets), axis=1)
+    np.testing.assert_allclose(
+        updates.combine(torch.tensor(each)), (spread * matrix).sum(0), **near
+    )
+    np.testing.assert_allclose(updates.project(torch.tensor(v)), matrix @ v, **near)
+    np.testing.assert_allclose(updates.gram(), matrix @ matrix.T, **near)
+    for order, norm in ((1, l1), (2, l2)):
+        np.testing.assert_allclose(updates.norms(order=order), norm(matrix), **near)
+        far = updates.distances(torch.tensor(v), order=order)
+        np.testing.assert_allclose(far, norm(matrix - v), **near)
+        parts = updates.distances(torch.tensor(v), order=order, per_tensor=True)
+        expected = per_tensor(matrix - v, offsets, norm)
+        np.testing.assert_allclose(parts, expected, **near)
+    columns = list(updates.column_blocks())
+    assert [c.start for c, _ in columns] == [0, *(c.stop for c, _ in columns[:-1])]
+    np.testing.assert_allclose(torch.cat([b for _, b in columns], 1), matrix, **near)
+    rows = stream.permutation(k)[: max(1, k // 2)].tolist()
+    chosen = updates.select(rows)
+    assert chosen.num_clients == len(rows)
+    np.testing.assert_allclose(chosen.norms(), l2(matrix[rows]), **near)
+
+
+@given(shapes, st.integers(0, 1000))
+@settings(max_examples=50)
+def test_equals_numpy(shape, seed):
+    check_all(*shape, seed, 1e-12)
+
+
+@given(shapes, st.integers(0, 1000))
+@settings(max_examples=20)
+def test_equals_numpy_in_float32(shape, seed):
+    check_all(*shape, seed, 1e-6, dtype=np.float32, accumulate="float32")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("tensors", [1, 5])
+def test_equals_numpy_over_many_tiles(dtype, tensors):
+    check_all(*LARGE, tensors, 3, 1e-11, dtype=dtype)
+
+
+def test_float32_is_summed_in_float32_inside_a_tile_only():
+    """The sum of many tiles does not lose what one tile's would."""
+    check_all(*LARGE, 2, 3, 1e-5, dtype=np.float32, accumulate="float32")
+    updates, _, _ = draw(3, 10, dtype=np.float32, accumulate="float32")
+    assert updates.combine(torch.ones(3)).dtype == torch.float32
+    assert updates.project(torch.ones(10)).dtype == torch.float64
+    assert updates.norms().dtype == torch.float64
+
+
+@pytest.mark.parametrize("accumulate", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_threads_never_change_a_bit(accumulate, dtype):
+    def results(threads):
+        updates, _, _ = draw(
+            *LARGE, 4, 5, dtype=dtype, accumulate=accumulate, threads=threads
+        )
+        stream = torch.Generator().manual_seed(1)
+        w = torch.rand(LARGE[0], generator=stream, dtype=torch.float64)
+        v = torch.rand(LARGE[1], generator=stream, dtype=torch.float64)
+        return [
+            updates.combine(w),
+            updates.project(v),
+            updates.distances(v, order=1),
+            updates.distances(v, order=2, per_tensor=True),
+            updates.gram(),
+        ]
+
+    for other in (2, 4):
+        for one, many in zip(results(1), results(other), strict=True):
+            assert torch.equal(one, many)
+
+
+def test_torchs_own_threads_never_change_a_bit():
+    before = torch.get_num_threads()
+    updates, _, _ = draw(*LARGE)
+    w = torch.linspace(0, 1, LARGE[0])
+    try:
+        results = []
+        for n in (1, 4):
+            torch.set_num_threads(n)
+            results.append((updates.combine(w), updates.gram()))
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(before)
+    for one, many in zip(*results, strict=True):
+        assert torch.equal(one, many)
+
+
+def test_nothing_that_was_given_is_changed():
+    models = [torch.ones(5), torch.zeros(5)]
+    origin, point = torch.full((5,), 0.5), torch.arange(5.0)
+    updates = StackedUpdates(models, origin)
+    updates.combine(torch.ones(2)).add_(1)
+    for order in (1, 2):
+        updates.distances(point, order=order)
+        updates.norms(order=order)
+    next(updates.column_blocks())[1].zero_()
+    updates.gram()
+    assert torch.equal(models[0], torch.ones(5))
+    assert torch.equal(models[1], torch.zeros(5))
+    assert torch.equal(origin, torch.full((5,), 0.5))
+    assert torch.equal(point, torch.arange(5.0))
+
+
+def test_a_tensor_without_values_is_no_obstacle():
+    updates = StackedUpdates([torch.ones(3)] * 2, torch.zeros(3), [0, 0, 3, 3])
+    each = updates.norms(order=1, per_tensor=True)
+    assert each.tolist() == [[0.0, 3.0, 0.0]] * 2
+    weights = torch.tensor([[9.0, 1.0, 9.0], [9.0, 2.0, 9.0]])
+    assert updates.combine(weights).tolist() == [3.0, 3.0, 3.0]
+
+
+def test_accumulate_is_checked():
+    with pytest.raises(ConfigurationError, match="accumulate must be one of"):
+        StackedUpdates([], torch.zeros(1), accumulate="float16")
