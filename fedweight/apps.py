@@ -22,7 +22,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from .errors import ConfigurationError
+from .errors import AggregationError, ConfigurationError
 
 if TYPE_CHECKING:
     from .studies.configuration import Configuration
@@ -75,8 +75,14 @@ def main(grid: Grid, context: Context) -> None:
         recorder.end()
     run = Run(folder)
     run.report()
-    print(f"test accuracy {run.summary()['test_accuracy']:.4f}")
+    summary = run.summary()
+    print(f"test accuracy {summary['test_accuracy']:.4f}")
     print(f"results in {folder}", flush=True)
+    if summary["failed_rounds"]:
+        raise AggregationError(
+            f"{summary['failed_rounds']} of {summary['rounds']} rounds failed; "
+            f"{folder / 'clients.csv'} says why."
+        )
 
 
 class NumberedGrid(Grid):
@@ -237,6 +243,9 @@ def _handle(message: Message, context: Context) -> Message:
         )
     if path is not None:
         return _own_client_app(context)(message, context)
+    import torch
+
+    torch.set_num_threads(1)  # As in our own grids: more would change the last bits.
     clients = context.node_config.get("num-partitions")
     app = _client_app(run_config, None if clients is None else int(clients))
     return app(message, context)

@@ -16,7 +16,8 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from . import keys
 from ._flower import CLIENT_APP_RAISED_EXCEPTION
-from .parameters import FlatModel, FlatRecord
+from .errors import AggregationError
+from .parameters import FlatModel, FlatRecord, Layout, flatten
 
 
 class Cohort(Sequence[Message]):
@@ -30,15 +31,10 @@ class Cohort(Sequence[Message]):
         The clients' nodes, in the order of the clients' numbers; none twice.
     message_type : str
         Flower's, such as ``"train"``.
-    own : Mapping[int, Mapping], optional
-        For some nodes, values that replace those of the shared config.
+    own : Mapping[int, ConfigRecord], optional
+        For some nodes, the config that they receive instead of the shared one.
     config_key : str
         The name of the config record in ``content``.
-
-    Attributes
-    ----------
-    ids : list[str]
-        The messages' ids, once a grid has given them.
     """
 
     def __init__(
@@ -46,7 +42,7 @@ class Cohort(Sequence[Message]):
         content: RecordDict,
         nodes: Sequence[int],
         message_type: str,
-        own: Mapping[int, Mapping[str, Any]] | None = None,
+        own: Mapping[int, ConfigRecord] | None = None,
         config_key: str = keys.CONFIG,
     ) -> None:
         self.content = content
@@ -54,14 +50,23 @@ class Cohort(Sequence[Message]):
         self.message_type = message_type
         self.own = dict(own or {})
         self.config_key = config_key
-        self.ids: list[str] = []
         self._messages: dict[int, Message] = {}
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has had a message, which could have been changed since."""
+        return not self._messages
 
     def config(self, node: int) -> ConfigRecord:
         """Return the config that one client receives."""
-        shared = self.content.config_records[self.config_key]
-        own = self.own.get(node)
-        return ConfigRecord({**dict(shared), **own}) if own else shared
+        return self.own.get(node) or self.content.config_records[self.config_key]
+
+    def node_of(self, message_id: str) -> int | None:
+        """Return where the message with an id went, if it is one of these."""
+        for index, message in self._messages.items():
+            if message.metadata.message_id == message_id:
+                return self.nodes[index]
+        return None
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -78,7 +83,7 @@ class Cohort(Sequence[Message]):
             node = self.nodes[index]
             content = self.content
             if node in self.own:
-                content = RecordDict({**dict(content), self.config_key: self.config(node)})
+                content = RecordDict({**dict(content), self.config_key: self.own[node]})
             self._messages[index] = Message(
                 content, dst_node_id=node, message_type=self.message_type
             )
@@ -88,7 +93,7 @@ class Cohort(Sequence[Message]):
         return (self[i] for i in range(len(self)))
 
 
-@dataclass
+@dataclass(slots=True)
 class Reply:
     """What one client answered, as plain values.
 
@@ -111,6 +116,30 @@ class Reply:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+
+    @classmethod
+    def of(cls, message: Message, layout: Layout, arrays_key: str) -> Reply:
+        """Read a reply as Flower brings it.
+
+        Raises
+        ------
+        AggregationError
+            If it is not an error, and not one metric record with, for a reply to a
+            train message, a model of the layout.
+        """
+        node = message.metadata.src_node_id
+        if message.has_error():
+            return cls(node, error=message.error.reason or "an error without a reason")
+        content = message.content
+        if len(content.metric_records) != 1:
+            raise AggregationError(
+                f"its reply has {len(content.metric_records)} metric records, not 1"
+            )
+        metrics = next(iter(content.metric_records.values()))
+        record = content.array_records.get(arrays_key)
+        model = None if record is None else flatten(record, layout)
+        profile = content.config_records.get(keys.PROFILE, {})
+        return cls(node, model, metrics, profile)
 
     def message(self, reply_to: Message) -> Message:
         """Return the reply as Flower sends it."""

@@ -6,6 +6,7 @@ again, which costs more than threads that wait for each other. So: threads, one
 intra-op thread each. Loaders index a batch at a time, in the round's order.
 """
 
+import copy
 from importlib.metadata import version
 from typing import Any
 
@@ -41,11 +42,11 @@ class Selector:
     """Makes the model by name."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.model = job.model()
 
     def select_model(self, model_name: str) -> torch.nn.Module:
-        """Return the model with the weights that all start from."""
-        return self.job.model()
+        """Return a model, which BlazeFL wants for every client."""
+        return copy.deepcopy(self.model)
 
 
 class Quiet(FedAvgThreadPoolClientTrainer):

@@ -9,7 +9,7 @@ from fedweight.simulations.simulate import make_grid
 from fedweight.strategies import FedAvg
 
 from .talk import start
-from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED, flat
+from .work import BATCH, CLASSES, LEARNING_RATE, MODELS, SAMPLES, SEED, flat
 
 
 def main(engine: str = "local") -> None:
@@ -24,7 +24,7 @@ def main(engine: str = "local") -> None:
         return ClientData(Examples(x[part], y[part]), nothing)
 
     app = TrainingApp(
-        job.model,
+        MODELS[job.work.model],
         data,
         num_classes=CLASSES,
         settings=TrainingSettings(

@@ -46,7 +46,7 @@ def _join(workers: int) -> list[subprocess.Popen[bytes]]:
 def main() -> None:
     """Run rounds as told, from a callback after every one."""
     from .talk import start
-    from .work import BATCH, LEARNING_RATE, SAMPLES, Job, flat_module
+    from .work import BATCH, LEARNING_RATE, Job, flat_module
 
     if RANK:
         talk, job = None, Job(sys.argv[1])
@@ -120,7 +120,6 @@ def main() -> None:
     for process in others:
         process.kill()
         process.wait()
-    assert SAMPLES % BATCH == 0
 
 
 if __name__ == "__main__":

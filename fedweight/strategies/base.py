@@ -31,6 +31,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from .. import keys
+from ..cohort import Cohort, Replies, Reply
 from ..errors import AggregationError, ConfigurationError, check_range
 from ..parameters import FlatModel, FlatRecord, Layout, flatten
 from ..rng import Purpose, generator
@@ -148,6 +149,7 @@ class WeightingStrategy(Strategy):
         self.history: list[RoundRecord] = []
         self._model: FlatModel | None = None
         self._asked: dict[int, _Asked] = {}
+        self._cohort: Cohort | None = None
 
     # What a method answers.
 
@@ -252,30 +254,31 @@ class WeightingStrategy(Strategy):
         for key, value in self.train_config(server_round).items():
             config[key] = value
         epochs = self._straggler_epochs(server_round, len(nodes), config)
-        nbytes = _num_bytes(layout)
         self._asked = {}
-        messages = []
+        own = {}
         # Clients that are told the same share one record.
-        records: dict[tuple[tuple[str, Any], ...], ConfigRecord] = {(): config}
+        records: dict[tuple[tuple[str, Any], ...], ConfigRecord] = {}
         for (client, node), part in zip(nodes, epochs, strict=True):
             asks = self.asks(server_round, client)
-            own: dict[str, Any] = dict(self.client_config(server_round, client))
+            self._asked[node] = _Asked(client, part is not None, asks)
+            told: dict[str, Any] = dict(self.client_config(server_round, client))
             if part is not None:
-                own[keys.LOCAL_EPOCHS] = part
+                told[keys.LOCAL_EPOCHS] = part
             if asks:
-                own[keys.REQUEST] = asks
-            told = records.get(tuple(own.items()))
-            if told is None:
-                told = ConfigRecord({**dict(config), **own, **_request(config, asks)})
-                records[tuple(own.items())] = told
-            message = Message(
-                RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: told}),
-                dst_node_id=node,
-                message_type=MessageType.TRAIN,
-            )
-            self._asked[node] = _Asked(client, message, nbytes, part is not None, asks)
-            messages.append(message)
-        return messages
+                told[keys.REQUEST] = asks
+            if told:
+                key = tuple(told.items())
+                if key not in records:
+                    told |= _request(config, asks)
+                    records[key] = ConfigRecord({**dict(config), **told})
+                own[node] = records[key]
+        content = RecordDict(
+            {self.arrayrecord_key: arrays, self.configrecord_key: config}
+        )
+        self._cohort = Cohort(
+            content, list(self._asked), MessageType.TRAIN, own, self.configrecord_key
+        )
+        return self._cohort
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -287,12 +290,10 @@ class WeightingStrategy(Strategy):
                 "is not known. Let Strategy.start run both."
             )
         record = self.history[-1]
-        asked, self._asked = self._asked, {}
-        if not asked and self.fraction_train == 0:
+        if not self._asked and self.fraction_train == 0:
             record.status, record.reason = "ok", ""
             return None, None
-        good = self._sort(server_round, replies, asked, record)
-        record.clients.sort(key=lambda c: c.client)
+        good = self._sort(server_round, replies, record)
         if len(good) < self.min_replies:
             return self._fail(
                 record,
@@ -310,9 +311,7 @@ class WeightingStrategy(Strategy):
             parameters = before + self.server_optimizer.step(parameters - before)
         self._record(record, round)
         record.status, record.reason = "ok", ""
-        metrics = self._mean_metrics(
-            [reply.content for reply in good], self.train_metrics_aggr_fn
-        )
+        metrics = self._mean_metrics(good, self.train_metrics_aggr_fn)
         record.metrics.update(
             {k: float(v) for k, v in metrics.items() if not isinstance(v, list)}
         )
@@ -337,51 +336,50 @@ class WeightingStrategy(Strategy):
         content = RecordDict(
             {self.arrayrecord_key: arrays, self.configrecord_key: config}
         )
-        messages = []
-        for client, node in nodes:
-            message = Message(
-                content, dst_node_id=node, message_type=MessageType.EVALUATE
-            )
-            self._asked[node] = _Asked(client, message, 0, False, ())
-            messages.append(message)
-        return messages
+        self._asked = {node: _Asked(client, False, ()) for client, node in nodes}
+        self._cohort = Cohort(
+            content,
+            list(self._asked),
+            MessageType.EVALUATE,
+            config_key=self.configrecord_key,
+        )
+        return self._cohort
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the clients' evaluation metrics by data size; record them."""
-        asked, self._asked = self._asked, {}
         record = self.history[-1] if self.history else RoundRecord(server_round)
-        trained = {c.client: c for c in record.clients if c.status != "rejected"}
-        by_message = _by_message(asked)
-        contents = []
+        entries = {c.client: c for c in record.clients if c.status != "rejected"}
         answered = set()
-        pairs = [(self._client_of(r, asked, by_message), r) for r in replies]
-        for client, reply in sorted(pairs, key=lambda pair: pair[0]):
-            entry = trained.get(client)
+        good = []
+        for client, _, reply in self._read(replies):
+            entry = entries.get(client)
             if entry is None:
-                entry = trained[client] = ClientRecord(client, "evaluated")
+                entry = entries[client] = ClientRecord(client, "evaluated")
                 record.clients.append(entry)
             try:
-                if reply.has_error():
-                    raise AggregationError(f"{reply.error.reason}")
+                if isinstance(reply, AggregationError):
+                    raise reply
+                if reply.error is not None:
+                    raise AggregationError(reply.error)
                 if client in answered:
                     raise AggregationError("it replied twice")
-                metrics, _ = self._measured(reply.content)
+                size = self._size(reply)
             except AggregationError as error:
                 note = f"evaluation failed: {error}"
                 entry.reason = f"{entry.reason}; {note}" if entry.reason else note
                 log.warning("round %d: client %d: %s", server_round, client, note)
                 continue
             answered.add(client)
-            contents.append(reply.content)
-            for name, value in metrics.items():
+            good.append(_Good(client, reply, size))
+            for name, value in reply.metrics.items():
                 if not isinstance(value, list):
                     entry.metrics[f"evaluate-{name}"] = float(value)
         record.clients.sort(key=lambda c: c.client)
-        if not contents:
+        if not good:
             return None
-        result = self._mean_metrics(contents, self.evaluate_metrics_aggr_fn)
+        result = self._mean_metrics(good, self.evaluate_metrics_aggr_fn)
         for name, value in result.items():
             if not isinstance(value, list):
                 record.metrics[f"evaluate-{name}"] = float(value)
@@ -444,115 +442,119 @@ class WeightingStrategy(Strategy):
             epochs[k] = int(stream.integers(1, full))
         return epochs
 
-    def _client_of(
-        self, reply: Message, asked: Mapping[int, _Asked], by_message: Mapping[str, int]
-    ) -> int:
-        """Return whose reply this is.
+    def _read(
+        self, replies: Iterable[Message]
+    ) -> list[tuple[int, _Asked | None, Reply | AggregationError]]:
+        """Return who was asked what and answered what, by the clients' numbers.
 
-        An error reply that the SuperLink writes for a lost client carries the
-        SuperLink's node id; the message that it answers tells whose it is.
+        In that order nothing depends on who answered first. What cannot be read comes
+        as the error that says why. An error reply that the SuperLink writes for a
+        lost client carries the SuperLink's node; the message it answers tells whose.
         """
-        node = reply.metadata.src_node_id
-        if node not in asked:
-            node = by_message.get(reply.metadata.reply_to_message_id, node)
-        return asked[node].client if node in asked else node
+        asked, self._asked = self._asked, {}
+        cohort, self._cohort = self._cohort, None
+        plain = replies.plain if isinstance(replies, Replies) else None
+        read: list[tuple[int, _Asked | None, Reply | AggregationError]] = []
+        if plain is not None:
+            for answer in plain:
+                sent = asked.get(answer.node)
+                read.append((sent.client if sent else answer.node, sent, answer))
+        else:
+            assert self._model is not None
+            for message in replies:
+                node = message.metadata.src_node_id
+                if node not in asked and cohort is not None:
+                    answers = message.metadata.reply_to_message_id
+                    node = cohort.node_of(answers) or node
+                sent = asked.get(node)
+                reply: Reply | AggregationError
+                try:
+                    reply = Reply.of(message, self._model.layout, self.arrayrecord_key)
+                except AggregationError as error:
+                    reply = error
+                read.append((sent.client if sent else node, sent, reply))
+        known = {client for client, _, _ in read}
+        for sent in asked.values():
+            if sent.client not in known:
+                read.append((sent.client, sent, MISSING))
+        return sorted(read, key=lambda row: row[0])
 
     def _sort(
-        self,
-        round: int,
-        replies: Iterable[Message],
-        asked: Mapping[int, _Asked],
-        record: RoundRecord,
-    ) -> list[_Reply]:
+        self, round: int, replies: Iterable[Message], record: RoundRecord
+    ) -> list[_Good]:
         """Tell good replies from bad ones, in the order of the clients' numbers."""
         assert self._model is not None
-        by_client = {a.client: a for a in asked.values()}
-        by_message = _by_message(asked)
-        good: dict[int, _Reply] = {}
+        nbytes = _num_bytes(self._model.layout)
+        anybody = not self._asked
+        good: dict[int, _Good] = {}
         answered = set()
-        # In the clients' order, so that nothing depends on who answered first.
-        pairs = [(self._client_of(r, asked, by_message), r) for r in replies]
-        for client, reply in sorted(pairs, key=lambda pair: pair[0]):
-            sent = by_client.get(client)
-            entry = ClientRecord(client, "ok", bytes_down=sent.nbytes if sent else 0)
-            straggler = sent.straggler if sent else False
-            if reply.has_error():
-                entry.status, entry.reason = "failed", reply.error.reason or ""
+        for client, sent, reply in self._read(replies):
+            entry = ClientRecord(client, "ok", bytes_down=nbytes if sent else 0)
+            record.clients.append(entry)
+            if reply is MISSING:
+                entry.status, entry.reason = "missing", str(reply)
+            elif isinstance(reply, Reply) and reply.error is not None:
+                entry.status, entry.reason = "failed", reply.error
             elif client in answered:
                 entry.status, entry.reason = "rejected", "it replied twice"
-            elif asked and sent is None:
+            elif sent is None and not anybody:
                 entry.status, entry.reason = "rejected", "it was not asked"
             else:
                 try:
-                    asks = sent.asks if sent else self.request
-                    parsed = self._parse(client, reply, asks)
-                    entry.metrics = parsed.scalars()
-                    entry.bytes_up = _num_bytes(self._model.layout)
-                    if self.keeps(round, client, straggler):
-                        good[client] = parsed
+                    if isinstance(reply, AggregationError):
+                        raise reply
+                    fit = self._fit(client, reply, sent.asks if sent else self.request)
+                    entry.metrics = fit.scalars()
+                    entry.bytes_up = nbytes
+                    if self.keeps(round, client, sent is not None and sent.straggler):
+                        good[client] = fit
                     else:
                         entry.status, entry.reason = "dropped", "straggler"
                 except AggregationError as error:
                     entry.status, entry.reason = "rejected", str(error)
             answered.add(client)
-            record.clients.append(entry)
-        for client, sent in by_client.items():
-            if client not in answered:
-                record.clients.append(
-                    ClientRecord(
-                        client, "missing", "no reply in time", bytes_down=sent.nbytes
-                    )
-                )
-        for entry in record.clients:
             if entry.status in ("rejected", "failed", "missing"):
                 log.warning(
                     "round %d: client %d %s: %s",
                     round,
-                    entry.client,
+                    client,
                     entry.status,
                     entry.reason,
                 )
-        return [good[client] for client in sorted(good)]
+        return list(good.values())
 
-    def _parse(self, client: int, reply: Message, asks: tuple[str, ...]) -> _Reply:
-        """Read a reply; raise ``AggregationError`` with the reason if it is unfit."""
-        assert self._model is not None
-        content = reply.content
-        metrics, size = self._measured(content)
-        if self.arrayrecord_key not in content.array_records:
+    def _fit(self, client: int, reply: Reply, asks: tuple[str, ...]) -> _Good:
+        """Check a reply; raise ``AggregationError`` with the reason if it is unfit."""
+        size = self._size(reply)
+        if reply.model is None:
             raise AggregationError(f"its reply has no '{self.arrayrecord_key}'")
-        model = flatten(content.array_records[self.arrayrecord_key], self._model.layout)
-        if not _is_finite(model.parameters) or not _is_finite(model.buffers):
+        if not _is_finite(reply.model.parameters) or not _is_finite(
+            reply.model.buffers
+        ):
             raise AggregationError("its model has NaN or infinite values")
-        profile = content.config_records.get(keys.PROFILE, ConfigRecord())
         for name in asks:
-            if name not in metrics and name not in profile:
+            if name not in reply.metrics and name not in reply.profile:
                 raise AggregationError(f"it was asked for '{name}', which is missing")
-            value = metrics.get(name, 0.0)
+            value = reply.metrics.get(name, 0.0)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise AggregationError(f"its '{name}' is {value!r}, not a number")
-        self.receive(client, metrics, profile)
-        return _Reply(client, content, model, metrics, profile, size)
+        self.receive(client, reply.metrics, reply.profile)
+        return _Good(client, reply, size)
 
-    def _measured(self, content: RecordDict) -> tuple[MetricRecord, float]:
-        """Return a reply's metrics and data size; raise if it has no such thing."""
-        if len(content.metric_records) != 1:
-            raise AggregationError(
-                f"its reply has {len(content.metric_records)} metric records, not 1"
-            )
-        metrics = next(iter(content.metric_records.values()))
-        size = metrics.get(self.weighted_by_key)
+    def _size(self, reply: Reply) -> float:
+        """Return how much data a client has; raise if it does not say."""
+        size = reply.metrics.get(self.weighted_by_key)
         if not isinstance(size, int | float) or not 0 <= size < math.inf:
             raise AggregationError(
                 f"its '{self.weighted_by_key}' must be a number of 0 or more, "
                 f"got {size!r}"
             )
-        return metrics, float(size)
+        return float(size)
 
-    def _round(self, number: int, good: list[_Reply]) -> Round:
+    def _round(self, number: int, good: list[_Good]) -> Round:
         assert self._model is not None
         updates = StackedUpdates(
-            [reply.model.parameters for reply in good],
+            [one.model.parameters for one in good],
             self._model.parameters,
             self._model.layout.offsets,
             accumulate=self.accumulate,
@@ -560,14 +562,14 @@ class WeightingStrategy(Strategy):
         )
         return Round(
             number=number,
-            clients=tuple(reply.client for reply in good),
+            clients=tuple(one.client for one in good),
             model=self._model,
             updates=updates,
             num_examples=torch.tensor(
-                [reply.num_examples for reply in good], dtype=torch.float64
+                [one.num_examples for one in good], dtype=torch.float64
             ),
-            metrics=tuple(reply.metrics for reply in good),
-            profiles=tuple(reply.profile for reply in good),
+            metrics=tuple(one.reply.metrics for one in good),
+            profiles=tuple(one.reply.profile for one in good),
         )
 
     def _check(self, round: Round, parameters: Tensor) -> None:
@@ -602,14 +604,14 @@ class WeightingStrategy(Strategy):
         record.metrics["effective-clients"] = total**2 / squares if squares else 0.0
 
     def _next_model(
-        self, parameters: Tensor, round: Round, good: list[_Reply]
+        self, parameters: Tensor, round: Round, good: list[_Good]
     ) -> FlatModel:
         """Round to the model's dtype; average its buffers, copy its integers."""
         assert self._model is not None
         model = self._model.with_parameters(parameters)
         if model.buffers.numel():
             rows = StackedUpdates(
-                [reply.model.buffers for reply in good], self._model.buffers
+                [one.model.buffers for one in good], self._model.buffers
             )
             model.buffers = self.aggregate_buffers(round, rows).to(model.buffers.dtype)
         model.integers = good[0].model.integers
@@ -629,21 +631,28 @@ class WeightingStrategy(Strategy):
         return None, None
 
     def _mean_metrics(
-        self, contents: list[RecordDict], custom: MetricsFn | None
+        self, good: list[_Good], custom: MetricsFn | None
     ) -> MetricRecord:
         """Average the clients' metrics by data size; NaN means a client has none."""
         if custom is not None:
+            contents = [
+                RecordDict({keys.METRICS: MetricRecord(dict(one.reply.metrics))})
+                for one in good
+            ]
             return custom(contents, self.weighted_by_key)
-        records = [next(iter(c.metric_records.values())) for c in contents]
-        names = [n for n in records[0] if all(n in r for r in records)]
+        metrics = [one.reply.metrics for one in good]
+        sizes = torch.tensor([one.num_examples for one in good], dtype=torch.float64)
         result = MetricRecord()
-        for name in names:
-            if name == self.weighted_by_key or isinstance(records[0][name], list):
+        for name in metrics[0]:
+            column = [m.get(name) for m in metrics]
+            if name == self.weighted_by_key or not all(
+                isinstance(value, int | float) for value in column
+            ):
                 continue
-            values = _column(records, name)
+            values = torch.tensor(column, dtype=torch.float64)
             known = ~values.isnan()
             if known.any():
-                p = size_weights(_column(records, self.weighted_by_key)[known])
+                p = size_weights(sizes[known])
                 result[name] = float((p * values[known]).sum())
         return result
 
@@ -655,30 +664,37 @@ def check_fraction(metrics: Mapping[str, Any], name: str) -> None:
         raise AggregationError(f"its '{name}' must be in [0, 1], got {value!r}")
 
 
-@dataclass(frozen=True)
+MISSING = AggregationError("no reply in time")
+
+
+@dataclass(frozen=True, slots=True)
 class _Asked:
-    """A message that went to a client."""
+    """A client that was asked, by its node."""
 
     client: int
-    message: Message
-    nbytes: int
     straggler: bool
     asks: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """A reply that is fit to be aggregated."""
+@dataclass(frozen=True, slots=True)
+class _Good:
+    """A reply that is fit to be used."""
 
     client: int
-    content: RecordDict
-    model: FlatModel
-    metrics: Mapping[str, Any]
-    profile: Mapping[str, Any]
+    reply: Reply
     num_examples: float
 
+    @property
+    def model(self) -> FlatModel:
+        assert self.reply.model is not None
+        return self.reply.model
+
     def scalars(self) -> dict[str, float]:
-        return {k: float(v) for k, v in self.metrics.items() if not isinstance(v, list)}
+        return {
+            name: float(value)
+            for name, value in self.reply.metrics.items()
+            if not isinstance(value, list)
+        }
 
 
 def _request(config: ConfigRecord, asks: tuple[str, ...]) -> dict[str, list[str]]:
@@ -688,17 +704,6 @@ def _request(config: ConfigRecord, asks: tuple[str, ...]) -> dict[str, list[str]
     already = config.get(keys.REQUEST)
     names = [str(n) for n in already] if isinstance(already, list) else []
     return {keys.REQUEST: [*names, *(n for n in asks if n not in names)]}
-
-
-def _by_message(asked: Mapping[int, _Asked]) -> dict[str, int]:
-    """Return the node of each message id that the grid gave when it sent them."""
-    return {a.message.metadata.message_id: node for node, a in asked.items()}
-
-
-def _column(records: list[MetricRecord], name: str) -> Tensor:
-    """Return one metric of every record, ``[K]``, float64."""
-    values = [float(r[name]) for r in records]  # type: ignore[arg-type]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def _is_finite(values: Tensor) -> bool:

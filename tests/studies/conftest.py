@@ -1,144 +1,163 @@
-"""Quick runs: a few clients, a round or two, a small model."""
+"""Runs' folders, made up: what a run writes, without running anything."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from fedweight import Run, run
-from fedweight.data import DataSet, Examples
-
-QUICK: dict[str, Any] = {
-    "run.rounds": 2,
-    "partition.clients": 4,
-    "training.epochs": 1,
-    "model.name": "softmax",
-    "engine.name": "local",
-}
-
-
-def small_data(n: int = 120, clients: int | None = None) -> DataSet:
-    """Three classes of points in the plane."""
-    rng = np.random.default_rng(0)
-    y = np.arange(n) % 3
-    x = (rng.normal(size=(n, 2)) + 3 * np.eye(3)[y, :2]).astype(np.float32)
-    train, test = Examples(x[:-30], y[:-30]), Examples(x[-30:], y[-30:])
-    natural = None if clients is None else np.arange(len(train)) % clients
-    return DataSet("points", train, test, 3, natural, ("a", "b", "c"))
-
-
-@pytest.fixture(scope="session")
-def points() -> Callable[..., DataSet]:
-    return small_data
-
-
-@pytest.fixture
-def quick(tmp_path: Path) -> Callable[..., Run]:
-    """Run, quickly, into ``tmp_path / out``."""
-
-    def start(out: str = "run", **arguments: Any) -> Run:
-        basis = {} if "file" in arguments else QUICK
-        settings = {**basis, **arguments.pop("settings", {})}
-        arguments.setdefault("dataset", small_data())
-        arguments.setdefault("report", False)
-        return run(settings=settings, out=tmp_path / out, **arguments)
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def rows() -> Callable[[Path], list[dict[str, str]]]:
-    """Read a CSV file."""
-
-    def read(path: Path) -> list[dict[str, str]]:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    return read
-
-
-@pytest.fixture
-def own_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module of the user's, found in the working directory."""
-    import sys
-
-    folder = tmp_path / "here"
-    folder.mkdir()
-    name = f"own_{abs(hash(str(tmp_path)))}"
-    (folder / f"{name}.py").write_text(OWN)
-    monkeypatch.chdir(folder)
-    yield name
-    sys.modules.pop(name, None)
-    if str(folder) in sys.path:
-        sys.path.remove(str(folder))
-
-
-OWN = '''
-import math
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
-from fedweight.clients import Objective
-from fedweight.data import DataSet, Examples
-from fedweight.strategies.base import WeightingStrategy
+from safetensors.torch import save_file
+
+ROUND_COLUMNS = (
+    "round status reason asked ok rejected failed missing dropped effective_clients "
+    "train_loss train_accuracy evaluate_loss evaluate_accuracy test_loss "
+    "test_accuracy client_accuracy_mean client_accuracy_std client_accuracy_worst10 "
+    "client_accuracy_best10 bytes_down bytes_up gamma"
+)
+CLIENT_COLUMNS = (
+    "round client status reason weight examples steps train_loss train_accuracy "
+    "held_out_examples loss accuracy bytes_down bytes_up discrepancy"
+)
+
+MakeRun = Callable[..., Path]
 
 
-def load(seed, *, n=60):
-    y = np.arange(n) % 2
-    x = np.stack([y, 1 - y], 1).astype(np.float32)
-    return DataSet("own", Examples(x, y), Examples(x, y), 2)
+def write_csv(path: Path, columns: str, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns.split(), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def split(dataset, num_clients, rng, *, first=5):
-    rows = rng.permutation(len(dataset.train))
-    return [rows[:first], *np.array_split(rows[first:], num_clients - 1)]
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Return a function that writes a run's folder.
 
+    Client 0 answers round 2 with an error, round 3 fails where there is one. The
+    weights are shares of data: client k holds 10 (k + 1) examples.
+    """
 
-def net(input_shape, num_classes, activation=nn.ReLU, width=4):
-    size = math.prod(input_shape)
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(size, width), activation(), nn.Linear(width, num_classes)
-    )
+    def make(
+        name: str = "made-up",
+        clients: int = 4,
+        rounds: int = 3,
+        asked: int | None = None,
+        classes: int = 3,
+        weights: bool = True,
+        evaluated: bool = True,
+        model: bool = True,
+        reason: str = "RuntimeError: <script>alert(1)</script>",
+        class_names: list[str] | None = None,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.toml").write_text(
+            f'[run]\nname = "{name}"\nrounds = {asked or rounds}\nseed = 7\n'
+            '[data]\nname = "digits"\n[strategy]\nname = "feddisco"\n'
+            'note = "<b>&"\nnested = { deep = [1, 2] }\n'
+        )
+        names = class_names or [f"class {index}" for index in range(classes)]
+        (folder / "environment.json").write_text(
+            json.dumps(
+                {"versions": {"torch": "2"}, "data": {"class_names": names}, "n": 1}
+            )
+        )
+        sizes = [10 * (client + 1) for client in range(clients)]
+        label_columns = [f"label_{label}" for label in range(classes)]
+        write_csv(
+            folder / "partition.csv",
+            " ".join(["client", "train_examples", "held_out_examples", *label_columns]),
+            [
+                {
+                    "client": client,
+                    "train_examples": size,
+                    "held_out_examples": 5,
+                    f"label_{client % classes}": size - 5,
+                    f"label_{(client + 1) % classes}": 5,
+                }
+                | {
+                    column: 0
+                    for column in label_columns
+                    if column
+                    not in (
+                        f"label_{client % classes}",
+                        f"label_{(client + 1) % classes}",
+                    )
+                }
+                for client, size in enumerate(sizes)
+            ],
+        )
+        round_rows: list[dict[str, Any]] = []
+        client_rows: list[dict[str, Any]] = []
+        for number in range(rounds + 1):
+            failed_round = number == 3
+            good = [] if number == 0 else list(range(clients))
+            bad = [0] if number == 2 else []
+            good = [client for client in good if client not in bad]
+            total = sum(sizes[client] for client in good)
+            accuracies = [
+                min(0.1 * (number + 1) + 0.02 * client, 1.0)
+                for client in range(clients)
+            ]
+            for client in range(clients):
+                row: dict[str, Any] = {
+                    "round": number,
+                    "client": client,
+                    "status": "evaluated",
+                    "bytes_down": 100,
+                    "bytes_up": 0,
+                }
+                if evaluated:
+                    row |= {"held_out_examples": 5, "loss": 1.5}
+                    row["accuracy"] = accuracies[client]
+                if client in bad:
+                    row |= {"status": "failed", "reason": reason}
+                elif client in good:
+                    row |= {"status": "ok", "examples": sizes[client], "steps": 3}
+                    row |= {"bytes_up": 100, "discrepancy": 0.1 * client}
+                    if weights and not failed_round:
+                        row["weight"] = sizes[client] / total
+                client_rows.append(row)
+            round_row: dict[str, Any] = {
+                "round": number,
+                "status": "failed" if failed_round else "ok",
+                "reason": "too few replies" if failed_round else "",
+                "asked": clients if number else 0,
+                "ok": len(good),
+                "rejected": 0,
+                "failed": len(bad),
+                "missing": 0,
+                "dropped": 0,
+                "test_loss": 2.0 / (number + 1),
+                "test_accuracy": [0.1, 0.5, 0.8, 0.7][min(number, 3)],
+                "bytes_down": 100 * clients,
+                "bytes_up": 100 * len(good),
+            }
+            if number:
+                round_row |= {"effective_clients": 3.3, "gamma": 1 / number}
+            if evaluated:
+                round_row |= {
+                    "client_accuracy_mean": np.mean(accuracies),
+                    "client_accuracy_std": np.std(accuracies),
+                    "client_accuracy_worst10": min(accuracies),
+                    "client_accuracy_best10": max(accuracies),
+                    "evaluate_accuracy": np.mean(accuracies),
+                }
+            round_rows.append(round_row)
+        write_csv(folder / "rounds.csv", ROUND_COLUMNS, round_rows)
+        write_csv(folder / "clients.csv", CLIENT_COLUMNS, client_rows)
+        write_csv(
+            folder / "timings.csv",
+            "round seconds elapsed",
+            [{"round": n, "seconds": 0.5, "elapsed": n} for n in range(rounds + 1)],
+        )
+        if model:
+            save_file({"bias": torch.arange(3.0)}, folder / "model.safetensors")
+        return folder
 
-
-class Scaled(Objective):
-    def __init__(self, factor=2.0):
-        self.factor = factor
-
-    def loss(self, outputs, batch):
-        return self.factor * F.cross_entropy(outputs, batch.y)
-
-
-class First(WeightingStrategy):
-    """Only the first client counts, by a share."""
-
-    def __init__(self, share: float = 1.0, **arguments):
-        super().__init__(**arguments)
-        self.share = share
-
-    def weights(self, round):
-        weights = torch.zeros(round.num_clients, dtype=torch.float64)
-        weights[0] = self.share
-        return weights
-
-
-class Sometimes(Objective):
-    """Breaks for a client with a certain number of examples of class 0, or for all."""
-
-    def __init__(self, how="raise", everybody=False):
-        self.how, self.everybody = how, everybody
-
-    def loss(self, outputs, batch):
-        loss = F.cross_entropy(outputs, batch.y)
-        if not self.everybody and int((batch.y == 0).sum()) != len(batch.y):
-            return loss
-        if self.how == "raise":
-            raise ValueError('it has, as they say, "no way",\\nand no second line')
-        return loss * math.nan
-'''
+    return make

@@ -1,0 +1,53 @@
+"""Writing and showing results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import BENCHMARKS
+from .processes import machine
+
+Row = dict[str, Any]
+
+
+def today() -> str:
+    """Return the date as in a file's name."""
+    return datetime.datetime.now().astimezone().date().isoformat()
+
+
+def stamp(rows: Sequence[Row]) -> list[Row]:
+    """Add date and machine to rows."""
+    where = machine()
+    return [{**row, "date": today(), "machine": where} for row in rows]
+
+
+def write(rows: Sequence[Row], program: str, file: Path | None) -> Path:
+    """Write rows to a file, by default a dated one; return which."""
+    if file is None:
+        file = BENCHMARKS / "results" / f"{program}-{today()}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(list(rows), indent=1, allow_nan=False) + "\n")
+    return file
+
+
+def show(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Print rows as a table; what was not measured is a dash."""
+    table = [list(columns), *([_text(row.get(c)) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)

@@ -1,0 +1,202 @@
+"""How many client updates a second, side by side with others, in one run.
+
+All engines do the same work, in turns: in every turn each engine is started anew and
+has the machine to itself, so a noisy machine hits all alike. See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from engines import environments, results
+from engines.processes import EngineFailedError, EngineProcess
+from engines.work import Work
+
+TOLERANCE = 1e-4
+
+COLUMNS = (
+    "work",
+    "engine",
+    "updates_per_second",
+    "ratio_to_floor",
+    "pss_mb",
+    "startup_s",
+    "agrees",
+    "note",
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one engine did in one turn."""
+
+    rate: float
+    startup: float
+    pss: float | None
+    weights: npt.NDArray[np.float32]
+    version: str
+
+
+def take_turn(
+    engine: str, python: str, work: Work, folder: Path, seconds: float
+) -> Turn:
+    """Start an engine, warm it up, measure it, let it quit."""
+    with EngineProcess(python, engine, folder) as process:
+        process.run(1)
+        startup = _since(process)
+        once = process.run(1)
+        file = folder / "weights.npy"
+        process.weights(file)
+        weights = np.load(file)
+        rounds = max(1, round(seconds / once))
+        rate = rounds * work.cohort / process.run(rounds)
+        _, pss = process.run_weighed(math.ceil(min(seconds, 1.0) / once))
+        return Turn(rate, startup, pss, weights, process.version)
+
+
+def _since(process: EngineProcess) -> float:
+    import time
+
+    return time.perf_counter() - process.started
+
+
+def measure(
+    work: Work, engines: list[str], repetitions: int, seconds: float, workers: int
+) -> list[results.Row]:
+    """Measure engines on a work, in turns; return a row for each."""
+    notes: dict[str, str] = {}
+    pythons: dict[str, str] = {}
+    for engine in engines:
+        try:
+            pythons[engine] = environments.python_of(engine)
+        except environments.NotInstalledError as error:
+            notes[engine] = str(error)
+    turns: dict[str, list[Turn]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="fedweight-benchmark-") as name:
+        folder = Path(name)
+        work.write(folder, workers)
+        for repetition in range(repetitions):
+            for engine, python in pythons.items():
+                if engine in notes:
+                    continue
+                try:
+                    turn = take_turn(engine, python, work, folder, seconds)
+                except EngineFailedError as error:
+                    notes[engine] = f"failed: {error}"
+                    continue
+                turns[engine].append(turn)
+                print(
+                    f"{work.name} turn {repetition + 1}: {engine}: "
+                    f"{turn.rate:.4g} updates/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return [
+        row_of(work, engine, turns[engine], turns["floor"], notes.get(engine, ""))
+        for engine in engines
+    ]
+
+
+def row_of(
+    work: Work, engine: str, turns: list[Turn], floor: list[Turn], note: str
+) -> results.Row:
+    """Return an engine's row; what was not measured is None."""
+    row: results.Row = {
+        "work": work.name,
+        "engine": engine,
+        "version": turns[0].version if turns else None,
+        "updates_per_second": None,
+        "ratio_to_floor": None,
+        "pss_mb": None,
+        "startup_s": None,
+        "agrees": None,
+        "difference": None,
+        "measurements": [turn.rate for turn in turns],
+        "note": note,
+    }
+    if turns:
+        row["updates_per_second"] = statistics.median(t.rate for t in turns)
+        row["startup_s"] = statistics.median(t.startup for t in turns)
+        sizes = [t.pss for t in turns if t.pss is not None]
+        row["pss_mb"] = statistics.median(sizes) if sizes else None
+    if turns and floor:
+        rate = statistics.median(t.rate for t in floor)
+        row["ratio_to_floor"] = row["updates_per_second"] / rate
+        expected = floor[0].weights
+        row["difference"] = max(difference(t.weights, expected) for t in turns)
+        row["agrees"] = row["difference"] <= TOLERANCE
+    return row
+
+
+def difference(
+    weights: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]
+) -> float:
+    """Return ``|weights - expected| / |expected|``; 1e9 if one is not a number."""
+    if weights.shape != expected.shape:
+        return 1e9
+    distance = np.linalg.norm(weights.astype(np.float64) - expected)
+    relative = float(distance / np.linalg.norm(expected.astype(np.float64)))
+    return relative if math.isfinite(relative) else 1e9
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--work",
+        nargs="+",
+        default=["S20"],
+        metavar="WORK",
+        help="a model (S, M, L) and the clients of a round, such as S20 S1000 M20 L4",
+    )
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        default=["floor", "local", "ray", "flwr"],
+        choices=environments.ENGINES,
+        help="peers that are not installed yet are, each in a folder of its own",
+    )
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of each")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of each measurement, about"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes or threads of the engines that use several",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: results/throughput-DATE"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        works = [Work.parse(name) for name in options.work]
+    except ValueError as error:
+        parser.error(str(error))
+    rows: list[results.Row] = []
+    for work in works:
+        rows += measure(
+            work,
+            list(dict.fromkeys(options.engines)),
+            options.repetitions,
+            options.seconds,
+            options.workers,
+        )
+    rows = results.stamp(rows)
+    results.show(rows, COLUMNS)
+    print(f"written to {results.write(rows, 'throughput', options.json)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""The Flower App, without Flower's processes; those are in tests/deploy."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+import fedweight
+from fedweight import _flower, apps
+from fedweight.errors import AggregationError, ConfigurationError, DataError
+from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.simulations.local import LocalGrid
+from fedweight.studies.configuration import SCHEMA, Configuration
+
+ROOT = Path(__file__).parents[1]
+APP = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
+
+OWN_KEYS = {"settings": "", "out": "", "num-classes": 0}
+
+QUICK = {
+    "run.rounds": 2,
+    "training.epochs": 1,
+    "model.name": "softmax",
+    "partition.clients": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    with _flower.task_identity(run_id=0):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_cache() -> Iterator[None]:
+    yield
+    apps._client_app.cache_clear()
+    apps._shared_components.cache_clear()
+
+
+def flat(tables: dict[str, Any]) -> dict[str, Any]:
+    """Flatten tables as Flower does."""
+    return {
+        f"{name}.{key}" if isinstance(value, dict) else name: entry
+        for name, value in tables.items()
+        for key, entry in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+
+
+class FlowerLikeGrid(Grid):
+    """A grid whose node ids say nothing, in another order than the clients."""
+
+    def __init__(self, inner: LocalGrid) -> None:
+        self.inner = inner
+        self.asked: list[str] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(reversed(list(self.inner.get_node_ids())))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        messages = list(messages)
+        self.asked += [m.metadata.message_type for m in messages]
+        return list(reversed(list(self.inner.send_and_receive(messages))))
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any: ...
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message: ...
+
+    def push_messages(self, messages: Any) -> Any: ...
+
+    def pull_messages(self, message_ids: Any) -> Any: ...
+
+
+class DeviceGrid(LocalGrid):
+    """Clients that are real nodes: each has its own node config."""
+
+    def __init__(self, node_configs: list[dict[str, Any]], run_config: Any) -> None:
+        super().__init__(apps.client_app, len(node_configs), run_config)
+        self.node_configs = node_configs
+
+    def context(self, client: int) -> Context:
+        if client not in self.contexts:
+            node = int(list(self.get_node_ids())[client])
+            self.contexts[client] = Context(
+                0, node, self.node_configs[client], RecordDict(), self.run_config
+            )
+        return self.contexts[client]
+
+
+Start = Callable[..., Path]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Run the ServerApp on a grid; return the run's folder."""
+
+    def start(grid: Grid, run_config: dict[str, Any]) -> Path:
+        given = {"out": str(tmp_path / "flower"), **run_config}
+        apps.server_app(grid, Context(7, 1, {}, RecordDict(), given))
+        return tmp_path / "flower"
+
+    return start
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> dict[str, str]:
+    """Points of three classes: a CSV file, an NPZ file and a test file."""
+    rng = np.random.default_rng(0)
+    paths = {}
+    for name, n in (("a.csv", 60), ("b.npz", 40), ("test.csv", 90)):
+        y = np.arange(n) % 3
+        x = (rng.normal(size=(n, 2)) + 3 * np.eye(3)[y, :2]).astype(np.float32)
+        paths[name] = str(tmp_path / name)
+        if name.endswith("npz"):
+            np.savez(paths[name], x=x, y=y)
+        else:
+            lines = [f"{a},{b},{c}" for (a, b), c in zip(x, y, strict=True)]
+            Path(paths[name]).write_text("\n".join(["left,right,class", *lines]))
+    return paths
+
+
+# ------------------------------------------------------------------ pyproject.toml
+
+
+def test_run_config_has_the_keys_and_defaults_of_a_simulation_file() -> None:
+    expected: dict[str, Any] = {
+        f"{table}.{key}": rule.default
+        for table, rules in SCHEMA.items()
+        for key, rule in rules.items()
+        if table != "engine" or key == "device"
+    }
+    given = flat(APP["config"])
+
+    assert given == expected | OWN_KEYS
+    for key, value in given.items():  # 1 == 1.0 == True, but not to who reads them
+        assert type(value) is type((expected | OWN_KEYS)[key]), key
+    assert apps._configuration(tuple(given.items())) == Configuration.of({})
+
+
+def test_what_travels_is_there() -> None:
+    for pattern in APP["fab-include"]:
+        assert list(ROOT.glob(pattern)), f"Flower refuses {pattern}: it matches no file"
+    assert APP["components"] == {
+        "serverapp": f"{apps.__name__}:server_app",
+        "clientapp": f"{apps.__name__}:client_app",
+    }
+
+
+def test_importing_the_apps_imports_neither_torch_nor_ray_nor_pandas() -> None:
+    code = (
+        "import sys, fedweight.apps; "
+        "print([m for m in ('torch', 'ray', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ----------------------------------------------------------------- the same results
+
+
+def test_app_gives_what_fedweight_run_gives(start: Start, tmp_path: Path) -> None:
+    config = QUICK | {
+        "run.seed": 3,
+        "partition.clients": 20,  # the nodes decide: there are five
+        "settings": "strategy.fraction-train=0.6 partition.alpha=0.2",
+    }
+    grid = FlowerLikeGrid(LocalGrid(apps.client_app, 5, config))
+    folder = start(grid, config)
+    ours = fedweight.run(
+        seed=3,
+        out=tmp_path / "ours",
+        settings={
+            **QUICK,
+            "partition.clients": 5,
+            "partition.alpha": 0.2,
+            "strategy.fraction-train": 0.6,
+            "engine.name": "local",
+        },
+    ).folder
+
+    names = {path.name for path in ours.iterdir()}
+    assert {path.name for path in folder.iterdir()} == names
+    for name in ("rounds.csv", "clients.csv", "partition.csv", "model.safetensors"):
+        assert (folder / name).read_bytes() == (ours / name).read_bytes(), name
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["engine"]["name"] == "flower"
+    assert 'name = "auto"' in (folder / "config.toml").read_text()
+    assert "clients = 5\n" in (folder / "config.toml").read_text()
+    assert grid.asked.count("query.identity") == 5  # each once
+
+
+def test_app_runs_on_our_own_grids(start: Start) -> None:
+    folder = start(LocalGrid(apps.client_app, 3, QUICK), QUICK)
+    assert len((folder / "partition.csv").read_text().splitlines()) == 4
+
+
+def test_folder_is_named_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = {"strategy.name": "mine.x:My", "run.name": "a/b", "run.seed": 4}
+    assert apps._folder(tuple(config.items()), 99) == Path(
+        "/home/somebody/fedweight-runs/a-b-my-seed4-99"
+    )
+    assert apps._folder((("out", "~/here"),), 99) == Path("/home/somebody/here")
+
+
+def test_failed_rounds_fail_the_run(start: Start, tmp_path: Path) -> None:
+    grid = LocalGrid(ClientApp(), 2, QUICK)  # answers nothing
+    with pytest.raises(AggregationError, match="2 of 2 rounds failed") as error:
+        start(grid, QUICK)
+    assert "clients.csv" in str(error.value)
+    assert (tmp_path / "flower" / "report.html").exists()
+
+
+def test_a_flat_record_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Ray by pickle, over HTTP by Flower's own serialisation."""
+    from torch import nn
+
+    record = FlatRecord(FlatModule(nn.Sequential(nn.Linear(3, 2))).save())
+
+    pickled = pickle.loads(pickle.dumps(record))
+    assert isinstance(pickled, FlatRecord)
+    assert pickled.flat is not None
+    assert pickled == record
+
+    children = {child.object_id: child for child in record.children.values()}
+    inflated = type(record.plain()).inflate(record.deflate(), children=children)
+    assert dict(inflated) == dict(record.plain())
+
+
+# ----------------------------------------------------------------- nodes' own data
+
+
+OWN = {
+    "num-classes": 3,
+    "data.name": "csv",
+    "model.name": "softmax",
+    "run.rounds": 2,
+    "training.epochs": 3,
+}
+
+
+def test_nodes_train_on_files_of_their_own(start: Start, sites: dict[str, str]) -> None:
+    config = OWN | {"data.path": sites["test.csv"], "data.proxy": 0.1}
+    nodes = [{"data-path": sites["a.csv"]}, {"data-path": sites["b.npz"]}]
+    folder = start(FlowerLikeGrid(DeviceGrid(nodes, config)), config)
+
+    run = fedweight.Run(folder)
+    assert run.clients["examples"].tolist() == [48, 32] * 2
+    assert run.clients["held_out_examples"].tolist() == [12, 8] * 2
+    np.testing.assert_allclose(run.clients["weight"], [0.6, 0.4] * 2)
+    assert run.summary()["test_accuracy"] > 0.6
+    assert not (folder / "partition.csv").exists()
+    assert "clients" not in run.environment["data"]
+
+
+def test_proxy_and_test_examples_of_the_server_are_apart(sites: dict[str, str]) -> None:
+    config = OWN | {"data.path": sites["test.csv"], "data.proxy": 0.1}
+    data = apps._server_components(tuple(config.items())).data
+    assert (len(data.proxy), len(data.test)) == (9, 81)
+    rows = {row.tobytes() for row in data.test.x}
+    assert not rows & {row.tobytes() for row in data.proxy.x}
+    assert data.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("node", "changes", "reason"),
+    [
+        ({"data-path": "a.csv"}, {"num-classes": 0}, "has a 'data-path'"),
+        ({"partition-id": 0}, {}, "has no 'data-path'"),
+        ({"data-path": "a.csv"}, {"num-classes": 2}, "label"),
+        ({"data-path": "none.csv"}, {}, "does not exist"),
+    ],
+)
+def test_node_that_does_not_fit_says_why(
+    node: dict[str, Any], changes: dict[str, Any], reason: str, sites: dict[str, str]
+) -> None:
+    node = {k: sites.get(v, v) if k == "data-path" else v for k, v in node.items()}
+    context = Context(0, 1001, node, RecordDict(), OWN | changes)
+    message = Message(RecordDict(), dst_node_id=1001, message_type="query.label_counts")
+    with pytest.raises((ConfigurationError, DataError), match=reason):
+        apps.client_app(message, context)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"data.name": "digits"}, "needs a file of test examples"),
+        ({"data.path": ""}, "needs a file of test examples"),
+        ({"data.path": "test.csv"}, "data.path must be an absolute path"),
+        ({"out": "here"}, "out must be an absolute path, got 'here'"),
+        ({"num-classes": -1}, "num-classes must be a whole number"),
+        ({"num-classes": "3"}, "num-classes must be a whole number"),
+        ({"num-classes": 2}, "label"),
+        ({"strategy.name": "fedavgg"}, "Did you mean"),
+    ],
+)
+def test_server_says_what_it_cannot_use(
+    changes: dict[str, Any], reason: str, sites: dict[str, str], start: Start
+) -> None:
+    config = OWN | {"data.path": sites["test.csv"]} | changes
+    with pytest.raises((ConfigurationError, DataError), match=reason):
+        start(DeviceGrid([{"data-path": sites["a.csv"]}], config), config)
+
+
+# --------------------------------------------------------------- the nodes' numbers
+
+
+class ScriptedGrid(FlowerLikeGrid):
+    """Nodes that answer with what is written here: a node config, or an error."""
+
+    def __init__(self, nodes: dict[int, dict[str, Any] | None]) -> None:
+        self.nodes = nodes
+        self.asked = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        for message in messages:
+            node = message.metadata.dst_node_id
+            self.asked.append(str(node))
+            config = self.nodes[node]
+            if config is None:
+                yield Message(Error(code=5, reason="gone"), reply_to=message)
+            else:
+                context = Context(0, node, config, RecordDict(), {})
+                yield apps.client_app(message, context)
+
+
+def test_nodes_are_known_by_their_partition_or_else_their_id() -> None:
+    inner = ScriptedGrid({80: {"partition-id": 1}, 90: {}, 70: None})
+    grid = apps.NumberedGrid(inner)
+    assert grid.get_node_ids() == [80, 90, 70]
+    assert [grid.client_of(node) for node in (80, 90, 70)] == [1, 90, 70]
+    inner.nodes[60] = {"partition-id": 0}
+    grid.get_node_ids()
+    assert grid.client_of(60) == 0
+    assert inner.asked == ["70", "80", "90", "60"]
+
+
+def test_a_node_that_came_back_takes_its_number_when_its_ghost_is_gone() -> None:
+    inner = ScriptedGrid({80: {"partition-id": 1}})
+    grid = apps.NumberedGrid(inner)
+    grid.get_node_ids()
+    inner.nodes[50] = {"partition-id": 1}
+    grid.get_node_ids()
+    assert [grid.client_of(80), grid.client_of(50)] == [1, 50]
+    del inner.nodes[80]
+    grid.get_node_ids()
+    assert grid.client_of(50) == 1
+
+
+def test_the_nodes_say_how_many_clients_there_are() -> None:
+    def count(*told: int | None) -> int | None:
+        configs = [{"partition-id": i} for i, _ in enumerate(told)]
+        for config, number in zip(configs, told, strict=True):
+            if number is not None:
+                config["num-partitions"] = number
+        nodes: dict[int, dict[str, Any] | None] = dict(enumerate(configs, 10))
+        return apps._num_partitions(apps.NumberedGrid(ScriptedGrid(nodes)))
+
+    assert count(7, 7) == 7  # not all of them are there yet
+    assert count(None) is None
+    with pytest.raises(ConfigurationError, match="disagree on num-partitions"):
+        count(7, 8)
