@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def take_turn(
     """Start an engine, warm it up, measure it, let it quit."""
     with EngineProcess(python, engine, folder) as process:
         process.run(1)
-        startup = _since(process)
+        startup = time.perf_counter() - process.started
         once = process.run(1)
         file = folder / "weights.npy"
         process.weights(file)
@@ -62,12 +63,6 @@ def take_turn(
         rate = rounds * work.cohort / process.run(rounds)
         _, pss = process.run_weighed(math.ceil(min(seconds, 1.0) / once))
         return Turn(rate, startup, pss, weights, process.version)
-
-
-def _since(process: EngineProcess) -> float:
-    import time
-
-    return time.perf_counter() - process.started
 
 
 def measure(

@@ -138,7 +138,7 @@ class Reply:
         metrics = next(iter(content.metric_records.values()))
         record = content.array_records.get(arrays_key)
         model = None if record is None else flatten(record, layout)
-        profile = content.config_records.get(keys.PROFILE, {})
+        profile = content.config_records.get(keys.PROFILE) or ConfigRecord()
         return cls(node, model, metrics, profile)
 
     def message(self, reply_to: Message) -> Message:

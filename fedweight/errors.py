@@ -6,6 +6,7 @@ Every message names what was given, what is allowed, and what to do next.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -106,3 +107,19 @@ got 'expo'. Did you mean 'exp'?
             f"{name} must be one of {listed}, got {value!r}."
             f"{closest(str(value), options)}"
         )
+
+
+def describe_failure(client: int, stage: str, error: BaseException) -> str:
+    """Return why a client failed: a line that says it, then the traceback.
+
+    Parameters
+    ----------
+    client : int
+        The client's number.
+    stage : str
+        What it was doing, such as ``"train"``.
+    error : BaseException
+        What its code raised.
+    """
+    trace = "".join(traceback.format_exception(error))
+    return f"client {client}, {stage}: {type(error).__name__}: {error}\n{trace}"

@@ -87,9 +87,9 @@ def keys(
     np.True_
     """
     numbers = np.asarray(clients, dtype=np.uint64)
-    small = numbers >> np.uint64(32) == 0
-    if not small.all():
-        # A client's number of more than 32 bits makes two words instead of one.
+    # A number of more than 32 bits makes two words instead of one; and for a few
+    # clients NumPy's own code is quicker.
+    if len(numbers) < FEW or (numbers >> np.uint64(32)).any():
         result = np.empty(len(numbers), np.uint64)
         for k, client in enumerate(numbers.tolist()):
             sequence = np.random.SeedSequence([seed, int(purpose), round, client])
@@ -109,8 +109,10 @@ def permutation(key: int, pass_number: int, n: int) -> npt.NDArray[np.int64]:
     >>> sorted(permutation(key=1, pass_number=0, n=4).tolist())
     [0, 1, 2, 3]
     """
-    places = permutations(np.array([key], np.uint64), pass_number, n)
-    return places[0]
+    order: npt.NDArray[np.int64] = permutations(
+        np.array([key], np.uint64), pass_number, n
+    )[0]
+    return order
 
 
 def permutations(
@@ -120,7 +122,8 @@ def permutations(
     step = np.uint64(GOLDEN * (pass_number + 1) & 0xFFFFFFFFFFFFFFFF)
     base = _mix64(keys + step)
     places = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-    return np.argsort(_mix64(base[:, None] + places), axis=1)
+    order: npt.NDArray[np.int64] = np.argsort(_mix64(base[:, None] + places), axis=1)
+    return order
 
 
 # The finaliser of SplitMix64 (G. Steele et al., "Fast Splittable Pseudorandom Number
@@ -138,6 +141,8 @@ def _mix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 # guarantees that its output never changes, and a test compares the two.
 
 _Words = npt.NDArray[np.uint32]
+
+FEW = 8
 
 
 def _words(value: int) -> list[int]:
@@ -159,7 +164,7 @@ def _mixed_pool(entropy: list[_Words]) -> list[_Words]:
         return value ^ (value >> np.uint32(16))
 
     def mixed(x: _Words, y: _Words) -> _Words:
-        result = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
+        result: _Words = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
         return result ^ (result >> np.uint32(16))
 
     pool = [hashed(word) for word in entropy[:4]]

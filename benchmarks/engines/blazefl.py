@@ -17,8 +17,9 @@ from blazefl.contrib.fedavg import (
 )
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
+from .job import Job, flat_module
 from .talk import start
-from .work import BATCH, LEARNING_RATE, SEED, Job, flat_module
+from .work import BATCH, LEARNING_RATE, SEED
 
 
 class Clients:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import BENCHMARKS
 
@@ -61,12 +60,16 @@ def python_of(engine: str) -> str:
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     done = folder / "installed.txt"
     if not (done.exists() and done.read_text() == peer.requirement):
+        base = _base(peer)
         print(f"installing {peer.requirement} ...", file=sys.stderr, flush=True)
-        _run([_base(peer), "-m", "venv", "--clear", str(folder)])
-        # PyTorch first and alone: a peer's own range might bring another build.
+        _run([base, "-m", "venv", "--clear", str(folder)])
+        # PyTorch first, alone and fixed: what a peer requires besides (torchvision)
+        # would else exchange it for the newest, with gigabytes of CUDA libraries.
+        fixed = folder / "constraints.txt"
+        fixed.write_text(TORCH + "\n")
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q", "install"]
         for requirement in (TORCH, peer.requirement):
-            pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q"]
-            _run([*pip, "install", requirement])
+            _run([*pip, "-c", str(fixed), requirement])
         done.write_text(peer.requirement)
     return str(python)
 

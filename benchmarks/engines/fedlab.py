@@ -9,14 +9,12 @@ FedLab's FedAvg handler averages evenly here, which is the same for equal sizes.
 from importlib.metadata import version
 
 import torch
-from fedlab.contrib.algorithm.fedavg import (
-    FedAvgSerialClientTrainer,
-    FedAvgServerHandler,
-)
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
+from .job import Job, flat_module
+from .stand_in import ensure_torchvision
 from .talk import start
-from .work import BATCH, LEARNING_RATE, Job, flat_module
+from .work import BATCH, LEARNING_RATE
 
 
 class Clients:
@@ -38,6 +36,12 @@ def main() -> None:
     """Run rounds as told."""
     talk, job = start(f"fedlab {version('fedlab')}")
     torch.set_num_threads(job.threads)
+    ensure_torchvision()
+    from fedlab.contrib.algorithm.fedavg import (
+        FedAvgSerialClientTrainer,
+        FedAvgServerHandler,
+    )
+
     clients = Clients(job)
     trainer = FedAvgSerialClientTrainer(job.model(), job.cohort)
     trainer.setup_dataset(clients)

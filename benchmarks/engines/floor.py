@@ -6,8 +6,9 @@ What training costs if nothing is between PyTorch and the clients' data.
 import torch
 import torch.nn.functional as F
 
+from .job import flat
 from .talk import start
-from .work import BATCH, LEARNING_RATE, SAMPLES, flat
+from .work import BATCH, LEARNING_RATE, SAMPLES
 
 
 def main() -> None:

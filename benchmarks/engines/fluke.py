@@ -7,18 +7,22 @@ examples in the round's order instead, which costs the same. Evaluation is off.
 from importlib.metadata import version
 
 import torch
-from fluke import DDict, FlukeENV
-from fluke.algorithms.fedavg import FedAVG
-from fluke.data import DataSplitter, DummyDataContainer, FastDataLoader
 
+from .job import flat_module
+from .stand_in import ensure_torchvision
 from .talk import start
-from .work import BATCH, CLASSES, LEARNING_RATE, SEED, flat_module
+from .work import BATCH, CLASSES, LEARNING_RATE, SEED
 
 
 def main() -> None:
     """Run rounds as told, from an observer of the federation."""
     talk, job = start(f"fluke {version('fluke-fl')}")
     torch.set_num_threads(job.threads)
+    ensure_torchvision()
+    from fluke import DDict, FlukeENV
+    from fluke.algorithms.fedavg import FedAVG
+    from fluke.data import DataSplitter, DummyDataContainer, FastDataLoader
+
     environment = FlukeENV()
     environment.set_seed(SEED)
     environment.set_device("cpu")

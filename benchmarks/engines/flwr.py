@@ -10,16 +10,26 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
+from .job import Job, flat
 from .talk import start
-from .work import BATCH, LEARNING_RATE, SAMPLES, Job, flat
+from .work import BATCH, LEARNING_RATE, SAMPLES
 
 
 class Client:
@@ -81,7 +91,11 @@ def main() -> None:
         )
         arrays = ArrayRecord(job.model().state_dict())
         round = 0
-        while talk.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
+
+        def weights() -> npt.NDArray[np.float32]:
+            return flat(arrays.to_numpy_ndarrays())
+
+        while talk.next_round(weights):
             round += 1
             messages = strategy.configure_train(round, arrays, ConfigRecord(), grid)
             replies = grid.send_and_receive(messages, timeout=3600)

@@ -1,30 +1,64 @@
 """fedweight on its local grid, in this process; see also :mod:`engines.ray`."""
 
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Context
+from torch import nn
 
 import fedweight
 from fedweight.clients import TrainingApp, TrainingSettings, client_number
 from fedweight.data import ClientData, Examples
-from fedweight.simulations.simulate import make_grid
-from fedweight.strategies import FedAvg
+from fedweight.simulations.engine import make_grid
+from fedweight.strategies.fedavg import FedAvg
 
-from .talk import start
-from .work import BATCH, CLASSES, LEARNING_RATE, MODELS, SAMPLES, SEED, flat
+from .job import MODELS, flat
+from .talk import Talk, start
+from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED
 
 
-def main(engine: str = "local") -> None:
-    """Run rounds as told, with an app, a strategy and a grid as a user makes them."""
-    talk, job = start(f"fedweight {fedweight.__version__}")
-    x, y = job.x, job.y
+def run(
+    talk: Talk,
+    *,
+    model: Callable[[], nn.Module],
+    first: nn.Module,
+    x: npt.NDArray[np.float32],
+    y: npt.NDArray[np.int64],
+    clients: int,
+    cohort: int,
+    engine: str,
+    workers: int | None,
+) -> None:
+    """Run rounds as told, with an app, a strategy and a grid as a user makes them.
+
+    Parameters
+    ----------
+    talk : Talk
+        Tells when a round may begin.
+    model : Callable
+        Makes the architecture.
+    first : nn.Module
+        Has the weights to start from.
+    x, y : ndarray
+        The examples, one client after the other; clients beyond their end begin
+        again at the start.
+    clients, cohort : int
+        How many there are, and how many of them train in a round.
+    engine : {"local", "ray"}
+        Where they train.
+    workers : int, optional
+        Worker processes, for Ray.
+    """
     nothing = Examples(x[:0], y[:0])
 
     def data(context: Context) -> ClientData:
-        k = client_number(context)
-        part = slice(k * SAMPLES, (k + 1) * SAMPLES)
+        begin = client_number(context) * SAMPLES % len(y)
+        part = slice(begin, begin + SAMPLES)
         return ClientData(Examples(x[part], y[part]), nothing)
 
     app = TrainingApp(
-        MODELS[job.work.model],
+        model,
         data,
         num_classes=CLASSES,
         settings=TrainingSettings(
@@ -32,12 +66,20 @@ def main(engine: str = "local") -> None:
         ),
         seed=SEED,
     )
-    workers = job.workers if engine == "ray" else None
-    with make_grid(app, job.cohort, engine=engine, workers=workers) as grid:
-        strategy = FedAvg(fraction_evaluate=0.0, seed=SEED)
-        arrays = ArrayRecord(job.model().state_dict())
+    with make_grid(app, clients, engine=engine, workers=workers) as grid:
+        strategy = FedAvg(
+            fraction_train=cohort / clients,
+            min_train_nodes=cohort,
+            fraction_evaluate=0.0,
+            seed=SEED,
+        )
+        arrays = ArrayRecord(first.state_dict())
         round = 0
-        while talk.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
+
+        def weights() -> npt.NDArray[np.float32]:
+            return flat(arrays.to_numpy_ndarrays())
+
+        while talk.next_round(weights):
             round += 1
             messages = strategy.configure_train(round, arrays, ConfigRecord(), grid)
             replies = grid.send_and_receive(messages)
@@ -45,6 +87,22 @@ def main(engine: str = "local") -> None:
             if new is None:
                 raise RuntimeError(strategy.history[-1].reason)
             arrays = new
+
+
+def main(engine: str = "local") -> None:
+    """Run rounds of the job."""
+    talk, job = start(f"fedweight {fedweight.__version__}")
+    run(
+        talk,
+        model=MODELS[job.work.model],
+        first=job.model(),
+        x=job.x,
+        y=job.y,
+        clients=job.cohort,
+        cohort=job.cohort,
+        engine=engine,
+        workers=job.workers if engine == "ray" else None,
+    )
 
 
 if __name__ == "__main__":

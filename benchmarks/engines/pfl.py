@@ -45,8 +45,9 @@ def _join(workers: int) -> list[subprocess.Popen[bytes]]:
 
 def main() -> None:
     """Run rounds as told, from a callback after every one."""
+    from .job import Job, flat_module
     from .talk import start
-    from .work import BATCH, LEARNING_RATE, Job, flat_module
+    from .work import BATCH, LEARNING_RATE
 
     if RANK:
         talk, job = None, Job(sys.argv[1])

@@ -11,9 +11,8 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from . import BENCHMARKS
 
@@ -36,6 +35,8 @@ class EngineProcess:
         Its runner's name.
     folder : Path
         Where the work is written.
+    *arguments : str
+        What else its runner takes.
 
     Attributes
     ----------
@@ -43,12 +44,12 @@ class EngineProcess:
         ``time.perf_counter()`` just before the process was started.
     """
 
-    def __init__(self, python: str, engine: str, folder: Path) -> None:
+    def __init__(self, python: str, engine: str, folder: Path, *arguments: str) -> None:
         path = [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: closed in close()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
-            [python, "-m", f"engines.{engine}", str(folder)],
+            [python, "-m", f"engines.{engine}", str(folder), *arguments],
             cwd=BENCHMARKS,
             env={
                 **os.environ,
@@ -108,7 +109,7 @@ class EngineProcess:
     def close(self) -> None:
         """Let the engine quit; kill it and its children if it does not."""
         family = processes_below(self.pid)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, EngineFailedError):
             self._say("quit")
         try:
             self._process.wait(timeout=30)
@@ -197,5 +198,5 @@ def machine() -> str:
         memory = f", {size / 2**30:.0f} GiB"
     return (
         f"{name}, {os.cpu_count()} cores{memory}, {platform.system()}, "
-        f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+        f"Python {platform.python_version()}, PyTorch {version('torch')}"
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .work import Job
+from .job import Job
 
 Weights = Callable[[], npt.NDArray[np.float32]]
 

@@ -1,21 +1,17 @@
-"""The work that every engine does: models, data, the order of examples.
+"""The work that every engine does, without what it takes to do it.
 
-The parent writes it to a folder once; every engine reads it from there. Imports no
-more of fedweight than its models, which need PyTorch and NumPy only.
+Imports neither PyTorch nor NumPy, and so can the program that measures: processes
+share a library's pages, and the memory of an engine would seem smaller.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from . import BENCHMARKS
 
 SAMPLES = 128  # Of each client.
 CLASSES = 10
@@ -23,49 +19,7 @@ BATCH = 32
 LEARNING_RATE = 0.05
 SEED = 0
 
-# Orders of the examples are written for so many rounds; peers that run longer begin
-# again with the first. Results are compared within them.
-ROUNDS_WITH_ORDERS = 4
-
-
-class SmallCNN(nn.Module):
-    """Two 5 by 5 convolutions without padding, 582,026 parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 32, 5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(1024, 512),
-            nn.ReLU(),
-            nn.Linear(512, CLASSES),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[n, 10]``."""
-        logits: Tensor = self.layers(x)
-        return logits
-
-
-def _mlp() -> nn.Module:
-    from fedweight.models import build
-
-    return build("mlp", INPUT_SHAPES["S"], CLASSES, hidden=64)
-
-
-def _resnet() -> nn.Module:
-    from fedweight.models import build
-
-    return build("resnet18-gn", INPUT_SHAPES["L"], CLASSES)
-
-
 INPUT_SHAPES = {"S": (1, 28, 28), "M": (1, 28, 28), "L": (3, 32, 32)}
-MODELS: dict[str, Callable[[], nn.Module]] = {"S": _mlp, "M": SmallCNN, "L": _resnet}
 
 
 @dataclass(frozen=True)
@@ -87,9 +41,9 @@ class Work:
     def parse(cls, name: str) -> Work:
         """Read a name such as ``S20``."""
         model, cohort = name[:1].upper(), name[1:]
-        if model not in MODELS or not cohort.isdigit() or int(cohort) < 2:
+        if model not in INPUT_SHAPES or not cohort.isdigit() or int(cohort) < 2:
             raise ValueError(
-                f"'{name}' is no work: give a letter of {', '.join(MODELS)} and a "
+                f"'{name}' is no work: give one of {', '.join(INPUT_SHAPES)} and then a "
                 "number of clients from 2, such as S20."
             )
         return cls(model, int(cohort))
@@ -100,109 +54,17 @@ class Work:
         return f"{self.model}{self.cohort}"
 
     def write(self, folder: Path, workers: int) -> None:
-        """Write data, orders and start, all from a fixed seed.
+        """Write data, orders and start to an empty folder, all from a fixed seed.
 
         Parameters
         ----------
         folder : Path
-            An empty folder.
+            Where the engines will read it.
         workers : int
             How many processes or threads an engine may use.
         """
-        rng = np.random.default_rng(SEED)
-        n = self.cohort * SAMPLES
-        shape = (n, *INPUT_SHAPES[self.model])
-        np.save(folder / "x.npy", rng.standard_normal(shape, dtype=np.float32))
-        np.save(folder / "y.npy", rng.integers(0, CLASSES, n))
-        np.savez(
-            folder / "orders.npz",
-            **{
-                f"round-{r}": np.stack([order(r, k) for k in range(self.cohort)])
-                for r in range(1, ROUNDS_WITH_ORDERS + 1)
-            },
+        subprocess.run(
+            [sys.executable, "-m", "engines.job", self.name, str(folder), str(workers)],
+            cwd=BENCHMARKS,
+            check=True,
         )
-        torch.manual_seed(SEED)
-        torch.save(MODELS[self.model]().state_dict(), folder / "start.pt")
-        (folder / "job.json").write_text(json.dumps({**asdict(self), "workers": workers}))
-
-
-def order(round: int, client: int) -> npt.NDArray[np.int64]:
-    """Return the order in which fedweight's client meets its examples in a round.
-
-    The one place that knows how fedweight draws it.
-    """
-    from fedweight.rng import Purpose, generator
-
-    return generator(SEED, Purpose.SHUFFLE, round, client).permutation(SAMPLES)
-
-
-class Job:
-    """The work as an engine reads it.
-
-    Attributes
-    ----------
-    work : Work
-        Which work it is.
-    workers : int
-        How many processes or threads may be used.
-    x, y : ndarray
-        ``[K * 128, ...]`` and ``[K * 128]``: the clients' examples, one client after
-        the other. Mapped from the file, so that processes share them.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        job = json.loads((self.folder / "job.json").read_text())
-        self.workers: int = job.pop("workers")
-        self.work = Work(**job)
-        # "c": changes would stay in memory, so PyTorch accepts the arrays.
-        self.x = np.asarray(np.load(self.folder / "x.npy", mmap_mode="c"))
-        self.y = np.asarray(np.load(self.folder / "y.npy", mmap_mode="c"))
-        self._orders: list[Tensor] | None = None
-
-    @property
-    def cohort(self) -> int:
-        """K."""
-        return self.work.cohort
-
-    @property
-    def threads(self) -> int:
-        """Intra-op threads for an engine of one process.
-
-        More than one only slows the small model down, so each gets the better.
-        """
-        return 1 if self.work.model == "S" else self.workers
-
-    def model(self) -> nn.Module:
-        """Return the model with the weights that all engines start from."""
-        module = MODELS[self.work.model]()
-        module.load_state_dict(torch.load(self.folder / "start.pt", weights_only=True))
-        return module
-
-    def client(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return the examples of client ``k``, from 0, as stored."""
-        part = slice(k * SAMPLES, (k + 1) * SAMPLES)
-        return torch.from_numpy(self.x[part]), torch.from_numpy(self.y[part])
-
-    def order(self, round: int, k: int) -> Tensor:
-        """Return the order of client ``k``'s examples in a round, from 1."""
-        if self._orders is None:
-            with np.load(self.folder / "orders.npz") as orders:
-                self._orders = [torch.from_numpy(orders[n]) for n in orders.files]
-        return self._orders[(round - 1) % ROUNDS_WITH_ORDERS][k]
-
-    def shuffled(self, round: int, k: int) -> tuple[Tensor, Tensor]:
-        """Return the examples of client ``k`` in the order of a round."""
-        x, y = self.client(k)
-        order = self.order(round, k)
-        return x[order], y[order]
-
-
-def flat(tensors: Sequence[Any]) -> npt.NDArray[np.float32]:
-    """Return tensors or arrays as one vector, to be compared."""
-    return np.concatenate([np.asarray(t, np.float32).ravel() for t in tensors])
-
-
-def flat_module(module: nn.Module) -> npt.NDArray[np.float32]:
-    """Return a module's weights as one vector."""
-    return flat([p.detach().cpu() for p in module.state_dict().values()])

@@ -6,25 +6,46 @@ client on a real device, where its data lies at a path.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from torch import nn
 
 from .. import keys
+from ..cohort import Cohort, Reply
 from ..data.federated import ClientData
-from ..errors import ClientError
+from ..errors import ClientError, check_range, describe_failure
 from ..parameters import FlatModel, FlatModule, FlatRecord, flatten
-from ..rng import Purpose, generator, torch_seed
+from ..rng import Purpose
+from ..rng import keys as stream_keys
+from .batched import BatchedTrainer
+from .noise import draws_out_of_reach
 from .objectives import Objective, Plain, Proximal
-from .training import TrainingSettings, evaluate, train
+from .training import (
+    LocalResult,
+    Task,
+    TrainingSettings,
+    evaluate,
+    evaluate_each,
+    train,
+)
 
 # Where a client keeps what it needs in later rounds, in Flower's Context.state.
 PERSONAL_MODEL = "personal-model"
@@ -54,6 +75,9 @@ class TrainingApp(ClientApp):
         The run's seed; it orders the examples.
     device : str
         Where training runs, such as ``"cpu"`` or ``"cuda:0"``.
+    sizes : Sequence[int], optional
+        How many training examples client k has; a simulation then trains clients of
+        like size together, the largest first.
     mods : list, optional
         Flower client mods, applied to every message.
 
@@ -79,9 +103,11 @@ class TrainingApp(ClientApp):
         settings: TrainingSettings | None = None,
         seed: int = 0,
         device: str = "cpu",
+        sizes: Sequence[int] | npt.NDArray[np.int64] | None = None,
         mods: list[Any] | None = None,
     ) -> None:
         super().__init__(mods=mods)
+        self.sizes = sizes
         self.mods = list(mods or [])
         self.model = model
         self.data = data
@@ -99,10 +125,12 @@ class TrainingApp(ClientApp):
         """Start without prepared modules: each process makes its own."""
         self._idle: queue.SimpleQueue[FlatModule] = queue.SimpleQueue()
         self._cancelled = threading.Event()
+        self._making = threading.Lock()
+        self._trainers: dict[float | None, BatchedTrainer] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
-        own = ("_idle", "_cancelled")
+        own = ("_idle", "_cancelled", "_making", "_trainers")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,12 +142,17 @@ class TrainingApp(ClientApp):
     def thread_safe(self) -> bool:
         """Whether several clients may train at once in threads of one process.
 
-        Not with Flower mods, which may keep state; nor with a model that draws random
-        numbers, whose stream PyTorch keeps for the whole process.
+        Not with Flower mods, which may keep state; nor with a model whose random
+        numbers PyTorch draws from the one stream of the process.
         """
-        with self._module(0, 0) as module:
-            stochastic = is_stochastic(module.module)
-        return not self.mods and not stochastic and self.device == "cpu"
+        with self._module() as module:
+            shared = draws_out_of_reach(module.module)
+        return not self.mods and not shared and self.device == "cpu"
+
+    @property
+    def answers_cohorts(self) -> bool:
+        """Whether :meth:`answer` may be used; Flower mods want to see messages."""
+        return not self.mods
 
     def cancel(self) -> None:
         """Let clients that are training in other threads stop at their next step.
@@ -129,98 +162,226 @@ class TrainingApp(ClientApp):
         cancelled, self._cancelled = self._cancelled, threading.Event()
         cancelled.set()
 
+    def answer(
+        self,
+        cohort: Cohort,
+        nodes: Sequence[int],
+        context_of: Callable[[int], Context],
+        *,
+        batched: bool = False,
+    ) -> list[Reply]:
+        """Let some clients of a cohort handle what they were sent.
+
+        Parameters
+        ----------
+        cohort : Cohort
+            Of train or evaluate messages.
+        nodes : Sequence[int]
+            The clients' nodes.
+        context_of : Callable[[int], Context]
+            A node's context.
+        batched : bool
+            Train them at once; see :mod:`fedweight.clients.batched`.
+
+        Returns
+        -------
+        list[Reply]
+            In the order of the nodes. A client's failure is its reply's ``error``.
+        """
+        stage = cohort.message_type
+        work = self._train_all if stage == "train" else self._evaluate_all
+        record = _arrays(cohort.content)
+
+        def attempt(some: Sequence[int]) -> list[Reply]:
+            visits = [self._visit(n, cohort.config(n), context_of(n)) for n in some]
+            return work(record, visits, batched and len(some) > 1)
+
+        try:
+            return attempt(nodes)
+        except (Exception, SystemExit) as error:  # On a device only it would end.
+            if len(nodes) == 1:
+                client = client_number(context_of(nodes[0]))
+                reason = describe_failure(client, stage, error)
+                return [Reply(nodes[0], error=reason)]
+        # Whose fault it was shows when each is tried alone.
+        return [
+            reply for node in nodes for reply in self.answer(cohort, [node], context_of)
+        ]
+
     # What the app answers.
 
     def _train(self, message: Message, context: Context) -> Message:
-        config = _config(message)
-        round = int(config.get(keys.ROUND, 1))  # type: ignore[arg-type]
-        client = client_number(context)
+        visit = self._visit(context.node_id, _config(message.content), context)
+        (reply,) = self._train_all(_arrays(message.content), [visit], batched=False)
+        return reply.message(message)
+
+    def _evaluate(self, message: Message, context: Context) -> Message:
+        visit = self._visit(context.node_id, _config(message.content), context)
+        (reply,) = self._evaluate_all(_arrays(message.content), [visit], batched=False)
+        return reply.message(message)
+
+    def _query(self, message: Message, context: Context) -> Message:
         data = self.data(context)
-        request = list(config.get(keys.REQUEST, ()))  # type: ignore[arg-type]
-        metrics: dict[str, Any] = {}
-        epochs = config.get(keys.LOCAL_EPOCHS, self.settings.epochs)
-        cancelled = self._cancelled  # Of now: see cancel().
-        with self._module(round, client) as module:
-            start = flatten(_arrays(message), module.layout)
-            if keys.LOSS_BEFORE in request:
-                loss, _ = evaluate(module, start, data.train)
-                metrics[keys.LOSS_BEFORE] = loss
-            if keys.MINUS_ERROR in request:
-                metrics[keys.MINUS_ERROR] = self._minus_error(
-                    module, start, data, config, context
-                )
-            result = train(
-                module,
-                start,
-                data.train,
-                self._objective(config),
-                self.settings,
-                learning_rate=self.settings.learning_rate_in(round),
-                epochs=int(epochs),  # type: ignore[arg-type]
-                stream=generator(self.seed, Purpose.SHUFFLE, round, client),
-                cancelled=cancelled.is_set,
-            )
-            if keys.ACCURACY_AFTER in request:
-                _, accuracy = evaluate(module, result.model, data.train)
-                metrics[keys.ACCURACY_AFTER] = accuracy
-        record = FlatRecord(result.model)
-        if keys.MINUS_ERROR in request:
-            context.state[PERSONAL_MODEL] = record
-        metrics |= {
-            keys.NUM_EXAMPLES: len(data.train),
+        metrics = {keys.NUM_EXAMPLES: len(data.train)}
+        reply = Reply(0, metrics=metrics, profile=self._label_counts(data))
+        return reply.message(message)
+
+    # Steps of the answers.
+
+    def _visit(self, node: int, config: ConfigRecord, context: Context) -> _Visit:
+        return _Visit(node, client_number(context), config, context, self.data(context))
+
+    def _train_all(
+        self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
+    ) -> list[Reply]:
+        """Train some clients from the same global model."""
+        with self._module() as module:
+            start = flatten(record, module.layout)
+            measured = [self._before(module, start, visit) for visit in visits]
+            batched = batched and len({v.mu for v in visits}) == 1
+            fit = self._fit_at_once if batched else self._fit_in_turn
+            results = list(fit(module, start, visits))
+            for visit, result, known in zip(visits, results, measured, strict=True):
+                if keys.ACCURACY_AFTER in visit.request:
+                    _, accuracy = evaluate(module, result.model, visit.data.train)
+                    known.metrics[keys.ACCURACY_AFTER] = accuracy
+        # Only now, when nothing can fail any more, do the clients' states change.
+        return [
+            self._reply(visit, result, known)
+            for visit, result, known in zip(visits, results, measured, strict=True)
+        ]
+
+    def _before(self, module: FlatModule, start: FlatModel, visit: _Visit) -> _Measured:
+        """Measure what the server wants to know of the received model."""
+        known = _Measured()
+        if keys.LOSS_BEFORE in visit.request:
+            loss, _ = evaluate(module, start, visit.data.train)
+            known.metrics[keys.LOSS_BEFORE] = loss
+        if keys.MINUS_ERROR in visit.request:
+            known.minus_scores = self._minus_scores(module, start, visit)
+            mean = sum(known.minus_scores) / len(known.minus_scores)
+            known.metrics[keys.MINUS_ERROR] = 1 - mean
+        return known
+
+    def _reply(self, visit: _Visit, result: LocalResult, known: _Measured) -> Reply:
+        """Make a client's reply, and keep what the client needs in later rounds."""
+        if known.minus_scores:
+            state = visit.context.state
+            state[PERSONAL_MODEL] = FlatRecord(result.model)
+            state[PERSONAL_METRICS] = MetricRecord({"minus-scores": known.minus_scores})
+        metrics = {
+            **known.metrics,
+            keys.NUM_EXAMPLES: len(visit.data.train),
             keys.TRAIN_LOSS: result.loss,
             keys.TRAIN_ACCURACY: result.accuracy,
             keys.NUM_STEPS: result.num_steps,
         }
-        content = RecordDict({keys.ARRAYS: record, keys.METRICS: MetricRecord(metrics)})
-        if keys.LABEL_COUNTS in request:
-            content[keys.PROFILE] = self._label_counts(data)
-        return Message(content, reply_to=message)
+        asked = keys.LABEL_COUNTS in visit.request
+        profile = self._label_counts(visit.data) if asked else {}
+        return Reply(visit.node, result.model, metrics, profile)
 
-    def _evaluate(self, message: Message, context: Context) -> Message:
-        data = self.data(context)
-        with self._module(0, 0) as module:
-            model = flatten(_arrays(message), module.layout)
-            loss, accuracy = evaluate(module, model, data.held_out)
-        metrics = MetricRecord(
-            {
-                keys.NUM_EXAMPLES: len(data.held_out),
-                keys.LOSS: loss,
-                keys.ACCURACY: accuracy,
-            }
+    def _fit_in_turn(
+        self, module: FlatModule, start: FlatModel, visits: Sequence[_Visit]
+    ) -> Iterator[LocalResult]:
+        cancelled = self._cancelled  # Of now: see cancel().
+        for visit, task in zip(visits, self._tasks(visits), strict=True):
+            with self._noise_out_of_reach(module, task):
+                yield train(
+                    module,
+                    start,
+                    task,
+                    self._objective(visit.config),
+                    self.settings,
+                    learning_rate=self.settings.learning_rate_in(visit.round),
+                    cancelled=cancelled.is_set,
+                )
+
+    def _fit_at_once(
+        self, module: FlatModule, start: FlatModel, visits: Sequence[_Visit]
+    ) -> list[LocalResult]:
+        trainer = self._trainer(visits[0])
+        tasks = self._tasks(visits)
+        some = [k for k, task in enumerate(tasks) if len(task.examples)]
+        results = [LocalResult(start, math.nan, math.nan, 0)] * len(tasks)
+        trained = trainer.train(
+            start,
+            [tasks[k] for k in some],
+            learning_rate=self.settings.learning_rate_in(visits[0].round),
+            cancelled=self._cancelled.is_set,
         )
-        return Message(RecordDict({keys.METRICS: metrics}), reply_to=message)
+        for k, result in zip(some, trained, strict=True):
+            results[k] = result
+        return results
 
-    def _query(self, message: Message, context: Context) -> Message:
-        data = self.data(context)
-        content = RecordDict(
-            {
-                keys.METRICS: MetricRecord({keys.NUM_EXAMPLES: len(data.train)}),
-                keys.PROFILE: self._label_counts(data),
-            }
-        )
-        return Message(content, reply_to=message)
+    def _tasks(self, visits: Sequence[_Visit]) -> list[Task]:
+        """Say how much each client trains, and give it its streams."""
+        round = visits[0].round
+        clients = [visit.client for visit in visits]
+        orders = stream_keys(self.seed, Purpose.SHUFFLE, round, clients)
+        noises = stream_keys(self.seed, Purpose.DROPOUT, round, clients)
+        return [
+            Task(
+                visit.data.train,
+                visit.epochs or self.settings.epochs,
+                int(order),
+                int(noise >> np.uint64(1)),
+            )
+            for visit, order, noise in zip(visits, orders, noises, strict=True)
+        ]
 
-    # Steps of the answers.
+    def _evaluate_all(
+        self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
+    ) -> list[Reply]:
+        """Evaluate the global model on some clients' held-out data."""
+        parts = [visit.data.held_out for visit in visits]
+        with self._module() as module:
+            model = flatten(record, module.layout)
+            measured = evaluate_each(module, model, parts)
+        return [
+            Reply(
+                visit.node,
+                metrics={
+                    keys.NUM_EXAMPLES: len(part),
+                    keys.LOSS: loss,
+                    keys.ACCURACY: accuracy,
+                },
+            )
+            for visit, part, (loss, accuracy) in zip(
+                visits, parts, measured, strict=True
+            )
+        ]
 
     @contextmanager
-    def _module(self, round: int, client: int) -> Iterator[FlatModule]:
-        """Lend a prepared module; one that draws random numbers gets its stream."""
+    def _module(self) -> Iterator[FlatModule]:
+        """Lend a prepared module: each thread works with its own."""
         try:
             module = self._idle.get_nowait()
         except queue.Empty:
             module = FlatModule(self.model(), self.device)
         try:
-            if is_stochastic(module.module):
-                with torch.random.fork_rng():
-                    torch.manual_seed(
-                        torch_seed(self.seed, Purpose.DROPOUT, round, client)
-                    )
-                    yield module
-            else:
-                yield module
+            yield module
         finally:
             self._idle.put(module)
+
+    def _trainer(self, visit: _Visit) -> BatchedTrainer:
+        """Return the trainer of an objective, which keeps what it has traced."""
+        with self._making:
+            if visit.mu not in self._trainers:
+                module = FlatModule(self.model(), self.device)
+                self._trainers[visit.mu] = BatchedTrainer(
+                    module, self._objective(visit.config), self.settings
+                )
+            return self._trainers[visit.mu]
+
+    @contextmanager
+    def _noise_out_of_reach(self, module: FlatModule, task: Task) -> Iterator[None]:
+        """Seed PyTorch's own stream for a model that draws from it."""
+        if not draws_out_of_reach(module.module):
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(task.noise_key)
+            yield
 
     def _objective(self, config: ConfigRecord) -> Objective:
         mu = config.get(keys.PROXIMAL_MU)
@@ -231,19 +392,14 @@ class TrainingApp(ClientApp):
             inner = inner.inner
         return Proximal(float(mu), inner)  # type: ignore[arg-type]
 
-    def _label_counts(self, data: ClientData) -> ConfigRecord:
+    def _label_counts(self, data: ClientData) -> dict[str, list[int]]:
         counts = np.bincount(data.train.y, minlength=self.num_classes)
-        return ConfigRecord({keys.LABEL_COUNTS: [int(c) for c in counts]})
+        return {keys.LABEL_COUNTS: [int(c) for c in counts]}
 
-    def _minus_error(
-        self,
-        module: FlatModule,
-        start: FlatModel,
-        data: ClientData,
-        config: ConfigRecord,
-        context: Context,
-    ) -> float:
-        """Return FedCE's historical mean error of the model without this client.
+    def _minus_scores(
+        self, module: FlatModule, start: FlatModel, visit: _Visit
+    ) -> list[float]:
+        """Return the accuracies of all rounds' models without this client (FedCE).
 
         Meirui Jiang et al., "Fair Federated Medical Image Segmentation via Client
         Contribution Estimation", CVPR 2023. The minus model is ``(w - c w_own) / (1 -
@@ -251,24 +407,20 @@ class TrainingApp(ClientApp):
         held-out part. A first round counts as accuracy 0, and stays in the mean. It
         is one where the server tells no coefficient: it has none of this client.
         """
-        past = context.state.get(PERSONAL_METRICS, MetricRecord())
-        scores = [float(s) for s in past.get("minus-scores", [])]  # type: ignore[union-attr]
-        own = context.state.get(PERSONAL_MODEL)
-        told = config.get(keys.COEFFICIENT)
+        own = visit.context.state.get(PERSONAL_MODEL)
+        told = visit.config.get(keys.COEFFICIENT)
         if own is None or told is None:
-            scores = [0.0]
-        else:
-            before = flatten(own, module.layout)  # type: ignore[arg-type]
-            c = min(float(told), 0.999)  # type: ignore[arg-type]
-            minus = start.with_parameters(
-                (start.parameters - c * before.parameters) / (1 - c)
-            )
-            minus.buffers = (start.buffers - c * before.buffers) / (1 - c)
-            part = data.held_out if len(data.held_out) else data.train
-            _, accuracy = evaluate(module, minus, part)
-            scores.append(accuracy)
-        context.state[PERSONAL_METRICS] = MetricRecord({"minus-scores": scores})
-        return 1 - sum(scores) / len(scores)
+            return [0.0]
+        before = flatten(own, module.layout)  # type: ignore[arg-type]
+        c = min(float(told), 0.999)  # type: ignore[arg-type]
+        minus = start.with_parameters(
+            (start.parameters - c * before.parameters) / (1 - c)
+        )
+        minus.buffers = (start.buffers - c * before.buffers) / (1 - c)
+        part = visit.data.held_out if len(visit.data.held_out) else visit.data.train
+        _, accuracy = evaluate(module, minus, part)
+        past = visit.context.state[PERSONAL_METRICS]["minus-scores"]
+        return [*past, accuracy]  # type: ignore[misc]
 
 
 def client_number(context: Context) -> int:
@@ -276,21 +428,53 @@ def client_number(context: Context) -> int:
     return int(context.node_config.get("partition-id", context.node_id))
 
 
-def is_stochastic(module: nn.Module) -> bool:
-    """Tell whether a module draws random numbers in training, as dropout does."""
-    return any(
-        isinstance(m, nn.modules.dropout._DropoutNd) or getattr(m, "dropout", 0)
-        for m in module.modules()
-    )
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """A client, and what it was sent."""
+
+    node: int
+    client: int
+    config: ConfigRecord
+    context: Context
+    data: ClientData
+
+    @property
+    def round(self) -> int:
+        return int(self.config.get(keys.ROUND, 1))  # type: ignore[arg-type]
+
+    @property
+    def request(self) -> list[str]:
+        return list(self.config.get(keys.REQUEST, ()))  # type: ignore[arg-type]
+
+    @property
+    def epochs(self) -> int | None:
+        told = self.config.get(keys.LOCAL_EPOCHS)
+        if told is None:
+            return None
+        check_range(keys.LOCAL_EPOCHS, told, 1)  # type: ignore[arg-type]
+        return int(told)  # type: ignore[arg-type]
+
+    @property
+    def mu(self) -> float | None:
+        told = self.config.get(keys.PROXIMAL_MU)
+        return None if told is None else float(told)  # type: ignore[arg-type]
 
 
-def _config(message: Message) -> ConfigRecord:
-    records = message.content.config_records
+@dataclass
+class _Measured:
+    """What a client measured around its training."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    minus_scores: list[float] = field(default_factory=list)
+
+
+def _config(content: RecordDict) -> ConfigRecord:
+    records = content.config_records
     return records.get(keys.CONFIG) or next(iter(records.values()), ConfigRecord())
 
 
-def _arrays(message: Message) -> Any:
-    records = message.content.array_records
+def _arrays(content: RecordDict) -> ArrayRecord:
+    records = content.array_records
     if len(records) != 1:
         raise ClientError(
             f"the message has {len(records)} array records; exactly one, the global "

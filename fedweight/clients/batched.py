@@ -20,39 +20,17 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..data.examples import Examples
 from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
+from ..rng import permutation
 from .noise import LocalTraining, draws_noise
 from .objectives import Batch, Objective
-from .training import LocalOptimizer, LocalResult, TrainingSettings
+from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
 
 Step = Callable[..., Any]
 
 # PyTorch traces one function at a time in a process.
 TRACING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Task:
-    """One client's local training in one round.
-
-    Parameters
-    ----------
-    examples : Examples
-        Its training data.
-    epochs : int
-        Passes over them.
-    stream : numpy.random.Generator
-        Orders them.
-    noise_seed : int
-        Of the client's noise inside the model.
-    """
-
-    examples: Examples
-    epochs: int
-    stream: np.random.Generator
-    noise_seed: int = 0
 
 
 class BatchedTrainer:
@@ -130,7 +108,7 @@ class BatchedTrainer:
         counters = [integers[e.name] for e in self.integers]
         starts = _views(received[None], self.parameters)
         optimizer = LocalOptimizer(self.settings, learning_rate, parameters)
-        seeds = torch.tensor([task.noise_seed for task in tasks], device=self.device)
+        seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
         losses = torch.zeros(clients, device=self.device)
         correct = torch.zeros(clients, device=self.device)
         done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
@@ -246,7 +224,7 @@ class BatchedTrainer:
         along: list[int | None] = [0] * len(extra)
         if self.noisy:
             along[-1] = None  # The step is the same for all clients.
-        batched = vmap(
+        batched: Callable[..., Any] = vmap(
             grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, along)
         )
 
@@ -260,7 +238,8 @@ class BatchedTrainer:
         # The trace runs on copies: buffers change in place as it goes.
         copies = [[t.clone() for t in part] for part in (buffers, counters)]
         self.module.module.train()
-        traced = make_fx(flat)(*parameters, *copies[0], *copies[1], x, y, *extra)
+        inputs = [*parameters, *copies[0], *copies[1], x, y, *extra]
+        traced: Any = make_fx(flat)(*inputs)
         traced.graph.eliminate_dead_code()
         traced.recompile()
         step: Step = traced.forward
@@ -346,10 +325,11 @@ class _Schedule:
     def fill(self, tasks: Sequence[Task], step: int, x: Tensor, y: Tensor) -> None:
         """Shuffle the data of the clients that begin a pass into ``x`` and ``y``."""
         begins = (step % self.per_epoch == 0) & (step < self.steps)
-        for k in np.flatnonzero(begins):
-            examples = tasks[k].examples
+        for k in map(int, np.flatnonzero(begins)):
+            task, examples = tasks[k], tasks[k].examples
             n = len(examples)
-            order = torch.from_numpy(tasks[k].stream.permutation(n))
+            epoch = step // int(self.per_epoch[k])
+            order = torch.from_numpy(permutation(task.order_key, epoch, n))
             for source, target in ((examples.x, x), (examples.y, y)):
                 rows = target[k].flatten(0, 1)[:n]
                 torch.index_select(as_tensor(source), 0, order, out=rows)

@@ -6,7 +6,8 @@ objective; which process it runs in, and after which other client, does not matt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..data.examples import Examples
 from ..errors import ClientError, check_choice, check_range
 from ..parameters import FlatModel, FlatModule, as_tensor
+from ..rng import permutation
 from .noise import LocalTraining, draws_noise
 from .objectives import Batch, Objective
 
@@ -69,6 +71,28 @@ class TrainingSettings:
     def learning_rate_in(self, round: int) -> float:
         """Return the learning rate of a round, which count from 1."""
         return float(self.learning_rate * self.learning_rate_decay ** (round - 1))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's local training in one round.
+
+    Attributes
+    ----------
+    examples : Examples
+        Its training data.
+    epochs : int
+        Passes over them, 1 or more.
+    order_key : int
+        The key of the stream that orders the examples of every pass.
+    noise_key : int
+        The key, below 2**63, of the noise inside the model, such as dropout's.
+    """
+
+    examples: Examples
+    epochs: int
+    order_key: int
+    noise_key: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,14 +167,11 @@ class LocalOptimizer:
 def train(
     module: FlatModule,
     start: FlatModel,
-    examples: Examples,
+    task: Task,
     objective: Objective,
     settings: TrainingSettings,
     *,
     learning_rate: float,
-    epochs: int,
-    stream: np.random.Generator,
-    noise_seed: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> LocalResult:
     """Train a client's model.
@@ -161,20 +182,14 @@ def train(
         The architecture; its values are overwritten.
     start : FlatModel
         The global model as received.
-    examples : Examples
-        The client's training data; n examples.
+    task : Task
+        The client's examples, passes and streams.
     objective : Objective
         What is minimised on a batch.
     settings : TrainingSettings
         The optimiser and the size of a batch.
     learning_rate : float
         Of this round.
-    epochs : int
-        Of this client in this round, 1 or more.
-    stream : numpy.random.Generator
-        Orders the examples of every pass.
-    noise_seed : int
-        Of the client's noise inside the model, such as dropout's.
     cancelled : Callable[[], bool]
         Asked before every step; once it says yes, training raises.
 
@@ -183,21 +198,22 @@ def train(
     LocalResult
         The local model, after ``epochs * ceil(n / batch_size)`` steps.
     """
-    check_range("epochs", epochs, 1)
     module.load(start)
-    n = len(examples)
+    n = len(task.examples)
     if n == 0:
-        return LocalResult(start, float("nan"), float("nan"), 0)
+        return LocalResult(start, math.nan, math.nan, 0)
     device = module.parameters.device
-    x, y = as_tensor(examples.x).to(device), as_tensor(examples.y).to(device)
+    x, y = as_tensor(task.examples.x).to(device), as_tensor(task.examples.y).to(device)
     received = start.parameters.to(device)
     optimizer = LocalOptimizer(settings, learning_rate, [module.parameters])
-    losses, outputs, labels = [], [], []
-    noise = draws_noise(module.module)
-    seed = torch.tensor(noise_seed, device=device)
+    losses: list[Tensor] = []
+    outputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    noisy = draws_noise(module.module)
+    noise_key = torch.tensor(task.noise_key, device=device)
     module.module.train()
-    for _ in range(epochs):
-        order = torch.from_numpy(stream.permutation(n)).to(device)
+    for epoch in range(task.epochs):
+        order = torch.from_numpy(permutation(task.order_key, epoch, n)).to(device)
         shuffled_x, shuffled_y = x[order], y[order]
         for first in range(0, n, settings.batch_size):
             if cancelled():
@@ -205,7 +221,7 @@ def train(
             last = min(first + settings.batch_size, n)
             batch = Batch(shuffled_x[first:last], shuffled_y[first:last])
             step = torch.tensor(len(losses), device=device)
-            with LocalTraining(seed, step) if noise else nullcontext():
+            with LocalTraining(noise_key, step) if noisy else nullcontext():
                 logits = module.module(batch.x)
             loss = objective.loss(logits, batch)
             module.gradients.zero_()
@@ -224,13 +240,12 @@ def train(
     correct = torch.cat(outputs).argmax(1) == torch.cat(labels)
     return LocalResult(
         module.save(),
-        loss=float(torch.stack(losses).sum()) / (n * epochs),
+        loss=float(torch.stack(losses).sum()) / (n * task.epochs),
         accuracy=float(correct.float().mean()),
         num_steps=len(losses),
     )
 
 
-@torch.no_grad()
 def evaluate(
     module: FlatModule, model: FlatModel, examples: Examples
 ) -> tuple[float, float]:
@@ -238,16 +253,61 @@ def evaluate(
 
     Both are NaN where there are no examples.
     """
-    if len(examples) == 0:
-        return float("nan"), float("nan")
+    return evaluate_each(module, model, [examples])[0]
+
+
+@torch.no_grad()
+def evaluate_each(
+    module: FlatModule, model: FlatModel, parts: Sequence[Examples]
+) -> list[tuple[float, float]]:
+    """Return one model's loss and accuracy on each client's examples.
+
+    The examples of all go through the model together, so that small clients do not
+    cost a call each; see :func:`evaluate`.
+    """
+    if not any(len(part) for part in parts):
+        return [(math.nan, math.nan)] * len(parts)
     module.load(model)
     module.module.eval()
     device = module.parameters.device
-    x, y = as_tensor(examples.x), as_tensor(examples.y)
-    loss, correct = 0.0, 0
-    for first in range(0, len(examples), EVALUATION_BATCH):
-        labels = y[first : first + EVALUATION_BATCH].to(device)
-        logits = module.module(x[first : first + EVALUATION_BATCH].to(device))
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(1) == labels).sum())
-    return loss / len(examples), correct / len(examples)
+    some = [part for part in parts if len(part)]
+    x = [as_tensor(part.x) for part in some]
+    y = torch.cat([as_tensor(part.y) for part in some]).to(device)
+    losses, correct = [], []
+    for first, batch in _batches(x, EVALUATION_BATCH):
+        labels = y[first : first + len(batch)]
+        logits = module.module(batch.to(device))
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        correct.append(logits.argmax(1) == labels)
+    loss = torch.cat(losses).double().cpu().numpy()
+    hits = torch.cat(correct).cpu().numpy()
+    ends = np.cumsum([len(part) for part in parts])
+    results = []
+    for part, end in zip(parts, ends, strict=True):
+        own = slice(end - len(part), end)
+        known = len(part) > 0
+        results.append(
+            (float(loss[own].mean()), float(hits[own].mean()))
+            if known
+            else (math.nan, math.nan)
+        )
+    return results
+
+
+def _batches(parts: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield rows of several tensors, ``size`` at a time, and where they begin."""
+    if len(parts) == 1:
+        for first in range(0, len(parts[0]), size):
+            yield first, parts[0][first : first + size]
+        return
+    first, held = 0, list[Tensor]()
+    for part in parts:
+        while len(part):
+            room = size - sum(len(h) for h in held)
+            held.append(part[:room])
+            part = part[room:]
+            if sum(len(h) for h in held) == size:
+                yield first, torch.cat(held)
+                first, held = first + size, []
+    if held:
+        yield first, torch.cat(held)

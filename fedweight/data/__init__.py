@@ -76,7 +76,7 @@ def load(
     --------
     >>> digits = load("digits")
     >>> len(digits.train), len(digits.test), digits.input_shape
-    (1437, 360, (1, 8, 8))
+    (1438, 359, (1, 8, 8))
     """
     function = DATA_SETS.resolve(name)
     what = f"data '{name}'"

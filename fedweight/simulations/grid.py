@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import traceback
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from flwr.app import (
     ConfigRecord,
@@ -25,7 +24,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from .. import _flower
-from ..errors import EngineError, check_range
+from ..cohort import Cohort
+from ..errors import EngineError, check_range, describe_failure
 
 FIRST_NODE = 1000
 
@@ -92,15 +92,28 @@ class SimulationGrid(Grid):
         """Check where messages go and give each its id, as the SuperLink does."""
         batch = list(messages)
         for message in batch:
-            node = message.metadata.dst_node_id
-            if not 0 <= self.client_of(node) < self.num_clients:
-                raise EngineError(
-                    f"a message goes to node {node}, which does not exist: "
-                    f"get_node_ids() gives {FIRST_NODE} to "
-                    f"{FIRST_NODE + self.num_clients - 1}."
-                )
+            self._checked_client(message.metadata.dst_node_id)
             _flower.set_message_id(message, next(self._ids))
         return batch
+
+    def _checked_client(self, node: int) -> int:
+        """Return the client behind a node; raise if there is none."""
+        client = self.client_of(node)
+        if not 0 <= client < self.num_clients:
+            raise EngineError(
+                f"a message goes to node {node}, which does not exist: "
+                f"get_node_ids() gives {FIRST_NODE} to "
+                f"{FIRST_NODE + self.num_clients - 1}."
+            )
+        return client
+
+
+def answers_cohort(
+    messages: Iterable[Message], client_app: ClientApp
+) -> TypeGuard[Cohort]:
+    """Tell whether an app handles these messages together, without making them."""
+    ours = getattr(client_app, "answers_cohorts", False)
+    return ours and isinstance(messages, Cohort) and messages.untouched
 
 
 def make_context(client: int, num_clients: int, run_config: RunConfig) -> Context:
@@ -142,10 +155,7 @@ def execute(client_app: ClientApp, message: Message, context: Context) -> Messag
             )
     except (Exception, SystemExit) as error:  # On a device only its process would end.
         client = SimulationGrid.client_of(message.metadata.dst_node_id)
-        reason = (
-            f"client {client}, {message.metadata.message_type}: "
-            f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        )
+        reason = describe_failure(client, message.metadata.message_type, error)
         reply = Message(
             Error(code=_flower.CLIENT_APP_RAISED_EXCEPTION, reason=reason),
             reply_to=message,

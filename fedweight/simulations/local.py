@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from ..cohort import Cohort, Replies, Reply
 from ..errors import check_range
-from .grid import RunConfig, SimulationGrid, execute, make_context
+from .grid import RunConfig, SimulationGrid, answers_cohort, execute, make_context
+from .plan import Plan, sizes_of
+
+T = TypeVar("T")
 
 # A client whose training takes longer than this releases the interpreter for long
 # enough at a time that a second thread gains (measured: benchmarks/).
@@ -37,6 +43,8 @@ class LocalGrid(SimulationGrid):
         How many clients train at once, for apps that say they are ``thread_safe``
         (ours are). By default as many as there are cores where clients take long
         enough to gain from it, else one. It never changes the result.
+    plan : Plan, optional
+        How our own app trains clients; one after another by default.
     """
 
     def __init__(
@@ -46,13 +54,15 @@ class LocalGrid(SimulationGrid):
         run_config: RunConfig | None = None,
         *,
         threads: int | None = None,
+        plan: Plan | None = None,
     ) -> None:
         super().__init__(num_clients)
         if threads is not None:
             check_range("threads", threads, 1)
         self.client_app = client_app
         self.run_config = dict(run_config or {})
-        self._threads = threads
+        self.threads = threads if self._safe else 1
+        self.plan = plan or Plan()
         self.contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
 
@@ -67,7 +77,7 @@ class LocalGrid(SimulationGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let the clients handle the messages, now; return the messages' ids."""
         batch = self._addressed(messages)
-        for message, reply in self._handle(batch, None):
+        for message, reply in zip(batch, self._handle(batch, None), strict=True):
             self._replies[message.metadata.message_id] = reply
         return [message.metadata.message_id for message in batch]
 
@@ -84,47 +94,80 @@ class LocalGrid(SimulationGrid):
         No client begins after ``timeout`` seconds; those that did not are missing.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        batch = self._addressed(messages)
-        return [reply for _, reply in self._handle(batch, deadline)]
+        if answers_cohort(messages, self.client_app):
+            return self._answer(messages, deadline)
+        return list(self._handle(self._addressed(messages), deadline))
+
+    def _answer(self, cohort: Cohort, deadline: float | None) -> Replies:
+        """Let our own app handle a cohort, a list of clients at a time."""
+        clients = [self._checked_client(node) for node in cohort.nodes]
+        app: Any = self.client_app
+        lists = self.plan.cut(cohort, sizes_of(app, clients))
+
+        def answer(nodes: Sequence[int]) -> list[Reply]:
+            batched = self.plan.chunk > 1
+            return app.answer(  # type: ignore[no-any-return]
+                cohort, nodes, self._context_of, batched=batched
+            )
+
+        jobs = [partial(answer, nodes) for nodes in lists]
+        answers = {r.node: r for part in self._do(jobs, deadline) for r in part}
+        return Replies(cohort, [answers[n] for n in cohort.nodes if n in answers])
 
     def _handle(
         self, messages: Sequence[Message], deadline: float | None
-    ) -> Iterator[tuple[Message, Message]]:
-        """Yield each message with its reply, in order, until the deadline."""
+    ) -> Iterator[Message]:
+        """Let any app handle messages, one after another; yield the replies."""
+        jobs = [partial(self._execute, message) for message in messages]
+        different = len({m.metadata.dst_node_id for m in messages}) == len(messages)
+        # A client's state allows one message at a time.
+        yield from self._do(jobs, deadline, threads=None if different else 1)
+
+    def _execute(self, message: Message) -> Message:
+        context = self._context_of(message.metadata.dst_node_id)
+        return execute(self.client_app, message, context)
+
+    def _context_of(self, node: int) -> Context:
+        return self.context(self.client_of(node))
+
+    def _do(
+        self,
+        jobs: Sequence[Callable[[], T]],
+        deadline: float | None,
+        threads: int | None = None,
+    ) -> Iterator[T]:
+        """Yield the jobs' results, in order; those that begin too late have none."""
         intra_op = torch.get_num_threads()
         torch.set_num_threads(1)  # More would change the last bits of the results.
         try:
-            rest = list(messages)
-            if rest and self._threads is None:
+            rest = list(jobs)
+            if rest and self.threads is None:
                 began = time.monotonic()
-                yield rest[0], self._execute(rest.pop(0))
-                self._threads = self._choose_threads(time.monotonic() - began)
-            if (self._threads or 1) > 1 and _all_different(rest):
+                yield rest.pop(0)()
+                self.threads = self._choose_threads(time.monotonic() - began)
+            if (threads or self.threads or 1) > 1:
                 yield from self._in_threads(rest, deadline)
                 return
-            for message in rest:
-                if deadline is not None and time.monotonic() > deadline:
+            for job in rest:
+                if _is_over(deadline):
                     return
-                yield message, self._execute(message)
+                yield job()
         finally:
             torch.set_num_threads(intra_op)
 
     def _in_threads(
-        self, messages: Sequence[Message], deadline: float | None
-    ) -> Iterator[tuple[Message, Message]]:
-        def unless_late(message: Message) -> Message | None:
-            if deadline is not None and time.monotonic() > deadline:
-                return None
-            return self._execute(message)
+        self, jobs: Sequence[Callable[[], T]], deadline: float | None
+    ) -> Iterator[T]:
+        def unless_late(job: Callable[[], T]) -> T | None:
+            return None if _is_over(deadline) else job()
 
-        pool = ThreadPoolExecutor(self._threads)
+        pool = ThreadPoolExecutor(self.threads)
         try:
-            for message, reply in zip(
-                messages, pool.map(unless_late, messages), strict=True
-            ):
-                if reply is not None:
-                    yield message, reply
+            for result in pool.map(unless_late, jobs):
+                if result is not None:
+                    yield result
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
             cancel = getattr(self.client_app, "cancel", None)
             if cancel is not None:
                 cancel()
@@ -132,16 +175,14 @@ class LocalGrid(SimulationGrid):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _execute(self, message: Message) -> Message:
-        client = self.client_of(message.metadata.dst_node_id)
-        return execute(self.client_app, message, self.context(client))
-
     def _choose_threads(self, seconds: float) -> int:
-        """Decide, from how long the first client took, whether threads pay."""
-        safe = getattr(self.client_app, "thread_safe", False)
-        return (os.cpu_count() or 1) if safe and seconds > WORTH_A_THREAD else 1
+        """Decide, from how long the first job took, whether threads pay."""
+        return (os.cpu_count() or 1) if self._safe and seconds > WORTH_A_THREAD else 1
+
+    @property
+    def _safe(self) -> bool:
+        return bool(getattr(self.client_app, "thread_safe", False))
 
 
-def _all_different(messages: Sequence[Message]) -> bool:
-    """Tell whether no client is addressed twice: its state allows one at a time."""
-    return len({m.metadata.dst_node_id for m in messages}) == len(messages)
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline

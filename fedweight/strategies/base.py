@@ -267,11 +267,11 @@ class WeightingStrategy(Strategy):
             if asks:
                 told[keys.REQUEST] = asks
             if told:
-                key = tuple(told.items())
-                if key not in records:
+                same = tuple(told.items())
+                if same not in records:
                     told |= _request(config, asks)
-                    records[key] = ConfigRecord({**dict(config), **told})
-                own[node] = records[key]
+                    records[same] = ConfigRecord({**dict(config), **told})
+                own[node] = records[same]
         content = RecordDict(
             {self.arrayrecord_key: arrays, self.configrecord_key: config}
         )

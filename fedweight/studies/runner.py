@@ -30,7 +30,7 @@ from ..data.files import load_one_csv
 from ..errors import ConfigurationError, check_choice
 from ..parameters import FlatModule, FlatRecord, Layout, flatten
 from ..simulations import simulate
-from ..simulations.simulate import choose_engine
+from ..simulations.engine import choose_engine
 from ..strategies import RoundRecord, strategy_class
 from ..strategies.server_optimizers import server_optimizer
 from .configuration import Configuration, options_of, parse_setting
@@ -102,6 +102,7 @@ class Components:
             ),
             seed=self.configuration["run"]["seed"],
             device=self.device,
+            sizes=self.data.sizes,
         )
 
     def strategy(self) -> Strategy:

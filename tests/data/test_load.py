@@ -35,7 +35,7 @@ def real_data():
 
 def test_digits():
     digits = data.load("digits")
-    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    assert (len(digits.train), len(digits.test)) == (1438, 359)
     assert digits.input_shape == (1, 8, 8)
     assert digits.train.x.min() == 0
     assert digits.train.x.max() == 1

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedweight.errors import ConfigurationError, EngineError
 from fedweight.simulations import LocalGrid, simulate
-from fedweight.simulations.simulate import choose_engine, make_grid
+from fedweight.simulations.engine import choose_engine, make_grid
 
 client_app = ClientApp()
 server_app = ServerApp()

@@ -1,0 +1,166 @@
+"""Models, data and the order of examples, written once and read by every engine.
+
+Imports no more of fedweight than its models and random streams, which need PyTorch
+and NumPy only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from .work import CLASSES, INPUT_SHAPES, SAMPLES, SEED, Work
+
+# Orders of the examples are written for so many rounds; peers that run longer begin
+# again with the first. Results are compared within them.
+ROUNDS_WITH_ORDERS = 4
+
+
+class SmallCNN(nn.Module):
+    """Two 5 by 5 convolutions without padding, 582,026 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 32, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(1024, 512),
+            nn.ReLU(),
+            nn.Linear(512, CLASSES),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``[n, 10]``."""
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+def _mlp() -> nn.Module:
+    from fedweight.models import build
+
+    return build("mlp", INPUT_SHAPES["S"], CLASSES, hidden=64)
+
+
+def _resnet() -> nn.Module:
+    from fedweight.models import build
+
+    return build("resnet18-gn", INPUT_SHAPES["L"], CLASSES)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"S": _mlp, "M": SmallCNN, "L": _resnet}
+
+
+def write(work: Work, folder: Path, workers: int) -> None:
+    """Write a job; see :meth:`engines.work.Work.write`."""
+    rng = np.random.default_rng(SEED)
+    n = work.cohort * SAMPLES
+    shape = (n, *INPUT_SHAPES[work.model])
+    np.save(folder / "x.npy", rng.standard_normal(shape, dtype=np.float32))
+    np.save(folder / "y.npy", rng.integers(0, CLASSES, n))
+    orders = [
+        np.stack([order(round, k) for k in range(work.cohort)])
+        for round in range(1, ROUNDS_WITH_ORDERS + 1)
+    ]
+    np.save(folder / "orders.npy", np.stack(orders))
+    torch.manual_seed(SEED)
+    torch.save(MODELS[work.model]().state_dict(), folder / "start.pt")
+    (folder / "job.json").write_text(json.dumps({**asdict(work), "workers": workers}))
+
+
+def order(round: int, client: int) -> npt.NDArray[np.int64]:
+    """Return the order in which fedweight's client meets its examples in a round.
+
+    The one place that knows how fedweight draws it.
+    """
+    from fedweight.rng import Purpose, generator
+
+    return generator(SEED, Purpose.SHUFFLE, round, client).permutation(SAMPLES)
+
+
+class Job:
+    """The work as an engine reads it.
+
+    Attributes
+    ----------
+    work : Work
+        Which work it is.
+    workers : int
+        How many processes or threads may be used.
+    x, y : ndarray
+        ``[K * 128, ...]`` and ``[K * 128]``: the clients' examples, one client after
+        the other. Mapped from the file, so that processes share them.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        job = json.loads((self.folder / "job.json").read_text())
+        self.workers: int = job.pop("workers")
+        self.work = Work(**job)
+        # "c": changes would stay in memory, so PyTorch accepts the arrays.
+        self.x = np.asarray(np.load(self.folder / "x.npy", mmap_mode="c"))
+        self.y = np.asarray(np.load(self.folder / "y.npy", mmap_mode="c"))
+        self._orders: Tensor | None = None
+
+    @property
+    def cohort(self) -> int:
+        """K."""
+        return self.work.cohort
+
+    @property
+    def threads(self) -> int:
+        """Intra-op threads for an engine of one process.
+
+        More than one only slows the small model down, so each gets the better.
+        """
+        return 1 if self.work.model == "S" else self.workers
+
+    def model(self) -> nn.Module:
+        """Return the model with the weights that all engines start from."""
+        module = MODELS[self.work.model]()
+        module.load_state_dict(torch.load(self.folder / "start.pt", weights_only=True))
+        return module
+
+    def client(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the examples of client ``k``, from 0, as stored."""
+        part = slice(k * SAMPLES, (k + 1) * SAMPLES)
+        return torch.from_numpy(self.x[part]), torch.from_numpy(self.y[part])
+
+    def order(self, round: int, k: int) -> Tensor:
+        """Return the order of client ``k``'s examples in a round, from 1."""
+        if self._orders is None:
+            self._orders = torch.from_numpy(np.load(self.folder / "orders.npy"))
+        return self._orders[(round - 1) % ROUNDS_WITH_ORDERS][k]
+
+    def shuffled(self, round: int, k: int) -> tuple[Tensor, Tensor]:
+        """Return the examples of client ``k`` in the order of a round."""
+        x, y = self.client(k)
+        order = self.order(round, k)
+        return x[order], y[order]
+
+
+def flat(tensors: Sequence[Any]) -> npt.NDArray[np.float32]:
+    """Return tensors or arrays as one vector, to be compared."""
+    return np.concatenate([np.asarray(t, np.float32).ravel() for t in tensors])
+
+
+def flat_module(module: nn.Module) -> npt.NDArray[np.float32]:
+    """Return a module's weights as one vector."""
+    return flat([p.detach().cpu() for p in module.state_dict().values()])
+
+
+if __name__ == "__main__":
+    write(Work.parse(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

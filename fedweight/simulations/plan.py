@@ -1,0 +1,73 @@
+"""The plan: how a cohort is cut into work for threads and workers.
+
+A plan may change the last bits of a result, by training clients at once that would
+otherwise train one by one; how many threads or workers there are never does. So the
+plan belongs to a run's record, and the cut depends on the plan and the cohort alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..cohort import Cohort
+from ..errors import check_range
+
+# Clients that evaluate in one go. They share the global model, so small held-out parts
+# go through it together.
+EVALUATION_CHUNK = 32
+
+# Clients that train one after another are handed out in at most so many lists: enough
+# for threads to end together, few enough to cost nothing.
+LOOP_LISTS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How clients are trained.
+
+    Parameters
+    ----------
+    chunk : int
+        How many clients train at once (:mod:`fedweight.clients.batched`); 1 trains
+        them one after another, which is faster for convolutions on a CPU.
+    """
+
+    chunk: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        check_range("plan", self.chunk, 1)
+
+    def cut(self, cohort: Cohort, sizes: Sequence[int] | None) -> list[list[int]]:
+        """Return the cohort's nodes in the lists that are handled at once.
+
+        Parameters
+        ----------
+        cohort : Cohort
+            What is sent.
+        sizes : Sequence[int], optional
+            How much work each of its clients has. Clients of like size share a list,
+            so that few wait for others, and the largest come first.
+        """
+        nodes = np.array(cohort.nodes)
+        train = cohort.message_type == "train"
+        if train and sizes is not None:
+            nodes = nodes[np.argsort(-np.asarray(sizes), kind="stable")]
+        if not train:
+            limit = EVALUATION_CHUNK
+        elif self.chunk > 1:
+            limit = self.chunk
+        else:
+            limit = -(-len(nodes) // LOOP_LISTS)
+        count = -(-len(nodes) // limit) if limit else 0
+        return [part.tolist() for part in np.array_split(nodes, max(count, 1))]
+
+
+def sizes_of(client_app: Any, clients: Sequence[int]) -> list[int] | None:
+    """Return how many examples some clients have, where the app knows."""
+    sizes = getattr(client_app, "sizes", None)
+    return None if sizes is None else [int(sizes[client]) for client in clients]
