@@ -10,7 +10,6 @@ message does not need it should not wait for.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable
@@ -66,8 +65,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = components.strategy()
     initial = FlatRecord(FlatModule(components.make_model()).save())
     recorder = Recorder(new_folder(folder, folder.name), components, strategy)
-    recorder.begin()
-    _correct(folder, own_data=bool(_num_classes(run_config)))
+    recorder.begin({"name": "flower"}, own_data=bool(_num_classes(run_config)))
     print(f"results go to {folder}", flush=True)
     try:
         serve(numbered, components, strategy, initial, recorder)
@@ -211,20 +209,6 @@ def _folder(run_config: Frozen, run_id: int) -> Path:
         label = f"{name}-{strategy}-seed{values.get('run.seed', 0)}-{run_id}"
         return Path.home() / "fedweight-runs" / label.replace("/", "-")
     return _absolute(OUT, out)
-
-
-def _correct(folder: Path, own_data: bool) -> None:
-    """Say in the run's folder what is otherwise than in a simulation of ours."""
-    from .studies.folder import write_whole
-
-    path = folder / "environment.json"
-    environment = json.loads(path.read_text("utf-8"))
-    environment["engine"]["name"] = "flower"
-    if own_data:
-        # How the clients' data are spread is theirs to know.
-        del environment["data"]["clients"]
-        (folder / "partition.csv").unlink()
-    write_whole(path, json.dumps(environment, indent=2) + "\n")
 
 
 # -------------------------------------------------------------------- the clients

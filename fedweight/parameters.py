@@ -180,6 +180,15 @@ class FlatModel:
         """Return a copy as a PyTorch state dict."""
         return {n: torch.from_numpy(np.array(a)) for n, a in self.named_arrays()}
 
+    def __reduce__(self) -> tuple[Callable[..., FlatModel], tuple[Any, ...]]:
+        """Travel as NumPy arrays, which Ray shares between processes."""
+        return _flat_model, (
+            self.layout,
+            self.parameters.detach().cpu().numpy(),
+            self.buffers.detach().cpu().numpy(),
+            self.integers,
+        )
+
     def with_parameters(self, parameters: Tensor) -> FlatModel:
         """Return the same model with other parameters, of the layout's dtype."""
         return FlatModel(
@@ -369,23 +378,16 @@ class FlatRecord(ArrayRecord):
         flat = self.flat
         if flat is None:
             return ArrayRecord, (dict(self.__dict__["_data"]),)
-        return _rebuild, (
-            flat.layout,
-            flat.parameters.detach().cpu().numpy(),
-            flat.buffers.detach().cpu().numpy(),
-            flat.integers,
-        )
+        return FlatRecord, (flat,)
 
 
-def _rebuild(
+def _flat_model(
     layout: Layout,
     parameters: npt.NDArray[Any],
     buffers: npt.NDArray[Any],
     integers: dict[str, npt.NDArray[Any]],
-) -> FlatRecord:
-    return FlatRecord(
-        FlatModel(layout, as_tensor(parameters), as_tensor(buffers), integers)
-    )
+) -> FlatModel:
+    return FlatModel(layout, as_tensor(parameters), as_tensor(buffers), integers)
 
 
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:

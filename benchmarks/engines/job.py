@@ -86,9 +86,10 @@ def order(round: int, client: int) -> npt.NDArray[np.int64]:
 
     The one place that knows how fedweight draws it.
     """
-    from fedweight.rng import Purpose, generator
+    from fedweight.rng import Purpose, keys, permutation
 
-    return generator(SEED, Purpose.SHUFFLE, round, client).permutation(SAMPLES)
+    (key,) = keys(SEED, Purpose.SHUFFLE, round, [client])
+    return permutation(key, 0, SAMPLES)
 
 
 class Job:

@@ -43,7 +43,7 @@ class Work:
         model, cohort = name[:1].upper(), name[1:]
         if model not in INPUT_SHAPES or not cohort.isdigit() or int(cohort) < 2:
             raise ValueError(
-                f"'{name}' is no work: give one of {', '.join(INPUT_SHAPES)} and then a "
+                f"'{name}' is no work: give {', '.join(INPUT_SHAPES)} followed by the "
                 "number of clients from 2, such as S20."
             )
         return cls(model, int(cohort))

@@ -3,5 +3,6 @@
 from .engine import ENGINES, simulate
 from .grid import SimulationGrid
 from .local import LocalGrid
+from .plan import Plan
 
-__all__ = ["ENGINES", "LocalGrid", "SimulationGrid", "simulate"]
+__all__ = ["ENGINES", "LocalGrid", "Plan", "SimulationGrid", "simulate"]

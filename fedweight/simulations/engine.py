@@ -15,6 +15,7 @@ from .. import _flower
 from ..errors import EngineError, check_choice, check_range
 from .grid import RunConfig, SimulationGrid
 from .local import LocalGrid
+from .plan import Plan
 
 ENGINES = ("auto", "local", "ray")
 
@@ -30,6 +31,7 @@ def simulate(
     gpus_per_worker: float = 0.0,
     address: str | None = None,
     threads: int | None = None,
+    plan: Plan | None = None,
 ) -> Context:
     """Run a Flower app in a simulation.
 
@@ -57,6 +59,8 @@ def simulate(
     threads : int, optional
         Clients that train at once in the local grid; see
         :class:`~fedweight.simulations.local.LocalGrid`.
+    plan : Plan, optional
+        How clients of our own app are trained; one after another by default.
 
     Returns
     -------
@@ -85,6 +89,7 @@ def simulate(
         gpus_per_worker=gpus_per_worker,
         address=address,
         threads=threads,
+        plan=plan,
     ) as grid:
         context = Context(
             run_id=0,
@@ -108,6 +113,7 @@ def make_grid(
     gpus_per_worker: float = 0.0,
     address: str | None = None,
     threads: int | None = None,
+    plan: Plan | None = None,
 ) -> Iterator[SimulationGrid]:
     """Make a grid, for the time of a ``with`` block; see :func:`simulate`."""
     check_choice("engine", engine, ENGINES)
@@ -119,7 +125,9 @@ def make_grid(
         engine = choose_engine(workers, gpus_per_worker, address)
     with _flower.task_identity(run_id=0):
         if engine == "local":
-            yield LocalGrid(client_app, num_clients, run_config, threads=threads)
+            yield LocalGrid(
+                client_app, num_clients, run_config, threads=threads, plan=plan
+            )
             return
         if importlib.util.find_spec("ray") is None:
             raise EngineError(
@@ -135,6 +143,7 @@ def make_grid(
             workers=workers,
             gpus_per_worker=gpus_per_worker,
             address=address,
+            plan=plan,
         )
         try:
             yield grid

@@ -16,16 +16,18 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from .. import keys
 from ..cohort import Cohort, Replies, Reply
 from ..errors import check_range
 from .grid import RunConfig, SimulationGrid, answers_cohort, execute, make_context
+from .memory import keep_freed_memory
 from .plan import Plan, sizes_of
 
 T = TypeVar("T")
 
-# A client whose training takes longer than this releases the interpreter for long
+# A step that takes longer than this many seconds releases the interpreter for long
 # enough at a time that a second thread gains (measured: benchmarks/).
-WORTH_A_THREAD = 0.05
+WORTH_A_THREAD = 0.0015
 
 
 class LocalGrid(SimulationGrid):
@@ -65,6 +67,7 @@ class LocalGrid(SimulationGrid):
         self.plan = plan or Plan()
         self.contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
+        keep_freed_memory()
 
     def context(self, client: int) -> Context:
         """Return a client's context, which keeps its state between messages."""
@@ -111,8 +114,24 @@ class LocalGrid(SimulationGrid):
             )
 
         jobs = [partial(answer, nodes) for nodes in lists]
-        answers = {r.node: r for part in self._do(jobs, deadline) for r in part}
+        answers: dict[int, Reply] = {}
+        if self.threads is None and cohort.message_type == "train" and jobs:
+            began = time.monotonic()
+            first = next(self._do([jobs.pop(0)], deadline), [])
+            self.threads = self._choose_threads(first, time.monotonic() - began)
+            answers |= {reply.node: reply for reply in first}
+        for part in self._do(jobs, deadline):
+            answers |= {reply.node: reply for reply in part}
         return Replies(cohort, [answers[n] for n in cohort.nodes if n in answers])
+
+    def _choose_threads(self, replies: Sequence[Reply], seconds: float) -> int:
+        """Decide whether threads pay, from how long some clients' steps took.
+
+        Many clients at once keep PyTorch busy outside the interpreter anyway.
+        """
+        steps = sum(int(r.metrics.get(keys.NUM_STEPS, 0)) for r in replies)
+        pays = self.plan.chunk > 1 or seconds > steps * WORTH_A_THREAD > 0
+        return (os.cpu_count() or 1) if self._safe and pays else 1
 
     def _handle(
         self, messages: Sequence[Message], deadline: float | None
@@ -140,15 +159,10 @@ class LocalGrid(SimulationGrid):
         intra_op = torch.get_num_threads()
         torch.set_num_threads(1)  # More would change the last bits of the results.
         try:
-            rest = list(jobs)
-            if rest and self.threads is None:
-                began = time.monotonic()
-                yield rest.pop(0)()
-                self.threads = self._choose_threads(time.monotonic() - began)
             if (threads or self.threads or 1) > 1:
-                yield from self._in_threads(rest, deadline)
+                yield from self._in_threads(jobs, deadline)
                 return
-            for job in rest:
+            for job in jobs:
                 if _is_over(deadline):
                     return
                 yield job()
@@ -174,10 +188,6 @@ class LocalGrid(SimulationGrid):
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-
-    def _choose_threads(self, seconds: float) -> int:
-        """Decide, from how long the first job took, whether threads pay."""
-        return (os.cpu_count() or 1) if self._safe and seconds > WORTH_A_THREAD else 1
 
     @property
     def _safe(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..cohort import Cohort
-from ..errors import check_range
+from ..errors import ConfigurationError, check_range
 
 # Clients that evaluate in one go. They share the global model, so small held-out parts
 # go through it together.
@@ -41,6 +41,30 @@ class Plan:
     def __post_init__(self) -> None:
         """Check the range."""
         check_range("plan", self.chunk, 1)
+
+    @classmethod
+    def parse(cls, text: str) -> Plan | None:
+        """Read a plan: ``loop``, ``batched-20``; ``auto`` is ``None``.
+
+        Examples
+        --------
+        >>> Plan.parse("batched-20")
+        Plan(chunk=20)
+        """
+        if text == "auto":
+            return None
+        if text == "loop":
+            return cls()
+        kind, _, number = text.partition("-")
+        if kind == "batched" and number.isdigit() and int(number) >= 2:
+            return cls(int(number))
+        raise ConfigurationError(
+            f"engine.plan must be 'auto', 'loop' or 'batched-N' with N clients at "
+            f"once, 2 or more, got {text!r}."
+        )
+
+    def __str__(self) -> str:
+        return "loop" if self.chunk == 1 else f"batched-{self.chunk}"
 
     def cut(self, cohort: Cohort, sizes: Sequence[int] | None) -> list[list[int]]:
         """Return the cohort's nodes in the lists that are handled at once.

@@ -35,9 +35,19 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.check_serialize import inspect_serializability
 
 from .. import _flower
+from ..cohort import Cohort, Replies, Reply
 from ..errors import EngineError, check_range
 from ..parameters import FlatRecord
-from .grid import RunConfig, SimulationGrid, execute, make_context
+from .grid import (
+    FIRST_NODE,
+    RunConfig,
+    SimulationGrid,
+    answers_cohort,
+    execute,
+    make_context,
+)
+from .memory import keep_freed_memory
+from .plan import Plan, sizes_of
 
 log = logging.getLogger("fedweight")
 
@@ -81,6 +91,8 @@ class RayGrid(SimulationGrid):
         Share of a GPU that each worker gets: 0, a fraction, or a whole number.
     address : str, optional
         A running Ray cluster to join; ``"auto"`` finds one on this machine.
+    plan : Plan, optional
+        How our own app trains clients; one after another by default.
 
     Raises
     ------
@@ -97,8 +109,10 @@ class RayGrid(SimulationGrid):
         workers: int | None = None,
         gpus_per_worker: float = 0.0,
         address: str | None = None,
+        plan: Plan | None = None,
     ) -> None:
         super().__init__(num_clients)
+        self.plan = plan or Plan()
         if workers is not None:
             check_range("workers", workers, 1)
         check_range("gpus_per_worker", gpus_per_worker, 0)
@@ -161,6 +175,8 @@ class RayGrid(SimulationGrid):
         are kept.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        if answers_cohort(messages, self.client_app):
+            return self._answer(messages, deadline)
         batch = self._addressed(messages)
         pushed = self._pool.push(batch)
         try:
@@ -169,27 +185,39 @@ class RayGrid(SimulationGrid):
             replies = self._pool.finish(pushed, batch)
         return replies
 
+    def _answer(self, cohort: Cohort, deadline: float | None) -> Replies:
+        """Let our own app handle a cohort, a list of clients at a time."""
+        clients = [self._checked_client(node) for node in cohort.nodes]
+        lists = self.plan.cut(cohort, sizes_of(self.client_app, clients))
+        pushed = self._pool.push_cohort(cohort, lists, batched=self.plan.chunk > 1)
+        try:
+            self._pool.wait(pushed, deadline)
+        finally:
+            answers = self._pool.finish_cohort(pushed)
+        return Replies(cohort, [answers[n] for n in cohort.nodes if n in answers])
+
 
 @dataclass(eq=False)
 class _Batch:
-    """The messages of one push."""
+    """The messages of one push, or one cohort with its answers by node."""
 
     missing: int
     dropped: bool = False
+    answers: dict[int, Reply] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class _Job:
-    """A client's messages of one push, which it handles in their order.
+    """A client's messages of one push, in their order; or a cohort's clients at once.
 
     ``payloads`` are the messages as bytes; array records that travel apart are in
-    ``arrays``, by the number that stands for them. ``seconds`` is what the client took
-    for such messages before, None if it never had one; ``expected`` is what the list
-    that it is in reckons with; an ``alone`` job gets a list to itself.
+    ``arrays``, by the number that stands for them. ``seconds`` is what the clients
+    took for such messages before, None if they never had one; ``expected`` is what the
+    list that it is in reckons with; an ``alone`` job gets a list to itself.
     """
 
     batch: _Batch
-    client: int
+    clients: tuple[int, ...]
     kind: str
     messages: list[Message] = field(default_factory=list)
     payloads: list[bytes] = field(default_factory=list)
@@ -207,9 +235,9 @@ class _Job:
 class _Answer:
     """What a worker returns of one job, besides the client's state."""
 
-    replies: list[Message]
+    replies: list[Any]
     seconds: float
-    has_state: bool
+    has_state: list[bool]
 
 
 class _Worker:
@@ -217,6 +245,7 @@ class _Worker:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)  # More would change the last bits of the results.
+        keep_freed_memory()
 
     def load(self, app: ClientApp, num_clients: int, run_config: RunConfig) -> None:
         self.app = app
@@ -225,7 +254,7 @@ class _Worker:
 
     def run(
         self,
-        jobs: Sequence[tuple[int, Sequence[bytes]]],
+        jobs: Sequence[tuple[Sequence[int], Sequence[bytes]]],
         arrays: Sequence[int],
         states: Sequence[int],
         *values: Any,
@@ -238,19 +267,41 @@ class _Worker:
         records = dict(zip(arrays, values, strict=False))
         state_of = dict(zip(states, values[len(arrays) :], strict=True))
         answers, new_states = [], []
-        for client, payloads in jobs:
+        for clients, payloads in jobs:
             began = time.perf_counter()
-            context = make_context(client, self.num_clients, self.run_config)
-            if client in state_of:
-                context.state = state_of[client]
-            replies = [
-                execute(self.app, _unpack(payload, records), context)
-                for payload in payloads
-            ]
-            has_state = len(context.state) > 0
-            new_states.append(context.state if has_state else None)
+            contexts = {}
+            for client in clients:
+                context = make_context(client, self.num_clients, self.run_config)
+                if client in state_of:
+                    context.state = state_of[client]
+                contexts[context.node_id] = context
+            replies: list[Any] = []
+            for payload in payloads:
+                work = _unpack(payload, records)
+                if isinstance(work, _Part):
+                    app: Any = self.app
+                    replies += app.answer(
+                        work.cohort,
+                        work.cohort.nodes,
+                        contexts.__getitem__,
+                        batched=work.batched,
+                    )
+                else:
+                    (context,) = contexts.values()
+                    replies.append(execute(self.app, work, context))
+            kept = [context.state for context in contexts.values()]
+            new_states += [state if len(state) else None for state in kept]
+            has_state = [len(state) > 0 for state in kept]
             answers.append(_Answer(replies, time.perf_counter() - began, has_state))
         return [answers, *new_states]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some clients of a cohort, for one worker to handle at once."""
+
+    cohort: Cohort
+    batched: bool
 
 
 class _Pool:
@@ -338,12 +389,23 @@ class _Pool:
         batch = _Batch(missing=len(messages))
         with self._lock:
             self._check()
-        jobs = self._pack(messages, batch)
+        return self._push(batch, self._pack(messages, batch))
+
+    def push_cohort(
+        self, cohort: Cohort, lists: Sequence[Sequence[int]], *, batched: bool
+    ) -> _Batch:
+        """Let a cohort wait for the workers, in lists that are handled at once."""
+        batch = _Batch(missing=len(cohort))
+        with self._lock:
+            self._check()
+        return self._push(batch, self._pack_cohort(cohort, lists, batched, batch))
+
+    def _push(self, batch: _Batch, jobs: Sequence[_Job]) -> _Batch:
         with self._lock:
             self._check()
             push = next(self._numbers)
             for job in jobs:
-                job.seconds = self._measured.get((job.kind, job.client))
+                job.seconds = self._took_before(job)
                 expected = self._expected(job) or 0.0
                 job.order = (push, -expected, next(self._numbers))
                 self._enqueue(job)
@@ -365,6 +427,12 @@ class _Pool:
         with self._lock:
             batch.dropped = True
             return self._hand_out(m.metadata.message_id for m in messages)
+
+    def finish_cohort(self, batch: _Batch) -> dict[int, Reply]:
+        """Return a cohort's answers so far, and give up the others."""
+        with self._lock:
+            batch.dropped = True
+            return batch.answers
 
     def pull(self, message_ids: Iterable[str]) -> list[Message]:
         """Hand out the replies that are there, once."""
@@ -413,7 +481,7 @@ class _Pool:
         for message in messages:
             client = SimulationGrid.client_of(message.metadata.dst_node_id)
             kind = message.metadata.message_type
-            job = jobs.setdefault(client, _Job(batch, client, kind))
+            job = jobs.setdefault(client, _Job(batch, (client,), kind))
             records: dict[str, Any] = dict(message.content.items())
             for name, record in message.content.array_records.items():
                 key = id(record)
@@ -428,6 +496,31 @@ class _Pool:
             # As bytes now: the server may change its records once they are pushed.
             job.payloads.append(pickle.dumps((message.metadata, records), 5))
         return list(jobs.values())
+
+    def _pack_cohort(
+        self,
+        cohort: Cohort,
+        lists: Sequence[Sequence[int]],
+        batched: bool,
+        batch: _Batch,
+    ) -> list[_Job]:
+        """Turn a cohort into jobs; its array records travel once."""
+        shared: dict[str, Any] = dict(cohort.content.items())
+        arrays = {}
+        for name, record in cohort.content.array_records.items():
+            number = next(self._numbers)
+            arrays[number] = ray.put(record)
+            shared[name] = number
+        jobs = []
+        for nodes in lists:
+            own = {node: cohort.own[node] for node in nodes if node in cohort.own}
+            parts = (nodes, cohort.message_type, own, cohort.config_key, batched)
+            clients = tuple(SimulationGrid.client_of(node) for node in nodes)
+            job = _Job(batch, clients, cohort.message_type)
+            job.payloads.append(pickle.dumps((parts, shared), 5))
+            job.arrays = arrays
+            jobs.append(job)
+        return jobs
 
     def _enqueue(self, job: _Job) -> None:
         heapq.heappush(self._jobs, job)
@@ -467,7 +560,7 @@ class _Pool:
             elif job.alone or expected is None or seconds + expected / 2 > limit:
                 break
             jobs.append(self._dequeue())
-            self._busy.add(job.client)
+            self._busy.update(job.clients)
             job.expected = expected or 0.0
             seconds += job.expected
             if job.alone or expected is None:
@@ -479,11 +572,12 @@ class _Pool:
         """Return the first job that may begin; put aside those that may not."""
         while self._jobs:
             job = self._jobs[0]
-            if not job.batch.dropped and job.client not in self._busy:
+            busy = self._busy.intersection(job.clients)
+            if not job.batch.dropped and not busy:
                 return job
             self._dequeue()
             if not job.batch.dropped:
-                self._parked[job.client].append(job)
+                self._parked[min(busy)].append(job)
         self._backlog = 0.0  # whatever rounding has left
         return None
 
@@ -491,7 +585,14 @@ class _Pool:
         """Return how long a job will take, or None if nothing like it ever ran."""
         if job.seconds is not None:
             return job.seconds
-        return self._typical.get(job.kind)
+        typical = self._typical.get(job.kind)
+        return None if typical is None else typical * len(job.clients)
+
+    def _took_before(self, job: _Job) -> float | None:
+        """Return how long a job's clients took before, if each has been measured."""
+        before = [self._measured.get((job.kind, client)) for client in job.clients]
+        known = [seconds for seconds in before if seconds is not None]
+        return sum(known) if len(known) == len(before) else None
 
     def _limit(self, job: _Job) -> float:
         """Return how many seconds of work the next list may have.
@@ -533,9 +634,10 @@ class _Pool:
         for job in jobs:
             arrays |= job.arrays
         known = self._states
-        states = {j.client: known[j.client] for j in jobs if j.client in known}
-        first, *rest = worker.run.options(num_returns=1 + len(jobs)).remote(
-            [(job.client, job.payloads) for job in jobs],
+        clients = [client for job in jobs for client in job.clients]
+        states = {client: known[client] for client in clients if client in known}
+        first, *rest = worker.run.options(num_returns=1 + len(clients)).remote(
+            [(job.clients, job.payloads) for job in jobs],
             list(arrays),
             list(states),
             *arrays.values(),
@@ -556,12 +658,12 @@ class _Pool:
         with self._lock:
             self._running -= sum(job.expected for job in jobs)
             for job in jobs:
-                self._busy.discard(job.client)
+                self._busy.difference_update(job.clients)
             if not self._busy:
                 self._running = 0.0
             outcome()
-            for job in jobs:
-                for parked in self._parked.pop(job.client, []):
+            for client in [client for job in jobs for client in job.clients]:
+                for parked in self._parked.pop(client, []):
                     self._enqueue(parked)
             self._work.notify_all()
             self._answers.notify_all()
@@ -569,18 +671,23 @@ class _Pool:
     def _accept(
         self, jobs: list[_Job], answers: list[_Answer], states: list[Any]
     ) -> None:
-        for job, answer, state in zip(jobs, answers, states, strict=True):
-            if answer.has_state:
-                self._states[job.client] = state
-            else:
-                self._states.pop(job.client, None)
-            # The mean of now and before: one measurement of a quick client is noise.
-            before = self._measured.get((job.kind, job.client), answer.seconds)
-            self._measured[job.kind, job.client] = (before + answer.seconds) / 2
+        kept = iter(states)
+        for job, answer in zip(jobs, answers, strict=True):
+            for client, has_state in zip(job.clients, answer.has_state, strict=True):
+                state = next(kept)
+                if has_state:
+                    self._states[client] = state
+                else:
+                    self._states.pop(client, None)
+                # The mean of now and before: one measurement of a quick client is
+                # noise.
+                seconds = answer.seconds / len(job.clients)
+                before = self._measured.get((job.kind, client), seconds)
+                self._measured[job.kind, client] = (before + seconds) / 2
             self._reply(job, answer.replies)
         for kind in {job.kind for job in jobs}:
             taken = [
-                answer.seconds
+                answer.seconds / len(job.clients)
                 for job, answer in zip(jobs, answers, strict=True)
                 if job.kind == kind
             ]
@@ -597,27 +704,56 @@ class _Pool:
                 self._enqueue(job)
             return
         (job,) = jobs
+        if len(job.clients) > 1:
+            for single in self._split(job):
+                self._enqueue(single)
+            return
+        (client,) = job.clients
         died = isinstance(error, RayActorError)
         what = "its worker process died" if died else "its worker failed"
-        reason = f"client {job.client}, {job.kind}: {what}: {error}"
+        reason = f"client {client}, {job.kind}: {what}: {error}"
+        if not job.messages:
+            self._reply(job, [Reply(FIRST_NODE + client, error=reason)])
+            return
         code = _flower.CLIENT_APP_RAISED_EXCEPTION
         self._reply(
             job, [Message(Error(code, reason), reply_to=m) for m in job.messages]
         )
 
-    def _reply(self, job: _Job, replies: list[Message]) -> None:
+    def _split(self, job: _Job) -> list[_Job]:
+        """Return a cohort's job as one job for each of its clients."""
+        (nodes, kind, own, config_key, _), shared = pickle.loads(job.payloads[0])
+        singles = []
+        for node, client in zip(nodes, job.clients, strict=True):
+            mine = {node: own[node]} if node in own else {}
+            parts = ([node], kind, mine, config_key, False)
+            single = _Job(job.batch, (client,), job.kind, arrays=job.arrays)
+            single.payloads.append(pickle.dumps((parts, shared), 5))
+            single.alone = True
+            singles.append(single)
+        return singles
+
+    def _reply(self, job: _Job, replies: list[Any]) -> None:
         job.batch.missing -= len(replies)
         if job.batch.dropped:
+            return
+        if not job.messages:
+            job.batch.answers |= {reply.node: reply for reply in replies}
             return
         for message, reply in zip(job.messages, replies, strict=True):
             self._replies[message.metadata.message_id] = reply
 
 
-def _unpack(payload: bytes, records: dict[int, ArrayRecord]) -> Message:
-    """Make the message that the server sent; the array records are shared."""
-    metadata, content = pickle.loads(payload)
-    filled = {n: records[r] if isinstance(r, int) else r for n, r in content.items()}
-    return _flower.message_of(RecordDict(filled), metadata)
+def _unpack(payload: bytes, records: dict[int, ArrayRecord]) -> Message | _Part:
+    """Make what the server sent; the array records are shared."""
+    head, content = pickle.loads(payload)
+    filled = RecordDict(
+        {n: records[r] if isinstance(r, int) else r for n, r in content.items()}
+    )
+    if isinstance(head, tuple):
+        nodes, message_type, own, config_key, batched = head
+        return _Part(Cohort(filled, nodes, message_type, own, config_key), batched)
+    return _flower.message_of(filled, head)
 
 
 def _num_bytes(record: ArrayRecord) -> int:

@@ -350,7 +350,7 @@ class WeightingStrategy(Strategy):
     ) -> MetricRecord | None:
         """Average the clients' evaluation metrics by data size; record them."""
         record = self.history[-1] if self.history else RoundRecord(server_round)
-        entries = {c.client: c for c in record.clients if c.status != "rejected"}
+        entries = {c.client: c for c in record.clients}
         answered = set()
         good = []
         for client, _, reply in self._read(replies):
@@ -512,6 +512,9 @@ class WeightingStrategy(Strategy):
                         entry.status, entry.reason = "dropped", "straggler"
                 except AggregationError as error:
                     entry.status, entry.reason = "rejected", str(error)
+                    if isinstance(reply, Reply) and self._has_no_data(reply):
+                        # What it was asked for cannot be measured without data.
+                        entry.status = "dropped"
             answered.add(client)
             if entry.status in ("rejected", "failed", "missing"):
                 log.warning(
@@ -540,6 +543,9 @@ class WeightingStrategy(Strategy):
                 raise AggregationError(f"its '{name}' is {value!r}, not a number")
         self.receive(client, reply.metrics, reply.profile)
         return _Good(client, reply, size)
+
+    def _has_no_data(self, reply: Reply) -> bool:
+        return reply.metrics.get(self.weighted_by_key) == 0
 
     def _size(self, reply: Reply) -> float:
         """Return how much data a client has; raise if it does not say."""
@@ -620,7 +626,7 @@ class WeightingStrategy(Strategy):
     def _fail(self, record: RoundRecord, reason: str) -> tuple[None, None]:
         """Keep the global model, and say so."""
         record.status, record.reason = "failed", reason
-        counts = Counter(c.reason for c in record.clients if c.status != "ok")
+        counts = Counter(_cause(c.reason) for c in record.clients if c.status != "ok")
         causes = "; ".join(f"{n} x {why}" for why, n in counts.most_common(3))
         log.error(
             "round %d failed, the global model is kept: %s%s",
@@ -695,6 +701,12 @@ class _Good:
             for name, value in self.reply.metrics.items()
             if not isinstance(value, list)
         }
+
+
+def _cause(reason: str) -> str:
+    """Return the first line of a reason, without whose it was."""
+    line = reason.strip().split("\n", 1)[0]
+    return line.split(", ", 1)[-1] if line.startswith("client ") else line
 
 
 def _request(config: ConfigRecord, asks: tuple[str, ...]) -> dict[str, list[str]]:

@@ -49,6 +49,7 @@ SCHEMA: dict[str, dict[str, Key]] = {
         "name": Key("quickstart", "what the run's folder is called"),
         "rounds": Key(20, "rounds of training", 1),
         "seed": Key(0, "the seed that every random number comes from", 0),
+        "timeout": Key(0.0, "seconds to wait for a round's replies; 0 has no limit", 0),
         "evaluate-every": Key(1, "rounds from one server evaluation to the next", 1),
     },
     "data": {
@@ -92,6 +93,7 @@ SCHEMA: dict[str, dict[str, Key]] = {
         "gpus-per-worker": Key(0.0, "share of a GPU for each Ray worker", 0),
         "address": Key("", "a running Ray cluster to join"),
         "threads": Key(0, "clients at once in the local engine; 0 decides", 0),
+        "plan": Key("auto", "how clients train: auto, loop or batched-N (N at once)"),
         "device": Key("auto", "auto, cpu, cuda or cuda:N"),
     },
 }

@@ -385,7 +385,9 @@ class Run:
             )
             for column in numbers:
                 if column in _KEYS:
-                    frame[column] = frame[column].astype("int64")
+                    # A real node's number may need all 64 bits.
+                    if frame[column].dtype != "uint64":
+                        frame[column] = frame[column].astype("int64")
                 elif column in _COUNTS or column.startswith("label_"):
                     frame[column] = frame[column].astype("Int64")
                 elif frame[column].isna().all() or pd.api.types.is_integer_dtype(

@@ -7,15 +7,16 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save as safetensors_bytes
@@ -29,9 +30,15 @@ from ..data import check as check_data
 from ..data.files import load_one_csv
 from ..errors import ConfigurationError, check_choice
 from ..parameters import FlatModule, FlatRecord, Layout, flatten
-from ..simulations import simulate
+from ..simulations import Plan, SimulationGrid, simulate
 from ..simulations.engine import choose_engine
-from ..strategies import RoundRecord, strategy_class
+from ..simulations.planner import (
+    WORTH_MEASURING,
+    choose_plan,
+    estimated_seconds,
+    machine,
+)
+from ..strategies import ClientRecord, RoundRecord, strategy_class
 from ..strategies.server_optimizers import server_optimizer
 from .configuration import Configuration, options_of, parse_setting
 from .folder import Table, new_folder, write_whole
@@ -103,6 +110,43 @@ class Components:
             seed=self.configuration["run"]["seed"],
             device=self.device,
             sizes=self.data.sizes,
+        )
+
+    def plan(self, client_app: TrainingApp, initial: FlatRecord) -> Plan:
+        """Return how clients are trained: as told, or as is fastest here."""
+        told = Plan.parse(self.configuration["engine"]["plan"])
+        if told is not None:
+            return told
+        module = self.make_model()
+        training = self.configuration["training"]
+        share = self.configuration["strategy"].get("fraction-train") or 1.0
+        cohort = max(1, int(self.data.num_clients * share))
+        steps = -(-self.data.sizes // training["batch-size"]) * training["epochs"]
+        rounds = self.configuration["run"]["rounds"]
+        num_steps = int(rounds * cohort * steps.mean())
+        num_parameters = Layout.of_module(module).num_parameters
+        short = estimated_seconds(num_steps, training["batch-size"], num_parameters)
+        # On a CPU convolutions of many clients at once are slower, always.
+        convolves = any(
+            isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()
+        )
+        if self.device == "cpu" and (convolves or short < WORTH_MEASURING):
+            return Plan()
+        return choose_plan(
+            client_app,
+            initial,
+            clients=np.flatnonzero(self.data.sizes).tolist(),
+            num_clients=self.data.num_clients,
+            cohort=cohort,
+            about={
+                "model": str(module),
+                "objective": dict(self.configuration["objective"]),
+                "training": dict(training),
+                "cohort": cohort,
+                "examples": int(np.median(self.data.sizes)),
+                "device": self.device,
+                **machine(),
+            },
         )
 
     def strategy(self) -> Strategy:
@@ -266,8 +310,9 @@ def run(
     name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
     label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
     folder = new_folder(out, label)
+    plan = components.plan(client_app, initial)
     recorder = Recorder(folder, components, chosen, progress)
-    recorder.begin()
+    recorder.begin({"plan": str(plan)})
 
     server_app = ServerApp()
 
@@ -287,6 +332,7 @@ def run(
                 gpus_per_worker=engine_table["gpus-per-worker"],
                 address=engine_table["address"] or None,
                 threads=engine_table["threads"] or None,
+                plan=plan,
             )
     finally:
         recorder.end()
@@ -321,6 +367,7 @@ def serve(
         grid,
         initial,
         num_rounds=configuration["run"]["rounds"],
+        timeout=configuration["run"]["timeout"] or None,  # type: ignore[arg-type]
         train_config=ConfigRecord(
             {keys.LOCAL_EPOCHS: configuration["training"]["epochs"]}
         ),
@@ -360,13 +407,69 @@ class Recorder:
         self._module: FlatModule | None = None
         self._arrays: ArrayRecord | None = None
         self._began = self._last = time.perf_counter()
+        self._heard: list[RoundRecord] = []
+        if not hasattr(strategy, "history"):
+            self._listen(strategy)
 
-    def begin(self) -> None:
-        """Write what is known before the first round."""
+    def _listen(self, strategy: Strategy) -> None:
+        """Record what clients answer to a strategy that keeps no history itself."""
+        aggregate = strategy.aggregate_train
+
+        def heard(
+            server_round: int, replies: Iterable[Message]
+        ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+            answers = list(replies)
+            record = RoundRecord(server_round)
+            self._heard.append(record)
+            for reply in answers:
+                client = SimulationGrid.client_of(reply.metadata.src_node_id)
+                entry = ClientRecord(client, "ok")
+                if reply.has_error():
+                    entry.status, entry.reason = "failed", reply.error.reason or ""
+                    log.warning(
+                        "round %d: client %d failed: %s",
+                        server_round,
+                        client,
+                        entry.reason,
+                    )
+                else:
+                    for metrics in reply.content.metric_records.values():
+                        entry.metrics |= {
+                            name: float(value)
+                            for name, value in metrics.items()
+                            if not isinstance(value, list)
+                        }
+                record.clients.append(entry)
+            result = aggregate(server_round, answers)
+            if result[0] is None:
+                record.status = "failed"
+                record.reason = "the strategy kept the global model"
+            return result
+
+        strategy.aggregate_train = heard  # type: ignore[method-assign]
+
+    def begin(
+        self, engine: Mapping[str, Any] | None = None, *, own_data: bool = False
+    ) -> None:
+        """Write what is known before the first round, also of the engine.
+
+        With ``own_data`` the clients have data of their own: how those are spread is
+        theirs to know.
+        """
         components = self.components
         write_whole(self.folder / "config.toml", components.configuration.to_toml())
-        environment = json.dumps(environment_of(components), indent=2) + "\n"
-        write_whole(self.folder / "environment.json", environment)
+        environment = environment_of(components)
+        environment["engine"] |= dict(engine or {})
+        if own_data:
+            del environment["data"]["clients"]
+        text = json.dumps(environment, indent=2) + "\n"
+        write_whole(self.folder / "environment.json", text)
+        self._began = self._last = time.perf_counter()
+        if not own_data:
+            self._write_partition()
+
+    def _write_partition(self) -> None:
+        components = self.components
         counts = components.data.label_counts
         held_out = [len(components.data.client(k).held_out) for k in range(len(counts))]
         table = Table(
@@ -387,13 +490,12 @@ class Recorder:
             }
             for k, row in enumerate(counts)
         )
-        self._began = self._last = time.perf_counter()
 
     def after_round(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate the global model, and record the round; Flower's evaluate_fn."""
         self._arrays = arrays
         test = self._test(number, arrays)
-        history = getattr(self.strategy, "history", None)
+        history = getattr(self.strategy, "history", self._heard)
         if history and history[-1].number == number:
             record = history[-1]
         else:

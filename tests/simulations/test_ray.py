@@ -200,7 +200,7 @@ def test_slow_clients_begin_first(
     send = ray_grid._pool._send
 
     def noting(worker: Any, jobs: Any) -> Any:
-        first.append([job.client for job in jobs])
+        first.append([c for job in jobs for c in job.clients])
         return send(worker, jobs)
 
     monkeypatch.setattr(ray_grid._pool, "_send", noting)

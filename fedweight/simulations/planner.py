@@ -1,0 +1,154 @@
+"""Choosing a plan: a short measurement of the actual model, data and device.
+
+What was chosen is kept in a file of the machine, so that the same configuration goes
+on giving the same bits on it; and it is part of the run's record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
+from .. import _flower, keys
+from ..cohort import Cohort
+from .grid import FIRST_NODE
+from .local import LocalGrid
+from .plan import Plan
+
+# A run shorter than this many seconds, by the estimate below, is not worth measuring:
+# tracing the batched step takes a second by itself.
+WORTH_MEASURING = 15.0
+
+# Seconds that a step costs PyTorch besides its arithmetic, and floating-point
+# operations a second: rough, because only the order of magnitude matters.
+STEP_OVERHEAD, OPERATIONS = 2e-4, 3e10
+
+SAMPLE = 40
+CHUNKS = (10, 20, 40)
+LEAST_SECONDS = 0.3
+
+# Batched training has to win by this much: it is the more intricate of the two.
+MARGIN = 1.1
+
+
+def estimated_seconds(num_steps: int, batch_size: int, num_parameters: int) -> float:
+    """Return about how long so many steps of a dense model take, one by one.
+
+    Examples
+    --------
+    >>> estimated_seconds(num_steps=10_000, batch_size=32, num_parameters=50_000)
+    5.2
+    """
+    operations = 6 * batch_size * num_parameters
+    return round(num_steps * (STEP_OVERHEAD + operations / OPERATIONS), 1)
+
+
+def choose_plan(
+    client_app: ClientApp,
+    arrays: ArrayRecord,
+    *,
+    clients: Sequence[int],
+    num_clients: int,
+    cohort: int,
+    about: Mapping[str, Any],
+    cache: Path | None = None,
+) -> Plan:
+    """Measure how clients of an app train fastest, or remember it.
+
+    Parameters
+    ----------
+    client_app : ClientApp
+        An app of ours.
+    arrays : ArrayRecord
+        The global model.
+    clients : Sequence[int]
+        Clients to measure with; the first few are used.
+    num_clients : int
+        N.
+    cohort : int
+        How many clients train in a round.
+    about : Mapping
+        What the measurement depends on, such as model, data and device; the key under
+        which the plan is kept.
+    cache : Path, optional
+        The file; by default ``plans.json`` in the user's cache folder.
+
+    Returns
+    -------
+    Plan
+        One after another, unless many at once is clearly faster.
+    """
+    path = cache or default_cache()
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    known = _read(path)
+    if key in known:
+        return Plan(int(known[key]["chunk"]))
+    sample = list(clients)[: min(SAMPLE, cohort)]
+    speeds = {
+        chunk: _speed(client_app, arrays, sample, num_clients, Plan(chunk))
+        for chunk in (1, *CHUNKS)
+        if chunk <= max(2, cohort // (os.cpu_count() or 1)) or chunk == 1
+    }
+    best = max(speeds, key=lambda chunk: speeds[chunk])
+    chunk = best if speeds[best] > MARGIN * speeds[1] else 1
+    known[key] = {"chunk": chunk, "updates_per_second": speeds, "about": dict(about)}
+    _write(path, known)
+    return Plan(chunk)
+
+
+def _speed(
+    client_app: ClientApp,
+    arrays: ArrayRecord,
+    clients: Sequence[int],
+    num_clients: int,
+    plan: Plan,
+) -> float:
+    """Return the client updates a second of one thread, after a warm-up."""
+    content = RecordDict({keys.ARRAYS: arrays, keys.CONFIG: ConfigRecord()})
+    nodes = [FIRST_NODE + client for client in clients]
+    with _flower.task_identity(run_id=0):
+        grid = LocalGrid(client_app, num_clients, threads=1, plan=plan)
+        grid.send_and_receive(Cohort(content, nodes, MessageType.TRAIN))
+        began, done = time.perf_counter(), 0
+        while time.perf_counter() - began < LEAST_SECONDS:
+            grid.send_and_receive(Cohort(content, nodes, MessageType.TRAIN))
+            done += len(nodes)
+    return round(done / (time.perf_counter() - began), 1)
+
+
+def machine() -> dict[str, Any]:
+    """Return what of the machine a plan depends on."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cores": os.cpu_count(), "gpus": gpus, "torch": torch.__version__}
+
+
+def default_cache() -> Path:
+    """Return the file of the machine's plans."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fedweight" / "plans.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        plans: dict[str, Any] = json.loads(path.read_text())
+        return plans
+    return {}
+
+
+def _write(path: Path, plans: Mapping[str, Any]) -> None:
+    """Keep the plans, if there is a place for them."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}.part")
+        aside.write_text(json.dumps(plans, indent=1))
+        aside.replace(path)
