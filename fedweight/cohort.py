@@ -59,7 +59,9 @@ class Cohort(Sequence[Message]):
 
     def config(self, node: int) -> ConfigRecord:
         """Return the config that one client receives."""
-        return self.own.get(node) or self.content.config_records[self.config_key]
+        if node in self.own:
+            return self.own[node]
+        return self.content.config_records[self.config_key]
 
     def node_of(self, message_id: str) -> int | None:
         """Return where the message with an id went, if it is one of these."""

@@ -16,7 +16,7 @@ def main() -> None:
     talk, job = start(f"PyTorch {torch.__version__}")
     torch.set_num_threads(1)
     module = job.model().train()
-    parameters = list(module.parameters())
+    parameters: list[torch.Tensor] = list(module.parameters())
     current = [p.detach().clone() for p in parameters]
     total = [torch.zeros_like(p) for p in current]
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
@@ -32,7 +32,8 @@ def main() -> None:
             for first in range(0, SAMPLES, BATCH):
                 optimizer.zero_grad()
                 logits = module(x[first : first + BATCH])
-                F.cross_entropy(logits, y[first : first + BATCH]).backward()
+                loss = F.cross_entropy(logits, y[first : first + BATCH])
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             with torch.no_grad():
                 torch._foreach_add_(total, parameters, alpha=SAMPLES / examples)

@@ -131,6 +131,7 @@ class EngineProcess:
             raise EngineFailedError(self._last_words()) from None
 
     def _has_answer(self, seconds: float) -> bool:
+        assert self._process.stdout is not None
         return bool(select.select([self._process.stdout], [], [], seconds)[0])
 
     def _answer(self, expected: str) -> str:

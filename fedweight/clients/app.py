@@ -109,6 +109,7 @@ class TrainingApp(ClientApp):
         super().__init__(mods=mods)
         self.sizes = sizes
         self.mods = list(mods or [])
+        self._has_lifespan = False
         self.model = model
         self.data = data
         self.num_classes = num_classes
@@ -151,8 +152,17 @@ class TrainingApp(ClientApp):
 
     @property
     def answers_cohorts(self) -> bool:
-        """Whether :meth:`answer` may be used; Flower mods want to see messages."""
-        return not self.mods
+        """Whether :meth:`answer` may be used instead of sending messages.
+
+        Not where somebody wants to see them: Flower mods, a lifespan, a class that
+        derives from this one.
+        """
+        return type(self) is TrainingApp and not self.mods and not self._has_lifespan
+
+    def lifespan(self) -> Any:
+        """Register what runs around every message, as any Flower app can."""
+        self._has_lifespan = True
+        return super().lifespan()
 
     def cancel(self) -> None:
         """Let clients that are training in other threads stop at their next step.
@@ -188,7 +198,7 @@ class TrainingApp(ClientApp):
         list[Reply]
             In the order of the nodes. A client's failure is its reply's ``error``.
         """
-        stage = cohort.message_type
+        stage, cancelled = cohort.message_type, self._cancelled
         work = self._train_all if stage == "train" else self._evaluate_all
         record = _arrays(cohort.content)
 
@@ -199,10 +209,12 @@ class TrainingApp(ClientApp):
         try:
             return attempt(nodes)
         except (Exception, SystemExit) as error:  # On a device only it would end.
-            if len(nodes) == 1:
-                client = client_number(context_of(nodes[0]))
-                reason = describe_failure(client, stage, error)
-                return [Reply(nodes[0], error=reason)]
+            if len(nodes) == 1 or cancelled.is_set():
+                clients = [client_number(context_of(node)) for node in nodes]
+                return [
+                    Reply(node, error=describe_failure(client, stage, error))
+                    for node, client in zip(nodes, clients, strict=True)
+                ]
         # Whose fault it was shows when each is tried alone.
         return [
             reply for node in nodes for reply in self.answer(cohort, [node], context_of)
@@ -238,7 +250,8 @@ class TrainingApp(ClientApp):
         with self._module() as module:
             start = flatten(record, module.layout)
             measured = [self._before(module, start, visit) for visit in visits]
-            batched = batched and len({v.mu for v in visits}) == 1
+            batched = batched and len({(v.round, v.mu) for v in visits}) == 1
+            batched = batched and not draws_out_of_reach(module.module)
             fit = self._fit_at_once if batched else self._fit_in_turn
             results = list(fit(module, start, visits))
             for visit, result, known in zip(visits, results, measured, strict=True):
@@ -254,6 +267,8 @@ class TrainingApp(ClientApp):
     def _before(self, module: FlatModule, start: FlatModel, visit: _Visit) -> _Measured:
         """Measure what the server wants to know of the received model."""
         known = _Measured()
+        if keys.LABEL_COUNTS in visit.request:
+            known.profile = self._label_counts(visit.data)
         if keys.LOSS_BEFORE in visit.request:
             loss, _ = evaluate(module, start, visit.data.train)
             known.metrics[keys.LOSS_BEFORE] = loss
@@ -276,9 +291,7 @@ class TrainingApp(ClientApp):
             keys.TRAIN_ACCURACY: result.accuracy,
             keys.NUM_STEPS: result.num_steps,
         }
-        asked = keys.LABEL_COUNTS in visit.request
-        profile = self._label_counts(visit.data) if asked else {}
-        return Reply(visit.node, result.model, metrics, profile)
+        return Reply(visit.node, result.model, metrics, known.profile)
 
     def _fit_in_turn(
         self, module: FlatModule, start: FlatModel, visits: Sequence[_Visit]
@@ -299,11 +312,12 @@ class TrainingApp(ClientApp):
     def _fit_at_once(
         self, module: FlatModule, start: FlatModel, visits: Sequence[_Visit]
     ) -> list[LocalResult]:
-        trainer = self._trainer(visits[0])
         tasks = self._tasks(visits)
         some = [k for k, task in enumerate(tasks) if len(task.examples)]
         results = [LocalResult(start, math.nan, math.nan, 0)] * len(tasks)
-        trained = trainer.train(
+        if not some:
+            return results
+        trained = self._trainer(visits[0]).train(
             start,
             [tasks[k] for k in some],
             learning_rate=self.settings.learning_rate_in(visits[0].round),
@@ -466,6 +480,7 @@ class _Measured:
 
     metrics: dict[str, float] = field(default_factory=dict)
     minus_scores: list[float] = field(default_factory=list)
+    profile: dict[str, list[int]] = field(default_factory=dict)
 
 
 def _config(content: RecordDict) -> ConfigRecord:

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
 from ..rng import permutation
-from .noise import LocalTraining, draws_noise
+from .noise import LocalTraining
 from .objectives import Batch, Objective
 from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
 
@@ -61,7 +61,7 @@ class BatchedTrainer:
         self.frozen = [e for e in layout.parameters if e.name not in trained]
         self.buffers = [e for e in layout.entries if e.kind == "buffer"]
         self.integers = [e for e in layout.entries if e.kind == "integer"]
-        self.noisy = draws_noise(module.module)
+        self._least = 1  # Fewer examples in a step make the model raise.
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._own = threading.local()
 
@@ -106,11 +106,12 @@ class BatchedTrainer:
         parameters = _views(rows, self.parameters)
         buffers = _views(buffer_rows, self.buffers)
         counters = [integers[e.name] for e in self.integers]
-        starts = _views(received[None], self.parameters)
+        frozen = [received[e.start : e.stop].view(e.shape) for e in self.frozen]
         optimizer = LocalOptimizer(self.settings, learning_rate, parameters)
         seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
         losses = torch.zeros(clients, device=self.device)
         correct = torch.zeros(clients, device=self.device)
+        counts = plan.counts.to(self.device)
         done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
         x_all, y_all = self._buffers_for(tasks, plan)
         with torch.no_grad():
@@ -127,23 +128,21 @@ class BatchedTrainer:
                 x, y = plan.batch(step, x_all, y_all)
                 x, y = x.to(self.device), y.to(self.device)
                 mask = plan.mask(step)
-                extra = [] if mask is None else [mask.to(self.device)]
-                if self.noisy:
-                    extra += [seeds, torch.tensor(step, device=self.device)]
-                run = self._step(parameters, buffers, counters, x, y, extra)
-                gradients, loss, logits = run(
-                    *parameters, *buffers, *counters, x, y, *extra
-                )
-                for g, w, s in zip(gradients, parameters, starts, strict=True):
-                    penalty = self.objective.penalty_gradient(w, s)
-                    if penalty is not None:
-                        g.add_(penalty)
+                extra = [seeds, torch.tensor(step, device=self.device)]
+                if mask is not None:
+                    mask = mask.to(self.device)
+                    extra.append(mask)
+                inputs = [parameters, frozen, buffers, counters, [rows, received]]
+                run = self._step([*inputs, [x, y], extra])
+                if step == 0:
+                    plan.check(self._least)
+                gradients, loss, logits = run(*sum(inputs, []), x, y, *extra)
                 optimizer.step(parameters, gradients)
                 hits = logits.argmax(-1) == y
                 if mask is not None:
                     hits = hits * mask
                 correct += hits.sum(1)
-                losses.addcmul_(loss.to(losses.dtype), plan.counts[step])
+                losses.addcmul_(loss.to(losses.dtype), counts[step])
         for k, (row, buffer_row, own) in done.items():
             rows[k] = row
             buffer_rows[k] = buffer_row
@@ -192,62 +191,55 @@ class BatchedTrainer:
             self._own.y = torch.zeros(size, dtype=torch.int64)
         return self._own.x, self._own.y
 
-    def _step(
-        self,
-        parameters: list[Tensor],
-        buffers: list[Tensor],
-        counters: list[Tensor],
-        x: Tensor,
-        y: Tensor,
-        extra: list[Tensor],
-    ) -> Step:
+    def _step(self, inputs: list[list[Tensor]]) -> Step:
         """Return the traced step for these shapes: gradients, losses and logits."""
-        key = (x.shape, x.dtype, len(extra))
+        (x, _), extra = inputs[-2:]
+        key = (x.shape, x.dtype, x.is_contiguous(), len(extra))
         if key not in self._steps:
             with TRACING:
                 if key not in self._steps:
-                    self._steps[key] = self._trace(
-                        parameters, buffers, counters, x, y, extra
-                    )
+                    self._steps[key] = self._trace(inputs)
         return self._steps[key]
 
-    def _trace(
-        self,
-        parameters: list[Tensor],
-        buffers: list[Tensor],
-        counters: list[Tensor],
-        x: Tensor,
-        y: Tensor,
-        extra: list[Tensor],
-    ) -> Step:
+    def _trace(self, inputs: list[list[Tensor]]) -> Step:
         """Record the step's tensor operations, for these shapes."""
-        along: list[int | None] = [0] * len(extra)
-        if self.noisy:
-            along[-1] = None  # The step is the same for all clients.
+        along: list[int | None] = [0, None, *([0] * (len(inputs[-1]) - 2))]
         batched: Callable[..., Any] = vmap(
-            grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, along)
+            grad_and_value(self._loss, has_aux=True),
+            in_dims=(0, None, 0, 0, 0, 0, along),  # Of seeds, the step, perhaps a mask.
         )
+        penalised = self._penalty_of(*inputs[4]) is not None
 
         def flat(*tensors: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-            parts, rest = [], list(tensors)
-            for part in (parameters, buffers, counters):
-                parts.append([rest.pop(0) for _ in part])
-            gradients, (loss, logits) = batched(*parts, rest[0], rest[1], rest[2:])
+            rest = iter(tensors)
+            parts = [[next(rest) for _ in part] for part in inputs]
+            *state, (rows, received), (x, y), extra = parts
+            gradients, (loss, logits) = batched(*state, x, y, extra)
+            if penalised:
+                penalties = _views(self._penalty_of(rows, received), self.parameters)
+                gradients = [g + p for g, p in zip(gradients, penalties, strict=True)]
             return gradients, loss, logits
 
-        # The trace runs on copies: buffers change in place as it goes.
-        copies = [[t.clone() for t in part] for part in (buffers, counters)]
+        # Buffers change in place as the trace goes: those are copies, with the same
+        # strides, which the trace depends on.
+        copies = [*inputs[:2], *([_twin(t) for t in p] for p in inputs[2:4])]
         self.module.module.train()
-        inputs = [*parameters, *copies[0], *copies[1], x, y, *extra]
-        traced: Any = make_fx(flat)(*inputs)
+        traced: Any = make_fx(flat)(*sum([*copies, *inputs[4:]], []))
         traced.graph.eliminate_dead_code()
         traced.recompile()
         step: Step = traced.forward
         return step
 
+    def _penalty_of(self, rows: Tensor, received: Tensor) -> Any:
+        """Return the penalty's gradient for each client, ``[C, P]``, or ``None``."""
+        if self.objective.penalty_gradient(received, received) is None:
+            return None
+        return vmap(self.objective.penalty_gradient, in_dims=(0, None))(rows, received)
+
     def _loss(
         self,
         parameters: list[Tensor],
+        frozen: list[Tensor],
         buffers: list[Tensor],
         counters: list[Tensor],
         x: Tensor,
@@ -255,21 +247,21 @@ class BatchedTrainer:
         extra: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return one client's loss on a batch, and its logits."""
-        rest = list(extra)
-        step = rest.pop() if self.noisy else torch.tensor(0, device=x.device)
-        seed = rest.pop() if self.noisy else step
-        mask = rest.pop() if rest else None
+        seed, step, *rest = extra
+        mask = rest[0] if rest else None
         state = {
             e.name: t
             for entries, tensors in (
                 (self.parameters, parameters),
+                (self.frozen, frozen),
                 (self.buffers, buffers),
                 (self.integers, counters),
             )
             for e, t in zip(entries, tensors, strict=True)
         }
-        with LocalTraining(seed, step, mask):
+        with LocalTraining(seed, step, mask) as noise:
             logits = functional_call(self.module.module, state, (x,))
+        self._least = max(self._least, noise.least)
         return self.objective.loss(logits, Batch(x, y, mask)), logits.detach()
 
 
@@ -318,6 +310,13 @@ class _Schedule:
         """Steps of the chunk."""
         return len(self.counts)
 
+    def check(self, least: int) -> None:
+        """Raise if a step has too few examples for the model."""
+        if self.ragged and ((self.counts > 0) & (self.counts < least)).any():
+            raise ValueError(
+                f"Expected more than {least - 1} value per channel when training"
+            )
+
     def ended(self, step: int) -> list[int]:
         """Return the clients whose last step was the one before."""
         return [int(k) for k in np.flatnonzero(self.steps == step)]
@@ -331,8 +330,10 @@ class _Schedule:
             epoch = step // int(self.per_epoch[k])
             order = torch.from_numpy(permutation(task.order_key, epoch, n))
             for source, target in ((examples.x, x), (examples.y, y)):
-                rows = target[k].flatten(0, 1)[:n]
-                torch.index_select(as_tensor(source), 0, order, out=rows)
+                rows = target[k].flatten(0, 1)[: self.per_epoch[k] * self.batch_size]
+                torch.index_select(as_tensor(source), 0, order, out=rows[:n])
+                # Padding is masked, but 0 * NaN is NaN: it is the client's own, too.
+                rows[n:] = rows[0]
 
     def batch(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a step's batch of every client, ``[C, B, ...]`` and ``[C, B]``."""
@@ -348,6 +349,14 @@ class _Schedule:
             return None
         places = torch.arange(self.batch_size)
         return (places < self.counts[step][:, None]).float()
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    """Return a copy with the same strides."""
+    twin = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return twin.copy_(tensor)
 
 
 def _views(rows: Tensor, entries: Sequence[Entry]) -> list[Tensor]:

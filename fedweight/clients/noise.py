@@ -2,8 +2,14 @@
 
 Dropout as PyTorch draws it depends on which client ran before in the same process,
 and cannot be the same for one client alone and in a batch of clients. In training the
-layers below therefore draw from a counter: the noise of an element is a hash of the
+functions below therefore draw from a counter: the noise of an element is a hash of the
 client's seed, the step, the layer's turn and the element's index.
+
+They are ``F.dropout`` and ``F.dropout1d`` to ``F.dropout3d``, and so the layers of
+these names. Layers that PyTorch fuses (:data:`OUT_OF_REACH`, recurrent ones with
+dropout, attention) draw from its own stream, which is then seeded for each client. A
+model that calls ``torch.rand`` and the like itself is not noticed: such a model
+trains, but its numbers are not the client's own.
 """
 
 from __future__ import annotations
@@ -20,12 +26,14 @@ from torch.overrides import TorchFunctionMode
 OUT_OF_REACH = (nn.RReLU, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def uniform(seed: Tensor, step: Tensor, layer: int, shape: torch.Size) -> Tensor:
+def uniform(seed: Tensor, step: Tensor | int, layer: int, shape: torch.Size) -> Tensor:
     """Return noise in [0, 1), float32: a hash of seed, step, layer and place.
 
     Parameters
     ----------
-    seed, step : Tensor
+    seed : Tensor
+        0-d, int64.
+    step : Tensor or int
         0-d, int64.
     layer : int
         The turn of the layer within the step.
@@ -38,7 +46,8 @@ def uniform(seed: Tensor, step: Tensor, layer: int, shape: torch.Size) -> Tensor
     Splittable Pseudorandom Number Generators", OOPSLA 2014).
     """
     place = torch.arange(shape.numel(), device=seed.device)
-    key = _mix(_mix(seed + _signed(0x9E3779B97F4A7C15) * (step + 1)) + layer)
+    turn = torch.as_tensor(step, device=seed.device) + 1
+    key = _mix(_mix(seed + _signed(0x9E3779B97F4A7C15) * turn) + layer)
     bits = _mix(key + _signed(0x9E3779B97F4A7C15) * (place + 1))
     return (_shift(bits, 40).to(torch.float32) / (1 << 24)).reshape(shape)
 
@@ -67,18 +76,30 @@ class LocalTraining(TorchFunctionMode):
 
     Parameters
     ----------
-    seed, step : Tensor
-        0-d, int64: the client's stream and its step.
+    seed : Tensor
+        0-d, int64: the client's stream.
+    step : Tensor or int
+        0-d, int64: which step it is.
     mask : Tensor, optional
         ``[n]``: 1 for an example, 0 for padding.
+
+    Attributes
+    ----------
+    layers : int
+        How many layers have drawn noise.
+    least : int
+        With fewer real examples than this the model cannot train.
     """
 
-    def __init__(self, seed: Tensor, step: Tensor, mask: Tensor | None = None) -> None:
+    def __init__(
+        self, seed: Tensor, step: Tensor | int, mask: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.seed = seed
         self.step = step
         self.mask = mask
         self.layers = 0
+        self.least = 1
 
     def __torch_function__(
         self,
@@ -133,6 +154,8 @@ class LocalTraining(TorchFunctionMode):
         channel = (1, -1, *(1 for _ in others[1:]))
         real = self.mask.reshape(-1, *(1 for _ in range(input.ndim - 1)))
         per_example = input[0, 0].numel()
+        if per_example == 1:
+            self.least = 2  # A variance of one value: PyTorch refuses it, too.
         count = (self.mask.sum() * per_example).clamp(min=1)
         mean = (input * real).sum(others) / count
         centred = (input - mean.reshape(channel)) * real
@@ -149,14 +172,6 @@ class LocalTraining(TorchFunctionMode):
 
 # Dropout that keeps or drops a whole channel of an example.
 _WHOLE_CHANNELS = (F.dropout1d, F.dropout2d, F.dropout3d)
-
-
-def draws_noise(module: nn.Module) -> bool:
-    """Tell whether a model draws random numbers in training."""
-    return any(
-        isinstance(m, nn.modules.dropout._DropoutNd) or getattr(m, "dropout", 0)
-        for m in module.modules()
-    ) or draws_out_of_reach(module)
 
 
 def draws_out_of_reach(module: nn.Module) -> bool:

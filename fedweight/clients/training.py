@@ -20,7 +20,7 @@ from ..data.examples import Examples
 from ..errors import ClientError, check_choice, check_range
 from ..parameters import FlatModel, FlatModule, as_tensor
 from ..rng import permutation
-from .noise import LocalTraining, draws_noise
+from .noise import LocalTraining
 from .objectives import Batch, Objective
 
 EVALUATION_BATCH = 1024
@@ -137,11 +137,14 @@ class LocalOptimizer:
         self.second = [torch.zeros_like(p) for p in moments] if adam else []
 
     def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Change the parameters in place; the gradients are used up."""
+        """Change the parameters in place; the gradients stay."""
         self.num_steps += 1
         if self.settings.weight_decay:
-            for w, g in zip(parameters, gradients, strict=True):
-                g.add_(w, alpha=self.settings.weight_decay)
+            # Not in place: two parameters may have one tensor as their gradient.
+            gradients = [
+                g.add(w, alpha=self.settings.weight_decay)
+                for w, g in zip(parameters, gradients, strict=True)
+            ]
         if self.second:
             self._adam(parameters, gradients)
             return
@@ -209,8 +212,8 @@ def train(
     losses: list[Tensor] = []
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
-    noisy = draws_noise(module.module)
     noise_key = torch.tensor(task.noise_key, device=device)
+    noisy = True  # Whether the model draws noise is known after its first step.
     module.module.train()
     for epoch in range(task.epochs):
         order = torch.from_numpy(permutation(task.order_key, epoch, n)).to(device)
@@ -220,9 +223,10 @@ def train(
                 raise ClientError("training was cancelled")
             last = min(first + settings.batch_size, n)
             batch = Batch(shuffled_x[first:last], shuffled_y[first:last])
-            step = torch.tensor(len(losses), device=device)
-            with LocalTraining(noise_key, step) if noisy else nullcontext():
+            noise = LocalTraining(noise_key, len(losses)) if noisy else None
+            with noise or nullcontext():
                 logits = module.module(batch.x)
+            noisy = noise is not None and noise.layers > 0
             loss = objective.loss(logits, batch)
             module.gradients.zero_()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from flwr.app import (
     Context,
     Error,
     Message,
+    MessageType,
     MetricRecord,
     RecordDict,
 )
@@ -113,7 +114,12 @@ def answers_cohort(
 ) -> TypeGuard[Cohort]:
     """Tell whether an app handles these messages together, without making them."""
     ours = getattr(client_app, "answers_cohorts", False)
-    return ours and isinstance(messages, Cohort) and messages.untouched
+    return (
+        ours
+        and isinstance(messages, Cohort)
+        and messages.message_type in (MessageType.TRAIN, MessageType.EVALUATE)
+        and messages.untouched
+    )
 
 
 def make_context(client: int, num_clients: int, run_config: RunConfig) -> Context:

@@ -33,14 +33,15 @@ class Plan:
     ----------
     chunk : int
         How many clients train at once (:mod:`fedweight.clients.batched`); 1 trains
-        them one after another, which is faster for convolutions on a CPU.
+        them one after another, which is faster for convolutions on a CPU. Nobody is
+        left alone: of an odd number of clients in twos, the last three go together.
     """
 
     chunk: int = 1
 
     def __post_init__(self) -> None:
         """Check the range."""
-        check_range("plan", self.chunk, 1)
+        check_range("chunk", self.chunk, 1)
 
     @classmethod
     def parse(cls, text: str) -> Plan | None:
@@ -77,6 +78,8 @@ class Plan:
             How much work each of its clients has. Clients of like size share a list,
             so that few wait for others, and the largest come first.
         """
+        if not cohort.nodes:
+            return []
         nodes = np.array(cohort.nodes)
         train = cohort.message_type == "train"
         if train and sizes is not None:
@@ -87,8 +90,10 @@ class Plan:
             limit = self.chunk
         else:
             limit = -(-len(nodes) // LOOP_LISTS)
-        count = -(-len(nodes) // limit) if limit else 0
-        return [part.tolist() for part in np.array_split(nodes, max(count, 1))]
+        count = -(-len(nodes) // limit)
+        if train and self.chunk > 1:
+            count = min(count, max(len(nodes) // 2, 1))
+        return [part.tolist() for part in np.array_split(nodes, count)]
 
 
 def sizes_of(client_app: Any, clients: Sequence[int]) -> list[int] | None:

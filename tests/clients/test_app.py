@@ -16,11 +16,11 @@ from torch import nn
 from fedweight import simulate
 from fedweight.clients import TrainingSettings, client_number
 from fedweight.clients.objectives import Objective, Plain, Proximal
-from fedweight.clients.training import evaluate, train
+from fedweight.clients.training import Task, evaluate, train
 from fedweight.data import ClientData
 from fedweight.errors import AggregationError, ClientError, ConfigurationError
 from fedweight.parameters import FlatModule, FlatRecord
-from fedweight.rng import Purpose, generator
+from fedweight.rng import Purpose, keys
 
 SETTINGS = TrainingSettings(epochs=2, batch_size=5)
 
@@ -31,13 +31,16 @@ def directly(kit, client=1, round=1, epochs=2, goal=None, settings=SETTINGS):
     return train(
         module,
         module.save(),
-        kit.client_of(kit.context(client)).train,
+        task_of(kit, client, round, epochs),
         goal or Plain(),
         settings,
         learning_rate=settings.learning_rate_in(round),
-        epochs=epochs,
-        stream=generator(0, Purpose.SHUFFLE, round, client),
     )
+
+
+def task_of(kit, client, round, epochs=2):
+    part = kit.client_of(kit.context(client)).train
+    return Task(part, epochs, int(keys(0, Purpose.SHUFFLE, round, [client])[0]))
 
 
 def test_a_train_reply_has_what_the_contract_says_and_no_more(kit):
@@ -403,18 +406,9 @@ def test_flowers_plain_fedavg_works_with_it(kit):
     for round in (1, 2):
         total = torch.zeros(15, dtype=torch.float64)
         for client in range(3):
-            part = kit.client_of(kit.context(client)).train
-            local = train(
-                w,
-                model,
-                part,
-                Plain(),
-                SETTINGS,
-                learning_rate=0.1,
-                epochs=2,
-                stream=generator(0, Purpose.SHUFFLE, round, client),
-            ).model
-            total += local.parameters.double() * len(part) / (12 + 13 + 14)
+            task = task_of(kit, client, round)
+            local = train(w, model, task, Plain(), SETTINGS, learning_rate=0.1).model
+            total += local.parameters.double() * len(task.examples) / (12 + 13 + 14)
         model = model.with_parameters(total)
     np.testing.assert_allclose(
         kit.vector(reached["arrays"]), model.parameters.numpy(), atol=1e-6

@@ -7,15 +7,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fedweight.clients import Batch, Objective, TrainingSettings, objective
 from fedweight.clients.objectives import Plain, Proximal
-from fedweight.clients.training import evaluate, train
+from fedweight.clients.training import (
+    EVALUATION_BATCH,
+    Task,
+    _batches,
+    evaluate,
+    evaluate_each,
+    train,
+)
 from fedweight.data import Examples
 from fedweight.errors import ClientError, ConfigurationError
 from fedweight.parameters import FlatModule
-from fedweight.rng import Purpose, generator
+from fedweight.rng import Purpose, keys, permutation
 
 
 def trained(make, part, settings, *, round=1, client=0, goal=None, **options):
@@ -24,15 +33,17 @@ def trained(make, part, settings, *, round=1, client=0, goal=None, **options):
     result = train(
         module,
         start,
-        part,
+        Task(part, settings.epochs, order_key(round, client)),
         goal or Plain(),
         settings,
         learning_rate=settings.learning_rate_in(round),
-        epochs=options.pop("epochs", settings.epochs),
-        stream=generator(0, Purpose.SHUFFLE, round, client),
         **options,
     )
     return start, result
+
+
+def order_key(round=1, client=0):
+    return int(keys(0, Purpose.SHUFFLE, round, [client])[0])
 
 
 def by_torch(make, part, settings, optimizer, *, mu=0.0, round=1):
@@ -40,11 +51,10 @@ def by_torch(make, part, settings, optimizer, *, mu=0.0, round=1):
     module = make()
     module.train()
     received = [p.detach().clone() for p in module.parameters()]
-    stream = generator(0, Purpose.SHUFFLE, round, 0)
     step = optimizer([p for p in module.parameters() if p.requires_grad])
     losses, correct = [], 0
-    for _ in range(settings.epochs):
-        order = stream.permutation(len(part))
+    for epoch in range(settings.epochs):
+        order = permutation(order_key(round), epoch, len(part))
         for first in range(0, len(part), settings.batch_size):
             rows = order[first : first + settings.batch_size]
             x, y = torch.from_numpy(part.x[rows]), torch.from_numpy(part.y[rows])
@@ -210,12 +220,10 @@ def test_training_leaves_the_received_model_alone(kit):
     train(
         module,
         start,
-        kit.examples(8),
+        Task(kit.examples(8), epochs=1, order_key=0),
         Plain(),
         TrainingSettings(batch_size=4),
         learning_rate=0.5,
-        epochs=1,
-        stream=np.random.default_rng(0),
     )
     assert torch.equal(start.parameters, copies[0])
     assert torch.equal(start.buffers, copies[1])
@@ -247,16 +255,9 @@ def test_who_used_the_module_before_does_not_matter(kit):
     start = module.save()
 
     def model(module, client, n):
-        stream = generator(0, Purpose.SHUFFLE, 1, client)
+        task = Task(kit.examples(n, seed=client), 2, order_key(1, client))
         result = train(
-            module,
-            start,
-            kit.examples(n, seed=client),
-            Plain(),
-            settings,
-            learning_rate=0.1,
-            epochs=2,
-            stream=stream,
+            module, start, task, Plain(), settings, learning_rate=0.1
         ).model
         return torch.cat([result.parameters, result.buffers])
 
@@ -344,11 +345,6 @@ def test_settings_out_of_range_are_refused_by_name(wrong):
         TrainingSettings(**wrong)
 
 
-def test_no_epoch_is_no_training(kit):
-    with pytest.raises(ConfigurationError, match="epochs"):
-        trained(kit.linear, kit.examples(5), TrainingSettings(), epochs=0)
-
-
 def test_an_objective_is_made_by_name_and_must_be_one():
     assert isinstance(objective("plain"), Plain)
     assert objective("proximal", mu=0.3).mu == 0.3
@@ -358,3 +354,48 @@ def test_an_objective_is_made_by_name_and_must_be_one():
         objective("fractions:Fraction")
     with pytest.raises(ConfigurationError, match="mu"):
         objective("proximal", mu=-1.0)
+
+
+# One model on the examples of several clients.
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 1500, 7, 0], [0, 5], [5], [700, 700, 700]])
+def test_evaluating_several_clients_at_once_is_evaluating_each(kit, sizes):
+    module = FlatModule(kit.batch_norm())
+    model = module.save()
+    parts = [kit.examples(n, seed=k) for k, n in enumerate(sizes)]
+    at_once = evaluate_each(module, model, parts)
+    one_by_one = [evaluate(module, model, part) for part in parts]
+    np.testing.assert_allclose(at_once, one_by_one, rtol=0, atol=1e-6)
+    assert [np.isnan(loss) for loss, _ in at_once] == [n == 0 for n in sizes]
+
+
+def test_evaluating_nothing_for_anybody_is_nan(kit):
+    module = FlatModule(kit.linear())
+    nothing = [kit.examples(0)] * 2
+    assert np.isnan(evaluate_each(module, module.save(), nothing)).all()
+    assert evaluate_each(module, module.save(), []) == []
+
+
+def test_the_model_is_called_once_for_many_small_clients(kit):
+    calls = []
+
+    class Counts(nn.Linear):
+        def forward(self, x):
+            calls.append(len(x))
+            return super().forward(x)
+
+    module = FlatModule(Counts(4, 3))
+    evaluate_each(module, module.save(), [kit.examples(5)] * 30)
+    assert calls == [150]
+    evaluate_each(module, module.save(), [kit.examples(400)] * 3)
+    assert calls[1:] == [EVALUATION_BATCH, 1200 - EVALUATION_BATCH]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 10))
+def test_batches_are_all_rows_in_their_order(sizes, size):
+    rows = torch.arange(sum(sizes))
+    met = list(_batches(rows.split(sizes), size))
+    assert torch.equal(torch.cat([rows[:0], *(b for _, b in met)]), rows)
+    assert [first for first, _ in met] == list(range(0, len(rows), size))
+    assert all(len(batch) == size for _, batch in met[:-1])

@@ -12,7 +12,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedweight.errors import ConfigurationError
-from fedweight.simulations.local import WORTH_A_THREAD, LocalGrid
+from fedweight.simulations.local import STEPS_OF_A_CLIENT, WORTH_A_THREAD, LocalGrid
 
 
 class App(ClientApp):
@@ -66,7 +66,7 @@ def test_threads_where_clients_are_slow(
     write: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    app = App(WORTH_A_THREAD * 1.1)
+    app = App(WORTH_A_THREAD * STEPS_OF_A_CLIENT * 1.1)
     grid = LocalGrid(app, 5)
     replies = grid.send_and_receive([write(grid, k) for k in range(5)])
     assert numbers(replies) == list(range(5))
@@ -74,7 +74,7 @@ def test_threads_where_clients_are_slow(
 
 
 def test_app_that_does_not_say_it_may_stays_in_one_thread(write: Any) -> None:
-    app = App(WORTH_A_THREAD * 1.1)
+    app = App(WORTH_A_THREAD * STEPS_OF_A_CLIENT * 1.1)
     app.thread_safe = False  # type: ignore[misc]
     grid = LocalGrid(app, 2)
     grid.send_and_receive([write(grid, k) for k in range(2)])
