@@ -94,6 +94,10 @@ class Task:
     order_key: int
     noise_key: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the range."""
+        check_range("epochs", self.epochs, 1)
+
 
 @dataclass(frozen=True)
 class LocalResult:

@@ -345,6 +345,11 @@ def test_settings_out_of_range_are_refused_by_name(wrong):
         TrainingSettings(**wrong)
 
 
+def test_no_epoch_is_no_training(kit):
+    with pytest.raises(ConfigurationError, match="epochs"):
+        Task(kit.examples(5), epochs=0, order_key=0)
+
+
 def test_an_objective_is_made_by_name_and_must_be_one():
     assert isinstance(objective("plain"), Plain)
     assert objective("proximal", mu=0.3).mu == 0.3

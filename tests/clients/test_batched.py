@@ -1,0 +1,374 @@
+"""Clients that train at once, against each of them trained alone."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedweight import models
+from fedweight.clients import Objective, TrainingSettings
+from fedweight.clients.batched import BatchedTrainer
+from fedweight.clients.objectives import Plain, Proximal
+from fedweight.clients.training import Task, train
+from fedweight.data import Examples
+from fedweight.errors import ClientError
+from fedweight.parameters import FlatModule
+
+OPTIMIZERS = {
+    "sgd": {"learning_rate": 0.05},
+    "momentum": {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
+    "adam": {"optimizer": "adam", "learning_rate": 0.01, "weight_decay": 1e-3},
+}
+
+
+class Smoothed(Objective):
+    """A user's own: label smoothing, and a pull of the same length for everybody."""
+
+    def loss(self, outputs, batch):
+        values = F.cross_entropy(
+            outputs, batch.y, reduction="none", label_smoothing=0.1
+        )
+        return batch.mean(values)
+
+    def penalty_gradient(self, parameters, start):
+        away = parameters - start
+        return 0.1 * away / (1e-3 + away.norm())
+
+
+OBJECTIVES = {"plain": Plain(), "proximal": Proximal(0.5), "own": Smoothed()}
+
+
+def everything():
+    """Every kind of layer that knows of other examples or draws noise."""
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Dropout2d(0.3),
+        nn.Flatten(),
+        nn.Linear(3 * 36, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.4),
+        nn.Linear(8, 10),
+    )
+
+
+def made(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FlatModule(make())
+
+
+def shipped(name):
+    shape = (6,) if name == "char-gru" else (1, 8, 8)
+    options = {
+        "char-gru": {"hidden": 8},
+        "mlp": {"hidden": (16, 8)},
+        "cnn": {"channels": (2, 3), "hidden": 8},
+        "resnet18-gn": {"width": 2, "groups": 1},
+    }
+    return lambda: models.build(name, shape, 10, seed=0, **options.get(name, {}))
+
+
+def part(n, seed, tokens=False, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, n)
+    if tokens:
+        return Examples(rng.integers(0, 10, (n, 6)), labels)
+    return Examples(rng.standard_normal((n, 1, 8, 8)).astype(dtype), labels)
+
+
+def tasks_of(sizes, epochs=(2, 3, 1), **options):
+    return [
+        Task(part(n, k, **options), epochs[k % len(epochs)], 10 + k, 20 + k)
+        for k, n in enumerate(sizes)
+    ]
+
+
+def both_ways(make, tasks, settings, objective=None, **options):
+    """Train each client alone, and all at once."""
+    objective = objective or Plain()
+    module = made(make)
+    start = options.pop("start", module.save())
+    rate = settings.learning_rate
+    alone = [
+        train(module, start, task, objective, settings, learning_rate=rate)
+        for task in tasks
+    ]
+    trainer = BatchedTrainer(made(make), objective, settings)
+    return alone, trainer.train(start, tasks, learning_rate=rate)
+
+
+def assert_same(alone, at_once, atol=1e-5):
+    assert len(alone) == len(at_once)
+    for a, b in zip(alone, at_once, strict=True):
+        close = {"atol": atol, "rtol": 0}
+        torch.testing.assert_close(b.model.parameters, a.model.parameters, **close)
+        torch.testing.assert_close(b.model.buffers, a.model.buffers, **close)
+        assert set(a.model.integers) == set(b.model.integers)
+        for name, values in a.model.integers.items():
+            np.testing.assert_array_equal(b.model.integers[name], values)
+            assert b.model.integers[name].dtype == values.dtype
+        assert b.loss == pytest.approx(a.loss, abs=1e-5)
+        assert b.accuracy == pytest.approx(a.accuracy, abs=1e-6)
+        assert b.num_steps == a.num_steps
+
+
+def settings_of(optimizer="sgd", batch_size=8, **options):
+    return TrainingSettings(
+        batch_size=batch_size, **{**OPTIMIZERS[optimizer], **options}
+    )
+
+
+# Clients of other sizes than a batch's multiple, one smaller than a batch; BatchNorm
+# would refuse a batch of one example.
+SIZES = [19, 11, 24, 3]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "char-gru"])
+def test_every_model_trains_as_one_by_one(name, optimizer):
+    tasks = tasks_of(SIZES, tokens=name == "char-gru")
+    results = both_ways(shipped(name), tasks, settings_of(optimizer))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_residual_net_trains_as_one_by_one(optimizer):
+    # In double precision: before a normalisation the gradient of a bias is 0 but for
+    # rounding, and Adam divides rounding by rounding.
+    tasks = tasks_of([5, 3, 8], epochs=(1, 2), dtype=np.float64)
+
+    def double():
+        return shipped("resnet18-gn")().double()
+
+    assert_same(*both_ways(double, tasks, settings_of(optimizer, batch_size=4)))
+
+
+@pytest.mark.parametrize("goal", OBJECTIVES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_objective_and_optimiser_with_noise_and_statistics(optimizer, goal):
+    tasks = tasks_of(SIZES, dtype=np.float64)
+    alone, at_once = both_ways(
+        lambda: everything().double(), tasks, settings_of(optimizer), OBJECTIVES[goal]
+    )
+    assert_same(alone, at_once)
+    assert at_once[0].model.parameters.dtype == torch.float64
+    counted = [int(r.model.integers["1.num_batches_tracked"]) for r in at_once]
+    assert counted == [r.num_steps for r in at_once] == [6, 6, 3, 2]
+
+
+@pytest.mark.parametrize("sizes", [[8, 8, 8], [16, 8], SIZES])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_noise_and_statistics_in_single_precision(sizes, optimizer):
+    assert_same(*both_ways(everything, tasks_of(sizes), settings_of(optimizer)))
+
+
+@pytest.mark.parametrize("goal", OBJECTIVES)
+def test_every_objective_moves_a_plain_net_as_one_by_one(goal):
+    tasks, goal = tasks_of(SIZES), OBJECTIVES[goal]
+    assert_same(*both_ways(shipped("mlp"), tasks, settings_of(), goal))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_frozen_parameters_are_the_received_ones(optimizer):
+    def make():
+        module = shipped("mlp")()
+        module.layers[0].requires_grad_(False)
+        return module
+
+    module = made(make)
+    start = module.save()
+    # The server's model is another than the one that the client built.
+    start = start.with_parameters(start.parameters + 0.05)
+    results = both_ways(
+        make, tasks_of(SIZES), settings_of(optimizer), Proximal(0.1), start=start
+    )
+    assert_same(*results)
+    for result in results[1]:
+        (place, *_) = module.frozen
+        after, before = result.model.parameters, start.parameters
+        assert torch.equal(after[place], before[place])
+        assert not torch.equal(after, before)
+
+
+class CallsDropout(nn.Module):
+    """Draws noise without a layer that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.linear(F.dropout(x.flatten(1), 0.5, self.training))
+
+
+def test_a_model_that_calls_dropout_itself_draws_the_clients_own_noise():
+    alone, at_once = both_ways(CallsDropout, tasks_of([8, 8, 8]), settings_of())
+    assert_same(alone, at_once)
+    same = part(8, 0)
+    tasks = [Task(same, 2, 1, noise) for noise in (1, 1, 2)]
+    a, b, c = (r.model.parameters for r in both_ways(CallsDropout, tasks, settings_of())[1])
+    assert torch.equal(a, b)
+    assert not torch.allclose(a, c)
+
+
+class SharedGradient(nn.Module):
+    """Two parameters whose gradients PyTorch computes as one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+        self.b, self.c = (nn.Parameter(torch.randn(10)) for _ in "bc")
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)) + (self.b + self.c)
+
+
+@pytest.mark.parametrize("goal", ["plain", "proximal"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameters_with_one_gradient_do_not_mix(optimizer, goal):
+    settings = settings_of(optimizer, weight_decay=0.1)
+    assert_same(
+        *both_ways(SharedGradient, tasks_of(SIZES), settings, OBJECTIVES[goal])
+    )
+
+
+def test_who_is_done_first_does_not_change_any_more():
+    settings = settings_of("momentum")
+    tasks = tasks_of([8, 40], epochs=(1, 6))
+    (short, _), (at_once, _) = both_ways(everything, tasks, settings)
+    assert_same([short], [at_once])
+    assert short.num_steps == 1
+
+
+def test_a_client_with_bad_values_spoils_nobody_else_now_or_later():
+    bad, good = part(5, 0), part(5, 1)
+    bad.x[:] = np.nan
+    settings = settings_of()
+    trainer = BatchedTrainer(made(shipped("mlp")), Plain(), settings)
+    module = made(shipped("mlp"))
+    start = module.save()
+
+    def parameters(*parts):
+        tasks = [Task(p, 1, 3) for p in parts]
+        results = trainer.train(start, tasks, learning_rate=0.1)
+        return [r.model.parameters for r in results]
+
+    spoilt, sound = parameters(bad, good)
+    assert spoilt.isnan().any()
+    assert sound.isfinite().all()
+    # The buffers that held the bad values are used again.
+    assert torch.equal(parameters(good, good)[0], sound)
+
+
+class Divides(nn.Module):
+    """Is not defined for an example of zeros, which nobody has."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.linear(x / x.norm(dim=1, keepdim=True))
+
+
+def test_padding_is_no_example_that_nobody_has():
+    assert_same(*both_ways(Divides, tasks_of(SIZES), settings_of()))
+
+
+@pytest.mark.parametrize("sizes", [[9, 16], [9, 17]])
+def test_a_batch_of_one_is_refused_as_alone(sizes):
+    def make():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+
+    trainer = BatchedTrainer(made(make), Plain(), settings_of())
+    for _ in range(2):  # also once the step is traced
+        with pytest.raises(ValueError, match="more than 1 value"):
+            trainer.train(made(make).save(), tasks_of(sizes), learning_rate=0.1)
+    # A convolution's statistics are over pixels, too: there it is no batch of one.
+    convolution = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten())
+    assert_same(*both_ways(lambda: convolution, tasks_of(sizes), settings_of()))
+
+
+def test_one_trainer_serves_chunks_of_any_shape():
+    settings = settings_of()
+    trainer = BatchedTrainer(made(shipped("cnn")), Plain(), settings)
+    start = made(shipped("cnn")).save()
+    for sizes in ([8, 8], [24, 24, 24], [3, 8], [30, 8], [8, 8], [9]):
+        tasks = tasks_of(sizes)
+        results = trainer.train(start, tasks, learning_rate=0.05)
+        assert_same(both_ways(shipped("cnn"), tasks, settings)[0], results)
+
+
+def test_training_leaves_the_received_model_alone():
+    start = made(everything).save()
+    copies = start.parameters.clone(), start.buffers.clone()
+    trainer = BatchedTrainer(made(everything), Plain(), settings_of())
+    trainer.train(start, tasks_of(SIZES), learning_rate=0.1)
+    assert torch.equal(start.parameters, copies[0])
+    assert torch.equal(start.buffers, copies[1])
+    assert int(start.integers["1.num_batches_tracked"]) == 0
+
+
+def test_training_stops_at_the_next_step_once_cancelled():
+    asked = []
+
+    def cancelled():
+        asked.append(True)
+        return len(asked) == 3
+
+    trainer = BatchedTrainer(made(shipped("mlp")), Plain(), settings_of())
+    with pytest.raises(ClientError, match="cancelled"):
+        trainer.train(
+            made(shipped("mlp")).save(),
+            tasks_of([40, 40]),
+            learning_rate=0.1,
+            cancelled=cancelled,
+        )
+    assert len(asked) == 3
+
+
+# The last bits.
+
+
+@pytest.fixture
+def one_intra_op_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_intra_op_thread")
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_the_same_chunk_gives_the_same_bits_in_any_thread(name):
+    trainer = BatchedTrainer(made(shipped(name)), Plain(), settings_of("momentum"))
+    start = made(shipped(name)).save()
+    chunks = [tasks_of(sizes) for sizes in (SIZES, [16, 16, 16], [40, 3])] * 3
+
+    def bits(tasks):
+        results = trainer.train(start, tasks, learning_rate=0.05)
+        return torch.stack([r.model.parameters for r in results])
+
+    found = [None] * len(chunks)
+
+    def work(places):
+        for k in places:
+            found[k] = bits(chunks[k])
+
+    # Threads meet before anything is traced, and in other orders.
+    threads = [
+        threading.Thread(target=work, args=[range(k, len(chunks), 3)])
+        for k in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for tasks, parameters in zip(chunks, found, strict=True):
+        assert torch.equal(parameters, bits(tasks))
