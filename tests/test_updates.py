@@ -11,7 +11,15 @@ from fedweight.errors import ConfigurationError
 from fedweight.updates import StackedUpdates
 
 # More rows than a tile has, more columns than one has, and a border inside a tensor.
-LARGE = (module.TILE_ROWS + 5, 2 * module.TILE_COLUMNS + 77)
+COLUMNS = 8192
+LARGE = (module.TILE_ROWS + 5, 2 * COLUMNS + 77)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Tiles of 8,192 columns in float32: the tests need fewer values to fill some."""
+    monkeypatch.setattr(module, "TILE_BYTES", 4 * COLUMNS)
+    monkeypatch.setattr(module, "SHEET_COLUMNS", COLUMNS // 2)
 
 
 def draw(k, p, tensors=1, seed=0, dtype=np.float64, **options):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
-from ..rng import permutation
+from ..rng import permutation, permutations
 from .noise import LocalTraining
 from .objectives import Batch, Objective
 from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
@@ -31,6 +32,30 @@ Step = Callable[..., Any]
 
 # PyTorch traces one function at a time in a process.
 TRACING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """What C clients trained, on the device where they did.
+
+    Attributes
+    ----------
+    rows, buffer_rows : Tensor
+        ``[C, P]`` and ``[C, B]``.
+    integers : dict[str, Tensor]
+        Integer tensors by name, ``[C, ...]``.
+    losses, correct : Tensor
+        ``[C]``: sums over all examples that training met.
+    num_steps : ndarray
+        ``[C]``.
+    """
+
+    rows: Tensor
+    buffer_rows: Tensor
+    integers: dict[str, Tensor]
+    losses: Tensor
+    correct: Tensor
+    num_steps: npt.NDArray[np.int64]
 
 
 class BatchedTrainer:
@@ -64,6 +89,7 @@ class BatchedTrainer:
         self._least = 1  # Fewer examples in a step make the model raise.
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._own = threading.local()
+        self._on_device: dict[int, tuple[npt.NDArray[Any], Tensor]] = {}
 
     def train(
         self,
@@ -91,6 +117,35 @@ class BatchedTrainer:
         list[LocalResult]
             In the order of the tasks; the models are rows of one matrix.
         """
+        trained = self.train_rows(
+            start, tasks, learning_rate=learning_rate, cancelled=cancelled
+        )
+        rows, buffer_rows = trained.rows.cpu(), trained.buffer_rows.cpu()
+        integers = {n: t.cpu().numpy() for n, t in trained.integers.items()}
+        losses, correct = trained.losses.tolist(), trained.correct.tolist()
+        results = []
+        for k, task in enumerate(tasks):
+            seen = len(task.examples) * task.epochs
+            own = {name: values[k] for name, values in integers.items()}
+            model = FlatModel(self.module.layout, rows[k], buffer_rows[k], own)
+            num_steps = int(trained.num_steps[k])
+            results.append(
+                LocalResult(model, losses[k] / seen, correct[k] / seen, num_steps)
+            )
+        return results
+
+    def train_rows(
+        self,
+        start: FlatModel,
+        tasks: Sequence[Task],
+        *,
+        learning_rate: float,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> TrainedRows:
+        """Train some clients; leave their models on the device, as one matrix.
+
+        The arguments are those of :meth:`train`.
+        """
         plan = _Schedule.of(tasks, self.settings.batch_size)
         clients = len(tasks)
         received = start.parameters.to(self.device)
@@ -113,7 +168,7 @@ class BatchedTrainer:
         correct = torch.zeros(clients, device=self.device)
         counts = plan.counts.to(self.device)
         done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
-        x_all, y_all = self._buffers_for(tasks, plan)
+        feed = self._feed(tasks, plan)
         with torch.no_grad():
             for step in range(plan.total):
                 if cancelled():
@@ -124,9 +179,7 @@ class BatchedTrainer:
                         buffer_rows[k].clone(),
                         {n: t[k].clone() for n, t in integers.items()},
                     )
-                plan.fill(tasks, step, x_all, y_all)
-                x, y = plan.batch(step, x_all, y_all)
-                x, y = x.to(self.device), y.to(self.device)
+                x, y = feed(step)
                 mask = plan.mask(step)
                 extra = [seeds, torch.tensor(step, device=self.device)]
                 if mask is not None:
@@ -136,7 +189,7 @@ class BatchedTrainer:
                 run = self._step([*inputs, [x, y], extra])
                 if step == 0:
                     plan.check(self._least)
-                gradients, loss, logits = run(*sum(inputs, []), x, y, *extra)
+                gradients, loss, logits = run(*chain(*inputs), x, y, *extra)
                 optimizer.step(parameters, gradients)
                 hits = logits.argmax(-1) == y
                 if mask is not None:
@@ -148,35 +201,44 @@ class BatchedTrainer:
             buffer_rows[k] = buffer_row
             for name, values in own.items():
                 integers[name][k] = values
-        return self._results(
-            tasks, plan, rows.cpu(), buffer_rows.cpu(), integers, losses, correct
-        )
+        return TrainedRows(rows, buffer_rows, integers, losses, correct, plan.steps)
 
-    def _results(
-        self,
-        tasks: Sequence[Task],
-        plan: _Schedule,
-        rows: Tensor,
-        buffer_rows: Tensor,
-        integers: dict[str, Tensor],
-        losses: Tensor,
-        correct: Tensor,
-    ) -> list[LocalResult]:
-        loss, hits = losses.tolist(), correct.tolist()
-        own = {name: values.cpu().numpy() for name, values in integers.items()}
-        results = []
-        for k, task in enumerate(tasks):
-            seen = len(task.examples) * task.epochs
-            model = FlatModel(
-                self.module.layout,
-                rows[k],
-                buffer_rows[k],
-                {name: values[k] for name, values in own.items()},
-            )
-            results.append(
-                LocalResult(model, loss[k] / seen, hits[k] / seen, int(plan.steps[k]))
-            )
-        return results
+    def _feed(
+        self, tasks: Sequence[Task], plan: _Schedule
+    ) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Return what gives each step its batch, ``[C, B, ...]`` and ``[C, B]``."""
+        if self.device.type != "cpu" and _share_a_home(tasks):
+            return self._feed_resident(tasks, plan)
+        x_all, y_all = self._buffers_for(tasks, plan)
+
+        def shuffled(step: int) -> tuple[Tensor, Tensor]:
+            plan.fill(tasks, step, x_all, y_all)
+            x, y = plan.batch(step, x_all, y_all)
+            return x.to(self.device), y.to(self.device)
+
+        return shuffled
+
+    def _feed_resident(
+        self, tasks: Sequence[Task], plan: _Schedule
+    ) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Feed from the whole data set, which stays on the device."""
+        data_x, data_y = (
+            self._resident(home(array)[0])
+            for array in (tasks[0].examples.x, tasks[0].examples.y)
+        )
+        first = [home(task.examples.x)[1] for task in tasks]
+        rows = torch.from_numpy(plan.rows(tasks, first)).to(self.device)
+
+        def gathered(step: int) -> tuple[Tensor, Tensor]:
+            return data_x[rows[step]], data_y[rows[step]]
+
+        return gathered
+
+    def _resident(self, array: npt.NDArray[Any]) -> Tensor:
+        """Return an array as it lies on the device, where it is put once."""
+        if id(array) not in self._on_device:
+            self._on_device[id(array)] = (array, as_tensor(array).to(self.device))
+        return self._on_device[id(array)][1]
 
     def _buffers_for(
         self, tasks: Sequence[Task], plan: _Schedule
@@ -224,7 +286,7 @@ class BatchedTrainer:
         # strides, which the trace depends on.
         copies = [*inputs[:2], *([_twin(t) for t in p] for p in inputs[2:4])]
         self.module.module.train()
-        traced: Any = make_fx(flat)(*sum([*copies, *inputs[4:]], []))
+        traced: Any = make_fx(flat)(*chain(*copies, *inputs[4:]))
         traced.graph.eliminate_dead_code()
         traced.recompile()
         step: Step = traced.forward
@@ -335,6 +397,29 @@ class _Schedule:
                 # Padding is masked, but 0 * NaN is NaN: it is the client's own, too.
                 rows[n:] = rows[0]
 
+    def rows(
+        self, tasks: Sequence[Task], first: Sequence[int]
+    ) -> npt.NDArray[np.int64]:
+        """Return the row of each example in a common array, ``[total, C, B]``.
+
+        ``first`` is where each client's rows begin; padding points there, too.
+        """
+        sizes = np.array([len(task.examples) for task in tasks])
+        keys = np.array([task.order_key for task in tasks], np.uint64)
+        begin = np.asarray(first)
+        rows = np.empty((self.total, len(tasks), self.batch_size), np.int64)
+        rows[:] = begin[:, None]
+        for n in np.unique(sizes):
+            alike = np.flatnonzero(sizes == n)
+            steps = int(self.per_epoch[alike[0]])
+            padded = np.zeros((len(alike), steps * self.batch_size), np.int64)
+            for epoch in range(int(self.steps[alike].max()) // steps):
+                padded[:, :n] = permutations(keys[alike], epoch, int(n))
+                order = padded.reshape(len(alike), steps, self.batch_size)
+                place = slice(epoch * steps, (epoch + 1) * steps)
+                rows[place, alike] += order.transpose(1, 0, 2)
+        return rows
+
     def batch(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a step's batch of every client, ``[C, B, ...]`` and ``[C, B]``."""
         place = step % self.per_epoch
@@ -357,6 +442,42 @@ def _twin(tensor: Tensor) -> Tensor:
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
     )
     return twin.copy_(tensor)
+
+
+def home(array: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
+    """Return the larger array that an array's rows lie in, and where they begin.
+
+    Clients' data are slices of the data set's; an array of its own is its own home.
+
+    Examples
+    --------
+    >>> everybody = np.zeros((10, 3))
+    >>> whole, first = home(everybody[4:6])
+    >>> whole is everybody, first
+    (True, 4)
+    """
+    base = array.base
+    if (
+        isinstance(base, np.ndarray)
+        and base.shape[1:] == array.shape[1:]
+        and base.strides == array.strides
+        and base.dtype == array.dtype
+    ):
+        offset = array.__array_interface__["data"][0]
+        begin = base.__array_interface__["data"][0]
+        return base, (offset - begin) // base.strides[0]
+    return array, 0
+
+
+def _share_a_home(tasks: Sequence[Task]) -> bool:
+    """Tell whether all clients' examples are rows of the same two arrays."""
+    homes = set()
+    for task in tasks:
+        (x, first_x), (y, first_y) = home(task.examples.x), home(task.examples.y)
+        if first_x != first_y:
+            return False
+        homes.add((id(x), id(y)))
+    return len(homes) == 1
 
 
 def _views(rows: Tensor, entries: Sequence[Entry]) -> list[Tensor]:

@@ -152,11 +152,12 @@ class LocalTraining(TorchFunctionMode):
             )
         others = [d for d in range(input.ndim) if d != 1]
         channel = (1, -1, *(1 for _ in others[1:]))
-        real = self.mask.reshape(-1, *(1 for _ in range(input.ndim - 1)))
+        mask = self.mask.to(input.dtype)
+        real = mask.reshape(-1, *(1 for _ in range(input.ndim - 1)))
         per_example = input[0, 0].numel()
         if per_example == 1:
             self.least = 2  # A variance of one value: PyTorch refuses it, too.
-        count = (self.mask.sum() * per_example).clamp(min=1)
+        count = (mask.sum() * per_example).clamp(min=1)
         mean = (input * real).sum(others) / count
         centred = (input - mean.reshape(channel)) * real
         var = centred.square().sum(others) / count

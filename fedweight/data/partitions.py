@@ -80,7 +80,7 @@ def partition(
     >>> from fedweight.data import load
     >>> parts = partition(load("digits"), "iid", num_clients=4, seed=0)
     >>> [len(part) for part in parts]
-    [360, 359, 359, 359]
+    [360, 360, 359, 359]
     """
     function: Callable[..., Sequence[Indices]] = PARTITIONS.resolve(name)
     what = f"partition '{name}'"

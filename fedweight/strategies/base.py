@@ -65,7 +65,7 @@ class StrategyArguments(TypedDict, total=False):
     min_replies: int
     stragglers: float
     server_optimizer: ServerOptimizer | None
-    accumulate: Accumulate
+    accumulate: Accumulate | None
     buffers: Collection[str] | None
     threads: int
 
@@ -97,8 +97,9 @@ class WeightingStrategy(Strategy):
     server_optimizer : ServerOptimizer, optional
         Turns the aggregated update into the step of the global model; by default the
         update is the step.
-    accumulate : {"float64", "float32"}
-        What sums over clients and parameters are made in.
+    accumulate : {"float64", "float32"}, optional
+        What sums over clients and parameters are made in; by default what the model
+        is in. See :class:`~fedweight.updates.StackedUpdates` for the precision.
     buffers : Collection[str], optional
         Names of floating tensors that are not trained (running statistics). Known
         BatchNorm names are recognised by default.
@@ -138,7 +139,7 @@ class WeightingStrategy(Strategy):
         self.min_replies = int(arguments.get("min_replies", 1))
         self.stragglers = float(arguments.get("stragglers", 0.0))
         self.server_optimizer = arguments.get("server_optimizer")
-        self.accumulate: Accumulate = arguments.get("accumulate", "float64")
+        self.accumulate: Accumulate | None = arguments.get("accumulate")
         self.buffers = arguments.get("buffers")
         self.threads = int(arguments.get("threads", 1))
         check_range("fraction_train", self.fraction_train, 0, 1)
@@ -181,7 +182,7 @@ class WeightingStrategy(Strategy):
         weights = self.weights(round)
         round.log("weight", weights if weights.ndim == 1 else weights.mean(1))
         step = round.updates.combine(weights)
-        return round.model.parameters.to(step.dtype) + step
+        return step.add_(round.model.parameters)
 
     def train_config(self, round: int) -> dict[str, float | int]:
         """Return what the method tells every client alike; nothing by default."""

@@ -160,13 +160,13 @@ def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:
     cosine is 0 where either vector is 0.
     """
     consensus = round.updates.combine(coefficients)
-    inner = round.updates.project(consensus)
-    norms = round.updates.norms()
+    inner, norms = round.updates.project_and_norms(consensus)
     squares = norms.square()
-    whole = consensus.double().square().sum()
+    whole = coefficients @ inner  # <G, G>
     rest = whole - 2 * coefficients * inner + coefficients.square() * squares
     # The difference of nearly equal numbers: what rounding leaves of 0 is 0.
-    noise = 1e-12 * (whole + coefficients.square() * squares)
+    rounding = 1e-12 if consensus.dtype == torch.float64 else 1e-6
+    noise = rounding * (whole + coefficients.square() * squares)
     rest = torch.where(rest > noise, rest, 0.0)
     lengths = norms * rest.sqrt()
     cosines = (inner - coefficients * squares) / lengths.clamp(min=1e-300)

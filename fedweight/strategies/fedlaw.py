@@ -156,11 +156,11 @@ class FedLAW(WeightingStrategy):
     def aggregate(self, round: Round) -> Tensor:
         """Return ``gamma * sum_k lambda_k w_k``."""
         self._begin(round)
-        origin, p = round.model.parameters.double(), round.size_weights
-        average = origin + round.updates.combine(p)
+        origin, p = round.model.parameters, round.size_weights
+        average = round.updates.combine(p).add_(origin)
         before = self._loss(average)
         weights, gamma = self._learn(round) if self.shrink is None else (p, self.shrink)
-        parameters = gamma * (origin + round.updates.combine(weights))
+        parameters = gamma * round.updates.combine(weights).add_(origin)
         after = self._loss(parameters)
         worse = not after <= before  # NaN is worse
         reverted = worse and self.revert_if_worse and self.shrink is None
@@ -240,14 +240,14 @@ class FedLAW(WeightingStrategy):
     def _gradient(self, round: Round, x: Tensor, batch: Tensor) -> Tensor:
         """Return the gradient of the batch's loss by ``x``, one backward pass."""
         weights, gamma = split(x, self.form)
-        mean = round.model.parameters.double() + round.updates.combine(weights)
+        mean = round.updates.combine(weights).add_(round.model.parameters)
         self._module.parameters.copy_(gamma * mean)
         self._module.gradients.zero_()
         loss = self._cross_entropy(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        g = self._module.gradients.to("cpu", torch.float64)
+        g = self._module.gradients.cpu()
         inner = round.updates.project(g)
-        return chain(x, self.form, inner, torch.dot(g, mean.double()))
+        return chain(x, self.form, inner, torch.dot(g.double(), mean.double()))
 
     def _begin(self, round: Round) -> None:
         """Load the global model; its parameters are overwritten, its buffers used."""

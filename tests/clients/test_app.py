@@ -17,6 +17,7 @@ from fedweight import simulate
 from fedweight.clients import TrainingSettings, client_number
 from fedweight.clients.objectives import Objective, Plain, Proximal
 from fedweight.clients.training import Task, evaluate, train
+from fedweight.cohort import Cohort
 from fedweight.data import ClientData
 from fedweight.errors import AggregationError, ClientError, ConfigurationError
 from fedweight.parameters import FlatModule, FlatRecord
@@ -436,3 +437,192 @@ def test_threads_never_change_the_result_even_with_dropout(kit):
             threads=threads,
         )
     np.testing.assert_array_equal(models[0], models[1])
+
+
+# Several clients of a cohort in one go.
+
+
+def cohort_of(kit, clients, model=None, kind=MessageType.TRAIN, own=None, **config):
+    arrays = kit.start(model) if model else kit.start()
+    config = {key.replace("_", "-"): value for key, value in config.items()}
+    content = RecordDict(
+        {"arrays": arrays, "config": ConfigRecord({"server-round": 1, **config})}
+    )
+    nodes = [1000 + client for client in clients]
+    return Cohort(content, nodes, kind, own)
+
+
+class Contexts(dict):
+    """Contexts by node, made when they are asked for."""
+
+    def __init__(self, kit):
+        super().__init__()
+        self.kit = kit
+
+    def __missing__(self, node):
+        self[node] = self.kit.context(node - 1000)
+        return self[node]
+
+    def answers(self, app, cohort, batched=True):
+        replies = app.answer(cohort, cohort.nodes, self.__getitem__, batched=batched)
+        assert [reply.node for reply in replies] == cohort.nodes
+        return replies
+
+
+@pytest.mark.parametrize("kind", [MessageType.TRAIN, MessageType.EVALUATE])
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_answer_is_what_the_messages_bring(kit, kind, batched):
+    app = kit.app(kit.dropout)
+    asks = ["label-counts", "loss-before", "accuracy-after"]
+    cohort = cohort_of(kit, [2, 0, 3], kit.dropout, kind, request=asks)
+    replies = Contexts(kit).answers(app, cohort, batched)
+    for reply, message in zip(replies, cohort, strict=True):
+        expected = app(message, kit.context(reply.node - 1000)).content
+        assert dict(reply.metrics) == pytest.approx(dict(expected["metrics"]), abs=1e-5)
+        assert list(reply.metrics) == list(expected["metrics"])
+        assert dict(reply.profile) == dict(expected.get("profile", {}))
+        if kind == MessageType.TRAIN:
+            np.testing.assert_allclose(
+                kit.vector(FlatRecord(reply.model)),
+                kit.vector(expected["arrays"]),
+                atol=0 if not batched else 1e-5,
+            )
+
+
+def test_clients_that_are_told_different_things_do_them(kit):
+    own = {
+        1000: ConfigRecord({"server-round": 1, "local-epochs": 1}),
+        1001: ConfigRecord({"server-round": 1, "proximal-mu": 0.5}),
+        1002: ConfigRecord(),
+    }
+    for some in ([0, 2, 3], [0, 1, 2, 3]):
+        cohort = cohort_of(kit, some, own={1000 + k: own[1000 + k] for k in some[:-1]})
+        replies = Contexts(kit).answers(kit.app(), cohort)
+        for client, reply in zip(some, replies, strict=True):
+            expected = directly(
+                kit,
+                client,
+                epochs=1 if client == 0 else 2,
+                goal=Proximal(0.5) if client == 1 else None,
+            )
+            torch.testing.assert_close(
+                reply.model.parameters, expected.model.parameters, atol=1e-5, rtol=0
+            )
+            assert reply.metrics["num-steps"] == expected.num_steps
+
+
+def test_clients_without_examples_answer_in_a_chunk(kit):
+    def data(context):
+        part = kit.client_of(context).train
+        some = client_number(context) % 2
+        return ClientData(part if some else part.take(slice(0)), part)
+
+    for clients in ([0, 1, 2, 3], [0, 1], [0, 2]):
+        cohort = cohort_of(kit, clients)
+        replies = Contexts(kit).answers(kit.app(data=data), cohort)
+        for client, reply in zip(clients, replies, strict=True):
+            assert reply.error is None
+            assert (reply.metrics["num-steps"] > 0) == (client % 2 == 1)
+            assert np.isnan(reply.metrics["train-loss"]) == (client % 2 == 0)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_one_client_that_fails_costs_the_others_nothing(kit, batched):
+    def data(context):
+        own = kit.client_of(context)
+        if client_number(context) == 2:
+            own.train.y[3] = 99  # there are three classes
+        if client_number(context) == 1:
+            raise OSError("no such file")
+        return own
+
+    app, contexts = kit.app(data=data), Contexts(kit)
+    replies = contexts.answers(app, cohort_of(kit, range(5)), batched)
+    assert [reply.error is None for reply in replies] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert replies[1].error.startswith("client 1, train: OSError: no such file")
+    assert replies[2].error.startswith("client 2, train: IndexError")
+    for reply in (replies[0], replies[3], replies[4]):
+        expected = directly(kit, reply.node - 1000)
+        assert torch.equal(reply.model.parameters, expected.model.parameters)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_failure_does_not_count_a_round_of_fedce_twice(kit, batched):
+    broken = set()
+
+    def data(context):
+        own = kit.client_of(context)
+        if client_number(context) in broken:
+            own.train.y[0] = 99
+        return own
+
+    app, contexts = kit.app(data=data), Contexts(kit)
+    told = {"request": ["minus-error", "label-counts"], "coefficient": 0.2}
+    for round, bad in enumerate(({}, {3}, {}), start=1):
+        broken.clear()
+        broken.update(bad)
+        cohort = cohort_of(kit, range(4), server_round=round, **told)
+        replies = contexts.answers(app, cohort, batched)
+        assert [r.error is None for r in replies] == [k not in bad for k in range(4)]
+    kept = [contexts[1000 + k].state["personal-metrics"] for k in range(4)]
+    assert [len(record["minus-scores"]) for record in kept] == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_cancel_stops_a_whole_list_of_clients(kit, batched):
+    steps = []
+
+    class Cancels(Objective):
+        def loss(self, outputs, batch):
+            steps.append(None)
+            if len(steps) == 1:
+                app.cancel()
+            return Plain().loss(outputs, batch)
+
+    app = kit.app(objective=Cancels())
+    replies = Contexts(kit).answers(app, cohort_of(kit, range(4)), batched)
+    assert all("training was cancelled" in reply.error for reply in replies)
+    assert len(steps) <= 2  # nobody was tried alone
+
+
+class Recurrent(nn.Module):
+    """Draws noise that PyTorch keeps to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(1, 4, 2, dropout=0.5, batch_first=True)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.gru(x[:, :, None])[0][:, -1])
+
+
+def test_noise_out_of_reach_is_seeded_for_each_client_and_forbids_threads(kit):
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Recurrent()
+
+    app = kit.app(make)
+    assert not app.thread_safe
+    assert kit.app(kit.dropout).thread_safe
+    cohort = cohort_of(kit, range(3), make)
+    before = torch.get_rng_state()
+    models = []
+    for batched in (True, False):
+        torch.rand(3)  # somebody else's numbers
+        replies = Contexts(kit).answers(app, cohort, batched)
+        models.append([reply.model.parameters for reply in replies])
+    assert all(torch.equal(a, b) for a, b in zip(*models, strict=True))
+    torch.set_rng_state(before)
+    Contexts(kit).answers(app, cohort)
+    assert torch.equal(torch.get_rng_state(), before)
+    # Round and client decide.
+    other = Contexts(kit).answers(app, cohort_of(kit, [0], make, server_round=2))
+    assert not torch.equal(other[0].model.parameters, models[0][0])

@@ -24,6 +24,15 @@ OPTIMIZERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_intra_op_thread():
+    """As on a grid: more would change the last bits, and cost small nets time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Smoothed(Objective):
     """A user's own: label smoothing, and a pull of the same length for everybody."""
 
@@ -128,16 +137,24 @@ def settings_of(optimizer="sgd", batch_size=8, **options):
 SIZES = [19, 11, 24, 3]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "char-gru"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("softmax", "sgd"),
+        ("mlp", "sgd"),
+        ("mlp", "momentum"),
+        ("mlp", "adam"),
+        ("cnn", "momentum"),
+        ("char-gru", "adam"),
+    ],
+)
 def test_every_model_trains_as_one_by_one(name, optimizer):
     tasks = tasks_of(SIZES, tokens=name == "char-gru")
     results = both_ways(shipped(name), tasks, settings_of(optimizer))
     assert_same(*results)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_residual_net_trains_as_one_by_one(optimizer):
+def test_a_residual_net_trains_as_one_by_one():
     # In double precision: before a normalisation the gradient of a bias is 0 but for
     # rounding, and Adam divides rounding by rounding.
     tasks = tasks_of([5, 3, 8], epochs=(1, 2), dtype=np.float64)
@@ -145,26 +162,27 @@ def test_a_residual_net_trains_as_one_by_one(optimizer):
     def double():
         return shipped("resnet18-gn")().double()
 
-    assert_same(*both_ways(double, tasks, settings_of(optimizer, batch_size=4)))
+    assert_same(*both_ways(double, tasks, settings_of("adam", batch_size=4)))
 
 
-@pytest.mark.parametrize("goal", OBJECTIVES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "goal"),
+    [("sgd", "own"), ("momentum", "plain"), ("adam", "proximal")],
+)
 def test_every_objective_and_optimiser_with_noise_and_statistics(optimizer, goal):
     tasks = tasks_of(SIZES, dtype=np.float64)
     alone, at_once = both_ways(
         lambda: everything().double(), tasks, settings_of(optimizer), OBJECTIVES[goal]
     )
-    assert_same(alone, at_once)
+    assert_same(alone, at_once, atol=1e-9)
     assert at_once[0].model.parameters.dtype == torch.float64
     counted = [int(r.model.integers["1.num_batches_tracked"]) for r in at_once]
     assert counted == [r.num_steps for r in at_once] == [6, 6, 3, 2]
 
 
-@pytest.mark.parametrize("sizes", [[8, 8, 8], [16, 8], SIZES])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
-def test_noise_and_statistics_in_single_precision(sizes, optimizer):
-    assert_same(*both_ways(everything, tasks_of(sizes), settings_of(optimizer)))
+@pytest.mark.parametrize("sizes", [[16, 8], SIZES])
+def test_noise_and_statistics_in_single_precision(sizes):
+    assert_same(*both_ways(everything, tasks_of(sizes), settings_of()))
 
 
 @pytest.mark.parametrize("goal", OBJECTIVES)
@@ -173,7 +191,7 @@ def test_every_objective_moves_a_plain_net_as_one_by_one(goal):
     assert_same(*both_ways(shipped("mlp"), tasks, settings_of(), goal))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_frozen_parameters_are_the_received_ones(optimizer):
     def make():
         module = shipped("mlp")()
@@ -211,7 +229,8 @@ def test_a_model_that_calls_dropout_itself_draws_the_clients_own_noise():
     assert_same(alone, at_once)
     same = part(8, 0)
     tasks = [Task(same, 2, 1, noise) for noise in (1, 1, 2)]
-    a, b, c = (r.model.parameters for r in both_ways(CallsDropout, tasks, settings_of())[1])
+    _, results = both_ways(CallsDropout, tasks, settings_of())
+    a, b, c = (result.model.parameters for result in results)
     assert torch.equal(a, b)
     assert not torch.allclose(a, c)
 
@@ -228,19 +247,19 @@ class SharedGradient(nn.Module):
         return self.linear(x.flatten(1)) + (self.b + self.c)
 
 
-@pytest.mark.parametrize("goal", ["plain", "proximal"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "goal"),
+    [("sgd", "plain"), ("momentum", "proximal"), ("adam", "plain")],
+)
 def test_parameters_with_one_gradient_do_not_mix(optimizer, goal):
     settings = settings_of(optimizer, weight_decay=0.1)
-    assert_same(
-        *both_ways(SharedGradient, tasks_of(SIZES), settings, OBJECTIVES[goal])
-    )
+    assert_same(*both_ways(SharedGradient, tasks_of(SIZES), settings, OBJECTIVES[goal]))
 
 
 def test_who_is_done_first_does_not_change_any_more():
     settings = settings_of("momentum")
     tasks = tasks_of([8, 40], epochs=(1, 6))
-    (short, _), (at_once, _) = both_ways(everything, tasks, settings)
+    (short, _), (at_once, _) = both_ways(shipped("mlp"), tasks, settings)
     assert_same([short], [at_once])
     assert short.num_steps == 1
 
@@ -299,7 +318,7 @@ def test_one_trainer_serves_chunks_of_any_shape():
     settings = settings_of()
     trainer = BatchedTrainer(made(shipped("cnn")), Plain(), settings)
     start = made(shipped("cnn")).save()
-    for sizes in ([8, 8], [24, 24, 24], [3, 8], [30, 8], [8, 8], [9]):
+    for sizes in ([8, 8], [24, 24], [3, 24], [9]):
         tasks = tasks_of(sizes)
         results = trainer.train(start, tasks, learning_rate=0.05)
         assert_same(both_ways(shipped("cnn"), tasks, settings)[0], results)
@@ -336,15 +355,6 @@ def test_training_stops_at_the_next_step_once_cancelled():
 # The last bits.
 
 
-@pytest.fixture
-def one_intra_op_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_intra_op_thread")
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_the_same_chunk_gives_the_same_bits_in_any_thread(name):
     trainer = BatchedTrainer(made(shipped(name)), Plain(), settings_of("momentum"))
@@ -363,8 +373,7 @@ def test_the_same_chunk_gives_the_same_bits_in_any_thread(name):
 
     # Threads meet before anything is traced, and in other orders.
     threads = [
-        threading.Thread(target=work, args=[range(k, len(chunks), 3)])
-        for k in range(3)
+        threading.Thread(target=work, args=[range(k, len(chunks), 3)]) for k in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -372,3 +381,20 @@ def test_the_same_chunk_gives_the_same_bits_in_any_thread(name):
         thread.join(60)
     for tasks, parameters in zip(chunks, found, strict=True):
         assert torch.equal(parameters, bits(tasks))
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_who_else_is_in_the_chunk_changes_no_bit_of_a_shipped_model(name):
+    # True of a chunk of two or more; one alone may differ in the last place.
+    trainer = BatchedTrainer(made(shipped(name)), Plain(), settings_of("momentum"))
+    start = made(shipped(name)).save()
+    tasks = tasks_of([16, 16, 19, 11, 24, 3])
+
+    def bits(some):
+        results = trainer.train(start, some, learning_rate=0.05)
+        return [result.model.parameters for result in results]
+
+    together = bits(tasks)
+    for apart in (bits(tasks[:2]) + bits(tasks[2:]), bits(tasks[::-1])[::-1]):
+        for a, b in zip(together, apart, strict=True):
+            assert torch.equal(a, b)

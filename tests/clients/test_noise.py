@@ -20,7 +20,7 @@ def within(model, x, seed=1, step=0):
 
 def test_noise_is_uniform():
     values = noise(shape=(400, 500)).double()
-    assert 0 <= values.min()
+    assert values.min() >= 0
     assert values.max() < 1
     # Four standard errors of 200,000 independent numbers.
     assert float(values.mean()) == pytest.approx(0.5, abs=4 * 12**-0.5 / 447)
@@ -43,7 +43,9 @@ def test_noise_is_a_function_of_client_step_and_layer():
 
 def test_a_step_may_be_a_number_or_a_tensor():
     shape = torch.Size([5])
-    numbers = [uniform(torch.tensor(3), step, 1, shape) for step in (4, torch.tensor(4))]
+    numbers = [
+        uniform(torch.tensor(3), step, 1, shape) for step in (4, torch.tensor(4))
+    ]
     assert torch.equal(*numbers)
 
 

@@ -256,9 +256,7 @@ def test_who_used_the_module_before_does_not_matter(kit):
 
     def model(module, client, n):
         task = Task(kit.examples(n, seed=client), 2, order_key(1, client))
-        result = train(
-            module, start, task, Plain(), settings, learning_rate=0.1
-        ).model
+        result = train(module, start, task, Plain(), settings, learning_rate=0.1).model
         return torch.cat([result.parameters, result.buffers])
 
     alone = model(FlatModule(kit.batch_norm()), 5, 12)

@@ -6,13 +6,28 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
+from torch import nn
 
+from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.cohort import Cohort
+from fedweight.data import ClientData, Examples
 from fedweight.errors import ConfigurationError
 from fedweight.simulations.local import STEPS_OF_A_CLIENT, WORTH_A_THREAD, LocalGrid
+from fedweight.simulations.plan import Plan
+from fedweight.strategies.fedavg import FedAvg
+from fedweight.strategies.round import RoundRecord
 
 
 class App(ClientApp):
@@ -120,3 +135,113 @@ def test_intra_op_threads_are_put_back(write: Any) -> None:
 def test_threads_out_of_range() -> None:
     with pytest.raises(ConfigurationError, match=r"threads must be in \[1, inf\)"):
         LocalGrid(App(), 2, threads=0)
+
+
+# Our own app, which trains a cohort list by list.
+
+
+def examples(n: int, seed: int) -> Examples:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 4)).astype(np.float32)
+    return Examples(x, rng.integers(0, 3, n))
+
+
+def data(context: Context) -> ClientData:
+    client = int(context.node_config["partition-id"])
+    return ClientData(examples(SIZES[client], client), examples(5, 50 + client))
+
+
+SIZES = [int(n) for n in np.random.default_rng(0).integers(3, 40, 21)]
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def run(grid: LocalGrid) -> tuple[np.ndarray, list[RoundRecord]]:
+    strategy = FedAvg(fraction_train=0.9, min_train_nodes=2, seed=3)
+    result = strategy.start(grid, ArrayRecord(network().state_dict()), num_rounds=3)
+    arrays = [array.numpy().ravel() for array in result.arrays.values()]
+    return np.concatenate(arrays), strategy.history
+
+
+def trainer(**options: Any) -> TrainingApp:
+    settings = TrainingSettings(epochs=2, batch_size=8)
+    options = {"settings": settings, "num_classes": 3, **options}
+    return TrainingApp(network, options.pop("data", data), **options)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, None])
+def test_a_plan_changes_no_more_than_the_last_bits(sizes: list[int] | None) -> None:
+    expected, history = run(LocalGrid(trainer(), 21, threads=1))
+    for chunk in (2, 8, 50):
+        grid = LocalGrid(trainer(sizes=sizes), 21, threads=1, plan=Plan(chunk))
+        model, batched = run(grid)
+        np.testing.assert_allclose(model, expected, rtol=0, atol=1e-5)
+        for a, b in zip(history, batched, strict=True):
+            assert [c.client for c in a.clients] == [c.client for c in b.clients]
+            assert a.metrics == pytest.approx(b.metrics, abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_threads_change_not_a_bit_of_a_plan(chunk: int) -> None:
+    results = [
+        run(LocalGrid(trainer(sizes=SIZES), 21, threads=threads, plan=Plan(chunk)))
+        for threads in (1, 2)
+    ]
+    (one, history), (two, other) = results
+    np.testing.assert_array_equal(one, two)
+    for a, b in zip(history, other, strict=True):
+        assert a.metrics == b.metrics
+        assert [c.metrics for c in a.clients] == [c.metrics for c in b.clients]
+
+
+def test_a_client_that_fails_in_a_chunk_is_reported_alone() -> None:
+    def failing(context: Context) -> ClientData:
+        if context.node_config["partition-id"] == 4:
+            raise OSError("no such file")
+        return data(context)
+
+    _, history = run(LocalGrid(trainer(data=failing), 21, plan=Plan(8)))
+    asked = [c for record in history for c in record.clients if c.client == 4]
+    assert {c.status for c in asked} == {"failed"}
+    assert "OSError: no such file" in asked[0].reason
+    others = [c for r in history for c in r.clients if c.client != 4]
+    assert {c.status for c in others} == {"ok", "evaluated"}
+    assert not any(c.reason for c in others)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_lists_of_clients_that_begin_too_late_are_missing(threads: int) -> None:
+    def slow(context: Context) -> ClientData:
+        time.sleep(0.03)
+        return data(context)
+
+    app = trainer(data=slow)
+    grid = LocalGrid(app, 21, threads=threads, plan=Plan(4))
+    content = RecordDict(
+        {"arrays": ArrayRecord(network().state_dict()), "config": ConfigRecord()}
+    )
+    cohort = Cohort(content, list(grid.get_node_ids()), "train")
+    replies = grid.send_and_receive(cohort, timeout=0.06)
+    nodes = [reply.metadata.src_node_id for reply in replies]
+    assert 3 <= len(nodes) < 21
+    assert nodes == cohort.nodes[: len(nodes)]
+    everybody = Cohort(content, cohort.nodes, "train")
+    assert len(grid.send_and_receive(everybody)) == 21
+    nobody = Cohort(content, [], "train")
+    assert list(grid.send_and_receive(nobody)) == []
+
+
+@pytest.mark.parametrize("kind", ["query.label_counts", "train.other"])
+def test_a_cohort_of_other_messages_is_answered_message_by_message(kind: str) -> None:
+    grid = LocalGrid(trainer(), 21)
+    content = RecordDict({"config": ConfigRecord()})
+    replies = list(grid.send_and_receive(Cohort(content, [1000, 1001], kind)))
+    if kind == "train.other":
+        assert all("registered with name 'other'" in r.error.reason for r in replies)
+    else:
+        counts = [r.content["profile"]["label-counts"] for r in replies]
+        assert [sum(c) for c in counts] == SIZES[:2]
