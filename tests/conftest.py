@@ -23,18 +23,19 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-_flwr_home = pytest.StashKey[str]()
+_homes = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep Flower's state of the tests out of the user's ~/.flwr."""
-    home = tempfile.mkdtemp(prefix="fedweight-tests-flwr-")
-    config.stash[_flwr_home] = home
-    os.environ["FLWR_HOME"] = home
+    """Keep the tests' state out of the user's ~/.flwr and ~/.cache."""
+    home = tempfile.mkdtemp(prefix="fedweight-tests-")
+    config.stash[_homes] = home
+    os.environ["FLWR_HOME"] = os.path.join(home, "flwr")
+    os.environ["XDG_CACHE_HOME"] = os.path.join(home, "cache")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(config.stash[_flwr_home], ignore_errors=True)
+    shutil.rmtree(config.stash[_homes], ignore_errors=True)
 
 
 def _no_gpu() -> str | None:

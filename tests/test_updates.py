@@ -97,39 +97,135 @@ def test_equals_numpy_in_float32(shape, seed):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("tensors", [1, 5])
 def test_equals_numpy_over_many_tiles(dtype, tensors):
-    check_all(*LARGE, tensors, 3, 1e-11, dtype=dtype)
+    check_all(*LARGE, tensors, 3, 1e-11, dtype=dtype, accumulate="float64")
 
 
-def test_float32_is_summed_in_float32_inside_a_tile_only():
+@pytest.mark.parametrize("accumulate", [None, "float32"])
+def test_float32_is_summed_in_float32_inside_a_tile_only(accumulate):
     """The sum of many tiles does not lose what one tile's would."""
-    check_all(*LARGE, 2, 3, 1e-5, dtype=np.float32, accumulate="float32")
-    updates, _, _ = draw(3, 10, dtype=np.float32, accumulate="float32")
+    check_all(*LARGE, 2, 3, 1e-6, dtype=np.float32, accumulate=accumulate)
+    updates, _, _ = draw(3, 10, dtype=np.float32, accumulate=accumulate)
     assert updates.combine(torch.ones(3)).dtype == torch.float32
     assert updates.project(torch.ones(10)).dtype == torch.float64
     assert updates.norms().dtype == torch.float64
 
 
-@pytest.mark.parametrize("accumulate", ["float64", "float32"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_threads_never_change_a_bit(accumulate, dtype):
-    def results(threads):
-        updates, _, _ = draw(
-            *LARGE, 4, 5, dtype=dtype, accumulate=accumulate, threads=threads
-        )
-        stream = torch.Generator().manual_seed(1)
-        w = torch.rand(LARGE[0], generator=stream, dtype=torch.float64)
-        v = torch.rand(LARGE[1], generator=stream, dtype=torch.float64)
-        return [
-            updates.combine(w),
-            updates.project(v),
-            updates.distances(v, order=1),
-            updates.distances(v, order=2, per_tensor=True),
-            updates.gram(),
-        ]
+def test_float64_models_are_summed_in_float64():
+    check_all(*LARGE, 2, 3, 1e-11)
+    updates, _, _ = draw(3, 10)
+    assert updates.combine(torch.ones(3)).dtype == torch.float64
 
-    for other in (2, 4):
-        for one, many in zip(results(1), results(other), strict=True):
-            assert torch.equal(one, many)
+
+def test_float32_is_as_precise_as_the_models():
+    """Also where the updates are a thousandth of the models."""
+    k, p = 70, 3 * COLUMNS
+    stream = np.random.default_rng(0)
+    origin = stream.normal(size=p).astype(np.float32)
+    steps = 1e-3 * stream.normal(size=(k, p)) + 1e-3 * stream.normal(size=p)
+    models = (origin + steps).astype(np.float32)
+    exact = models.astype(np.float64) - origin
+    updates = StackedUpdates(list(map(torch.from_numpy, models)), torch.tensor(origin))
+    w, v = stream.dirichlet(np.ones(k)), exact.mean(0)
+    # A few units in the last place of the models' values.
+    off = np.abs(updates.combine(torch.tensor(w)).numpy() - w @ exact)
+    assert (off / np.abs(models).max(0)).max() < 5 * 2.0**-23
+    near = {"rtol": 2e-6}
+    np.testing.assert_allclose(updates.project(torch.tensor(v)), exact @ v, **near)
+    np.testing.assert_allclose(updates.gram(), exact @ exact.T, **near)
+    for order, norm in ((1, l1), (2, l2)):
+        np.testing.assert_allclose(updates.norms(order=order), norm(exact), **near)
+        far = updates.distances(torch.tensor(v), order=order)
+        np.testing.assert_allclose(far, norm(exact - v), **near)
+
+
+def test_models_that_did_not_move_combine_to_nearly_nothing():
+    origin = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    w = torch.full((40,), 1 / 40)
+    step = StackedUpdates([origin] * 40, origin).combine(w)
+    assert (step.abs() <= 2e-6 * origin.abs()).all()
+    assert not StackedUpdates([origin], origin).combine(torch.ones(1)).any()
+
+
+def results(updates):
+    """Everything that can be asked of updates."""
+    stream = torch.Generator().manual_seed(1)
+    k, p, tensors = updates.num_clients, updates.num_parameters, updates.num_tensors
+    w = torch.rand(k, generator=stream, dtype=torch.float64)
+    each = torch.rand(k, tensors, generator=stream, dtype=torch.float64)
+    v = torch.rand(p, generator=stream, dtype=torch.float64)
+    return [
+        updates.combine(w),
+        updates.combine(each),
+        updates.project(v),
+        *updates.project_and_norms(v),
+        updates.distances(v, order=1),
+        updates.distances(v, order=2, per_tensor=True),
+        updates.norms(),
+        updates.gram(),
+    ]
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(results(one), results(other), strict=True):
+        assert torch.equal(a, b)
+
+
+every_precision = pytest.mark.parametrize("accumulate", [None, "float64", "float32"])
+every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+@every_precision
+@every_dtype
+def test_threads_never_change_a_bit(accumulate, dtype):
+    options = {"dtype": dtype, "accumulate": accumulate}
+    one, _, _ = draw(*LARGE, 4, 5, **options, threads=1)
+    for threads in (2, 3):
+        many, _, _ = draw(*LARGE, 4, 5, **options, threads=threads)
+        assert_same_bits(one, many)
+
+
+@every_precision
+@every_dtype
+@pytest.mark.parametrize("shape", [LARGE, (7, 1001)])
+def test_where_the_rows_lie_never_changes_a_bit(accumulate, dtype, shape):
+    """Apart, as rows of one matrix, and at addresses that fit no cache line."""
+    apart, _, offsets = draw(*shape, 3, 5, dtype=dtype, accumulate=accumulate)
+    k, p = shape
+    matrix = torch.stack(apart.models)
+    wide = torch.zeros(k, p + 3, dtype=matrix.dtype)
+    wide[:, 1:-2] = matrix
+    read_only = matrix.numpy().copy()
+    read_only.setflags(write=False)
+    shifted = torch.zeros(p + 1, dtype=matrix.dtype)
+    shifted[1:] = apart.origin
+    for models, origin in (
+        (list(matrix), apart.origin),
+        (list(wide[:, 1:-2]), shifted[1:]),
+        ([torch.from_dlpack(row) for row in read_only], apart.origin),
+    ):
+        other = StackedUpdates(models, origin, offsets, accumulate=accumulate)
+        assert_same_bits(apart, other)
+
+
+@every_dtype
+def test_a_projection_with_the_norms_is_both(dtype):
+    updates, _, _ = draw(*LARGE, 2, 5, dtype=dtype)
+    v = torch.linspace(-1, 1, LARGE[1])
+    inner, norms = updates.project_and_norms(v)
+    assert torch.equal(inner, updates.project(v))
+    assert torch.equal(norms, updates.norms())
+    for own, both in zip(
+        module.Updates.project_and_norms(updates, v), (inner, norms), strict=True
+    ):
+        assert torch.equal(own, both)
+
+
+def test_a_vectors_place_never_changes_a_bit():
+    updates, _, _ = draw(*LARGE, dtype=np.float32)
+    v = torch.rand(LARGE[1] + 1, generator=torch.Generator().manual_seed(0))
+    moved = v[1:]
+    assert torch.equal(updates.project(moved), updates.project(moved.clone()))
+    assert torch.equal(updates.distances(moved), updates.distances(moved.clone()))
 
 
 def test_torchs_own_threads_never_change_a_bit():
@@ -137,14 +233,14 @@ def test_torchs_own_threads_never_change_a_bit():
     updates, _, _ = draw(*LARGE)
     w = torch.linspace(0, 1, LARGE[0])
     try:
-        results = []
+        found = []
         for n in (1, 4):
             torch.set_num_threads(n)
-            results.append((updates.combine(w), updates.gram()))
+            found.append((updates.combine(w), updates.gram()))
             assert torch.get_num_threads() == n
     finally:
         torch.set_num_threads(before)
-    for one, many in zip(*results, strict=True):
+    for one, many in zip(*found, strict=True):
         assert torch.equal(one, many)
 
 
@@ -153,6 +249,7 @@ def test_nothing_that_was_given_is_changed():
     origin, point = torch.full((5,), 0.5), torch.arange(5.0)
     updates = StackedUpdates(models, origin)
     updates.combine(torch.ones(2)).add_(1)
+    updates.project_and_norms(point)
     for order in (1, 2):
         updates.distances(point, order=order)
         updates.norms(order=order)
@@ -162,6 +259,15 @@ def test_nothing_that_was_given_is_changed():
     assert torch.equal(models[1], torch.zeros(5))
     assert torch.equal(origin, torch.full((5,), 0.5))
     assert torch.equal(point, torch.arange(5.0))
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 3 << 20])
+def test_a_combination_begins_where_a_cache_line_does(size):
+    updates = StackedUpdates([torch.ones(size)], torch.zeros(size))
+    combined = updates.combine(torch.ones(1))
+    assert combined.shape == (size,)
+    assert combined.data_ptr() % 64 == 0
+    assert bool((combined == 1).all())
 
 
 def test_a_tensor_without_values_is_no_obstacle():

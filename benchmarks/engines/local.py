@@ -1,5 +1,6 @@
 """fedweight on its local grid, in this process; see also :mod:`engines.ray`."""
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,10 @@ from torch import nn
 import fedweight
 from fedweight.clients import TrainingApp, TrainingSettings, client_number
 from fedweight.data import ClientData, Examples
+from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.simulations import Plan
 from fedweight.simulations.engine import make_grid
+from fedweight.simulations.planner import choose_plan, machine
 from fedweight.strategies.fedavg import FedAvg
 
 from .job import MODELS, flat
@@ -66,7 +70,17 @@ def run(
         ),
         seed=SEED,
     )
-    with make_grid(app, clients, engine=engine, workers=workers) as grid:
+    plan = Plan()
+    if not any(isinstance(layer, nn.Conv2d) for layer in first.modules()):
+        plan = choose_plan(
+            app,
+            FlatRecord(FlatModule(copy.deepcopy(first)).save()),
+            clients=range(cohort),
+            num_clients=clients,
+            cohort=cohort,
+            about={"model": str(first), "cohort": cohort, **machine()},
+        )
+    with make_grid(app, clients, engine=engine, workers=workers, plan=plan) as grid:
         strategy = FedAvg(
             fraction_train=cohort / clients,
             min_train_nodes=cohort,

@@ -247,7 +247,7 @@ class FedLAW(WeightingStrategy):
         loss.backward()  # type: ignore[no-untyped-call]
         g = self._module.gradients.cpu()
         inner = round.updates.project(g)
-        return chain(x, self.form, inner, torch.dot(g.double(), mean.double()))
+        return chain(x, self.form, inner, torch.dot(g.to(mean.dtype), mean))
 
     def _begin(self, round: Round) -> None:
         """Load the global model; its parameters are overwritten, its buffers used."""
