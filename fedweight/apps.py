@@ -74,7 +74,8 @@ def main(grid: Grid, context: Context) -> None:
     run = Run(folder)
     run.report()
     summary = run.summary()
-    print(f"test accuracy {summary['test_accuracy']:.4f}")
+    if summary["test_accuracy"] is not None:
+        print(f"test accuracy {summary['test_accuracy']:.4f}")
     print(f"results in {folder}", flush=True)
     if summary["failed_rounds"]:
         raise AggregationError(

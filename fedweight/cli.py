@@ -146,6 +146,8 @@ def _list(given: argparse.Namespace) -> int:
     from . import data, models
     from .clients.objectives import OBJECTIVES
     from .strategies import STRATEGIES
+    from .strategies.server_optimizers import SERVER_OPTIMIZERS
+    from .studies.configuration import SCHEMA
 
     kinds = {
         "strategies": STRATEGIES.descriptions(),
@@ -153,6 +155,12 @@ def _list(given: argparse.Namespace) -> int:
         "data": data.catalogue(),
         "partitions": data.partition_catalogue(),
         "models": models.catalogue(),
+        "server optimisers": SERVER_OPTIMIZERS.descriptions(),
+        "keys of a simulation file": {
+            f"{table}.{key}": f"{rule.meaning} (default {rule.default!r})"
+            for table, rules in SCHEMA.items()
+            for key, rule in rules.items()
+        },
     }
     if given.json:
         print(json.dumps(kinds))

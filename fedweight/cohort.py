@@ -138,7 +138,10 @@ class Reply:
                 f"its reply has {len(content.metric_records)} metric records, not 1"
             )
         metrics = next(iter(content.metric_records.values()))
-        record = content.array_records.get(arrays_key)
+        records = content.array_records
+        record = records.get(arrays_key)
+        if record is None and len(records) == 1:  # Flower takes it by any name.
+            record = next(iter(records.values()))
         model = None if record is None else flatten(record, layout)
         profile = content.config_records.get(keys.PROFILE) or ConfigRecord()
         return cls(node, model, metrics, profile)

@@ -19,6 +19,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
+from tokenize import TokenError
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -218,11 +219,15 @@ def view(array: Array) -> npt.NDArray[Any]:
         shape, fortran, dtype = read(stream)
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
+        if any(length < 0 for length in shape):
+            raise ValueError(f"its shape is {shape}")
         count = int(np.prod(shape, dtype=np.int64))
         flat = np.frombuffer(array.data, dtype, count, stream.tell())
-    except ValueError as error:
+        values: npt.NDArray[Any] = flat.reshape(shape, order="F" if fortran else "C")
+    # NumPy's reader lets Python's tokenizer look at the header: its errors get out.
+    except (ValueError, TypeError, SyntaxError, TokenError) as error:
         raise AggregationError(f"an array cannot be read: {error}.") from error
-    return flat.reshape(shape, order="F" if fortran else "C")
+    return values
 
 
 def flatten(record: ArrayRecord, layout: Layout) -> FlatModel:

@@ -103,7 +103,16 @@ def test_a_file_is_run_and_its_lines_are_plain_where_nobody_watches(here, capsys
 def test_list_shows_every_name_with_a_line(capsys):
     assert main(["list", "--json"]) == 0
     kinds = json.loads(capsys.readouterr().out)
-    assert set(kinds) == {"strategies", "objectives", "data", "partitions", "models"}
+    assert set(kinds) == {
+        "strategies",
+        "objectives",
+        "data",
+        "partitions",
+        "models",
+        "server optimisers",
+        "keys of a simulation file",
+    }
+    assert "run.rounds" in kinds["keys of a simulation file"]
     assert {"fedavg", "fedprox", "feddisco", "fedlaw", "fedce", "ida"} <= set(
         kinds["strategies"]
     )

@@ -382,3 +382,19 @@ def test_frozen_parameters_have_no_gradient():
     module(torch.ones(1, 2)).sum().backward()
     assert (flat.gradients[:6] == 0).all()
     assert (flat.gradients[6:] != 0).any()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -2), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, ",
+        b"   not a header at all",
+    ],
+)
+def test_a_malformed_array_is_refused_as_such(header):
+    padded = header.ljust(117) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded
+    array = Array("float32", (2,), "numpy.ndarray", data + bytes(8))
+    with pytest.raises(AggregationError, match="an array cannot be read"):
+        view(array)

@@ -6,6 +6,7 @@ client on a real device, where its data lies at a path.
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import threading
@@ -46,6 +47,8 @@ from .training import (
     evaluate_each,
     train,
 )
+
+log = logging.getLogger("fedweight")
 
 # Where a client keeps what it needs in later rounds, in Flower's Context.state.
 PERSONAL_MODEL = "personal-model"

@@ -146,7 +146,13 @@ def fetch(
     if not url.startswith(("http://", "https://")):
         raise DataError(f"base_url must start with http:// or https://, got '{url}'.")
     target = default_folder(name) if folder is None else Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the folder '{target}' cannot be made: {error}. Choose another with "
+            "--folder."
+        ) from None
     for file, sha256 in source.files.items():
         if not _is_right(target / file, sha256):
             _download(f"{url}/{file}", target / file, sha256)

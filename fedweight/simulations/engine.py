@@ -129,11 +129,7 @@ def make_grid(
                 client_app, num_clients, run_config, threads=threads, plan=plan
             )
             return
-        if importlib.util.find_spec("ray") is None:
-            raise EngineError(
-                "the Ray engine needs the package ray, which is not installed. "
-                "Install fedweight[simulation], or use engine = 'local'."
-            )
+        check_engine(engine)
         from .ray import RayGrid
 
         grid = RayGrid(
@@ -149,6 +145,15 @@ def make_grid(
             yield grid
         finally:
             grid.close()
+
+
+def check_engine(engine: str) -> None:
+    """Raise :class:`EngineError` if an engine cannot be used here."""
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise EngineError(
+            "the Ray engine needs the package ray, which is not installed. "
+            "Install fedweight[simulation], or use engine = 'local'."
+        )
 
 
 def choose_engine(

@@ -116,7 +116,7 @@ class WeightingStrategy(Strategy):
     """What the method asks the clients for, beyond what every reply reports."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Server-side inputs that the method's constructor takes: "model", "proxy"."""
+    """What of the server's the constructor takes: "model", "proxy"."""
 
     def __init__(self, **arguments: Unpack[StrategyArguments]) -> None:
         unknown = sorted(set(arguments) - set(StrategyArguments.__annotations__))
@@ -146,6 +146,10 @@ class WeightingStrategy(Strategy):
         check_range("fraction_evaluate", self.fraction_evaluate, 0, 1)
         check_range("stragglers", self.stragglers, 0, 1, high_open=True)
         check_range("min_replies", self.min_replies, 1)
+        check_range("min_train_nodes", self.min_train_nodes, 0)
+        check_range("min_evaluate_nodes", self.min_evaluate_nodes, 0)
+        check_range("min_available_nodes", self.min_available_nodes, 0)
+        check_range("threads", self.threads, 1)
         check_range("seed", self.seed, 0)
         self.history: list[RoundRecord] = []
         self._model: FlatModel | None = None
@@ -302,14 +306,17 @@ class WeightingStrategy(Strategy):
                 f"min_replies is {self.min_replies}",
             )
         round = self._round(server_round, good)
+        saved = self.state()
         try:
             parameters = self.aggregate(round)
             self._check(round, parameters)
+            if self.server_optimizer is not None:
+                before = self._model.parameters.to(parameters.dtype)
+                parameters = before + self.server_optimizer.step(parameters - before)
+                self._check(round, parameters)
         except AggregationError as error:
+            self.load_state(saved)  # A failed round leaves the method as it was.
             return self._fail(record, str(error))
-        if self.server_optimizer is not None:
-            before = self._model.parameters.to(parameters.dtype)
-            parameters = before + self.server_optimizer.step(parameters - before)
         self._record(record, round)
         record.status, record.reason = "ok", ""
         metrics = self._mean_metrics(good, self.train_metrics_aggr_fn)
@@ -354,16 +361,19 @@ class WeightingStrategy(Strategy):
         entries = {c.client: c for c in record.clients}
         answered = set()
         good = []
-        for client, _, reply in self._read(replies):
+        anybody = not self._asked
+        for client, sent, reply in self._read(replies):
             entry = entries.get(client)
             if entry is None:
                 entry = entries[client] = ClientRecord(client, "evaluated")
                 record.clients.append(entry)
             try:
                 if isinstance(reply, AggregationError):
-                    raise reply
+                    raise AggregationError(str(reply))
                 if reply.error is not None:
                     raise AggregationError(reply.error)
+                if sent is None and not anybody:
+                    raise AggregationError("it was not asked")
                 if client in answered:
                     raise AggregationError("it replied twice")
                 size = self._size(reply)
@@ -503,7 +513,7 @@ class WeightingStrategy(Strategy):
             else:
                 try:
                     if isinstance(reply, AggregationError):
-                        raise reply
+                        raise AggregationError(str(reply))
                     fit = self._fit(client, reply, sent.asks if sent else self.request)
                     entry.metrics = fit.scalars()
                     entry.bytes_up = nbytes

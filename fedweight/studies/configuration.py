@@ -244,6 +244,10 @@ class Configuration:
         """Return a table."""
         return self.tables[table]
 
+    def having(self, table: str, key: str, value: Any) -> Configuration:
+        """Return the same configuration with another value of one key."""
+        return Configuration({**self.tables, table: {**self.tables[table], key: value}})
+
     def options(self, table: str) -> dict[str, Any]:
         """Return the options of what a table's ``name`` picks, in snake_case."""
         fixed = SCHEMA[table]

@@ -134,7 +134,7 @@ def _notice(run: Run, summary: Mapping[str, Any]) -> str:
     if asked is not None and done < asked:
         return (
             f"<p class='notice'>This run stands at round {done} of {asked}. "
-            "<code>fedweight resume</code> and its folder continue it.</p>"
+            "It was interrupted; what follows is of the rounds that ended.</p>"
         )
     return ""
 
@@ -147,12 +147,7 @@ def _key_numbers(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if value is not None:
             numbers.append((label, value, remark))
 
-    best = _percent(summary["best_test_accuracy"])
-    add(
-        "Test accuracy",
-        _percent(summary["test_accuracy"]),
-        f"best {best} in round {summary['best_round']}" if best else "",
-    )
+    add("Test accuracy", _percent(summary["test_accuracy"]), "after the last round")
     add(
         "Mean of the last 10 rounds",
         _percent(summary["mean_test_accuracy_last_10"]),

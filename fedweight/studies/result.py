@@ -133,8 +133,8 @@ class Run:
         path = self.folder / "model.safetensors"
         if not path.is_file():
             raise DataError(
-                f"{path} is missing: the model is written when a run ends. Finish "
-                f"it with: fedweight resume {self.folder}"
+                f"{path} is missing: the model is written when a run ends. Repeat "
+                f"the run: fedweight run {self.folder / 'config.toml'}"
             )
         return dict(load_file(path))
 
@@ -232,7 +232,7 @@ class Run:
         dict
             ``name``, ``strategy``, ``data``, ``seed``, ``rounds``, ``rounds_asked``,
             ``complete``, ``clients``; accuracies in [0, 1]: ``test_accuracy`` (the
-            last), ``best_test_accuracy`` with ``best_round``,
+            last),
             ``mean_test_accuracy_last_10`` (rounds), ``held_out_accuracy``, and over
             the clients in the last evaluated round ``client_accuracy_mean``,
             ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
@@ -253,8 +253,6 @@ class Run:
             "complete": self.complete,
             "clients": self._num_clients(),
             "test_accuracy": _last(test),
-            "best_test_accuracy": _number(test.max()) if len(test) else None,
-            "best_round": int(test.index[int(test.argmax())]) if len(test) else None,
             "mean_test_accuracy_last_10": _number(last_ten.mean()),
             "held_out_accuracy": _last(self._measured("evaluate_accuracy")),
         }

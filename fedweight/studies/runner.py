@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ from ..data import check as check_data
 from ..data.files import load_one_csv
 from ..errors import ConfigurationError, check_choice
 from ..parameters import FlatModule, FlatRecord, Layout, flatten
-from ..simulations import Plan, SimulationGrid, simulate
-from ..simulations.engine import choose_engine
+from ..simulations import Plan, simulate
+from ..simulations.engine import check_engine, choose_engine
 from ..simulations.planner import (
     WORTH_MEASURING,
     choose_plan,
@@ -46,6 +47,8 @@ from .records import CLIENT_COLUMNS, ROUND_COLUMNS, client_row, round_row
 from .result import Run
 
 log = logging.getLogger("fedweight")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,48 @@ class Components:
             sizes=self.data.sizes,
         )
 
+    def engine(self) -> str:
+        """Return the engine that ``auto`` stands for."""
+        table = self.configuration["engine"]
+        if table["name"] != "auto":
+            return str(table["name"])
+        return choose_engine(
+            table["workers"] or None,
+            table["gpus-per-worker"],
+            table["address"] or None,
+        )
+
+    def gpus_per_worker(self) -> float:
+        """Return the share of a GPU that each Ray worker gets.
+
+        Ray hides the GPUs from a worker without a share; so where clients train on
+        one, each worker has a whole GPU unless told otherwise, or more workers share.
+        """
+        table = self.configuration["engine"]
+        told = float(table["gpus-per-worker"])
+        if told or self.engine() != "ray" or not self.device.startswith("cuda"):
+            return told
+        return min(1.0, torch.cuda.device_count() / (table["workers"] or 1))
+
+    def check_feasible(self, strategy: Strategy) -> None:
+        """Refuse, before anything is written, what could only fail later."""
+        clients = self.data.num_clients
+        for name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
+            least = getattr(strategy, name, 0)
+            if least > clients:
+                raise ConfigurationError(
+                    f"strategy.{name.replace('_', '-')} is {least}, but there are "
+                    f"{clients} clients (partition.clients)."
+                )
+        epochs = self.configuration["training"]["epochs"]
+        if getattr(strategy, "stragglers", 0) and epochs < 2:
+            raise ConfigurationError(
+                f"strategy.stragglers is {strategy.stragglers:g}, which needs "  # type: ignore[attr-defined]
+                f"training.epochs of 2 or more, got {epochs}: a straggler does fewer "
+                "epochs than the others, but at least one."
+            )
+        check_engine(self.engine())
+
     def plan(self, client_app: TrainingApp, initial: FlatRecord) -> Plan:
         """Return how clients are trained: as told, or as is fastest here."""
         told = Plan.parse(self.configuration["engine"]["plan"])
@@ -157,17 +202,19 @@ class Components:
         threads = self.configuration["engine"]["threads"] or os.cpu_count() or 1
         ours: dict[str, Any] = {
             "seed": self.configuration["run"]["seed"],
-            "server_optimizer": server_optimizer(
-                self.configuration["server"]["name"],
-                **self.configuration.options("server"),
+            "server_optimizer": named(
+                "server",
+                partial(
+                    server_optimizer,
+                    self.configuration["server"]["name"],
+                    **self.configuration.options("server"),
+                ),
             ),
             "threads": threads,
             "device": self.device,
             "min_train_nodes": 1,
             "min_evaluate_nodes": 1,
             "min_available_nodes": 1,
-            "model": self.make_model,
-            "proxy": self.data.proxy,
         }
         if ours["server_optimizer"] and "server_optimizer" not in takes:
             raise ConfigurationError(
@@ -175,10 +222,24 @@ class Components:
                 "'none'."
             )
         arguments = {key: value for key, value in ours.items() if key in takes}
-        if "model" in arguments:
-            arguments["model"] = self.make_model()
+        of_the_server: dict[str, Callable[[], Any]] = {
+            "model": self.make_model,
+            "proxy": lambda: self.data.proxy,
+        }
+        for needed in getattr(chosen, "needs", ()):
+            arguments[needed] = of_the_server[needed]()
         arguments |= self.configuration.options("strategy")
-        return chosen(**arguments)
+        return named("strategy", partial(chosen, **arguments))
+
+
+def named(table: str, make: Callable[[], T]) -> T:
+    """Make what a table describes; an error says which table it is about."""
+    try:
+        return make()
+    except ConfigurationError as error:
+        if str(error).startswith(f"{table}."):
+            raise
+        raise ConfigurationError(f"[{table}]: {error}") from None
 
 
 def prepare(
@@ -309,8 +370,12 @@ def run(
     initial = FlatRecord(FlatModule(components.make_model()).save())
     name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
     label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
-    folder = new_folder(out, label)
+    components.check_feasible(chosen)
     plan = components.plan(client_app, initial)
+    # What was measured is part of the configuration now: it repeats the run.
+    configuration = configuration.having("engine", "plan", str(plan))
+    components.configuration = configuration
+    folder = new_folder(out, label)
     recorder = Recorder(folder, components, chosen, progress)
     recorder.begin({"plan": str(plan)})
 
@@ -329,7 +394,7 @@ def run(
                 num_clients=components.data.num_clients,
                 engine=engine_table["name"],
                 workers=engine_table["workers"] or None,
-                gpus_per_worker=engine_table["gpus-per-worker"],
+                gpus_per_worker=components.gpus_per_worker(),
                 address=engine_table["address"] or None,
                 threads=engine_table["threads"] or None,
                 plan=plan,
@@ -363,16 +428,22 @@ def serve(
 ) -> None:
     """Be the server: let the strategy run its rounds, and record them."""
     configuration = components.configuration
-    strategy.start(
-        grid,
-        initial,
-        num_rounds=configuration["run"]["rounds"],
-        timeout=configuration["run"]["timeout"] or None,  # type: ignore[arg-type]
-        train_config=ConfigRecord(
-            {keys.LOCAL_EPOCHS: configuration["training"]["epochs"]}
-        ),
-        evaluate_fn=recorder.after_round,
-    )
+    recorder.client_of = getattr(grid, "client_of", int)
+    intra_op = torch.get_num_threads()
+    torch.set_num_threads(1)  # More would change the last bits of the results.
+    try:
+        strategy.start(
+            grid,
+            initial,
+            num_rounds=configuration["run"]["rounds"],
+            timeout=configuration["run"]["timeout"] or None,  # type: ignore[arg-type]
+            train_config=ConfigRecord(
+                {keys.LOCAL_EPOCHS: configuration["training"]["epochs"]}
+            ),
+            evaluate_fn=recorder.after_round,
+        )
+    finally:
+        torch.set_num_threads(intra_op)
 
 
 class Recorder:
@@ -408,6 +479,7 @@ class Recorder:
         self._arrays: ArrayRecord | None = None
         self._began = self._last = time.perf_counter()
         self._heard: list[RoundRecord] = []
+        self.client_of: Callable[[int], int] = int
         if not hasattr(strategy, "history"):
             self._listen(strategy)
 
@@ -422,7 +494,7 @@ class Recorder:
             record = RoundRecord(server_round)
             self._heard.append(record)
             for reply in answers:
-                client = SimulationGrid.client_of(reply.metadata.src_node_id)
+                client = self.client_of(reply.metadata.src_node_id)
                 entry = ClientRecord(client, "ok")
                 if reply.has_error():
                     entry.status, entry.reason = "failed", reply.error.reason or ""
@@ -548,14 +620,7 @@ class Recorder:
 def environment_of(components: Components) -> dict[str, Any]:
     """Return what a run ran on: versions, machine, engine, data."""
     packages = ("fedweight", "flwr", "torch", "ray", "numpy", "pandas")
-    engine = components.configuration["engine"]
-    name = engine["name"]
-    if name == "auto":
-        name = choose_engine(
-            engine["workers"] or None,
-            engine["gpus-per-worker"],
-            engine["address"] or None,
-        )
+    name = components.engine()
     return {
         "versions": {
             "python": platform.python_version(),

@@ -55,7 +55,8 @@ def test_summary(make_run: MakeRun) -> None:
     summary = Run(make_run()).summary()
     assert summary == json.loads(json.dumps(summary))
     assert summary["test_accuracy"] == 0.7
-    assert (summary["best_test_accuracy"], summary["best_round"]) == (0.8, 2)
+    # Nothing is chosen by the test set: the last value counts, not the best.
+    assert not [name for name in summary if name.startswith("best")]
     assert summary["mean_test_accuracy_last_10"] == pytest.approx((0.5 + 0.8 + 0.7) / 3)
     assert summary["client_accuracy_worst10"] == pytest.approx(0.4)
     assert summary["failed_rounds"] == 1
@@ -106,7 +107,7 @@ def test_interrupted_run_can_be_read(make_run: MakeRun) -> None:
     assert summary["clients"] == 4
     assert run.environment == {}
     assert "2 of 20 rounds" in repr(run)
-    with pytest.raises(DataError, match=r"model\.safetensors.*fedweight resume"):
+    with pytest.raises(DataError, match=r"model\.safetensors.*fedweight run"):
         run.model()
 
 

@@ -20,6 +20,7 @@ from fedweight import Run, run
 from fedweight.clients import TrainingApp
 from fedweight.data import DataSet, Examples
 from fedweight.errors import ConfigurationError, DataError, FedweightError
+from fedweight.simulations import Plan
 from fedweight.studies import runner
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.runner import client_data, prepare
@@ -587,3 +588,48 @@ def test_a_node_with_neither_is_told_what_to_do(points):
 def test_every_refusal_is_an_error_of_ours(quick):
     with pytest.raises(FedweightError):
         quick(settings={"strategy.name": "nope"})
+
+
+def test_a_measured_plan_is_written_and_repeats_the_run(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "WORTH_MEASURING", 0.0)
+    monkeypatch.setattr(runner, "choose_plan", lambda *_, **__: Plan(3))
+    first = quick()
+    assert first.config["engine"]["plan"] == "batched-3"
+    monkeypatch.setattr(runner, "choose_plan", None)  # It must not be asked again.
+    file = first.folder / "config.toml"
+    settings = {"data.name": "digits"}  # What the file names is not to be loaded.
+    again = quick(out="again", file=file, settings=settings)
+    for name in ("rounds.csv", "clients.csv", "model.safetensors"):
+        assert (first.folder / name).read_bytes() == (again.folder / name).read_bytes()
+
+
+def test_the_servers_own_arithmetic_does_not_depend_on_threads(quick):
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            results.append(
+                quick(out=str(threads), strategy="fedlaw", settings={"data.proxy": 0.2})
+            )
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    for name in ("rounds.csv", "clients.csv", "model.safetensors"):
+        a, b = ((r.folder / name).read_bytes() for r in results)
+        assert a == b
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"strategy.min-train-nodes": 5000}, "strategy.min-train-nodes is 5000"),
+        ({"strategy.stragglers": 0.5, "training.epochs": 1}, "strategy.stragglers"),
+        ({"strategy.min-train-nodes": -3}, "min_train_nodes must be in"),
+        ({"server.name": "adam", "server.learning-rate": 0.0}, r"\[server\]: learning"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_first(quick, tmp_path, settings, key):
+    with pytest.raises(ConfigurationError, match=key):
+        quick(settings=settings)
+    assert not (tmp_path / "run").exists()
