@@ -110,8 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedweightError as error:
         print(f"fedweight: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError | DataError) else 1
-    except KeyboardInterrupt:
-        print("\nfedweight: interrupted; what was recorded is kept.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        said = "\nfedweight: interrupted"
+        for folder in getattr(stop, "__notes__", ()):
+            said += f"; what was recorded is in {folder}. It shows with:"
+            said += f" fedweight report {folder}"
+        print(said, file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody left to tell.

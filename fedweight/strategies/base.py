@@ -183,7 +183,7 @@ class WeightingStrategy(Strategy):
         w_k`` where the weights sum to one. A method that overrides this logs the
         weights that it used: ``round.log("weight", weights)``.
         """
-        weights = self.weights(round)
+        weights = _as_weights(self, self.weights(round), round)
         round.log("weight", weights if weights.ndim == 1 else weights.mean(1))
         step = round.updates.combine(weights)
         return step.add_(round.model.parameters)
@@ -672,6 +672,25 @@ class WeightingStrategy(Strategy):
                 p = size_weights(sizes[known])
                 result[name] = float((p * values[known]).sum())
         return result
+
+
+def _as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tensor:
+    """Return what ``weights(round)`` gave as a tensor, if it is one weight each."""
+    try:
+        tensor = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.weights must return numbers, got "
+            f"{type(weights).__name__}: {error}."
+        ) from None
+    clients, tensors = round.num_clients, round.updates.num_tensors
+    if tensor.shape not in ((clients,), (clients, tensors)):
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.weights must return one weight for each of "
+            f"the {clients} clients, shape [{clients}] (or [{clients}, {tensors}], one "
+            f"for each named tensor), got shape {list(tensor.shape)}."
+        )
+    return tensor
 
 
 def check_fraction(metrics: Mapping[str, Any], name: str) -> None:

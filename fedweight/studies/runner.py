@@ -30,7 +30,7 @@ from ..data import ClientData, DataSet, FederatedData, federate, load, load_clie
 from ..data import check as check_data
 from ..data.files import load_one_csv
 from ..errors import ConfigurationError, check_choice
-from ..parameters import FlatModule, FlatRecord, Layout, flatten
+from ..parameters import FlatModule, FlatRecord, Layout, as_tensor, flatten
 from ..simulations import Plan, simulate
 from ..simulations.engine import check_engine, choose_engine
 from ..simulations.planner import (
@@ -156,6 +156,28 @@ class Components:
                 "epochs than the others, but at least one."
             )
         check_engine(self.engine())
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """Refuse a model that cannot take the data or gives no logits for them."""
+        x = as_tensor(self.data.client(int(self.data.sizes.argmax())).train.x[:2])
+        name, data = self.configuration["model"]["name"], self.data.name
+        module = self.make_model().eval()
+        takes = f"[{', '.join(map(str, x.shape[1:]))}] of {x.dtype}"
+        try:
+            with torch.no_grad():
+                shape = list(module(x).shape)
+        except Exception as error:
+            raise ConfigurationError(
+                f"model.name: '{name}' cannot take an example of data '{data}', "
+                f"{takes}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from None
+        if shape != [len(x), self.data.num_classes]:
+            raise ConfigurationError(
+                f"model.name: '{name}' gives shape {shape} for {len(x)} examples of "
+                f"data '{data}'; it must be [{len(x)}, {self.data.num_classes}], a "
+                "logit for each class."
+            )
 
     def plan(self, client_app: TrainingApp, initial: FlatRecord) -> Plan:
         """Return how clients are trained: as told, or as is fastest here."""
@@ -399,6 +421,9 @@ def run(
                 threads=engine_table["threads"] or None,
                 plan=plan,
             )
+    except KeyboardInterrupt as stop:
+        stop.add_note(str(folder))  # Who catches it can say where the records are.
+        raise
     finally:
         recorder.end()
     result = Run(folder)

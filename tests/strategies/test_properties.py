@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedweight import keys
+from fedweight.errors import ConfigurationError
 from fedweight.strategies import STRATEGIES, WeightingStrategy, strategy_class
 
 METHODS = sorted(STRATEGIES.entries)
@@ -469,3 +470,33 @@ def test_float32_models_and_both_accumulators(kit, name):
 def test_the_methods_are_told_apart():
     assert len({strategy_class(name) for name in METHODS}) == len(METHODS)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        ([0.5], r"one weight for each of the 2 clients, shape \[2\].* got shape \[1\]"),
+        (np.ones((2, 7)), r"got shape \[2, 7\]"),
+        ("half each", r"must return numbers, got str"),
+    ],
+)
+def test_weights_that_are_not_one_each_are_named(kit, gives, said):
+    class Odd(WeightingStrategy):
+        def weights(self, round):
+            return gives
+
+    odd = Odd(min_train_nodes=1, min_available_nodes=1)
+    run = federation(kit, odd, random_models(2))
+    with pytest.raises(ConfigurationError, match=f"Odd.weights.*{said}"):
+        run.round()
+
+
+def test_weights_may_be_a_list(kit):
+    class Even(WeightingStrategy):
+        def weights(self, round):
+            return [0.25, 0.75]
+
+    run = federation(
+        kit, Even(min_train_nodes=1, min_available_nodes=1), random_models(2)
+    )
+    assert [c.weight for c in run.round().clients] == [0.25, 0.75]
