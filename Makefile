@@ -26,7 +26,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: help setup run test test-all lint format all-checks build clean distclean
 
 help:
-	@echo "make run         the quick start: a simulation in about a minute, after set-up"
+	@echo "make run         the quick start: a simulation of a few seconds, after set-up"
 	@echo "make test        the tests, without the slow ones"
 	@echo "make test-all    the tests, with the slow ones"
 	@echo "make lint        ruff and mypy"
