@@ -124,23 +124,24 @@ def make_grid(
     if engine == "auto":
         engine = choose_engine(workers, gpus_per_worker, address)
     with _flower.task_identity(run_id=0):
+        grid: SimulationGrid
         if engine == "local":
-            yield LocalGrid(
+            grid = LocalGrid(
                 client_app, num_clients, run_config, threads=threads, plan=plan
             )
-            return
-        check_engine(engine)
-        from .ray import RayGrid
+        else:
+            check_engine(engine)
+            from .ray import RayGrid
 
-        grid = RayGrid(
-            client_app,
-            num_clients,
-            run_config,
-            workers=workers,
-            gpus_per_worker=gpus_per_worker,
-            address=address,
-            plan=plan,
-        )
+            grid = RayGrid(
+                client_app,
+                num_clients,
+                run_config,
+                workers=workers,
+                gpus_per_worker=gpus_per_worker,
+                address=address,
+                plan=plan,
+            )
         try:
             yield grid
         finally:

@@ -70,6 +70,7 @@ class LocalGrid(SimulationGrid):
         self.plan = plan or Plan()
         self.contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
+        self._pool: ThreadPoolExecutor | None = None
         keep_freed_memory()
 
     def context(self, client: int) -> Context:
@@ -183,19 +184,26 @@ class LocalGrid(SimulationGrid):
         def unless_late(job: Callable[[], T]) -> T | None:
             return None if _is_over(deadline) else job()
 
-        pool = ThreadPoolExecutor(self.threads)
+        # The threads stay: each keeps buffers for its next clients.
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads)
         try:
-            for result in pool.map(unless_late, jobs):
+            for result in self._pool.map(unless_late, jobs):
                 if result is not None:
                     yield result
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
             cancel = getattr(self.client_app, "cancel", None)
             if cancel is not None:
                 cancel()
+            self.close()
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """End the threads; the next message would start new ones."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     @property
     def _safe(self) -> bool:
