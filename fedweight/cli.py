@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .studies.result import Run
     from .studies.runner import Progress, Report
 
+# The exit status of a program that Ctrl-C has ended, by convention.
+INTERRUPTED = 130
+
 EXAMPLES = """examples:
   fedweight run                                         the quick start
   fedweight run simulations/label_skew.toml --strategy feddisco --seed 1
@@ -116,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said += f"; what was recorded is in {folder}. It shows with:"
             said += f" fedweight report {folder}"
         print(said, file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -284,5 +287,19 @@ def _no_nan(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def console() -> None:
+    """Run the command line as a program; after a Ctrl-C, end at once.
+
+    By then everything is written and no worker is left; taking PyTorch and Ray apart
+    piece by piece would only keep the user waiting for another second.
+    """
+    status = main()
+    if status == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()
