@@ -8,6 +8,7 @@ user's code); the messages are made at the first look.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -20,7 +21,33 @@ from .errors import AggregationError
 from .parameters import FlatModel, FlatRecord, Layout, flatten
 
 
-class Cohort(Sequence[Message]):
+class _Messages(Sequence[Message], ABC):
+    """Messages that are made at the first look, each once."""
+
+    def __init__(self) -> None:
+        self._messages: dict[int, Message] = {}
+
+    @abstractmethod
+    def _make(self, index: int) -> Message:
+        """Return a message that nobody has looked at yet."""
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index not in self._messages:
+            self._messages[index] = self._make(index)
+        return self._messages[index]
+
+    def __iter__(self) -> Iterator[Message]:
+        return (self[i] for i in range(len(self)))
+
+
+class Cohort(_Messages):
     """The messages of one phase: the same content to each of some clients.
 
     Parameters
@@ -50,7 +77,7 @@ class Cohort(Sequence[Message]):
         self.message_type = message_type
         self.own = dict(own or {})
         self.config_key = config_key
-        self._messages: dict[int, Message] = {}
+        super().__init__()
 
     @property
     def untouched(self) -> bool:
@@ -73,26 +100,12 @@ class Cohort(Sequence[Message]):
     def __len__(self) -> int:
         return len(self.nodes)
 
-    @overload
-    def __getitem__(self, index: int) -> Message: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Message]: ...
-    def __getitem__(self, index: int | slice) -> Message | list[Message]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        if index not in self._messages:
-            node = self.nodes[index]
-            content = self.content
-            if node in self.own:
-                content = RecordDict({**dict(content), self.config_key: self.own[node]})
-            self._messages[index] = Message(
-                content, dst_node_id=node, message_type=self.message_type
-            )
-        return self._messages[index]
-
-    def __iter__(self) -> Iterator[Message]:
-        return (self[i] for i in range(len(self)))
+    def _make(self, index: int) -> Message:
+        node = self.nodes[index]
+        content = self.content
+        if node in self.own:
+            content = RecordDict({**dict(content), self.config_key: self.own[node]})
+        return Message(content, dst_node_id=node, message_type=self.message_type)
 
 
 @dataclass(slots=True)
@@ -159,7 +172,7 @@ class Reply:
         return Message(content, reply_to=reply_to)
 
 
-class Replies(Sequence[Message]):
+class Replies(_Messages):
     """The replies to a cohort, in its order.
 
     Parameters
@@ -174,7 +187,7 @@ class Replies(Sequence[Message]):
         self.cohort = cohort
         self._replies = list(replies)
         self._index = {node: i for i, node in enumerate(cohort.nodes)}
-        self._messages: dict[int, Message] = {}
+        super().__init__()
 
     @property
     def plain(self) -> Sequence[Reply] | None:
@@ -188,19 +201,6 @@ class Replies(Sequence[Message]):
     def __len__(self) -> int:
         return len(self._replies)
 
-    @overload
-    def __getitem__(self, index: int) -> Message: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Message]: ...
-    def __getitem__(self, index: int | slice) -> Message | list[Message]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        if index not in self._messages:
-            reply = self._replies[index]
-            asked = self.cohort[self._index[reply.node]]
-            self._messages[index] = reply.message(asked)
-        return self._messages[index]
-
-    def __iter__(self) -> Iterator[Message]:
-        return (self[i] for i in range(len(self)))
+    def _make(self, index: int) -> Message:
+        reply = self._replies[index]
+        return reply.message(self.cohort[self._index[reply.node]])
