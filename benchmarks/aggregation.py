@@ -3,7 +3,8 @@
 Each strategy aggregates a round of random models in memory: what is measured is its
 ``aggregate``, with default settings. ``ratio`` is that by ``read_seconds``, the time
 to sum up each model once with as many threads; FedLAW's is by 40 times a backward
-pass on a proxy batch and reading twice. All take turns; a row has the medians.
+pass on a proxy batch and reading twice. All take turns; a row has the medians. What
+has more rows than fit into memory, or than --largest, is skipped, and says so.
 
     python benchmarks/aggregation.py --clients 100 --parameters 2
 """
@@ -11,6 +12,7 @@ pass on a proxy batch and reading twice. All take turns; a row has the medians.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from engines import results
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ COLUMNS = (
     "strategy",
     "clients",
     "parameters",
+    "threads",
     "seconds",
     "read_seconds",
     "ratio",
@@ -61,8 +65,23 @@ def main() -> None:
         default=[0.05, 0.58, 11],
         help="sizes of the model in millions of parameters",
     )
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=15,
+        help="no further repetition of a cohort and model after so long",
+    )
+    parser.add_argument(
+        "--largest", type=float, default=8, help="skip rows of more than so many GB"
+    )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="models as vectors of their own, as real devices send them, "
+        "instead of as rows of matrices, as simulated ones do",
+    )
     parser.add_argument(
         "--clock",
         choices=["wall", "processor"],
@@ -71,23 +90,28 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="where to write the rows")
     given = parser.parse_args()
-    if given.clock == "processor" and given.threads > 1:
+    if given.clock == "processor" and max(given.threads) > 1:
         parser.error("--clock processor adds up the threads' time; use --threads 1")
     clock = time.perf_counter if given.clock == "wall" else time.process_time
     rows: list[results.Row] = []
-    for parameters in given.parameters:
-        for clients in given.clients:
-            rows += measure(
-                given.strategies,
-                clients,
-                int(parameters * 1e6),
-                given.threads,
-                given.repetitions,
-                clock,
-            )
-    rows = [{**row, "clock": given.clock} for row in results.stamp(rows)]
+    for parameters, clients, threads in itertools.product(
+        given.parameters, given.clients, given.threads
+    ):
+        rows += measure(
+            given.strategies,
+            clients,
+            int(parameters * 1e6),
+            threads,
+            repetitions=given.repetitions,
+            seconds=given.seconds,
+            largest=given.largest * 1e9,
+            apart=given.apart,
+            clock=clock,
+        )
+    more = {"clock": given.clock, "apart": given.apart}
+    rows = [{**row, **more} for row in results.stamp(rows)]
     results.show(rows, COLUMNS)
-    print(results.write(rows, "aggregation", given.json))
+    print(f"written to {results.write(rows, 'aggregation', given.json)}")
 
 
 def measure(
@@ -95,7 +119,11 @@ def measure(
     clients: int,
     parameters: int,
     threads: int,
+    *,
     repetitions: int,
+    seconds: float,
+    largest: float,
+    apart: bool,
     clock: Callable[[], float],
 ) -> list[results.Row]:
     """Measure strategies and the reading in turns; return a row for each strategy."""
@@ -110,11 +138,13 @@ def measure(
         "ratio": None,
     }
     # What FedLAW and the next global model need is little beside the rows.
-    needed = (clients + 12) * layout.num_parameters * 4
-    if needed > memory():
-        note = f"skipped: needs {needed / 1e9:.0f} GB of memory"
+    rows_bytes = clients * layout.num_parameters * 4
+    needed = rows_bytes + 12 * layout.num_parameters * 4
+    if rows_bytes > largest or needed > memory():
+        limit = "--largest" if rows_bytes > largest else "the free memory"
+        note = f"skipped: rows of {rows_bytes / 1e9:.0f} GB, more than {limit}"
         return [{"strategy": name, **common, "note": note} for name in strategies]
-    round = make_round(layout, clients, threads)
+    round = make_round(layout, clients, threads, apart)
     assert isinstance(round.updates, StackedUpdates)
     proxy = SimpleNamespace(
         x=torch.randn(2 * BATCH, FEATURES), y=torch.randint(CLASSES, (2 * BATCH,))
@@ -124,14 +154,17 @@ def measure(
         work[name] = aggregation(name, net, proxy, round, threads)
     if "fedlaw" in strategies:
         work["backward"] = backward(net, proxy)
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    times: dict[str, list[float]] = {name: [] for name in work}
+    begun = time.perf_counter()
     for repetition in range(repetitions + 1):
+        if repetition > 1 and time.perf_counter() - begun > seconds:
+            break
         for name, run in work.items():
             start = clock()
             run()
             if repetition:  # The first one warms up.
-                seconds[name].append(clock() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+                times[name].append(clock() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for name in strategies:
         floor, note = medians["read"], ""
@@ -147,7 +180,7 @@ def measure(
                 "read_seconds": medians["read"],
                 "floor_seconds": floor,
                 "ratio": medians[name] / floor,
-                "measurements": seconds[name],
+                "measurements": times[name],
                 "note": note,
             }
         )
@@ -171,14 +204,19 @@ def model(parameters: int) -> nn.Module:
     )
 
 
-def make_round(layout: Layout, clients: int, threads: int) -> Round:
+def make_round(layout: Layout, clients: int, threads: int, apart: bool) -> Round:
     """Return a round whose clients moved the global model by about a tenth."""
     stream = torch.Generator().manual_seed(0)
-    origin = torch.randn(layout.num_parameters, generator=stream) * 0.05
-    models = []
-    for _ in range(clients):
-        step = torch.randn(layout.num_parameters, generator=stream)
-        models.append(step.mul_(0.005).add_(origin))
+    size = layout.num_parameters
+    origin = torch.randn(size, generator=stream) * 0.05
+    # NumPy's memory, as the library's own: large vectors lie in large pages.
+    shapes = [(1, size)] * clients if apart else [(clients, size)]
+    matrices = [torch.from_numpy(np.empty(shape, np.float32)) for shape in shapes]
+    models = [model for matrix in matrices for model in matrix]
+    # The values do not matter to the time; drawing them all would take longest.
+    steps = [torch.randn(size, generator=stream) * 0.005 for _ in range(4)]
+    for k, model in enumerate(models):
+        torch.add(origin, steps[k % 4].roll(k), alpha=1 + k / clients, out=model)
     counts = torch.randint(1, 50, (clients, CLASSES), generator=stream)
     errors = torch.rand(clients, generator=stream).tolist()
     return Round(

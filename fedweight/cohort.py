@@ -9,16 +9,43 @@ user's code); the messages are made at the first look.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, overload
 
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
 from . import keys
 from ._flower import CLIENT_APP_RAISED_EXCEPTION
-from .errors import AggregationError
-from .parameters import FlatModel, FlatRecord, Layout, flatten
+from .errors import AggregationError, ClientError, EngineError
+from .local_models import HeldModels, LocalModels, ModelSum, SummedModels
+from .parameters import FlatModel, FlatRecord, Layout, flatten, is_finite
+
+
+def only_arrays(content: RecordDict) -> ArrayRecord:
+    """Return the one array record of a message to a client.
+
+    Raises
+    ------
+    ClientError
+        If there is none, or more than one.
+    """
+    records = content.array_records
+    if len(records) != 1:
+        raise ClientError(
+            f"the message has {len(records)} array records; exactly one, the global "
+            "model, is expected."
+        )
+    return next(iter(records.values()))
 
 
 class _Messages(Sequence[Message], ABC):
@@ -62,6 +89,11 @@ class Cohort(_Messages):
         For some nodes, the config that they receive instead of the shared one.
     config_key : str
         The name of the config record in ``content``.
+    summed_by : str, optional
+        A metric. A grid of ours may then add the models up as they come, each times
+        this metric of its client, and keep none.
+    left_out : Collection[int]
+        Nodes whose models are not wanted in that sum.
     """
 
     def __init__(
@@ -71,12 +103,17 @@ class Cohort(_Messages):
         message_type: str,
         own: Mapping[int, ConfigRecord] | None = None,
         config_key: str = keys.CONFIG,
+        *,
+        summed_by: str | None = None,
+        left_out: Collection[int] = (),
     ) -> None:
         self.content = content
         self.nodes = list(nodes)
         self.message_type = message_type
         self.own = dict(own or {})
         self.config_key = config_key
+        self.summed_by = summed_by
+        self.left_out = frozenset(left_out)
         super().__init__()
 
     @property
@@ -86,8 +123,16 @@ class Cohort(_Messages):
 
     def config(self, node: int) -> ConfigRecord:
         """Return the config that one client receives."""
-        if node in self.own:
-            return self.own[node]
+        own = self.own.get(node)
+        return self._shared if own is None else own
+
+    @cached_property
+    def arrays(self) -> ArrayRecord:
+        """The one array record that every client receives."""
+        return only_arrays(self.content)
+
+    @cached_property
+    def _shared(self) -> ConfigRecord:
         return self.content.config_records[self.config_key]
 
     def node_of(self, message_id: str) -> int | None:
@@ -116,21 +161,27 @@ class Reply:
     ----------
     node : int
         The client's node.
-    model : FlatModel, optional
-        What it trained.
+    model : FlatModel or Callable, optional
+        What it trained; or what brings it, where it stayed elsewhere.
     metrics : Mapping
         The reply's metric record.
     profile : Mapping
         The side data that it was asked for.
     error : str, optional
         Why there is nothing else.
+    finite : bool, optional
+        Whether all values of the model are; ``None`` if nobody has looked.
+    summed : bool
+        Whether the model went into the cohort's sum, and was not kept.
     """
 
     node: int
-    model: FlatModel | None = None
+    model: FlatModel | Callable[[], FlatModel] | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    finite: bool | None = None
+    summed: bool = False
 
     @classmethod
     def of(cls, message: Message, layout: Layout, arrays_key: str) -> Reply:
@@ -159,17 +210,66 @@ class Reply:
         profile = content.config_records.get(keys.PROFILE) or ConfigRecord()
         return cls(node, model, metrics, profile)
 
+    def is_finite(self) -> bool:
+        """Tell whether all values of the model are finite; look if nobody has yet."""
+        if self.finite is None and isinstance(self.model, FlatModel):
+            vectors = (self.model.parameters, self.model.buffers)
+            self.finite = all(map(is_finite, vectors))
+        return self.finite is not False
+
     def message(self, reply_to: Message) -> Message:
         """Return the reply as Flower sends it."""
         if self.error is not None:
             code = CLIENT_APP_RAISED_EXCEPTION
             return Message(Error(code=code, reason=self.error), reply_to=reply_to)
+        if self.summed:
+            raise EngineError(
+                "a client's reply was looked at whose model was added to the others' "
+                "as it came. Give the strategy's 'accumulate' a value to keep models."
+            )
         content = RecordDict({keys.METRICS: MetricRecord(dict(self.metrics))})
-        if self.model is not None:
-            content[keys.ARRAYS] = FlatRecord(self.model)
+        model = self.model if not callable(self.model) else self.model()
+        if model is not None:
+            content[keys.ARRAYS] = FlatRecord(model)
         if self.profile:
             content[keys.PROFILE] = ConfigRecord(dict(self.profile))
         return Message(content, reply_to=reply_to)
+
+
+@dataclass
+class Answers:
+    """What some clients of a cohort answered, from where they were handled.
+
+    Attributes
+    ----------
+    replies : list[Reply]
+        In any order.
+    total : ModelSum
+        Their models added up, where the cohort allows it.
+    """
+
+    replies: list[Reply]
+    total: ModelSum = field(default_factory=ModelSum)
+
+    def sum_up(self, cohort: Cohort) -> None:
+        """Add up the models, and let go of them."""
+        assert cohort.summed_by is not None
+        models = {
+            reply.node: (reply.model, float(reply.metrics[cohort.summed_by]))
+            for reply in self.replies
+            if isinstance(reply.model, FlatModel)
+        }
+        wanted = [node for node in models if node not in cohort.left_out]
+        self.total = ModelSum.of({node: models[node] for node in wanted})
+        if not self.total.is_finite():  # Some model is not, or their sum is too large.
+            finite = {r.node for r in self.replies if r.is_finite()}
+            good = {node: models[node] for node in wanted if node in finite}
+            self.total = ModelSum.of(good, torch.float64)
+        for reply in self.replies:
+            if reply.node in models:
+                if reply.node in cohort.left_out:
+                    reply.is_finite()
+                reply.model, reply.summed = None, True
 
 
 class Replies(_Messages):
@@ -181,10 +281,18 @@ class Replies(_Messages):
         What was asked.
     replies : Sequence[Reply]
         The answers of some or all of its clients, in the cohort's order.
+    models : LocalModels, optional
+        What the clients trained; by default what the replies hold.
     """
 
-    def __init__(self, cohort: Cohort, replies: Sequence[Reply]) -> None:
+    def __init__(
+        self,
+        cohort: Cohort,
+        replies: Sequence[Reply],
+        models: LocalModels | None = None,
+    ) -> None:
         self.cohort = cohort
+        self.models = models or held_models(replies)
         self._replies = list(replies)
         self._index = {node: i for i, node in enumerate(cohort.nodes)}
         super().__init__()
@@ -198,9 +306,60 @@ class Replies(_Messages):
         """
         return None if self._messages else self._replies
 
+    def forget(self) -> None:
+        """Let go of the models, which Flower would hold until the next round's come."""
+        self.models = held_models([])
+        for reply in self._replies:
+            reply.model = None
+
     def __len__(self) -> int:
         return len(self._replies)
 
     def _make(self, index: int) -> Message:
         reply = self._replies[index]
         return reply.message(self.cohort[self._index[reply.node]])
+
+
+def held_models(
+    replies: Sequence[Reply], parts: Sequence[Sequence[int]] | None = None
+) -> HeldModels:
+    """Return the models that some replies hold; see :class:`HeldModels`."""
+    models = {r.node: r.model for r in replies if isinstance(r.model, FlatModel)}
+    return HeldModels(models, parts)
+
+
+class Gathered:
+    """What comes in from a cohort, a list of its clients at a time.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        What was asked.
+    lists : Sequence[Sequence[int]]
+        Its nodes in the lists that are handled at once. Models are added up list by
+        list in this order, so it says which bits a sum has.
+    """
+
+    def __init__(self, cohort: Cohort, lists: Sequence[Sequence[int]]) -> None:
+        self.cohort = cohort
+        self.lists = lists
+        self._answers: dict[int, Reply] = {}
+        self._total = ModelSum()
+
+    def add(self, answers: Answers) -> None:
+        """Take in the answers of the next list."""
+        self._answers |= {reply.node: reply for reply in answers.replies}
+        self._total.join(answers.total)
+
+    def replies(self, models: LocalModels | None = None) -> Replies:
+        """Return all that came, in the cohort's order.
+
+        ``models`` are the clients', where the replies do not hold them.
+        """
+        nodes = self.cohort.nodes
+        replies = [self._answers[node] for node in nodes if node in self._answers]
+        if self.cohort.summed_by is not None:
+            return Replies(self.cohort, replies, SummedModels(self._total))
+        if models is not None:
+            return Replies(self.cohort, replies, models)
+        return Replies(self.cohort, replies, held_models(replies, self.lists))

@@ -7,6 +7,7 @@ a state dict needs live in a :class:`Layout`; :class:`FlatRecord` is Flower's
 
 from __future__ import annotations
 
+import math
 from collections.abc import (
     Callable,
     Collection,
@@ -479,3 +480,8 @@ class FlatModule:
             self.buffers.detach().to("cpu", copy=True),
             {n: t.detach().cpu().numpy().copy() for n, t in self._integers.items()},
         )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Tell whether all values are finite; the sum of finite values seldom is not."""
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())

@@ -86,19 +86,33 @@ def keys(
     >>> several[1] == one.generate_state(1, np.uint64)[0]
     np.True_
     """
+    result: npt.NDArray[np.uint64] = key_table(seed, [purpose], round, clients)[0]
+    return result
+
+
+def key_table(
+    seed: int, purposes: Sequence[Purpose], round: int, clients: Sequence[int]
+) -> npt.NDArray[np.uint64]:
+    """Return :func:`keys` for several purposes at once, ``[purposes, clients]``."""
     numbers = np.asarray(clients, dtype=np.uint64)
+    kinds = np.array([int(purpose) for purpose in purposes], np.uint32)
     # A number of more than 32 bits makes two words instead of one; and for a few
     # clients NumPy's own code is quicker.
     if len(numbers) < FEW or (numbers >> np.uint64(32)).any():
-        result = np.empty(len(numbers), np.uint64)
-        for k, client in enumerate(numbers.tolist()):
-            sequence = np.random.SeedSequence([seed, int(purpose), round, client])
-            result[k] = sequence.generate_state(1, np.uint64)[0]
+        result = np.empty((len(kinds), len(numbers)), np.uint64)
+        for place in np.ndindex(result.shape):
+            name = [seed, int(kinds[place[0]]), round, int(numbers[place[1]])]
+            sequence = np.random.SeedSequence(name)
+            result[place] = sequence.generate_state(1, np.uint64)[0]
         return result
-    words = [*_words(seed), int(purpose), *_words(round)]
-    entropy = [np.full(len(numbers), w, np.uint32) for w in words]
-    entropy.append(numbers.astype(np.uint32))
-    return _generate(_mixed_pool(entropy))
+    shape = len(kinds) * len(numbers)
+    entropy = [
+        *(np.full(shape, word, np.uint32) for word in _words(seed)),
+        np.repeat(kinds, len(numbers)),
+        *(np.full(shape, word, np.uint32) for word in _words(round)),
+        np.tile(numbers.astype(np.uint32), len(kinds)),
+    ]
+    return _generate(_mixed_pool(entropy)).reshape(len(kinds), len(numbers))
 
 
 def permutation(key: int, pass_number: int, n: int) -> npt.NDArray[np.int64]:

@@ -5,43 +5,208 @@ training added to the global model w. A strategy touches the matrix only through
 the few operations of :class:`Updates`, so the same rule runs on rows stacked in
 memory and on rows that stay where they were trained.
 
-The sums have a fixed order. The matrix is cut into tiles whose size depends on
-nothing but its shape and dtype; each tile is reduced by one thread; the tiles'
-results are added in the order of rows and columns, in float64. Threads only share
-out tiles, so their number never changes a bit. Nor does where the rows lie: each is
-read on its own, whether it is a vector of its own or a row of one matrix.
+The rows fall into *parts*, each in one place, and the columns into *blocks*. A
+:class:`Rows` answers for one part, block by block; :class:`Updates` adds up the
+answers of parts and blocks in their order, in float64. So a sum's order depends on
+the shape of the matrix and on which rows form a part, and on nothing else: not on the
+number of threads, not on where the rows lie.
 """
 
 from __future__ import annotations
 
-import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import islice, pairwise
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .errors import check_choice
+from .threads import map_in_order, num_cores, one_thread
 
 Accumulate = Literal["float64", "float32"]
 
 # So many rows are added up before their sum goes on in float64.
 TILE_ROWS = 32
 
-# So much of a row is worked on at once. Smaller blocks would stay nearer to the core,
-# but each costs some calls, which outweigh that; larger ones gain nothing more.
+# So much of a row is worked on in one call, which a thread does alone.
 TILE_BYTES = 1 << 20
 
-# Where a tile holds all rows, it has so many columns.
+# Where all rows are needed at once, so many columns are.
 SHEET_COLUMNS = 8192
 
+# The memory of vectors of at least so many bytes is used again: in each thread one of
+# each of so many sizes.
+LARGE_BYTES = 1 << 20
+KEPT_SIZES = 4
+
+# With more values than this in the rows, all cores share the work by default.
+WORTH_THREADS = 1 << 22
+
+
 T = TypeVar("T")
+
+
+class Block(NamedTuple):
+    """Some columns, and which named tensor they belong to (0 where it is all one)."""
+
+    start: int
+    stop: int
+    tensor: int
+
+
+class Rows:
+    """One part of the updates: some clients' models, in one place.
+
+    Answers for its own rows only, from arguments that can be sent to another process.
+
+    Parameters
+    ----------
+    models : Sequence[Tensor] or Tensor
+        k vectors ``[P]``, or a matrix ``[k, P]``, floating; read, never changed.
+    """
+
+    def __init__(self, models: Sequence[Tensor] | Tensor) -> None:
+        double = any(model.dtype == torch.float64 for model in models)
+        dtype = torch.float64 if double else torch.float32
+        self.models = [_plain(model, dtype) for model in models]
+        self.num_rows = len(self.models)
+        # What the kernels know of the rows; the list above keeps them alive.
+        addresses = [model.data_ptr() for model in self.models]
+        self._rows = np.array(addresses, np.uint64)
+        self._like = torch.empty(0, dtype=dtype).numpy()
+
+    def combine(
+        self,
+        weights: Tensor,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        threads: int = 1,
+    ) -> Tensor:
+        """Return the weighted sum of the models, not of the updates.
+
+        Parameters
+        ----------
+        weights : Tensor
+            Shape ``[k, T]``; the block's tensor picks the column.
+        blocks : Sequence[Block]
+            Which columns, one block after another without a gap.
+        dtype : torch.dtype
+            What up to ``TILE_ROWS`` rows are summed in; more go on in float64.
+        threads : int
+            How many threads share out the blocks.
+
+        Returns
+        -------
+        Tensor
+            One value a column; float64 where the rows are more than ``TILE_ROWS``.
+        """
+        from . import kernels
+
+        first = blocks[0].start
+        many = self.num_rows > TILE_ROWS
+        total = empty(blocks[-1].stop - first, torch.float64 if many else dtype)
+        sums, factors = total.numpy(), _plain(weights.T, dtype).numpy()
+
+        def add(block: Block) -> None:
+            start, stop, tensor = block
+            here = sums[start - first : stop - first]
+            of = factors[tensor]
+            kernels.combine(here, self._rows, start, self._like, of, TILE_ROWS)
+
+        map_in_order(add, blocks, threads)
+        return total
+
+    def project(
+        self,
+        vector: Tensor,
+        origin: Tensor,
+        norms: bool,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        threads: int = 1,
+    ) -> Tensor:
+        """Return the updates' products with a vector, and with themselves.
+
+        Parameters
+        ----------
+        vector, origin : Tensor
+            The values in the blocks' columns only.
+        norms : bool
+            Whether the second product is asked for; it is 0 otherwise.
+        blocks, dtype, threads
+            As for :meth:`combine`.
+
+        Returns
+        -------
+        Tensor
+            Shape ``[blocks, 2, k]``, a block's own sums, float64.
+        """
+        from . import kernels
+
+        first = blocks[0].start
+        products = np.zeros((len(blocks), 2, self.num_rows))
+
+        def multiply(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
+            (start, stop, _), sums = item
+            here = slice(start - first, stop - first)
+            o, v = (_plain(x[here], dtype).numpy() for x in (origin, vector))
+            kernels.project(sums, self._rows, start, self._like, o, v, norms)
+
+        map_in_order(multiply, zip(blocks, products, strict=True), threads)
+        return torch.from_numpy(products)
+
+    def distances(
+        self,
+        point: Tensor | None,
+        origin: Tensor,
+        order: Literal[1, 2],
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        threads: int = 1,
+    ) -> Tensor:
+        """Return the updates' distances from a point, before the root.
+
+        Parameters
+        ----------
+        point : Tensor, optional
+            The values in the blocks' columns only; 0 by default. Like an update, it
+            is counted from the global model.
+        origin : Tensor
+            The global model in the blocks' columns.
+        order : {1, 2}
+            Sums of absolute values, or of squares.
+        blocks, dtype, threads
+            As for :meth:`combine`.
+
+        Returns
+        -------
+        Tensor
+            Shape ``[blocks, k]``, a block's own sums, float64.
+        """
+        from . import kernels
+
+        first = blocks[0].start
+        sizes = np.zeros((len(blocks), self.num_rows))
+
+        def measure(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
+            (start, stop, _), sums = item
+            here = slice(start - first, stop - first)
+            o = _plain(origin[here], dtype).numpy()
+            p = o[:0] if point is None else _plain(point[here], dtype).numpy()
+            kernels.distances(sums, self._rows, start, self._like, o, p, order)
+
+        map_in_order(measure, zip(blocks, sizes, strict=True), threads)
+        return torch.from_numpy(sizes)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Return some columns of the models, ``[k, stop - start]``."""
+        return torch.stack([model[start:stop] for model in self.models])
 
 
 class Updates(ABC):
@@ -50,11 +215,55 @@ class Updates(ABC):
     Rows stand in the order of the round's clients. Vectors over parameters are
     float64 or float32, scalars per client always float64. What an operation returns
     is the caller's, who may change it.
+
+    Parameters
+    ----------
+    members : Sequence[Sequence[int]]
+        Which rows lie in each part; every row in one.
+    origin : Tensor
+        The global model w, ``[P]``.
+    offsets : Sequence[int], optional
+        ``T + 1`` places where the named tensors begin and end; one tensor by default.
+    accumulate : {"float64", "float32"}, optional
+        What sums inside a part and block are made in; by default what the origin is
+        in. Between parts and blocks it is always float64.
+
+    Notes
+    -----
+    In float32 an error is about as large as what rounding to float32 already did to
+    the models. A coordinate of :meth:`combine` is off by a few units in the last
+    place of the *models'* values there, not of the updates', as it is summed from the
+    models; so is the point that :meth:`distances` measure from. Inner products,
+    norms and distances are made of differences, never by expanding a square; their
+    relative error from summing is about 1e-6. Ask for float64 where updates are
+    smaller than a ten-thousandth of the model and matter nevertheless; it takes two
+    to three times as long.
     """
 
-    num_clients: int
-    num_parameters: int
-    offsets: tuple[int, ...]
+    columns_at_once: int | None = None
+    """So many columns are asked of the parts at once, a multiple of a block's; all by
+    default."""
+
+    def __init__(
+        self,
+        members: Sequence[Sequence[int]],
+        origin: Tensor,
+        offsets: Sequence[int] | None = None,
+        accumulate: Accumulate | None = None,
+    ) -> None:
+        if accumulate is None:
+            accumulate = "float64" if origin.dtype == torch.float64 else "float32"
+        check_choice("accumulate", accumulate, ["float64", "float32"])
+        self.members = [torch.tensor(rows, dtype=torch.int64) for rows in members]
+        self.num_clients = sum(map(len, members))
+        if sorted(k for rows in members for k in rows) != [*range(self.num_clients)]:
+            raise ValueError("every row must be in one part")
+        double = origin.dtype == torch.float64
+        self.origin = _plain(origin, torch.float64 if double else torch.float32)
+        self.num_parameters = origin.numel()
+        self.offsets = tuple(offsets or (0, self.num_parameters))
+        self.accumulate: Accumulate = accumulate
+        self.dtype = torch.float64 if accumulate == "float64" else torch.float32
 
     @property
     def num_tensors(self) -> int:
@@ -62,6 +271,17 @@ class Updates(ABC):
         return len(self.offsets) - 1
 
     @abstractmethod
+    def _ask(
+        self, method: str, arguments: Sequence[tuple[Any, ...]]
+    ) -> Iterable[Tensor]:
+        """Call a method of every part's :class:`Rows`; yield the answers in order."""
+
+    def _map(
+        self, work: Callable[[Sequence[Block]], T], spans: Sequence[Sequence[Block]]
+    ) -> list[T]:
+        """Ask for every span; with threads, where that helps."""
+        return map_in_order(work, spans)
+
     def combine(self, weights: Tensor) -> Tensor:
         """Return the weighted sum of the rows, ``sum_k weights[k] * row_k``.
 
@@ -75,12 +295,42 @@ class Updates(ABC):
         Tensor
             Shape ``[P]``.
         """
+        from . import kernels
 
-    @abstractmethod
+        weights = weights.to(self.dtype)
+        by_tensor = weights[:, None] if weights.ndim == 1 else weights
+        sums = by_tensor.double().sum(0).tolist()
+        shares = [by_tensor[rows] for rows in self.members]
+        total = empty(self.num_parameters, self.dtype)
+        result, origin = total.numpy(), self.origin.numpy()
+
+        def add(span: Sequence[Block]) -> None:
+            arguments = [(share, span, self.dtype) for share in shares]
+            first, last = span[0].start, span[-1].stop
+            answers = (answer.numpy() for answer in self._ask("combine", arguments))
+            if len(shares) == 1:
+                [whole] = answers
+            else:
+                whole = empty(last - first, torch.float64).zero_().numpy()
+                for answer in answers:
+                    kernels.add(whole, answer)
+            # sum_k w_k x_k - (sum_k w_k) x: the rows need no subtraction.
+            for start, stop, tensor in span:
+                models, here = whole[start - first : stop - first], slice(start, stop)
+                kernels.subtract(result[here], models, origin[here], sums[tensor])
+
+        self._map(add, self._spans(per_tensor=weights.ndim == 2))
+        return total
+
     def project(self, vector: Tensor) -> Tensor:
         """Return the inner product of each row with a vector ``[P]``: ``[K]``."""
+        return self._inner(vector, norms=False)[0]
 
-    @abstractmethod
+    def project_and_norms(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Return :meth:`project` and the Euclidean :meth:`norms`, cheaper together."""
+        inner, squares = self._inner(vector, norms=True)
+        return inner, squares.sqrt()
+
     def distances(
         self,
         point: Tensor | None = None,
@@ -104,29 +354,92 @@ class Updates(ABC):
         Tensor
             Shape ``[K]``, or ``[K, T]`` per tensor. Never negative.
         """
+        spans = self._spans(per_tensor=per_tensor)
+
+        def measure(span: Sequence[Block]) -> npt.NDArray[np.float64]:
+            here = slice(span[0].start, span[-1].stop)
+            near = None if point is None else point[here]
+            one = (near, self.origin[here], order, span, self.dtype)
+            return self._gather("distances", one, (len(span),))
+
+        totals = np.zeros((self.num_tensors if per_tensor else 1, self.num_clients))
+        for span, sizes in zip(spans, self._map(measure, spans), strict=True):
+            for block, size in zip(span, sizes, strict=True):
+                totals[block.tensor] += size
+        result = torch.from_numpy(totals.T.copy())
+        result = result.sqrt() if order == 2 else result
+        return result if per_tensor else result[:, 0]
 
     def norms(self, *, order: Literal[1, 2] = 2, per_tensor: bool = False) -> Tensor:
         """Return the norm of each row: the distance from the origin."""
         return self.distances(order=order, per_tensor=per_tensor)
 
-    def project_and_norms(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Return :meth:`project` and the Euclidean :meth:`norms`, cheaper together."""
-        return self.project(vector), self.norms()
-
-    @abstractmethod
     def gram(self) -> Tensor:
         """Return the inner products of all pairs of rows: ``[K, K]``."""
+        total = torch.zeros(self.num_clients, self.num_clients, dtype=torch.float64)
+        with one_thread():
+            for _, sheet in self.column_blocks():
+                total += sheet @ sheet.T
+        return total
 
-    @abstractmethod
     def column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the matrix some columns at a time, as ``(columns, [K, block])``.
 
         For rules that sort or trim coordinate by coordinate.
         """
+        for start in range(0, self.num_parameters, SHEET_COLUMNS):
+            stop = min(start + SHEET_COLUMNS, self.num_parameters)
+            models = torch.empty(self.num_clients, stop - start, dtype=self.dtype)
+            answers = self._ask("columns", [(start, stop)] * len(self.members))
+            for rows, answer in zip(self.members, answers, strict=True):
+                models[rows] = answer.to(self.dtype)
+            yield slice(start, stop), models.sub_(self.origin[start:stop])
 
-    @abstractmethod
-    def select(self, rows: Sequence[int]) -> Updates:
-        """Return the updates of some clients only, in the order given."""
+    def _inner(self, vector: Tensor, *, norms: bool) -> Tensor:
+        """Return the rows' products with a vector, and with themselves: ``[2, K]``."""
+
+        def multiply(span: Sequence[Block]) -> npt.NDArray[np.float64]:
+            here = slice(span[0].start, span[-1].stop)
+            one = (vector[here], self.origin[here], norms, span, self.dtype)
+            return self._gather("project", one, (len(span), 2))
+
+        total = np.zeros((2, self.num_clients))
+        for answer in self._map(multiply, self._spans()):
+            for block in answer:
+                total += block
+        return torch.from_numpy(total)
+
+    def _gather(
+        self, method: str, arguments: tuple[Any, ...], shape: tuple[int, ...]
+    ) -> npt.NDArray[np.float64]:
+        """Ask the same of every part; return the answers by row: ``[*shape, K]``."""
+        found = np.empty((*shape, self.num_clients))
+        answers = self._ask(method, [arguments] * len(self.members))
+        for rows, answer in zip(self.members, answers, strict=True):
+            found[..., rows.numpy()] = answer.numpy()
+        return found
+
+    def _spans(self, *, per_tensor: bool = False) -> list[list[Block]]:
+        """Return the blocks of columns, by what is asked for at once.
+
+        Per tensor, no block crosses a tensor's border.
+        """
+        width = TILE_BYTES // self.dtype.itemsize
+        borders = self.offsets if per_tensor else (0, self.num_parameters)
+        blocks = [
+            Block(place, min(place + width, stop), tensor)
+            for tensor, (start, stop) in enumerate(pairwise(borders))
+            for place in range(start, stop, width)
+        ]
+        at_once = self.columns_at_once
+        if at_once is None:
+            return [blocks] if blocks else []
+        spans: list[list[Block]] = []
+        for block in blocks:
+            if not spans or block.stop - spans[-1][0].start > at_once:
+                spans.append([])
+            spans[-1].append(block)
+        return spans
 
 
 class StackedUpdates(Updates):
@@ -134,28 +447,15 @@ class StackedUpdates(Updates):
 
     Parameters
     ----------
-    models : Sequence[Tensor]
-        K vectors ``[P]``, floating; they are read, never changed.
-    origin : Tensor
-        The global model w, ``[P]``.
-    offsets : Sequence[int], optional
-        ``T + 1`` places where the named tensors begin and end; one tensor by default.
-    accumulate : {"float64", "float32"}, optional
-        What sums inside a tile are made in; by default what the models are in.
-        Between tiles it is always float64.
-    threads : int
-        How many threads share out the tiles. It never changes the result.
-
-    Notes
-    -----
-    In float32 an error is about as large as what rounding to float32 already did to
-    the models. A coordinate of :meth:`combine` is off by a few units in the last
-    place of the *models'* values there, not of the updates', as it is summed from the
-    models; so is the point that :meth:`distances` measure from. Inner products,
-    norms and distances are made of differences, never by expanding a square; their
-    relative error from summing is about 1e-6. Ask for float64 where updates are
-    smaller than a ten-thousandth of the model and matter nevertheless; it takes two
-    to three times as long.
+    models : Sequence[Tensor] or Tensor
+        K vectors ``[P]``, or a matrix ``[K, P]``, floating; read, never changed.
+    origin, offsets, accumulate
+        As for :class:`Updates`.
+    threads : int, optional
+        How many threads share out the work; by default as many as there are cores
+        where it is worth it. It never changes the result.
+    parts : Sequence[Sequence[int]], optional
+        Which rows form a part; by default consecutive ones, ``TILE_ROWS`` in each.
 
     Examples
     --------
@@ -169,221 +469,73 @@ class StackedUpdates(Updates):
 
     def __init__(
         self,
-        models: Sequence[Tensor],
+        models: Sequence[Tensor] | Tensor,
         origin: Tensor,
         offsets: Sequence[int] | None = None,
         *,
         accumulate: Accumulate | None = None,
-        threads: int = 1,
+        threads: int | None = None,
+        parts: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        if accumulate is None:
-            double = origin.dtype == torch.float64
-            accumulate = "float64" if double else "float32"
-        check_choice("accumulate", accumulate, ["float64", "float32"])
+        if parts is None:
+            every = range(len(models))
+            parts = [every[k : k + TILE_ROWS] for k in every[::TILE_ROWS]]
+        super().__init__(parts, origin, offsets, accumulate)
         self.models = list(models)
-        self.origin = origin
-        self.num_clients = len(self.models)
-        self.num_parameters = origin.numel()
-        self.offsets = tuple(offsets or (0, self.num_parameters))
-        self.accumulate: Accumulate = accumulate
-        self.dtype = torch.float64 if accumulate == "float64" else torch.float32
+        if len(self.models) != self.num_clients:
+            raise ValueError("every row must be in one part")
+        self.parts = [Rows([self.models[k] for k in rows]) for rows in parts]
+        if threads is None:
+            values = self.num_clients * self.num_parameters
+            threads = num_cores() if values > WORTH_THREADS else 1
         self.threads = threads
+        self.columns_at_once = TILE_BYTES // self.dtype.itemsize
 
-    def combine(self, weights: Tensor) -> Tensor:  # noqa: D102
-        weights = weights.to(self.dtype)
-        by_tensor = weights[:, None] if weights.ndim == 1 else weights
-        factors = by_tensor.T.tolist()
-        sums = by_tensor.double().sum(0).tolist()
-        total = _empty(self.num_parameters, self.dtype)
+    def _ask(
+        self, method: str, arguments: Sequence[tuple[Any, ...]]
+    ) -> Iterable[Tensor]:
+        for rows, own in zip(self.parts, arguments, strict=True):
+            yield getattr(rows, method)(*own)
 
-        def add(columns: slice, tensor: int) -> None:
-            # sum_k w_k x_k - (sum_k w_k) x: the rows need no subtraction.
-            tile = _scratch("tile", columns, self.dtype)
-            tile.copy_(self.origin[columns]).mul_(-sums[tensor])
-            weighted = zip(self.models, factors[tensor], strict=True)
-            for model, w in islice(weighted, TILE_ROWS):
-                tile.add_(model[columns], alpha=w)
-            if self.num_clients > TILE_ROWS:
-                whole = _scratch("whole", columns, torch.float64).copy_(tile)
-                while rows := tuple(islice(weighted, TILE_ROWS)):
-                    tile.zero_()
-                    for model, w in rows:
-                        tile.add_(model[columns], alpha=w)
-                    whole.add_(tile)
-                tile = whole
-            total[columns] = tile
-
-        self._for_blocks(add, per_tensor=weights.ndim == 2)
-        return total
-
-    def project(self, vector: Tensor) -> Tensor:  # noqa: D102
-        return self._inner(vector, norms=False)[0]
-
-    def project_and_norms(self, vector: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        inner, squares = self._inner(vector, norms=True)
-        return inner, squares.sqrt()
-
-    def distances(  # noqa: D102
-        self,
-        point: Tensor | None = None,
-        *,
-        order: Literal[1, 2] = 2,
-        per_tensor: bool = False,
-    ) -> Tensor:
-        def measure(columns: slice, tensor: int) -> tuple[int, Tensor]:
-            start = _scratch("start", columns, self.dtype).copy_(self.origin[columns])
-            if point is not None:
-                start.add_(point[columns])
-            difference = _scratch("tile", columns, self.dtype)
-            sizes = torch.empty(self.num_clients, dtype=self.dtype)
-            for model, size in zip(self.models, sizes.unbind(), strict=True):
-                torch.sub(model[columns], start, out=difference)
-                if order == 1:
-                    torch.sum(difference.abs_(), 0, out=size)
-                else:
-                    torch.dot(difference, difference, out=size)
-            return tensor, sizes
-
-        totals = np.zeros((self.num_tensors if per_tensor else 1, self.num_clients))
-        for tensor, sizes in self._for_blocks(measure, per_tensor=per_tensor):
-            totals[tensor] += sizes.double().numpy()
-        result = torch.from_numpy(totals.T.copy())
-        result = result.sqrt() if order == 2 else result
-        return result if per_tensor else result[:, 0]
-
-    def gram(self) -> Tensor:  # noqa: D102
-        shape = (self.num_clients, self.num_clients)
-
-        def products(columns: slice, _: int) -> Tensor:
-            total = torch.zeros(shape, dtype=torch.float64)
-            for part in _cut(columns.start, columns.stop, SHEET_COLUMNS):
-                sheet = self._sheet(part)
-                total += sheet @ sheet.T
-            return total
-
-        return _sum(self._for_blocks(products), shape)
-
-    def column_blocks(self) -> Iterator[tuple[slice, Tensor]]:  # noqa: D102
-        for columns in _cut(0, self.num_parameters, SHEET_COLUMNS):
-            yield columns, self._sheet(columns)
-
-    def select(self, rows: Sequence[int]) -> StackedUpdates:  # noqa: D102
-        return StackedUpdates(
-            [self.models[k] for k in rows],
-            self.origin,
-            self.offsets,
-            accumulate=self.accumulate,
-            threads=self.threads,
-        )
-
-    def _inner(self, vector: Tensor, *, norms: bool) -> Tensor:
-        """Return the rows' products with a vector, and with themselves: ``[2, K]``."""
-
-        def multiply(columns: slice, _: int) -> Tensor:
-            start = _scratch("start", columns, self.dtype).copy_(self.origin[columns])
-            # A copy, because a product's bits may depend on where its factors begin.
-            v = _scratch("vector", columns, self.dtype).copy_(vector[columns])
-            update = _scratch("tile", columns, self.dtype)
-            products = torch.zeros(2, self.num_clients, dtype=self.dtype)
-            inner, squares = (part.unbind() for part in products)
-            for k, model in enumerate(self.models):
-                torch.sub(model[columns], start, out=update)
-                torch.dot(update, v, out=inner[k])
-                if norms:
-                    torch.dot(update, update, out=squares[k])
-            return products
-
-        return _sum(self._for_blocks(multiply), (2, self.num_clients))
-
-    def _sheet(self, columns: slice) -> Tensor:
-        """Return the updates in some columns, all rows."""
-        start = self.origin[columns].to(self.dtype)
-        sheet = torch.empty(self.num_clients, start.numel(), dtype=self.dtype)
-        for model, row in zip(self.models, sheet.unbind(), strict=True):
-            torch.sub(model[columns], start, out=row)
-        return sheet
-
-    def _for_blocks(
-        self, work: Callable[[slice, int], T], *, per_tensor: bool = False
+    def _map(
+        self, work: Callable[[Sequence[Block]], T], spans: Sequence[Sequence[Block]]
     ) -> list[T]:
-        """Do the work on every block of columns; the results keep their order.
-
-        Per tensor, no block crosses a tensor's border, and the work is told which
-        tensor it is; else that is 0.
-        """
-        borders = self.offsets if per_tensor else (0, self.num_parameters)
-        blocks = [
-            (columns, tensor)
-            for tensor, (start, stop) in enumerate(pairwise(borders))
-            for columns in _cut(start, stop, TILE_BYTES // self.dtype.itemsize)
-        ]
-        intra_op = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            if self.threads == 1 or len(blocks) == 1:
-                return [work(*block) for block in blocks]
-            pool = _pool(self.threads, os.getpid())
-            return list(pool.map(lambda block: work(*block), blocks))
-        finally:
-            torch.set_num_threads(intra_op)
+        return map_in_order(work, spans, self.threads)
 
 
-def _empty(size: int, dtype: torch.dtype) -> Tensor:
+def _plain(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as the kernels take them; without a copy, if they are so."""
+    return values.detach().to("cpu", dtype).contiguous()
+
+
+def empty(size: int, dtype: torch.dtype) -> Tensor:
     """Return a new vector of any content, where a cache line begins as PyTorch's do.
 
-    NumPy's memory, because NumPy asks the system for huge pages: where the vector is
-    large, it is there in a fraction of the time.
+    A large one is NumPy's memory, because NumPy asks the system for huge pages; and
+    that of the last one that was let go, if it fits, because memory that the system
+    has yet to find and to clear costs up to half of a whole weighted sum.
     """
-    line = 64
-    memory = torch.from_numpy(np.empty(size * dtype.itemsize + line, np.uint8))
-    skip = -memory.data_ptr() % line
-    return memory[skip : skip + size * dtype.itemsize].view(dtype)
+    line, nbytes = 64, size * dtype.itemsize
+    memory = _let_go().pop(nbytes, None)
+    if memory is None:
+        memory = np.empty(nbytes + line, np.uint8)
+    lent = memory[-memory.ctypes.data % line :][:nbytes]
+    if nbytes >= LARGE_BYTES:
+        weakref.finalize(lent, _keep, memory, nbytes).atexit = False
+    return torch.from_numpy(lent).view(dtype)
 
 
-_scratches = threading.local()
+_local = threading.local()
 
 
-def _scratch(name: str, columns: slice, dtype: torch.dtype) -> Tensor:
-    """Return this thread's own memory for a block of columns, of any content.
-
-    Memory asked for anew would be cleared by the system at each block's first touch,
-    at a tenth of the whole operation's cost and more.
-    """
-    size = columns.stop - columns.start
-    kept: dict[str, Tensor] = vars(_scratches)
-    key = f"{name} {dtype}"
-    if key not in kept or kept[key].numel() < size:
-        kept[key] = torch.empty(size, dtype=dtype)
-    return kept[key][:size]
+def _let_go() -> dict[Any, npt.NDArray[np.uint8]]:
+    """Return the memory that this thread let go of last, by size."""
+    kept: dict[Any, npt.NDArray[np.uint8]] = vars(_local)
+    return kept
 
 
-@cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return this process's pool of so many threads, each without threads of its own.
-
-    PyTorch's number of threads is a thread's own; all start now, while the caller's
-    is one.
-    """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="fedweight-updates")
-    started = threading.Barrier(threads)
-
-    def start(_: int) -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    list(pool.map(start, range(threads)))
-    return pool
-
-
-def _cut(start: int, stop: int, width: int) -> Iterator[slice]:
-    """Cut a range of columns into slices of a width; the last may be narrower."""
-    for place in range(start, stop, width):
-        yield slice(place, min(place + width, stop))
-
-
-def _sum(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Add the blocks' results in their order, in float64."""
-    total = np.zeros(shape)
-    for part in parts:
-        total += part.double().numpy()
-    return torch.from_numpy(total)
+def _keep(memory: npt.NDArray[np.uint8], nbytes: int) -> None:
+    kept = _let_go()
+    kept[nbytes] = memory
+    if len(kept) > KEPT_SIZES:
+        del kept[next(iter(kept))]

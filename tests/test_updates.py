@@ -1,3 +1,4 @@
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -76,10 +77,6 @@ def check_all(k, p, tensors, seed, rtol, **options):
     columns = list(updates.column_blocks())
     assert [c.start for c, _ in columns] == [0, *(c.stop for c, _ in columns[:-1])]
     np.testing.assert_allclose(torch.cat([b for _, b in columns], 1), matrix, **near)
-    rows = stream.permutation(k)[: max(1, k // 2)].tolist()
-    chosen = updates.select(rows)
-    assert chosen.num_clients == len(rows)
-    np.testing.assert_allclose(chosen.norms(), l2(matrix[rows]), **near)
 
 
 @given(shapes, st.integers(0, 1000))
@@ -188,7 +185,7 @@ def test_threads_never_change_a_bit(accumulate, dtype):
 @every_dtype
 @pytest.mark.parametrize("shape", [LARGE, (7, 1001)])
 def test_where_the_rows_lie_never_changes_a_bit(accumulate, dtype, shape):
-    """Apart, as rows of one matrix, and at addresses that fit no cache line."""
+    """Apart, as rows of a matrix, in any order, at addresses that fit no cache line."""
     apart, _, offsets = draw(*shape, 3, 5, dtype=dtype, accumulate=accumulate)
     k, p = shape
     matrix = torch.stack(apart.models)
@@ -198,10 +195,16 @@ def test_where_the_rows_lie_never_changes_a_bit(accumulate, dtype, shape):
     read_only.setflags(write=False)
     shifted = torch.zeros(p + 1, dtype=matrix.dtype)
     shifted[1:] = apart.origin
+    order = np.random.default_rng(0).permutation(k)
+    back, mixed = matrix.flip(0), matrix[order]
     for models, origin in (
+        (matrix, apart.origin),
         (list(matrix), apart.origin),
+        (list(back)[::-1], apart.origin),
+        ([mixed[int(place)] for place in np.argsort(order)], apart.origin),
         (list(wide[:, 1:-2]), shifted[1:]),
         ([torch.from_dlpack(row) for row in read_only], apart.origin),
+        (matrix.T.contiguous().T, apart.origin),
     ):
         other = StackedUpdates(models, origin, offsets, accumulate=accumulate)
         assert_same_bits(apart, other)
@@ -214,10 +217,56 @@ def test_a_projection_with_the_norms_is_both(dtype):
     inner, norms = updates.project_and_norms(v)
     assert torch.equal(inner, updates.project(v))
     assert torch.equal(norms, updates.norms())
-    for own, both in zip(
-        module.Updates.project_and_norms(updates, v), (inner, norms), strict=True
-    ):
-        assert torch.equal(own, both)
+
+
+class Elsewhere(module.Updates):
+    """Parts in other places: the arguments travel, all columns are asked for once."""
+
+    def __init__(self, stacked, parts):
+        super().__init__(parts, stacked.origin, stacked.offsets, stacked.accumulate)
+        self.parts = [module.Rows([stacked.models[k] for k in rows]) for rows in parts]
+
+    def _ask(self, method, arguments):
+        for rows, own in zip(self.parts, arguments, strict=True):
+            sent = pickle.loads(pickle.dumps((method, own)))
+            yield getattr(rows, sent[0])(*sent[1])
+
+
+@every_precision
+@every_dtype
+def test_the_parts_place_never_changes_a_bit(accumulate, dtype):
+    stacked, _, _ = draw(*LARGE, 4, 5, dtype=dtype, accumulate=accumulate)
+    assert_same_bits(
+        stacked, Elsewhere(stacked, [rows.tolist() for rows in stacked.members])
+    )
+
+
+@given(st.integers(1, 80), st.integers(1, 6), st.integers(0, 1000))
+@settings(max_examples=20)
+def test_any_parts_are_the_same_matrix(k, count, seed):
+    """In any order, of any size, also of more rows than a tile has."""
+    stream = np.random.default_rng(seed)
+    order = stream.permutation(k)
+    cuts = np.sort(stream.integers(0, k + 1, count - 1))
+    parts = [part.tolist() for part in np.split(order, cuts) if len(part)]
+    stacked, _, offsets = draw(k, 30, 3, seed)
+    other = StackedUpdates(stacked.models, stacked.origin, offsets, parts=parts)
+    for one, two in zip(results(stacked), results(other), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-10)
+    assert_same_bits(other, Elsewhere(stacked, parts))
+
+
+@pytest.mark.parametrize("parts", [[[0, 1]], [[0, 1], [1, 2]], [[0, 1, 3]]])
+def test_every_row_is_in_one_part(parts):
+    with pytest.raises(ValueError, match="every row must be in one part"):
+        StackedUpdates([torch.zeros(1)] * 3, torch.zeros(1), parts=parts)
+
+
+def test_small_rows_take_one_thread_by_default(monkeypatch):
+    monkeypatch.setattr(module, "num_cores", lambda: 3)
+    assert StackedUpdates([torch.ones(3)], torch.zeros(3)).threads == 1
+    monkeypatch.setattr(module, "WORTH_THREADS", 2)
+    assert StackedUpdates([torch.ones(3)], torch.zeros(3)).threads == 3
 
 
 def test_a_vectors_place_never_changes_a_bit():
@@ -276,6 +325,40 @@ def test_a_tensor_without_values_is_no_obstacle():
     assert each.tolist() == [[0.0, 3.0, 0.0]] * 2
     weights = torch.tensor([[9.0, 1.0, 9.0], [9.0, 2.0, 9.0]])
     assert updates.combine(weights).tolist() == [3.0, 3.0, 3.0]
+
+
+def test_a_vector_that_was_let_go_is_used_again_and_no_other(monkeypatch):
+    monkeypatch.setattr(module, "LARGE_BYTES", 1)
+    one, other = module.empty(100, torch.float32), module.empty(100, torch.float32)
+    assert one.data_ptr() != other.data_ptr()
+    place, view = one.data_ptr(), one[:5]
+    del one
+    assert module.empty(100, torch.float32).data_ptr() != place
+    del view
+    assert module.empty(50, torch.float64).data_ptr() == place
+
+
+@every_dtype
+def test_nan_and_infinity_stay_in_their_row_and_column(dtype):
+    k, p = 7, 3000
+    updates, _, _ = draw(k, p, dtype=dtype)
+    updates.models[2][5], updates.models[4][7] = np.nan, np.inf
+    combined = updates.combine(torch.ones(k))
+    assert combined[5].isnan()
+    assert combined[7] == np.inf
+    assert combined.isfinite().sum() == p - 2
+    for found in (*updates.project_and_norms(torch.ones(p)), updates.norms(order=1)):
+        assert found[2].isnan()
+        assert found[4] == np.inf
+        assert found.isfinite().sum() == k - 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_of_less_precision_are_summed_in_float32(dtype):
+    rows = torch.randn(5, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert_same_bits(
+        StackedUpdates(rows, rows[0]), StackedUpdates(rows.float(), rows[0].float())
+    )
 
 
 def test_accumulate_is_checked():

@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import BENCHMARKS
 
 ENVIRONMENTS = BENCHMARKS / ".environments"
 TORCH = "torch==2.13.0"
+# A constraint, not a requirement: the torchvision that goes with this PyTorch. The
+# newest, which peers ask for, would exchange PyTorch for a build with CUDA, gigabytes.
+FIXED = (TORCH, "torchvision==0.28.0")
 
 ENGINES = ("floor", "local", "ray", "flwr", "pfl", "blazefl", "fedlab", "fluke")
 
@@ -30,16 +34,23 @@ class Peer:
         Its package, at one version.
     python : tuple of int
         The Python that it needs, at least.
+    newest : tuple of int
+        The newest Python that it is known to run with.
     """
 
     requirement: str
     python: tuple[int, int] = (3, 11)
+    newest: tuple[int, int] = (3, 14)
+
+    def accepts(self, version: tuple[int, int]) -> bool:
+        """Whether it runs with a Python."""
+        return self.python <= version <= self.newest
 
 
 # The others run in the environment of fedweight, which has Flower and Ray.
 PEERS = {
-    "pfl": Peer("pfl==0.6.0"),
-    "blazefl": Peer("blazefl==3.0.0", python=(3, 14)),
+    "pfl": Peer("pfl==0.6.0", newest=(3, 12)),
+    "blazefl": Peer("blazefl[contrib,reproducibility]==3.0.0", python=(3, 14)),
     "fedlab": Peer("fedlab==1.3.0"),
     "fluke": Peer("fluke-fl==0.8.1"),
 }
@@ -57,42 +68,56 @@ def python_of(engine: str) -> str:
     if peer is None:
         return sys.executable
     folder = ENVIRONMENTS / engine
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = "\n".join((*FIXED, peer.requirement, ""))
     done = folder / "installed.txt"
-    if not (done.exists() and done.read_text() == peer.requirement):
-        base = _base(peer)
-        print(f"installing {peer.requirement} ...", file=sys.stderr, flush=True)
-        _run([base, "-m", "venv", "--clear", str(folder)])
-        # PyTorch first, alone and fixed: what a peer requires besides (torchvision)
-        # would else exchange it for the newest, with gigabytes of CUDA libraries.
-        fixed = folder / "constraints.txt"
-        fixed.write_text(TORCH + "\n")
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q", "install"]
-        for requirement in (TORCH, peer.requirement):
-            _run([*pip, "-c", str(fixed), requirement])
-        done.write_text(peer.requirement)
+    if not (python.exists() and done.exists() and done.read_text() == wanted):
+        _install(peer, _base(peer), folder, python)
+        done.write_text(wanted)
     return str(python)
 
 
+def _install(peer: Peer, base: str, folder: Path, python: Path) -> None:
+    """Make an environment anew; PyTorch first and alone, then the peer beside it."""
+    print(f"installing {peer.requirement} ...", file=sys.stderr, flush=True)
+    _run([base, "-m", "venv", "--clear", str(folder)])
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join((*FIXED, "")))
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q", "install"]
+    for requirement in (TORCH, peer.requirement):
+        _run([*pip, "-c", str(constraints), requirement])
+
+
 def _base(peer: Peer) -> str:
-    """Return an interpreter that is new enough."""
-    if sys.version_info >= peer.python:
+    """Return an interpreter that the peer accepts, this one if it does."""
+    if peer.accepts(sys.version_info[:2]):
         return sys.executable
-    major, minor = peer.python
-    python = shutil.which(f"python{major}.{minor}")
-    if python is not None:
+    (major, oldest), (_, newest) = peer.python, peer.newest
+    names = [f"python{major}.{minor}" for minor in range(oldest, newest + 1)]
+    for name in names:
+        python = shutil.which(name)
+        if python is None:
+            continue
+        # One that is found may still be a shim without an interpreter behind it.
         works = subprocess.run([python, "-c", ""], capture_output=True, check=False)
         if works.returncode == 0:
             return python
     raise NotInstalledError(
-        f"{peer.requirement} needs Python {major}.{minor} or newer, which is not "
-        f"installed here as python{major}.{minor}"
+        f"{peer.requirement} needs {' or '.join(names)}, not found on the path"
     )
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if "ERROR" in line]
-        errors = errors or result.stderr.splitlines() or ["no reason given"]
-        raise NotInstalledError(f"installation failed: {errors[-1].strip()[:200]}")
+        said = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+        errors = [line for line in said if "ERROR" in line] or said
+        reason = errors[-1][:200] if errors else "no reason given"
+        raise NotInstalledError(f"installation failed: {reason}")

@@ -1,11 +1,14 @@
 """fedweight on its local grid, in this process; see also :mod:`engines.ray`."""
 
+import contextlib
 import copy
+import logging
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app import ArrayRecord, Context
 from torch import nn
 
 import fedweight
@@ -54,6 +57,7 @@ def run(
     workers : int, optional
         Worker processes, for Ray.
     """
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     nothing = Examples(x[:0], y[:0])
 
     def data(context: Context) -> ClientData:
@@ -87,20 +91,22 @@ def run(
             fraction_evaluate=0.0,
             seed=SEED,
         )
-        arrays = ArrayRecord(first.state_dict())
-        round = 0
 
-        def weights() -> npt.NDArray[np.float32]:
-            return flat(arrays.to_numpy_ndarrays())
+        def next_round(round: int, arrays: ArrayRecord) -> None:
+            if not talk.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
+                raise Over
 
-        while talk.next_round(weights):
-            round += 1
-            messages = strategy.configure_train(round, arrays, ConfigRecord(), grid)
-            replies = grid.send_and_receive(messages)
-            new, _ = strategy.aggregate_train(round, replies)
-            if new is None:
-                raise RuntimeError(strategy.history[-1].reason)
-            arrays = new
+        with contextlib.suppress(Over):
+            strategy.start(
+                grid,
+                ArrayRecord(first.state_dict()),
+                num_rounds=sys.maxsize,
+                evaluate_fn=next_round,
+            )
+
+
+class Over(Exception):
+    """There is no leave for another round."""
 
 
 def main(engine: str = "local") -> None:

@@ -1,32 +1,82 @@
-"""fedweight's local grid with many clients, for scale.py.
+"""fedweight's local grid with any number of registered clients, for scale.py.
 
-Started with a folder, the number of clients and the cohort. The clients' data are
-views of a job's few examples, so the memory is what the library itself needs.
+Started with a folder, the number of clients, the cohort and the plan. The clients come
+from fedweight's own lazily computed partition: 128 of the job's examples each, drawn
+when a client trains. So the memory is what the library itself needs.
 """
 
+import contextlib
+import logging
 import sys
 
-import fedweight
+from flwr.app import ArrayRecord
 
-from .job import MODELS
-from .local import run
+import fedweight
+from fedweight.clients import TrainingApp, TrainingSettings, client_number
+from fedweight.data import DataSet, Examples, federate
+from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.simulations import Plan
+from fedweight.simulations.engine import make_grid
+from fedweight.simulations.planner import choose_plan, machine
+from fedweight.strategies.fedavg import FedAvg
+
+from .job import MODELS, flat
 from .talk import start
+from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED
 
 
 def main() -> None:
     """Run rounds as told."""
     talk, job = start(f"fedweight {fedweight.__version__}")
-    run(
-        talk,
-        model=MODELS[job.work.model],
-        first=job.model(),
-        x=job.x,
-        y=job.y,
-        clients=int(sys.argv[2]),
-        cohort=int(sys.argv[3]),
-        engine="local",
-        workers=None,
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    clients, cohort, told = int(sys.argv[2]), int(sys.argv[3]), Plan.parse(sys.argv[4])
+    examples = Examples(job.x, job.y)
+    data = federate(
+        DataSet("noise", examples, examples.take(slice(0, 0)), CLASSES),
+        "dirichlet-sampled",
+        clients,
+        held_out=0.0,
+        proxy=0.0,
+        seed=SEED,
+        examples_per_client=SAMPLES,
     )
+    app = TrainingApp(
+        MODELS[job.work.model],
+        lambda context: data.client(client_number(context)),
+        num_classes=CLASSES,
+        settings=TrainingSettings(
+            epochs=1, batch_size=BATCH, learning_rate=LEARNING_RATE
+        ),
+        seed=SEED,
+        sizes=data.sizes,
+    )
+    first = FlatRecord(FlatModule(job.model()).save())
+    plan = told or choose_plan(
+        app,
+        first,
+        clients=range(min(clients, 100)),
+        num_clients=clients,
+        cohort=cohort,
+        about={"model": job.work.model, "cohort": cohort, **machine()},
+    )
+    with make_grid(app, clients, engine="local", plan=plan) as grid:
+        strategy = FedAvg(
+            fraction_train=cohort / clients,
+            min_train_nodes=cohort,
+            fraction_evaluate=0.0,
+            seed=SEED,
+        )
+
+        def next_round(round: int, arrays: ArrayRecord) -> None:
+            if not talk.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
+                raise Over
+
+        with contextlib.suppress(Over):
+            strategy.start(grid, first, num_rounds=sys.maxsize, evaluate_fn=next_round)
+
+
+class Over(Exception):
+    """There is no leave for another round."""
 
 
 if __name__ == "__main__":

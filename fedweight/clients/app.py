@@ -10,6 +10,7 @@ import logging
 import math
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,12 +31,11 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from .. import keys
-from ..cohort import Cohort, Reply
+from ..cohort import Answers, Cohort, Reply, only_arrays
 from ..data.federated import ClientData
-from ..errors import ClientError, check_range, describe_failure
+from ..errors import check_range, describe_failure
 from ..parameters import FlatModel, FlatModule, FlatRecord, flatten
-from ..rng import Purpose
-from ..rng import keys as stream_keys
+from ..rng import Purpose, key_table
 from .batched import BatchedTrainer
 from .noise import draws_out_of_reach
 from .objectives import Objective, Plain, Proximal
@@ -131,10 +131,12 @@ class TrainingApp(ClientApp):
         self._cancelled = threading.Event()
         self._making = threading.Lock()
         self._trainers: dict[float | None, BatchedTrainer] = {}
+        self._prepared: Callable[[], Cohort | None] = lambda: None
+        self._streams: dict[tuple[int, int], tuple[int, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
-        own = ("_idle", "_cancelled", "_making", "_trainers")
+        own = ("_idle", "_cancelled", "_making", "_trainers", "_prepared", "_streams")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,7 +184,7 @@ class TrainingApp(ClientApp):
         context_of: Callable[[int], Context],
         *,
         batched: bool = False,
-    ) -> list[Reply]:
+    ) -> Answers:
         """Let some clients of a cohort handle what they were sent.
 
         Parameters
@@ -198,15 +200,40 @@ class TrainingApp(ClientApp):
 
         Returns
         -------
-        list[Reply]
-            In the order of the nodes. A client's failure is its reply's ``error``.
+        Answers
+            Replies in the order of the nodes; a client's failure is its reply's
+            ``error``. The models are added up where the cohort allows it.
         """
+        replies = self._answer(cohort, nodes, context_of, batched=batched)
+        answers = Answers(replies)
+        if cohort.summed_by is not None:
+            answers.sum_up(cohort)
+        for reply in replies:
+            reply.is_finite()  # Look now, while the model is near.
+        return answers
+
+    def _answer(
+        self,
+        cohort: Cohort,
+        nodes: Sequence[int],
+        context_of: Callable[[int], Context],
+        *,
+        batched: bool = False,
+    ) -> list[Reply]:
         stage, cancelled = cohort.message_type, self._cancelled
+        if stage == "train":
+            self._prepare(cohort, context_of)
         work = self._train_all if stage == "train" else self._evaluate_all
-        record = _arrays(cohort.content)
+        record = cohort.arrays
 
         def attempt(some: Sequence[int]) -> list[Reply]:
-            visits = [self._visit(n, cohort.config(n), context_of(n)) for n in some]
+            told: dict[int, _Told] = {}  # Most clients are told the same.
+            visits = []
+            for node in some:
+                config = cohort.config(node)
+                if id(config) not in told:
+                    told[id(config)] = _Told.of(config)
+                visits.append(self._visit(node, told[id(config)], context_of(node)))
             return work(record, visits, batched and len(some) > 1)
 
         try:
@@ -218,21 +245,31 @@ class TrainingApp(ClientApp):
                     Reply(node, error=describe_failure(client, stage, error))
                     for node, client in zip(nodes, clients, strict=True)
                 ]
-        # Whose fault it was shows when each is tried alone.
-        return [
-            reply for node in nodes for reply in self.answer(cohort, [node], context_of)
-        ]
+            # Whose fault it was shows when each is tried alone.
+            alone = [self._answer(cohort, [node], context_of)[0] for node in nodes]
+            if all(reply.error is None for reply in alone):
+                log.warning(
+                    "%d clients cannot %s at once, each can alone: %s",
+                    len(nodes),
+                    stage,
+                    error,
+                )
+            return alone
 
     # What the app answers.
 
     def _train(self, message: Message, context: Context) -> Message:
-        visit = self._visit(context.node_id, _config(message.content), context)
-        (reply,) = self._train_all(_arrays(message.content), [visit], batched=False)
+        told = _Told.of(_config(message.content))
+        visit = self._visit(context.node_id, told, context)
+        (reply,) = self._train_all(only_arrays(message.content), [visit], batched=False)
         return reply.message(message)
 
     def _evaluate(self, message: Message, context: Context) -> Message:
-        visit = self._visit(context.node_id, _config(message.content), context)
-        (reply,) = self._evaluate_all(_arrays(message.content), [visit], batched=False)
+        told = _Told.of(_config(message.content))
+        visit = self._visit(context.node_id, told, context)
+        (reply,) = self._evaluate_all(
+            only_arrays(message.content), [visit], batched=False
+        )
         return reply.message(message)
 
     def _query(self, message: Message, context: Context) -> Message:
@@ -243,8 +280,8 @@ class TrainingApp(ClientApp):
 
     # Steps of the answers.
 
-    def _visit(self, node: int, config: ConfigRecord, context: Context) -> _Visit:
-        return _Visit(node, client_number(context), config, context, self.data(context))
+    def _visit(self, node: int, told: _Told, context: Context) -> _Visit:
+        return _Visit(node, client_number(context), told, context, self.data(context))
 
     def _train_all(
         self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
@@ -253,12 +290,12 @@ class TrainingApp(ClientApp):
         with self._module() as module:
             start = flatten(record, module.layout)
             measured = [self._before(module, start, visit) for visit in visits]
-            batched = batched and len({(v.round, v.mu) for v in visits}) == 1
+            batched = batched and len({(v.told.round, v.told.mu) for v in visits}) == 1
             batched = batched and not draws_out_of_reach(module.module)
             fit = self._fit_at_once if batched else self._fit_in_turn
             results = list(fit(module, start, visits))
             for visit, result, known in zip(visits, results, measured, strict=True):
-                if keys.ACCURACY_AFTER in visit.request:
+                if keys.ACCURACY_AFTER in visit.told.request:
                     _, accuracy = evaluate(module, result.model, visit.data.train)
                     known.metrics[keys.ACCURACY_AFTER] = accuracy
         # Only now, when nothing can fail any more, do the clients' states change.
@@ -270,12 +307,12 @@ class TrainingApp(ClientApp):
     def _before(self, module: FlatModule, start: FlatModel, visit: _Visit) -> _Measured:
         """Measure what the server wants to know of the received model."""
         known = _Measured()
-        if keys.LABEL_COUNTS in visit.request:
+        if keys.LABEL_COUNTS in visit.told.request:
             known.profile = self._label_counts(visit.data)
-        if keys.LOSS_BEFORE in visit.request:
+        if keys.LOSS_BEFORE in visit.told.request:
             loss, _ = evaluate(module, start, visit.data.train)
             known.metrics[keys.LOSS_BEFORE] = loss
-        if keys.MINUS_ERROR in visit.request:
+        if keys.MINUS_ERROR in visit.told.request:
             known.minus_scores = self._minus_scores(module, start, visit)
             mean = sum(known.minus_scores) / len(known.minus_scores)
             known.metrics[keys.MINUS_ERROR] = 1 - mean
@@ -306,9 +343,9 @@ class TrainingApp(ClientApp):
                     module,
                     start,
                     task,
-                    self._objective(visit.config),
+                    self._objective(visit.told),
                     self.settings,
-                    learning_rate=self.settings.learning_rate_in(visit.round),
+                    learning_rate=self.settings.learning_rate_in(visit.told.round),
                     cancelled=cancelled.is_set,
                 )
 
@@ -323,7 +360,7 @@ class TrainingApp(ClientApp):
         trained = self._trainer(visits[0]).train(
             start,
             [tasks[k] for k in some],
-            learning_rate=self.settings.learning_rate_in(visits[0].round),
+            learning_rate=self.settings.learning_rate_in(visits[0].told.round),
             cancelled=self._cancelled.is_set,
         )
         for k, result in zip(some, trained, strict=True):
@@ -332,19 +369,39 @@ class TrainingApp(ClientApp):
 
     def _tasks(self, visits: Sequence[_Visit]) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
-        round = visits[0].round
-        clients = [visit.client for visit in visits]
-        orders = stream_keys(self.seed, Purpose.SHUFFLE, round, clients)
-        noises = stream_keys(self.seed, Purpose.DROPOUT, round, clients)
+        streams = self._streams
+        if any((v.told.round, v.client) not in streams for v in visits):
+            streams = {}
+            for round in {v.told.round for v in visits}:
+                clients = [v.client for v in visits if v.told.round == round]
+                streams |= self._streams_of(round, clients)
         return [
             Task(
                 visit.data.train,
-                visit.epochs or self.settings.epochs,
-                int(order),
-                int(noise >> np.uint64(1)),
+                visit.told.epochs or self.settings.epochs,
+                *streams[visit.told.round, visit.client],
             )
-            for visit, order, noise in zip(visits, orders, noises, strict=True)
+            for visit in visits
         ]
+
+    def _streams_of(
+        self, round: int, clients: Sequence[int]
+    ) -> dict[tuple[int, int], tuple[int, int]]:
+        """Return the keys of order and noise, by round and client."""
+        purposes = [Purpose.SHUFFLE, Purpose.DROPOUT]
+        orders, noises = key_table(self.seed, purposes, round, clients)
+        keys = zip(orders.tolist(), (noises >> np.uint64(1)).tolist(), strict=True)
+        return dict(zip([(round, client) for client in clients], keys, strict=True))
+
+    def _prepare(self, cohort: Cohort, context_of: Callable[[int], Context]) -> None:
+        """Make the keys of a whole cohort at its first list: one by one they cost."""
+        with self._making:
+            if self._prepared() is cohort:
+                return
+            self._prepared = weakref.ref(cohort)
+            round = int(cohort.config(cohort.nodes[0]).get(keys.ROUND, 1))  # type: ignore[arg-type]
+            clients = [client_number(context_of(node)) for node in cohort.nodes]
+            self._streams = self._streams_of(round, clients)
 
     def _evaluate_all(
         self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
@@ -383,12 +440,12 @@ class TrainingApp(ClientApp):
     def _trainer(self, visit: _Visit) -> BatchedTrainer:
         """Return the trainer of an objective, which keeps what it has traced."""
         with self._making:
-            if visit.mu not in self._trainers:
+            if visit.told.mu not in self._trainers:
                 module = FlatModule(self.model(), self.device)
-                self._trainers[visit.mu] = BatchedTrainer(
-                    module, self._objective(visit.config), self.settings
+                self._trainers[visit.told.mu] = BatchedTrainer(
+                    module, self._objective(visit.told), self.settings
                 )
-            return self._trainers[visit.mu]
+            return self._trainers[visit.told.mu]
 
     @contextmanager
     def _noise_out_of_reach(self, module: FlatModule, task: Task) -> Iterator[None]:
@@ -400,14 +457,13 @@ class TrainingApp(ClientApp):
             torch.manual_seed(task.noise_key)
             yield
 
-    def _objective(self, config: ConfigRecord) -> Objective:
-        mu = config.get(keys.PROXIMAL_MU)
-        if mu is None:
+    def _objective(self, told: _Told) -> Objective:
+        if told.mu is None:
             return self.objective
         inner = self.objective
         if isinstance(inner, Proximal):
             inner = inner.inner
-        return Proximal(float(mu), inner)  # type: ignore[arg-type]
+        return Proximal(told.mu, inner)
 
     def _label_counts(self, data: ClientData) -> dict[str, list[int]]:
         counts = np.bincount(data.train.y, minlength=self.num_classes)
@@ -425,11 +481,11 @@ class TrainingApp(ClientApp):
         is one where the server tells no coefficient: it has none of this client.
         """
         own = visit.context.state.get(PERSONAL_MODEL)
-        told = visit.config.get(keys.COEFFICIENT)
+        told = visit.told.coefficient
         if own is None or told is None:
             return [0.0]
         before = flatten(own, module.layout)  # type: ignore[arg-type]
-        c = min(float(told), 0.999)  # type: ignore[arg-type]
+        c = min(told, 0.999)
         minus = start.with_parameters(
             (start.parameters - c * before.parameters) / (1 - c)
         )
@@ -446,35 +502,40 @@ def client_number(context: Context) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class _Told:
+    """What the server tells a client."""
+
+    round: int
+    request: tuple[str, ...]
+    epochs: int | None
+    mu: float | None
+    coefficient: float | None
+
+    @classmethod
+    def of(cls, config: ConfigRecord) -> _Told:
+        told: Any = dict(config)
+        epochs = told.get(keys.LOCAL_EPOCHS)
+        if epochs is not None:
+            check_range(keys.LOCAL_EPOCHS, epochs, 1)
+        mu, coefficient = told.get(keys.PROXIMAL_MU), told.get(keys.COEFFICIENT)
+        return cls(
+            round=int(told.get(keys.ROUND, 1)),
+            request=tuple(told.get(keys.REQUEST, ())),
+            epochs=None if epochs is None else int(epochs),
+            mu=None if mu is None else float(mu),
+            coefficient=None if coefficient is None else float(coefficient),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Visit:
     """A client, and what it was sent."""
 
     node: int
     client: int
-    config: ConfigRecord
+    told: _Told
     context: Context
     data: ClientData
-
-    @property
-    def round(self) -> int:
-        return int(self.config.get(keys.ROUND, 1))  # type: ignore[arg-type]
-
-    @property
-    def request(self) -> list[str]:
-        return list(self.config.get(keys.REQUEST, ()))  # type: ignore[arg-type]
-
-    @property
-    def epochs(self) -> int | None:
-        told = self.config.get(keys.LOCAL_EPOCHS)
-        if told is None:
-            return None
-        check_range(keys.LOCAL_EPOCHS, told, 1)  # type: ignore[arg-type]
-        return int(told)  # type: ignore[arg-type]
-
-    @property
-    def mu(self) -> float | None:
-        told = self.config.get(keys.PROXIMAL_MU)
-        return None if told is None else float(told)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -489,13 +550,3 @@ class _Measured:
 def _config(content: RecordDict) -> ConfigRecord:
     records = content.config_records
     return records.get(keys.CONFIG) or next(iter(records.values()), ConfigRecord())
-
-
-def _arrays(content: RecordDict) -> ArrayRecord:
-    records = content.array_records
-    if len(records) != 1:
-        raise ClientError(
-            f"the message has {len(records)} array records; exactly one, the global "
-            "model, is expected."
-        )
-    return next(iter(records.values()))

@@ -8,22 +8,26 @@ not full is padded and masked, and a client that is done is set aside.
 
 from __future__ import annotations
 
+import copy
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import lru_cache
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
-from ..rng import permutation, permutations
+from ..rng import permutations
+from .graphs import drop_idle, fuse_descent, plain_execution, without_python
 from .noise import LocalTraining
 from .objectives import Batch, Objective
 from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
@@ -86,10 +90,14 @@ class BatchedTrainer:
         self.frozen = [e for e in layout.parameters if e.name not in trained]
         self.buffers = [e for e in layout.entries if e.kind == "buffer"]
         self.integers = [e for e in layout.entries if e.kind == "integer"]
+        # Whether a step is w - rate * gradient, which needs no optimiser's state.
+        self._descends = settings.optimizer == "sgd" and not (
+            settings.momentum or settings.weight_decay
+        )
         self._least = 1  # Fewer examples in a step make the model raise.
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._own = threading.local()
-        self._on_device: dict[int, tuple[npt.NDArray[Any], Tensor]] = {}
+        self._on_device: dict[tuple[int, int], tuple[npt.NDArray[Any], Tensor]] = {}
 
     def train(
         self,
@@ -120,7 +128,10 @@ class BatchedTrainer:
         trained = self.train_rows(
             start, tasks, learning_rate=learning_rate, cancelled=cancelled
         )
-        rows, buffer_rows = trained.rows.cpu(), trained.buffer_rows.cpu()
+        rows, buffer_rows = (
+            trained.rows.cpu().unbind(),
+            trained.buffer_rows.cpu().unbind(),
+        )
         integers = {n: t.cpu().numpy() for n, t in trained.integers.items()}
         losses, correct = trained.losses.tolist(), trained.correct.tolist()
         results = []
@@ -162,40 +173,39 @@ class BatchedTrainer:
         buffers = _views(buffer_rows, self.buffers)
         counters = [integers[e.name] for e in self.integers]
         frozen = [received[e.start : e.stop].view(e.shape) for e in self.frozen]
-        optimizer = LocalOptimizer(self.settings, learning_rate, parameters)
-        seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
+        optimizer = None
+        if not self._descends:
+            optimizer = LocalOptimizer(self.settings, learning_rate, parameters)
         losses = torch.zeros(clients, device=self.device)
         correct = torch.zeros(clients, device=self.device)
-        counts = plan.counts.to(self.device)
+        rate = torch.tensor(learning_rate, dtype=rows.dtype, device=self.device)
+        seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
+        counts = plan.counts.to(self.device).unbind()
+        numbers = torch.arange(plan.total, device=self.device).unbind()
         done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
         feed = self._feed(tasks, plan)
-        with torch.no_grad():
+        state = [parameters, frozen, buffers, counters, [rows, received]]
+        with torch.no_grad(), plain_execution():
             for step in range(plan.total):
                 if cancelled():
                     raise ClientError("training was cancelled")
-                for k in plan.ended(step):
+                for k in plan.ended.get(step, ()):
                     done[k] = (
                         rows[k].clone(),
                         buffer_rows[k].clone(),
                         {n: t[k].clone() for n, t in integers.items()},
                     )
-                x, y = feed(step)
+                batch = [*feed(step), counts[step], seeds, numbers[step]]
                 mask = plan.mask(step)
-                extra = [seeds, torch.tensor(step, device=self.device)]
                 if mask is not None:
-                    mask = mask.to(self.device)
-                    extra.append(mask)
-                inputs = [parameters, frozen, buffers, counters, [rows, received]]
-                run = self._step([*inputs, [x, y], extra])
+                    batch.append(mask.to(self.device))
+                inputs = [*state, [losses, correct, rate], batch]
+                run = self._step(inputs)
                 if step == 0:
                     plan.check(self._least)
-                gradients, loss, logits = run(*chain(*inputs), x, y, *extra)
-                optimizer.step(parameters, gradients)
-                hits = logits.argmax(-1) == y
-                if mask is not None:
-                    hits = hits * mask
-                correct += hits.sum(1)
-                losses.addcmul_(loss.to(losses.dtype), counts[step])
+                gradients = run(*chain(*inputs))
+                if optimizer is not None:
+                    optimizer.step(parameters, gradients)
         for k, (row, buffer_row, own) in done.items():
             rows[k] = row
             buffer_rows[k] = buffer_row
@@ -207,9 +217,11 @@ class BatchedTrainer:
         self, tasks: Sequence[Task], plan: _Schedule
     ) -> Callable[[int], tuple[Tensor, Tensor]]:
         """Return what gives each step its batch, ``[C, B, ...]`` and ``[C, B]``."""
-        if self.device.type != "cpu" and _share_a_home(tasks):
-            return self._feed_resident(tasks, plan)
-        x_all, y_all = self._buffers_for(tasks, plan)
+        shared = _common_home(tasks)
+        if shared is not None:
+            return self._feed_resident(tasks, plan, shared)
+        size = (len(tasks), int(plan.per_epoch.max()), plan.batch_size)
+        x_all, y_all = self._buffers_for(size, as_tensor(tasks[0].examples.x))
 
         def shuffled(step: int) -> tuple[Tensor, Tensor]:
             plan.fill(tasks, step, x_all, y_all)
@@ -219,44 +231,45 @@ class BatchedTrainer:
         return shuffled
 
     def _feed_resident(
-        self, tasks: Sequence[Task], plan: _Schedule
+        self, tasks: Sequence[Task], plan: _Schedule, shared: _Home
     ) -> Callable[[int], tuple[Tensor, Tensor]]:
         """Feed from the whole data set, which stays on the device."""
-        data_x, data_y = (
-            self._resident(home(array)[0])
-            for array in (tasks[0].examples.x, tasks[0].examples.y)
-        )
-        first = [home(task.examples.x)[1] for task in tasks]
-        rows = torch.from_numpy(plan.rows(tasks, first)).to(self.device)
+        data_x, data_y = self._resident(shared.x), self._resident(shared.y)
+        rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
+        size = rows.shape[1:]
+        x, y = self._buffers_for(size, data_x)
 
         def gathered(step: int) -> tuple[Tensor, Tensor]:
-            return data_x[rows[step]], data_y[rows[step]]
+            places = rows[step].view(-1)
+            torch.index_select(data_x, 0, places, out=x.flatten(0, 1))
+            torch.index_select(data_y, 0, places, out=y.flatten(0, 1))
+            return x, y
 
         return gathered
 
     def _resident(self, array: npt.NDArray[Any]) -> Tensor:
         """Return an array as it lies on the device, where it is put once."""
-        if id(array) not in self._on_device:
-            self._on_device[id(array)] = (array, as_tensor(array).to(self.device))
-        return self._on_device[id(array)][1]
+        if self.device.type == "cpu":
+            return as_tensor(array)
+        place = (_address(array), array.nbytes)
+        if place not in self._on_device:
+            self._on_device[place] = (array, as_tensor(array).to(self.device))
+        return self._on_device[place][1]
 
-    def _buffers_for(
-        self, tasks: Sequence[Task], plan: _Schedule
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``x [C, S, B, ...]`` and ``y [C, S, B]`` for one pass, to fill."""
-        x = as_tensor(tasks[0].examples.x)
-        size = (len(tasks), int(plan.per_epoch.max()), plan.batch_size)
-        key = (size, x.shape[1:], x.dtype)
+    def _buffers_for(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this thread's ``x [*size, ...]`` and ``y [*size]``, to fill."""
+        key = (tuple(size), like.shape[1:], like.dtype)
         if getattr(self._own, "key", None) != key:
+            shape = (*size, *like.shape[1:])
+            self._own.x = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            self._own.y = torch.zeros(size, dtype=torch.int64, device=like.device)
             self._own.key = key
-            self._own.x = torch.zeros(*size, *x.shape[1:], dtype=x.dtype)
-            self._own.y = torch.zeros(size, dtype=torch.int64)
         return self._own.x, self._own.y
 
     def _step(self, inputs: list[list[Tensor]]) -> Step:
-        """Return the traced step for these shapes: gradients, losses and logits."""
-        (x, _), extra = inputs[-2:]
-        key = (x.shape, x.dtype, x.is_contiguous(), len(extra))
+        """Return the traced step for these shapes."""
+        x, *_ = batch = inputs[-1]
+        key = (x.shape, x.dtype, x.is_contiguous(), len(batch))
         if key not in self._steps:
             with TRACING:
                 if key not in self._steps:
@@ -264,33 +277,53 @@ class BatchedTrainer:
         return self._steps[key]
 
     def _trace(self, inputs: list[list[Tensor]]) -> Step:
-        """Record the step's tensor operations, for these shapes."""
-        along: list[int | None] = [0, None, *([0] * (len(inputs[-1]) - 2))]
+        """Record the step's tensor operations, for these shapes.
+
+        The step counts losses and hits, and changes the parameters in place; where
+        the optimiser is not plain gradient descent it returns the gradients instead.
+        """
+        along: list[int | None] = [0, None, *([0] * (len(inputs[-1]) - 5))]
         batched: Callable[..., Any] = vmap(
-            grad_and_value(self._loss, has_aux=True),
-            in_dims=(0, None, 0, 0, 0, 0, along),  # Of seeds, the step, perhaps a mask.
+            grad(self._loss, has_aux=True),
+            in_dims=(0, None, 0, 0, None, 0, 0, along),  # Of seeds, step, and mask.
         )
         penalised = self._penalty_of(*inputs[4]) is not None
+        descends = self._descends
 
-        def flat(*tensors: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        def flat(*tensors: Tensor) -> list[Tensor]:
             rest = iter(tensors)
             parts = [[next(rest) for _ in part] for part in inputs]
-            *state, (rows, received), (x, y), extra = parts
-            gradients, (loss, logits) = batched(*state, x, y, extra)
+            *state, (rows, received), (losses, correct, rate), batch = parts
+            x, y, counts, *extra = batch
+            scale = rate if descends else torch.ones_like(rate)
+            gradients, (loss, logits) = batched(*state, scale, x, y, extra)
+            hits = logits.argmax(-1) == y
+            if len(extra) > 2:
+                hits = hits * extra[2]
+            correct.add_(hits.sum(1))
+            losses.addcmul_(loss.to(losses.dtype), counts)
+            penalties: Sequence[Any] = []
             if penalised:
                 penalties = _views(self._penalty_of(rows, received), self.parameters)
-                gradients = [g + p for g, p in zip(gradients, penalties, strict=True)]
-            return gradients, loss, logits
+            if not descends:
+                pairs = zip_longest(gradients, penalties)
+                return [g if p is None else g + p for g, p in pairs]
+            for parameter, penalty in zip(state[0], penalties, strict=False):
+                parameter.sub_(penalty * rate)
+            for parameter, gradient in zip(state[0], gradients, strict=True):
+                parameter.sub_(gradient)
+            return [losses]
 
-        # Buffers change in place as the trace goes: those are copies, with the same
-        # strides, which the trace depends on.
-        copies = [*inputs[:2], *([_twin(t) for t in p] for p in inputs[2:4])]
+        # Tracing runs the step, which changes tensors in place: on a copy, with the
+        # same strides, as the trace depends on them, and views of the same rows.
+        copies = copy.deepcopy(inputs)
         self.module.module.train()
-        traced: Any = make_fx(flat)(*chain(*copies, *inputs[4:]))
+        traced: Any = make_fx(flat)(*chain(*copies))
         traced.graph.eliminate_dead_code()
+        drop_idle(traced.graph)
+        fuse_descent(traced.graph)
         traced.recompile()
-        step: Step = traced.forward
-        return step
+        return without_python(traced, [*chain(*copies)])
 
     def _penalty_of(self, rows: Tensor, received: Tensor) -> Any:
         """Return the penalty's gradient for each client, ``[C, P]``, or ``None``."""
@@ -304,11 +337,12 @@ class BatchedTrainer:
         frozen: list[Tensor],
         buffers: list[Tensor],
         counters: list[Tensor],
+        scale: Tensor,
         x: Tensor,
         y: Tensor,
         extra: list[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Return one client's loss on a batch, and its logits."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return one client's loss on a batch, scaled; and the loss and the logits."""
         seed, step, *rest = extra
         mask = rest[0] if rest else None
         state = {
@@ -324,7 +358,8 @@ class BatchedTrainer:
         with LocalTraining(seed, step, mask) as noise:
             logits = functional_call(self.module.module, state, (x,))
         self._least = max(self._least, noise.least)
-        return self.objective.loss(logits, Batch(x, y, mask)), logits.detach()
+        loss = self.objective.loss(logits, Batch(x, y, mask))
+        return loss * scale, (loss.detach(), logits.detach())
 
 
 @dataclass(frozen=True)
@@ -342,6 +377,8 @@ class _Schedule:
         ``[total, C]``: real examples of each client in each step, float32.
     ragged : bool
         Whether any step of any client is not full.
+    ended : dict[int, list[int]]
+        By step, the clients whose last step was the one before; not the last ones.
     """
 
     batch_size: int
@@ -349,23 +386,13 @@ class _Schedule:
     steps: npt.NDArray[np.int64]
     counts: Tensor
     ragged: bool
+    ended: dict[int, list[int]]
 
     @classmethod
     def of(cls, tasks: Sequence[Task], batch_size: int) -> _Schedule:
         """Lay out the steps of some clients."""
-        sizes = np.array([len(task.examples) for task in tasks])
-        per_epoch = -(-sizes // batch_size)
-        steps = per_epoch * np.array([task.epochs for task in tasks])
-        step = np.arange(steps.max())[:, None]
-        left = np.clip(sizes - (step % per_epoch) * batch_size, 0, batch_size)
-        counts = left * (step < steps)
-        return cls(
-            batch_size,
-            per_epoch,
-            steps,
-            torch.from_numpy(counts.astype(np.float32)),
-            bool((counts != batch_size).any()),
-        )
+        sizes = tuple(len(task.examples) for task in tasks)
+        return _schedule(sizes, tuple(task.epochs for task in tasks), batch_size)
 
     @property
     def total(self) -> int:
@@ -379,23 +406,31 @@ class _Schedule:
                 f"Expected more than {least - 1} value per channel when training"
             )
 
-    def ended(self, step: int) -> list[int]:
-        """Return the clients whose last step was the one before."""
-        return [int(k) for k in np.flatnonzero(self.steps == step)]
-
     def fill(self, tasks: Sequence[Task], step: int, x: Tensor, y: Tensor) -> None:
         """Shuffle the data of the clients that begin a pass into ``x`` and ``y``."""
-        begins = (step % self.per_epoch == 0) & (step < self.steps)
-        for k in map(int, np.flatnonzero(begins)):
-            task, examples = tasks[k], tasks[k].examples
-            n = len(examples)
-            epoch = step // int(self.per_epoch[k])
-            order = torch.from_numpy(permutation(task.order_key, epoch, n))
-            for source, target in ((examples.x, x), (examples.y, y)):
-                rows = target[k].flatten(0, 1)[: self.per_epoch[k] * self.batch_size]
-                torch.index_select(as_tensor(source), 0, order, out=rows[:n])
-                # Padding is masked, but 0 * NaN is NaN: it is the client's own, too.
-                rows[n:] = rows[0]
+        begins = np.flatnonzero((step % self.per_epoch == 0) & (step < self.steps))
+        for alike, orders in self._orders(tasks, begins, step):
+            n = orders.shape[1]
+            for k, order in zip(alike, torch.from_numpy(orders).unbind(), strict=True):
+                examples = tasks[k].examples
+                for source, target in ((examples.x, x), (examples.y, y)):
+                    rows = target[k].flatten(0, 1)
+                    torch.index_select(as_tensor(source), 0, order, out=rows[:n])
+                    # Padding is masked, but 0 * NaN is NaN: it is the client's own.
+                    end = int(self.per_epoch[k]) * self.batch_size
+                    if n < end:
+                        rows[n:end] = rows[0]
+
+    def _orders(
+        self, tasks: Sequence[Task], clients: npt.NDArray[np.int64], step: int
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.int64]]]:
+        """Yield clients of the same size, with the order of each one's next pass."""
+        sizes = np.array([len(tasks[k].examples) for k in clients])
+        for n in np.unique(sizes):
+            alike = clients[sizes == n].tolist()
+            keys = np.array([tasks[k].order_key for k in alike], np.uint64)
+            epoch = step // int(self.per_epoch[alike[0]])
+            yield alike, permutations(keys, epoch, int(n))
 
     def rows(
         self, tasks: Sequence[Task], first: Sequence[int]
@@ -406,16 +441,17 @@ class _Schedule:
         """
         sizes = np.array([len(task.examples) for task in tasks])
         keys = np.array([task.order_key for task in tasks], np.uint64)
-        begin = np.asarray(first)
         rows = np.empty((self.total, len(tasks), self.batch_size), np.int64)
-        rows[:] = begin[:, None]
-        for n in np.unique(sizes):
-            alike = np.flatnonzero(sizes == n)
+        rows[:] = np.asarray(first)[:, None]
+        for n in sorted(set(sizes.tolist())):
+            (alike,) = np.nonzero(sizes == n)
             steps = int(self.per_epoch[alike[0]])
-            padded = np.zeros((len(alike), steps * self.batch_size), np.int64)
             for epoch in range(int(self.steps[alike].max()) // steps):
-                padded[:, :n] = permutations(keys[alike], epoch, int(n))
-                order = padded.reshape(len(alike), steps, self.batch_size)
+                order = permutations(keys[alike], epoch, n)
+                if n < steps * self.batch_size:
+                    padding = steps * self.batch_size - n
+                    order = np.pad(order, ((0, 0), (0, padding)))
+                order = order.reshape(len(alike), steps, self.batch_size)
                 place = slice(epoch * steps, (epoch + 1) * steps)
                 rows[place, alike] += order.transpose(1, 0, 2)
         return rows
@@ -436,18 +472,34 @@ class _Schedule:
         return (places < self.counts[step][:, None]).float()
 
 
-def _twin(tensor: Tensor) -> Tensor:
-    """Return a copy with the same strides."""
-    twin = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+@lru_cache(maxsize=64)  # Clients are often of the same size.
+def _schedule(
+    sizes: tuple[int, ...], epochs: tuple[int, ...], batch_size: int
+) -> _Schedule:
+    per_epoch = -(-np.array(sizes) // batch_size)
+    steps = per_epoch * np.array(epochs)
+    step = np.arange(steps.max())[:, None]
+    left = np.clip(np.array(sizes) - (step % per_epoch) * batch_size, 0, batch_size)
+    counts = left * (step < steps)
+    ended: dict[int, list[int]] = {}
+    for k, end in enumerate(steps.tolist()):
+        if end < len(counts):
+            ended.setdefault(end, []).append(k)
+    return _Schedule(
+        batch_size,
+        per_epoch,
+        steps,
+        torch.from_numpy(counts.astype(np.float32)),
+        bool((counts != batch_size).any()),
+        ended,
     )
-    return twin.copy_(tensor)
 
 
 def home(array: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
-    """Return the larger array that an array's rows lie in, and where they begin.
+    """Return the array whose memory an array's rows lie in, and which row is first.
 
     Clients' data are slices of the data set's; an array of its own is its own home.
+    The home may have another shape: what came from another process lies in a vector.
 
     Examples
     --------
@@ -456,28 +508,45 @@ def home(array: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
     >>> whole is everybody, first
     (True, 4)
     """
-    base = array.base
-    if (
-        isinstance(base, np.ndarray)
-        and base.shape[1:] == array.shape[1:]
-        and base.strides == array.strides
-        and base.dtype == array.dtype
-    ):
-        offset = array.__array_interface__["data"][0]
-        begin = base.__array_interface__["data"][0]
-        return base, (offset - begin) // base.strides[0]
-    return array, 0
+    whole = array
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    bytes_of_row = array.itemsize * math.prod(array.shape[1:])
+    alike = whole.dtype == array.dtype and whole.flags.c_contiguous
+    if whole is array or not (alike and array.flags.c_contiguous and bytes_of_row):
+        return array, 0
+    first, rest = divmod(_address(array) - _address(whole), bytes_of_row)
+    return (array, 0) if rest or whole.nbytes % bytes_of_row else (whole, first)
 
 
-def _share_a_home(tasks: Sequence[Task]) -> bool:
-    """Tell whether all clients' examples are rows of the same two arrays."""
-    homes = set()
-    for task in tasks:
-        (x, first_x), (y, first_y) = home(task.examples.x), home(task.examples.y)
-        if first_x != first_y:
-            return False
-        homes.add((id(x), id(y)))
-    return len(homes) == 1
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+@dataclass(frozen=True)
+class _Home:
+    """The arrays that all clients' examples are rows of, and where each one begins."""
+
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
+    first: list[int]
+
+
+def _common_home(tasks: Sequence[Task]) -> _Home | None:
+    """Return what the examples of several clients are rows of, if that is the same."""
+    if len(tasks) == 1:
+        return None
+    x, first = home(tasks[0].examples.x)
+    y, first_y = home(tasks[0].examples.y)
+    places = [first]
+    for task in tasks[1:]:
+        (own_x, first), (own_y, first_y) = map(home, (task.examples.x, task.examples.y))
+        if own_x is not x or own_y is not y or first != first_y:
+            return None
+        places.append(first)
+    shape = tasks[0].examples.x.shape
+    return _Home(x.reshape(-1, *shape[1:]), y.reshape(-1), places)
 
 
 def _views(rows: Tensor, entries: Sequence[Entry]) -> list[Tensor]:

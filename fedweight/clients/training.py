@@ -96,7 +96,8 @@ class Task:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        check_range("epochs", self.epochs, 1)
+        if self.epochs < 1:  # Asked first: there is one for each client and round.
+            check_range("epochs", self.epochs, 1)
 
 
 @dataclass(frozen=True)

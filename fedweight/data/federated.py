@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from ..errors import DataError, check_range
 from ..rng import Purpose, generator
 from ._options import check_options
 from .examples import DataSet, Examples, check
+from .lazy import LazyParts
 from .partitions import partition as divide
 
 Indices = npt.NDArray[np.int64]
+
+# So many clients' label counts are kept until they are asked for.
+LATELY = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -32,21 +37,25 @@ class FederatedData:
 
     The examples are put in the clients' order once, so that what a client has are
     slices of the same few arrays; nothing is copied again. The arrays are only read,
-    so any number of processes can share them.
+    so any number of processes can share them. Of a partition that is computed lazily,
+    a client's examples are drawn and copied each time that they are asked for, and
+    nothing is kept: clients that take no part cost nothing.
 
     Parameters
     ----------
     dataset : DataSet
         What is divided.
-    partition : sequence of ndarray
-        For each client, numbers of its training examples; none twice.
+    partition : sequence of ndarray, or LazyParts
+        For each client, numbers of its training examples; none twice. Clients of
+        :class:`~fedweight.data.lazy.LazyParts` may share examples.
     held_out : float
         Share of a client's examples, in [0, 1), drawn at random, that it does not train
-        on. A client with one example trains on it.
+        on. A client with one example trains on it. Clients that share examples may
+        train on what others hold out; nobody trains on test examples.
     proxy : float
         Share of all training examples, in [0, 1), that the server keeps; see
         :func:`take_proxy`. They are in no client's part: examples of ``partition`` that
-        fall among them are taken out.
+        fall among them are taken out. LazyParts must not draw from them.
     seed : int
         Draws the proxy and the held-out examples.
 
@@ -64,10 +73,10 @@ class FederatedData:
         As in :class:`~fedweight.data.DataSet`.
     test, proxy : Examples
         The test set, and what the server keeps.
-    label_counts : ndarray
-        Shape ``[K, C]``, int64: how many examples of each class a client trains on.
     sizes : ndarray
         Shape ``[K]``, int64: how many examples a client trains on.
+    is_lazy : bool
+        Whether what clients have is computed when it is asked for.
     """
 
     def __init__(
@@ -80,22 +89,9 @@ class FederatedData:
         seed: int = 0,
     ) -> None:
         check_range("held_out", held_out, 0, 1, high_open=True)
-        n = len(dataset.train)
         kept = _proxy_rows(dataset, proxy, seed)
-        free = np.ones(n, bool)
+        free = np.ones(len(dataset.train), bool)
         free[kept] = False
-        _check_partition(partition, n)
-        order, lengths, train_lengths = [], [], []
-        for client, part in enumerate(partition):
-            rows = np.asarray(part, np.int64)
-            rows = rows[free[rows]]
-            rng = generator(seed, Purpose.HOLD_OUT, client=client)
-            size = min(round(held_out * len(rows)), max(len(rows) - 1, 0))
-            shuffled = rng.permutation(rows)
-            order += [np.sort(shuffled[size:]), np.sort(shuffled[:size])]
-            lengths.append(len(rows))
-            train_lengths.append(len(rows) - size)
-
         self.name = dataset.name
         self.num_clients = len(partition)
         self.num_classes = dataset.num_classes
@@ -104,26 +100,121 @@ class FederatedData:
         self.attribute_names = dataset.attribute_names
         self.test = dataset.test
         self.proxy = dataset.train.take(kept)
-        self.sizes = np.array(train_lengths, np.int64)
-        self._examples = dataset.train.take(np.concatenate(order))
-        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.label_counts = np.stack(
-            [
-                np.bincount(self.client(k).train.y, minlength=self.num_classes)
-                for k in range(self.num_clients)
-            ]
-        )
+        self.is_lazy = isinstance(partition, LazyParts)
+        _check_partition(partition, free)
+        self._clients: _Drawn | _InOrder
+        if isinstance(partition, LazyParts):
+            self._clients = _Drawn(dataset.train, partition, held_out, seed)
+        else:
+            self._clients = _InOrder(dataset.train, partition, free, held_out, seed)
+        self.sizes = self._clients.sizes
+        self._lately: dict[int, tuple[Indices, Indices]] = {}
 
     def client(self, i: int) -> ClientData:
-        """Return what client ``i``, from 0, has; the arrays are views."""
+        """Return what client ``i``, from 0, has.
+
+        The arrays are views, or copies where the partition is computed lazily.
+        """
+        train, held_out = map(self._clients.examples.take, self._rows(i))
+        if self.is_lazy:
+            # Who asks for their data often wants to know their labels next.
+            if len(self._lately) >= LATELY:
+                self._lately.clear()
+            self._lately[i] = self._count(train.y), self._count(held_out.y)
+        return ClientData(train, held_out)
+
+    def labels(self, i: int) -> tuple[Indices, Indices]:
+        """Return how many examples of each class client ``i`` trains on and holds out.
+
+        Returns
+        -------
+        tuple of ndarray
+            Both of shape ``[C]``, int64.
+        """
+        counts = self._lately.pop(i, None)
+        if counts is None:
+            train, held_out = self._rows(i)
+            y = self._clients.examples.y
+            counts = self._count(y[train]), self._count(y[held_out])
+        return counts
+
+    def _rows(self, i: int) -> tuple[Any, Any]:
         if not 0 <= i < self.num_clients:
             raise IndexError(f"there are clients 0 to {self.num_clients - 1}, not {i}.")
-        start, stop = int(self._starts[i]), int(self._starts[i + 1])
-        middle = start + int(self.sizes[i])
-        return ClientData(
-            self._examples.take(slice(start, middle)),
-            self._examples.take(slice(middle, stop)),
-        )
+        return self._clients.rows(i)
+
+    def _count(self, labels: Indices) -> Indices:
+        counts: Indices = np.bincount(labels, minlength=self.num_classes)
+        return counts
+
+    @cached_property
+    def label_counts(self) -> Indices:
+        """How many examples of each class the clients train on: ``[K, C]``, int64.
+
+        It is computed at the first look. Where :attr:`is_lazy` that draws every client:
+        for many, ask for the :meth:`labels` of a few.
+        """
+        return np.stack([self.labels(i)[0] for i in range(self.num_clients)])
+
+
+class _InOrder:
+    """Disjoint parts: the examples in the clients' order, each client two slices."""
+
+    def __init__(
+        self,
+        train: Examples,
+        partition: Sequence[Indices],
+        free: npt.NDArray[np.bool_],
+        held_out: float,
+        seed: int,
+    ) -> None:
+        order: list[Indices] = []
+        lengths: list[int] = []
+        for client, part in enumerate(partition):
+            rows = np.asarray(part, np.int64)
+            halves = _hold_out(rows[free[rows]], held_out, seed, client)
+            order += halves
+            lengths += [len(half) for half in halves]
+        self.examples = train.take(np.concatenate(order))
+        self.sizes = np.array(lengths[::2], np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+    def rows(self, i: int) -> tuple[slice, slice]:
+        """Return the places of what client i trains on, and of what it holds out."""
+        start, middle, stop = self._starts[2 * i : 2 * i + 3].tolist()
+        return slice(start, middle), slice(middle, stop)
+
+
+class _Drawn:
+    """Parts that are drawn when they are asked for."""
+
+    def __init__(
+        self, train: Examples, parts: LazyParts, held_out: float, seed: int
+    ) -> None:
+        self.examples = train
+        self._parts = parts
+        self._held_out = held_out
+        self._seed = seed
+        sizes = parts.sizes
+        # One number that is seen K times stays one.
+        few = sizes[:1] if sizes.strides == (0,) else sizes
+        less = np.minimum(np.rint(held_out * few), np.maximum(few - 1, 0))
+        self.sizes = np.broadcast_to((few - less).astype(np.int64), sizes.shape)
+
+    def rows(self, i: int) -> tuple[Indices, Indices]:
+        """Return the places of what client i trains on, and of what it holds out."""
+        return _hold_out(self._parts[i], self._held_out, self._seed, i)
+
+
+def _hold_out(
+    rows: Indices, held_out: float, seed: int, client: int
+) -> tuple[Indices, Indices]:
+    """Divide a client's examples into what it trains on and what it holds out."""
+    size = min(round(held_out * len(rows)), max(len(rows) - 1, 0))
+    if not size:
+        return np.sort(rows), rows[:0]
+    shuffled = generator(seed, Purpose.HOLD_OUT, client=client).permutation(rows)
+    return np.sort(shuffled[size:]), np.sort(shuffled[:size])
 
 
 def take_proxy(labels: Indices, fraction: float, rng: np.random.Generator) -> Indices:
@@ -242,10 +333,12 @@ def _proxy_rows(dataset: DataSet, fraction: float, seed: int) -> Indices:
     return take_proxy(dataset.train.y, fraction, generator(seed, Purpose.PROXY))
 
 
-def _check_partition(partition: Sequence[Indices], n: int) -> None:
+def _check_partition(partition: Sequence[Indices], free: npt.NDArray[np.bool_]) -> None:
+    n = len(free)
     if not len(partition):
         raise DataError("the partition has no client. Give one array a client.")
-    rows = np.concatenate(partition)
+    lazy = partition if isinstance(partition, LazyParts) else None
+    rows = np.concatenate(partition) if lazy is None else lazy.rows
     if len(rows) and not (rows.min() >= 0 and rows.max() < n):
         wrong = rows.min() if rows.min() < 0 else rows.max()
         raise DataError(
@@ -254,3 +347,8 @@ def _check_partition(partition: Sequence[Indices], n: int) -> None:
         )
     if len(np.unique(rows)) != len(rows):
         raise DataError("the partition names an example twice. Give it to one client.")
+    if lazy is not None and not free[rows].all():
+        raise DataError(
+            "the partition draws from examples that the server keeps as its proxy. Let "
+            "fedweight.data.federate make it, or set proxy = 0."
+        )

@@ -4,7 +4,8 @@ A partition is a pure function of the labels (or of the natural clients), the nu
 of clients and a random generator. It returns one sorted array of example numbers a
 client; no example is with two clients, and unless it says otherwise every example is
 with one. None of them draws again until it likes the result: each ends after one
-pass.
+pass. Those of :mod:`~fedweight.data.lazy` are the exception: their parts are computed
+when they are asked for, and share examples.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..registry import Registry
 from ..rng import Purpose, generator
 from ._options import check_options
 from .examples import DataSet
+from .lazy import LazyParts
 
 Indices = npt.NDArray[np.int64]
 Parts = list[Indices]
@@ -33,6 +35,7 @@ PARTITIONS = Registry(
     {
         "classes": "fedweight.data.partitions:classes",
         "dirichlet": "fedweight.data.partitions:dirichlet",
+        "dirichlet-sampled": "fedweight.data.lazy:dirichlet_sampled",
         "iid": "fedweight.data.partitions:iid",
         "natural": "fedweight.data.partitions:natural",
         "niid2": "fedweight.data.partitions:niid2",
@@ -50,7 +53,7 @@ def partition(
     *,
     rows: Indices | None = None,
     **options: Any,
-) -> Parts:
+) -> Parts | LazyParts:
     """Divide the training examples of a data set among clients.
 
     Parameters
@@ -60,7 +63,9 @@ def partition(
     name : str
         One of :func:`partition_catalogue`, or ``"module:function"`` for one of your
         own: it is called as ``function(dataset, num_clients, rng, **options)`` and
-        returns a sequence of ``num_clients`` integer arrays.
+        returns a sequence of ``num_clients`` integer arrays. If its third parameter
+        is called ``seed``, it gets that instead of a generator, to name a stream for
+        each client; it may return :class:`~fedweight.data.lazy.LazyParts`.
     num_clients : int or None
         K, 1 or more. ``None`` stands for all natural clients, with ``natural`` only.
     seed : int
@@ -72,7 +77,7 @@ def partition(
 
     Returns
     -------
-    list of ndarray
+    list of ndarray, or LazyParts
         Sorted example numbers, counted in ``dataset.train``, for each client.
 
     Examples
@@ -102,8 +107,14 @@ def partition(
         subject = dataset.natural_clients[rows]
     elif name not in PARTITIONS.entries:
         subject = _subset(dataset, rows)
-    rng = generator(seed, Purpose.PARTITION)
-    parts = [np.sort(part) for part in function(subject, num_clients, rng, **options)]
+    by_client = positional[2:] == ["seed"]
+    source = seed if by_client else generator(seed, Purpose.PARTITION)
+    returned = function(subject, num_clients, source, **options)
+    if isinstance(returned, LazyParts):
+        _check_number(what, len(returned), num_clients)
+        _check_rows(what, returned.rows, len(rows))
+        return LazyParts(returned.sizes, returned.draw, rows[returned.rows])
+    parts = [np.sort(part) for part in returned]
     if name not in PARTITIONS.entries:
         _check_parts(what, parts, num_clients, len(rows))
     return [rows[part] for part in parts]
@@ -523,16 +534,24 @@ def _subset(dataset: DataSet, rows: Indices) -> DataSet:
     )
 
 
-def _check_parts(what: str, parts: Parts, num_clients: int | None, n: int) -> None:
-    if len(parts) != num_clients:
+def _check_number(what: str, number: int, num_clients: int | None) -> None:
+    if number != num_clients:
         raise DataError(
-            f"{what} returned {len(parts)} parts for {num_clients} clients. Return one "
+            f"{what} returned {number} parts for {num_clients} clients. Return one "
             "a client; it may be empty."
         )
+
+
+def _check_rows(what: str, rows: Indices, n: int) -> None:
+    if len(rows) and not (rows.min() >= 0 and rows.max() < n):
+        raise DataError(f"{what} returned example numbers outside 0 to {n - 1}.")
+
+
+def _check_parts(what: str, parts: Parts, num_clients: int | None, n: int) -> None:
+    _check_number(what, len(parts), num_clients)
     everything = np.concatenate(parts)
     if len(everything) and not np.issubdtype(everything.dtype, np.integer):
         raise DataError(f"{what} returned {everything.dtype}. Return example numbers.")
-    if len(everything) and not (everything.min() >= 0 and everything.max() < n):
-        raise DataError(f"{what} returned example numbers outside 0 to {n - 1}.")
+    _check_rows(what, everything, n)
     if len(np.unique(everything)) != len(everything):
         raise DataError(f"{what} gave an example twice. Give each to one client.")

@@ -45,9 +45,12 @@ class SimulationGrid(Grid):
     ----------
     complete : bool
         True: all clients are there from the start, waiting for more is in vain.
+    sums_models : bool
+        True: where a cohort allows it, local models are added up as they come.
     """
 
     complete = True
+    sums_models = True
 
     def __init__(self, num_clients: int) -> None:
         check_range("num_clients", num_clients, 1)

@@ -5,20 +5,19 @@ No Ray, no daemon, no start-up: a debugger stops where it should.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from .. import keys
-from ..cohort import Cohort, Replies, Reply
+from ..cohort import Answers, Cohort, Gathered, Replies, Reply
 from ..errors import check_range
+from ..threads import num_cores, one_thread
 from .grid import RunConfig, SimulationGrid, answers_cohort, execute, make_context
 from .memory import keep_freed_memory
 from .plan import Plan, sizes_of
@@ -28,6 +27,9 @@ T = TypeVar("T")
 # A step that takes longer than this many seconds releases the interpreter for long
 # enough at a time that a second thread gains (measured: benchmarks/).
 WORTH_A_THREAD = 0.0015
+
+# Contexts without state are kept for so many clients: they are quick to make anew.
+IDLE_CONTEXTS = 10_000
 
 # What a client of an app that is not ours is taken to do.
 STEPS_OF_A_CLIENT = 32
@@ -111,22 +113,26 @@ class LocalGrid(SimulationGrid):
         app: Any = self.client_app
         lists = self.plan.cut(cohort, sizes_of(app, clients))
 
-        def answer(nodes: Sequence[int]) -> list[Reply]:
+        def answer(nodes: Sequence[int]) -> Answers:
             batched = self.plan.chunk > 1
             return app.answer(  # type: ignore[no-any-return]
                 cohort, nodes, self._context_of, batched=batched
             )
 
         jobs = [partial(answer, nodes) for nodes in lists]
-        answers: dict[int, Reply] = {}
+        gathered = Gathered(cohort, lists)
         if self.threads is None and cohort.message_type == "train" and jobs:
             began = time.monotonic()
-            first = next(self._do([jobs.pop(0)], deadline), [])
-            self.threads = self._choose_threads(first, time.monotonic() - began)
-            answers |= {reply.node: reply for reply in first}
-        for part in self._do(jobs, deadline):
-            answers |= {reply.node: reply for reply in part}
-        return Replies(cohort, [answers[n] for n in cohort.nodes if n in answers])
+            for answers in self._do([jobs.pop(0)], deadline):
+                seconds = time.monotonic() - began
+                self.threads = self._choose_threads(answers.replies, seconds)
+                gathered.add(answers)
+        for answers in self._do(jobs, deadline):
+            gathered.add(answers)
+        if len(self.contexts) > IDLE_CONTEXTS:
+            kept = {k: c for k, c in self.contexts.items() if len(c.state)}
+            self.contexts = kept
+        return gathered.replies()
 
     def _choose_threads(self, replies: Sequence[Reply], seconds: float) -> int:
         """Decide whether threads pay, from how long some clients' steps took.
@@ -135,7 +141,7 @@ class LocalGrid(SimulationGrid):
         """
         steps = sum(int(r.metrics.get(keys.NUM_STEPS, 0)) for r in replies)
         pays = self.plan.chunk > 1 or seconds > steps * WORTH_A_THREAD > 0
-        return (os.cpu_count() or 1) if self._safe and pays else 1
+        return num_cores() if self._safe and pays else 1
 
     def _handle(
         self, messages: Sequence[Message], deadline: float | None
@@ -146,7 +152,7 @@ class LocalGrid(SimulationGrid):
             began = time.monotonic()
             yield from self._do([jobs.pop(0)], deadline)
             slow = time.monotonic() - began > WORTH_A_THREAD * STEPS_OF_A_CLIENT
-            self.threads = (os.cpu_count() or 1) if self._safe and slow else 1
+            self.threads = num_cores() if self._safe and slow else 1
         different = len({m.metadata.dst_node_id for m in messages}) == len(messages)
         # A client's state allows one message at a time.
         yield from self._do(jobs, deadline, threads=None if different else 1)
@@ -165,9 +171,7 @@ class LocalGrid(SimulationGrid):
         threads: int | None = None,
     ) -> Iterator[T]:
         """Yield the jobs' results, in order; those that begin too late have none."""
-        intra_op = torch.get_num_threads()
-        torch.set_num_threads(1)  # More would change the last bits of the results.
-        try:
+        with one_thread():
             if (threads or self.threads or 1) > 1:
                 yield from self._in_threads(jobs, deadline)
                 return
@@ -175,8 +179,6 @@ class LocalGrid(SimulationGrid):
                 if _is_over(deadline):
                     return
                 yield job()
-        finally:
-            torch.set_num_threads(intra_op)
 
     def _in_threads(
         self, jobs: Sequence[Callable[[], T]], deadline: float | None

@@ -1,9 +1,4 @@
-"""Keep freed memory for the next step instead of giving it back to the system.
-
-Training allocates and frees the same large buffers at every step. By default glibc
-maps and unmaps each of them, and the page faults cost a convolutional network a fifth
-of its time, more with several workers (benchmarks/).
-"""
+"""Settings of a process that make training many clients cheaper."""
 
 from __future__ import annotations
 
@@ -17,7 +12,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 def keep_freed_memory() -> bool:
     """Tell this process's allocator to keep what is freed; return whether it can.
 
-    Only glibc is told; elsewhere nothing happens. It holds for the whole process.
+    Training allocates and frees the same large buffers at every step. By default glibc
+    maps and unmaps each of them, and the page faults cost a convolutional network a
+    fifth of its time, more with several workers (benchmarks/). Only glibc is told;
+    elsewhere nothing happens. It holds for the whole process.
     """
     if not sys.platform.startswith("linux"):
         return False

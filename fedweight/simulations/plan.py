@@ -20,9 +20,11 @@ from ..errors import ConfigurationError, check_range
 # go through it together.
 EVALUATION_CHUNK = 32
 
-# Clients that train one after another are handed out in at most so many lists: enough
-# for threads to end together, few enough to cost nothing.
+# Clients that train one after another are handed out in so many lists, enough for
+# threads to end together; more where a list would be so long that the models in it,
+# which are held until it ends, take much memory.
 LOOP_LISTS = 64
+LONGEST_LOOP = 16
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Plan:
         elif self.chunk > 1:
             limit = self.chunk
         else:
-            limit = -(-len(nodes) // LOOP_LISTS)
+            limit = min(-(-len(nodes) // LOOP_LISTS), LONGEST_LOOP)
         count = -(-len(nodes) // limit)
         if train and self.chunk > 1:
             count = min(count, max(len(nodes) // 2, 1))

@@ -19,8 +19,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from .. import _flower, keys
+from .. import __version__, _flower, keys
 from ..cohort import Cohort
+from ..threads import num_cores
 from .grid import FIRST_NODE
 from .local import LocalGrid
 from .plan import Plan
@@ -97,7 +98,7 @@ def choose_plan(
     speeds = {
         chunk: _speed(client_app, arrays, sample, num_clients, Plan(chunk))
         for chunk in (1, *CHUNKS)
-        if chunk <= max(2, cohort // (os.cpu_count() or 1)) or chunk == 1
+        if chunk <= max(2, cohort // num_cores()) or chunk == 1
     }
     best = max(speeds, key=lambda chunk: speeds[chunk])
     chunk = best if speeds[best] > MARGIN * speeds[1] else 1
@@ -129,7 +130,8 @@ def _speed(
 def machine() -> dict[str, Any]:
     """Return what of the machine a plan depends on."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cores": os.cpu_count(), "gpus": gpus, "torch": torch.__version__}
+    versions = {"torch": torch.__version__, "fedweight": __version__}
+    return {"cores": num_cores(), "gpus": gpus, **versions}
 
 
 def default_cache() -> Path:

@@ -27,18 +27,19 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from .. import keys
-from ..cohort import Cohort, Replies, Reply
+from ..cohort import Cohort, Replies, Reply, held_models
 from ..errors import AggregationError, ConfigurationError, check_range
-from ..parameters import FlatModel, FlatRecord, Layout, flatten
+from ..local_models import LocalModels
+from ..parameters import FlatModel, FlatRecord, Layout, flatten, is_finite
 from ..rng import Purpose, generator
-from ..updates import Accumulate, StackedUpdates, Updates
+from ..threads import one_thread
+from ..updates import Accumulate, Updates
 from .round import ClientRecord, Round, RoundRecord
 from .server_optimizers import ServerOptimizer
-from .weights import size_weights
 
 log = logging.getLogger("fedweight")
 
@@ -67,7 +68,7 @@ class StrategyArguments(TypedDict, total=False):
     server_optimizer: ServerOptimizer | None
     accumulate: Accumulate | None
     buffers: Collection[str] | None
-    threads: int
+    threads: int | None
 
 
 class WeightingStrategy(Strategy):
@@ -103,8 +104,9 @@ class WeightingStrategy(Strategy):
     buffers : Collection[str], optional
         Names of floating tensors that are not trained (running statistics). Known
         BatchNorm names are recognised by default.
-    threads : int
-        Threads for the arithmetic over the updates. It never changes the result.
+    threads : int, optional
+        Threads for the arithmetic over the updates; by default as many as there are
+        cores where there is enough to do. It never changes the result.
 
     Attributes
     ----------
@@ -141,7 +143,7 @@ class WeightingStrategy(Strategy):
         self.server_optimizer = arguments.get("server_optimizer")
         self.accumulate: Accumulate | None = arguments.get("accumulate")
         self.buffers = arguments.get("buffers")
-        self.threads = int(arguments.get("threads", 1))
+        self.threads = arguments.get("threads")
         check_range("fraction_train", self.fraction_train, 0, 1)
         check_range("fraction_evaluate", self.fraction_evaluate, 0, 1)
         check_range("stragglers", self.stragglers, 0, 1, high_open=True)
@@ -149,12 +151,14 @@ class WeightingStrategy(Strategy):
         check_range("min_train_nodes", self.min_train_nodes, 0)
         check_range("min_evaluate_nodes", self.min_evaluate_nodes, 0)
         check_range("min_available_nodes", self.min_available_nodes, 0)
-        check_range("threads", self.threads, 1)
+        if self.threads is not None:
+            check_range("threads", self.threads, 1)
         check_range("seed", self.seed, 0)
         self.history: list[RoundRecord] = []
         self._model: FlatModel | None = None
         self._asked: dict[int, _Asked] = {}
         self._cohort: Cohort | None = None
+        self._outermost = False
 
     # What a method answers.
 
@@ -222,6 +226,14 @@ class WeightingStrategy(Strategy):
         """Return whether a client's good reply takes part in the aggregation."""
         return True
 
+    @property
+    def weighs_by_size(self) -> bool:
+        """Whether the rule is the mean by data size, and nothing else.
+
+        Then a grid of ours may add the local models up as they come and keep none.
+        """
+        return False
+
     def state(self) -> dict[str, Any]:
         """Return what the method carries from round to round, as plain values.
 
@@ -235,7 +247,16 @@ class WeightingStrategy(Strategy):
         if self.server_optimizer is not None:
             self.server_optimizer.load_state(state["server-optimizer"])
 
-    # Flower's five hooks.
+    # Flower's hooks.
+
+    def start(self, *arguments: Any, **named: Any) -> Result:
+        """Run the rounds, as Flower's ``Strategy.start`` does."""
+        # A wrapper runs the rounds itself, and may look into the replies.
+        self._outermost = True
+        try:
+            return super().start(*arguments, **named)
+        finally:
+            self._outermost = False
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -280,8 +301,26 @@ class WeightingStrategy(Strategy):
         content = RecordDict(
             {self.arrayrecord_key: arrays, self.configrecord_key: config}
         )
+        sums = (
+            self._outermost
+            and self.weighs_by_size
+            and self.weighted_by_key == keys.NUM_EXAMPLES  # always there, and finite
+            and self.accumulate is None
+            and getattr(grid, "sums_models", False)
+        )
+        left_out = [
+            node
+            for node, asked in self._asked.items()
+            if sums and not self.keeps(server_round, asked.client, asked.straggler)
+        ]
         self._cohort = Cohort(
-            content, list(self._asked), MessageType.TRAIN, own, self.configrecord_key
+            content,
+            list(self._asked),
+            MessageType.TRAIN,
+            own,
+            self.configrecord_key,
+            summed_by=self.weighted_by_key if sums else None,
+            left_out=left_out,
         )
         return self._cohort
 
@@ -289,6 +328,16 @@ class WeightingStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Make the next global model of the good replies; record all of them."""
+        with one_thread():
+            result = self._aggregate_train(server_round, replies)
+        ours = type(self).aggregate_train is WeightingStrategy.aggregate_train
+        if ours and self._outermost and isinstance(replies, Replies):
+            replies.forget()
+        return result
+
+    def _aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         if self._model is None:
             raise AggregationError(
                 "aggregate_train was called before configure_train: the global model "
@@ -298,16 +347,16 @@ class WeightingStrategy(Strategy):
         if not self._asked and self.fraction_train == 0:
             record.status, record.reason = "ok", ""
             return None, None
-        good = self._sort(server_round, replies, record)
+        good, models = self._sort(server_round, replies, record)
         if len(good) < self.min_replies:
             return self._fail(
                 record,
                 f"{len(good)} good replies of {len(record.clients)} clients asked, "
                 f"min_replies is {self.min_replies}",
             )
-        round = self._round(server_round, good)
         saved = self.state()
         try:
+            round = self._round(server_round, good, models)
             parameters = self.aggregate(round)
             self._check(round, parameters)
             if self.server_optimizer is not None:
@@ -324,7 +373,7 @@ class WeightingStrategy(Strategy):
             {k: float(v) for k, v in metrics.items() if not isinstance(v, list)}
         )
         record.metrics.update(round.logged)
-        return FlatRecord(self._next_model(parameters, round, good)), metrics
+        return FlatRecord(self._next_model(parameters, round, good, models)), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -362,7 +411,7 @@ class WeightingStrategy(Strategy):
         answered = set()
         good = []
         anybody = not self._asked
-        for client, sent, reply in self._read(replies):
+        for client, sent, reply in self._read(replies)[0]:
             entry = entries.get(client)
             if entry is None:
                 entry = entries[client] = ClientRecord(client, "evaluated")
@@ -409,9 +458,13 @@ class WeightingStrategy(Strategy):
         if fraction == 0:
             return []
         number = getattr(grid, "client_of", int)
-        nodes = list(grid.get_node_ids())
+        complete = getattr(grid, "complete", False)
+        nodes = grid.get_node_ids()
+        # A simulation's range is in the clients' order: a million cost nothing.
+        if not (complete and isinstance(nodes, range)):
+            nodes = list(nodes)
         while len(nodes) < max(self.min_available_nodes, least):
-            if getattr(grid, "complete", False):
+            if complete:
                 raise ConfigurationError(
                     f"the strategy waits for "
                     f"{max(self.min_available_nodes, least)} clients (min_train_nodes, "
@@ -422,11 +475,12 @@ class WeightingStrategy(Strategy):
             time.sleep(1)  # Flower's Grid offers no event for a node that connects.
             nodes = list(grid.get_node_ids())
         size = max(int(len(nodes) * fraction), least)
-        nodes.sort(key=number)
+        if isinstance(nodes, list):
+            nodes.sort(key=number)
         if size < len(nodes):
             stream = generator(self.seed, purpose, round)
             chosen = np.sort(stream.choice(len(nodes), size, replace=False))
-            nodes = [nodes[i] for i in chosen]
+            nodes = [nodes[i] for i in chosen.tolist()]
         return [(number(node), node) for node in nodes]
 
     def _straggler_epochs(
@@ -455,16 +509,21 @@ class WeightingStrategy(Strategy):
 
     def _read(
         self, replies: Iterable[Message]
-    ) -> list[tuple[int, _Asked | None, Reply | AggregationError]]:
+    ) -> tuple[
+        list[tuple[int, _Asked | None, Reply | AggregationError]], LocalModels | None
+    ]:
         """Return who was asked what and answered what, by the clients' numbers.
 
         In that order nothing depends on who answered first. What cannot be read comes
         as the error that says why. An error reply that the SuperLink writes for a
         lost client carries the SuperLink's node; the message it answers tells whose.
+        The models come with it where the replies do not hold them.
         """
         asked, self._asked = self._asked, {}
         cohort, self._cohort = self._cohort, None
-        plain = replies.plain if isinstance(replies, Replies) else None
+        plain, models = None, None
+        if isinstance(replies, Replies) and replies.plain is not None:
+            plain, models = replies.plain, replies.models
         read: list[tuple[int, _Asked | None, Reply | AggregationError]] = []
         if plain is not None:
             for answer in plain:
@@ -488,18 +547,19 @@ class WeightingStrategy(Strategy):
         for sent in asked.values():
             if sent.client not in known:
                 read.append((sent.client, sent, MISSING))
-        return sorted(read, key=lambda row: row[0])
+        return sorted(read, key=lambda row: row[0]), models
 
     def _sort(
         self, round: int, replies: Iterable[Message], record: RoundRecord
-    ) -> list[_Good]:
+    ) -> tuple[list[_Good], LocalModels]:
         """Tell good replies from bad ones, in the order of the clients' numbers."""
         assert self._model is not None
         nbytes = _num_bytes(self._model.layout)
         anybody = not self._asked
         good: dict[int, _Good] = {}
         answered = set()
-        for client, sent, reply in self._read(replies):
+        read, models = self._read(replies)
+        for client, sent, reply in read:
             entry = ClientRecord(client, "ok", bytes_down=nbytes if sent else 0)
             record.clients.append(entry)
             if reply is MISSING:
@@ -535,16 +595,17 @@ class WeightingStrategy(Strategy):
                     entry.status,
                     entry.reason,
                 )
-        return list(good.values())
+        fit_replies = list(good.values())
+        if models is None:
+            models = held_models([one.reply for one in fit_replies])
+        return fit_replies, models
 
     def _fit(self, client: int, reply: Reply, asks: tuple[str, ...]) -> _Good:
         """Check a reply; raise ``AggregationError`` with the reason if it is unfit."""
         size = self._size(reply)
-        if reply.model is None:
+        if reply.model is None and not reply.summed:
             raise AggregationError(f"its reply has no '{self.arrayrecord_key}'")
-        if not _is_finite(reply.model.parameters) or not _is_finite(
-            reply.model.buffers
-        ):
+        if not reply.is_finite():
             raise AggregationError("its model has NaN or infinite values")
         for name in asks:
             if name not in reply.metrics and name not in reply.profile:
@@ -568,12 +629,11 @@ class WeightingStrategy(Strategy):
             )
         return float(size)
 
-    def _round(self, number: int, good: list[_Good]) -> Round:
+    def _round(self, number: int, good: list[_Good], models: LocalModels) -> Round:
         assert self._model is not None
-        updates = StackedUpdates(
-            [one.model.parameters for one in good],
-            self._model.parameters,
-            self._model.layout.offsets,
+        updates = models.updates(
+            [one.reply.node for one in good],
+            self._model,
             accumulate=self.accumulate,
             threads=self.threads,
         )
@@ -602,7 +662,7 @@ class WeightingStrategy(Strategy):
                 f"{type(self).__name__} gave weights {weights.tolist()} for "
                 f"{round.num_clients} clients; they must be finite, one each"
             )
-        if not _is_finite(parameters):
+        if not is_finite(parameters):
             raise AggregationError("the aggregated model has NaN or infinite values")
 
     def _record(self, record: RoundRecord, round: Round) -> None:
@@ -621,17 +681,17 @@ class WeightingStrategy(Strategy):
         record.metrics["effective-clients"] = total**2 / squares if squares else 0.0
 
     def _next_model(
-        self, parameters: Tensor, round: Round, good: list[_Good]
+        self, parameters: Tensor, round: Round, good: list[_Good], models: LocalModels
     ) -> FlatModel:
         """Round to the model's dtype; average its buffers, copy its integers."""
         assert self._model is not None
         model = self._model.with_parameters(parameters)
+        nodes = [one.reply.node for one in good]
         if model.buffers.numel():
-            rows = StackedUpdates(
-                [one.model.buffers for one in good], self._model.buffers
-            )
+            rows = models.buffers(nodes, self._model)
             model.buffers = self.aggregate_buffers(round, rows).to(model.buffers.dtype)
-        model.integers = good[0].model.integers
+        if model.integers:
+            model.integers = models.integers(nodes[0])
         return model
 
     def _fail(self, record: RoundRecord, reason: str) -> tuple[None, None]:
@@ -658,7 +718,7 @@ class WeightingStrategy(Strategy):
             ]
             return custom(contents, self.weighted_by_key)
         metrics = [one.reply.metrics for one in good]
-        sizes = torch.tensor([one.num_examples for one in good], dtype=torch.float64)
+        sizes = np.array([one.num_examples for one in good])
         result = MetricRecord()
         for name in metrics[0]:
             column = [m.get(name) for m in metrics]
@@ -666,11 +726,11 @@ class WeightingStrategy(Strategy):
                 isinstance(value, int | float) for value in column
             ):
                 continue
-            values = torch.tensor(column, dtype=torch.float64)
-            known = ~values.isnan()
+            values = np.array(column, np.float64)
+            known = ~np.isnan(values)
             if known.any():
-                p = size_weights(sizes[known])
-                result[name] = float((p * values[known]).sum())
+                p = sizes[known] if sizes[known].any() else None
+                result[name] = float(np.average(values[known], weights=p))
         return result
 
 
@@ -720,11 +780,6 @@ class _Good:
     reply: Reply
     num_examples: float
 
-    @property
-    def model(self) -> FlatModel:
-        assert self.reply.model is not None
-        return self.reply.model
-
     def scalars(self) -> dict[str, float]:
         return {
             name: float(value)
@@ -746,11 +801,6 @@ def _request(config: ConfigRecord, asks: tuple[str, ...]) -> dict[str, list[str]
     already = config.get(keys.REQUEST)
     names = [str(n) for n in already] if isinstance(already, list) else []
     return {keys.REQUEST: [*names, *(n for n in asks if n not in names)]}
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Tell whether all values are finite; the sum of finite values seldom is not."""
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def _num_bytes(layout: Layout) -> int:

@@ -13,6 +13,19 @@ from torch import Tensor
 from .base import StrategyArguments, WeightingStrategy
 from .round import Round
 
+# What makes the rule; whoever replaces any of it may need each client's model.
+_RULE = (
+    "weights",
+    "aggregate",
+    "aggregate_buffers",
+    "request",
+    "asks",
+    "receive",
+    "keeps",
+    "configure_train",
+    "aggregate_train",
+)
+
 
 class FedAvg(WeightingStrategy):
     """Weigh each client by its share of the cohort's data.
@@ -38,6 +51,14 @@ class FedAvg(WeightingStrategy):
     def weights(self, round: Round) -> Tensor:
         """Return ``p`` (:attr:`Round.size_weights`)."""
         return round.size_weights
+
+    @property
+    def weighs_by_size(self) -> bool:
+        """True, unless a class that derives from this one has other ideas."""
+        return not any(
+            name in vars(self) or getattr(type(self), name) is not getattr(FedAvg, name)
+            for name in _RULE
+        )
 
     def keeps(self, round: int, client: int, straggler: bool) -> bool:
         """Leave out stragglers if asked to."""

@@ -241,7 +241,7 @@ class FedLAW(WeightingStrategy):
         """Return the gradient of the batch's loss by ``x``, one backward pass."""
         weights, gamma = split(x, self.form)
         mean = round.updates.combine(weights).add_(round.model.parameters)
-        self._module.parameters.copy_(gamma * mean)
+        self._module.parameters.copy_(mean).mul_(gamma)
         self._module.gradients.zero_()
         loss = self._cross_entropy(batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -282,7 +282,12 @@ class FedLAW(WeightingStrategy):
         self._step += 1
         devices = [self._x.device] if self._x.is_cuda else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(self._seed + self._step)
+            # Not torch.manual_seed: it takes down the call stack for devices that are
+            # not there, at every step.
+            torch.default_generator.manual_seed(self._seed + self._step)
+            if devices:
+                with torch.cuda.device(self._x.device):
+                    torch.cuda.manual_seed(self._seed + self._step)
             scores = self._module.module(self._x[batch])
         return nn.functional.cross_entropy(scores, self._y[batch])
 

@@ -407,6 +407,10 @@ class Run:
         return values[np.isfinite(values)]
 
     def _num_clients(self) -> int | None:
+        # A partition that is computed lazily lists only who took part.
+        known = self.environment.get("data", {}).get("clients")
+        if known is not None:
+            return int(known)
         for name in ("partition", "clients"):
             if (self.folder / f"{name}.csv").is_file():
                 return int(getattr(self, name)["client"].nunique())

@@ -34,6 +34,7 @@ from ..parameters import FlatModule, FlatRecord, Layout, as_tensor, flatten
 from ..simulations import Plan, simulate
 from ..simulations.engine import check_engine, choose_engine
 from ..simulations.planner import (
+    SAMPLE,
     WORTH_MEASURING,
     choose_plan,
     estimated_seconds,
@@ -202,7 +203,7 @@ class Components:
         return choose_plan(
             client_app,
             initial,
-            clients=np.flatnonzero(self.data.sizes).tolist(),
+            clients=np.flatnonzero(self.data.sizes)[:SAMPLE].tolist(),
             num_clients=self.data.num_clients,
             cohort=cohort,
             about={
@@ -500,6 +501,8 @@ class Recorder:
         self.rounds = Table(folder / "rounds.csv", ROUND_COLUMNS)
         self.clients = Table(folder / "clients.csv", CLIENT_COLUMNS)
         self.timings = Table(folder / "timings.csv", ("round", "seconds", "elapsed"))
+        self.partition: Table | None = None
+        self._described: set[int] = set()
         self._module: FlatModule | None = None
         self._arrays: ArrayRecord | None = None
         self._began = self._last = time.perf_counter()
@@ -562,31 +565,35 @@ class Recorder:
         text = json.dumps(environment, indent=2) + "\n"
         write_whole(self.folder / "environment.json", text)
         self._began = self._last = time.perf_counter()
-        if not own_data:
-            self._write_partition()
+        if own_data:
+            return
+        classes = (f"label_{c}" for c in range(components.data.num_classes))
+        columns = ("client", "train_examples", "held_out_examples", *classes)
+        self.partition = Table(self.folder / "partition.csv", columns)
+        # Of clients that are computed when they are asked for, only those who are.
+        lazy = components.data.is_lazy
+        self._write_partition(() if lazy else range(components.data.num_clients))
 
-    def _write_partition(self) -> None:
-        components = self.components
-        counts = components.data.label_counts
-        held_out = [len(components.data.client(k).held_out) for k in range(len(counts))]
-        table = Table(
-            self.folder / "partition.csv",
-            (
-                "client",
-                "train_examples",
-                "held_out_examples",
-                *(f"label_{c}" for c in range(counts.shape[1])),
-            ),
-        )
-        table.append(
-            {
-                "client": k,
-                "train_examples": int(row.sum()),
-                "held_out_examples": held_out[k],
-                **{f"label_{c}": int(n) for c, n in enumerate(row)},
-            }
-            for k, row in enumerate(counts)
-        )
+    def _write_partition(self, clients: Iterable[int]) -> None:
+        """Add clients that are not there yet to ``partition.csv``."""
+        if self.partition is None:
+            return
+        # A reply may claim to be from a client that there is not.
+        there_are = range(self.components.data.num_clients)
+        new = [c for c in clients if c in there_are and c not in self._described]
+        self._described.update(new)
+        rows = []
+        for client in new:
+            train, held_out = self.components.data.labels(client)
+            rows.append(
+                {
+                    "client": client,
+                    "train_examples": int(train.sum()),
+                    "held_out_examples": int(held_out.sum()),
+                    **{f"label_{c}": n for c, n in enumerate(train.tolist())},
+                }
+            )
+        self.partition.append(rows)
 
     def after_round(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate the global model, and record the round; Flower's evaluate_fn."""
@@ -598,6 +605,8 @@ class Recorder:
         else:
             record = RoundRecord(number)
         self.clients.append(client_row(number, c) for c in record.clients)
+        if self.components.data.is_lazy:
+            self._write_partition(c.client for c in record.clients)
         self.rounds.append([round_row(record, test)])
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -618,8 +627,9 @@ class Recorder:
 
     def end(self) -> None:
         """Write everything that is still to be written; also after a Ctrl-C."""
-        for table in (self.rounds, self.clients, self.timings):
-            table.write()
+        for table in (self.rounds, self.clients, self.timings, self.partition):
+            if table is not None:
+                table.write()
         if self._arrays is not None:
             layout = self._ready_module().layout
             state = flatten(self._arrays, layout).state_dict()

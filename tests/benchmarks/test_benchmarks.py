@@ -101,6 +101,62 @@ def test_an_engine_that_fails_leaves_a_note_and_no_number(tmp_path):
     assert in_benchmarks(code) == ["None", "None", "failed"]
 
 
+# No network and no pip: what would be run is noted instead, or fails as told.
+INSTALLING = """
+import pathlib, sys
+from engines import environments as e
+e.ENVIRONMENTS = pathlib.Path(sys.argv[1])
+commands = []
+def run(command):
+    commands.append(command)
+    python = e.ENVIRONMENTS / "fedlab" / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.touch()
+"""
+
+
+def test_pytorch_is_installed_first_and_fixed_for_what_follows(tmp_path):
+    code = INSTALLING + (
+        "e._run, e.os.name = run, 'posix'\n"
+        "e.python_of('fedlab'), e.python_of('fedlab')\n"
+        "for c in commands[1:]: print(c[-1], pathlib.Path(c[-2]).read_text().split())\n"
+        "e.TORCH, e.FIXED = 'torch==9', ('torch==9',)\n"
+        "e.python_of('fedlab')\n"
+        "print(len(commands))"
+    )
+    code = code.replace("sys.argv[1]", repr(str(tmp_path)))
+    fixed = ["['torch==2.13.0',", "'torchvision==0.28.0']"]
+    assert in_benchmarks(code) == [
+        "torch==2.13.0",
+        *fixed,
+        "fedlab==1.3.0",
+        *fixed,
+        "6",  # Once for each PyTorch.
+    ]
+
+
+def test_a_peer_that_cannot_be_installed_leaves_one_line(tmp_path):
+    code = INSTALLING + (
+        "import throughput as t\n"
+        "from engines.work import Work\n"
+        "e.PEERS['pfl'] = e.Peer('pfl==0.6.0', newest=(3, 0), python=(3, 0))\n"
+        "e.PEERS['fluke'] = e.Peer('fluke-fl==0.8.1')\n"
+        "say = 'print(1); print(\"ERROR: not there\"); raise SystemExit(1)'\n"
+        "e._install = lambda *_: e._run([sys.executable, '-c', say])\n"
+        "for row in t.measure(Work('S', 2), ['pfl', 'fluke', 'floor'], 1, 0.05, 1):\n"
+        "    print(row['agrees'], row['note'].replace(' ', '_') or '-')"
+    )
+    code = code.replace("sys.argv[1]", repr(str(tmp_path)))
+    assert in_benchmarks(code) == [
+        "None",
+        "pfl==0.6.0_needs_python3.0,_not_found_on_the_path",
+        "None",
+        "installation_failed:_ERROR:_not_there",
+        "True",
+        "-",
+    ]
+
+
 @pytest.mark.parametrize("name", ["S", "S1", "X20", "20", "S-2"])
 def test_a_work_that_is_none_is_refused(name):
     result = subprocess.run(
@@ -113,3 +169,18 @@ def test_a_work_that_is_none_is_refused(name):
     )
     assert result.returncode == 2
     assert f"'{name}' is no work" in result.stderr
+
+
+@pytest.mark.parametrize("how", [[], ["--apart"]])
+def test_aggregation(tmp_path, how):
+    rows = run(
+        "aggregation",
+        *("--clients", "3", "1000", "--parameters", "0.01", "--largest", "0.01"),
+        *("--threads", "1", "2", "--repetitions", "1", *how),
+        file=tmp_path / "rows.json",
+    )
+    assert {row["strategy"] for row in rows} >= {"feddisco", "ida", "fedce", "fedlaw"}
+    for row in rows:
+        small = row["clients"] == 3
+        assert (row["ratio"] is not None and row["ratio"] > 0) == small
+        assert ("--largest" in row["note"]) == (not small)

@@ -464,7 +464,8 @@ class Contexts(dict):
         return self[node]
 
     def answers(self, app, cohort, batched=True):
-        replies = app.answer(cohort, cohort.nodes, self.__getitem__, batched=batched)
+        answers = app.answer(cohort, cohort.nodes, self.__getitem__, batched=batched)
+        replies = answers.replies
         assert [reply.node for reply in replies] == cohort.nodes
         return replies
 

@@ -1,5 +1,6 @@
 """Clients that train at once, against each of them trained alone."""
 
+import pickle
 import threading
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedweight import models
-from fedweight.clients import Objective, TrainingSettings
-from fedweight.clients.batched import BatchedTrainer
+from fedweight.clients import Objective, TrainingSettings, batched, graphs
+from fedweight.clients.batched import BatchedTrainer, home
 from fedweight.clients.objectives import Plain, Proximal
 from fedweight.clients.training import Task, train
 from fedweight.data import Examples
@@ -256,6 +257,116 @@ def test_parameters_with_one_gradient_do_not_mix(optimizer, goal):
     assert_same(*both_ways(SharedGradient, tasks_of(SIZES), settings, OBJECTIVES[goal]))
 
 
+class TwoFactors(nn.Module):
+    """A weight that is a product of weights: each one's gradient has the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(64, 5) / 8)
+        self.b = nn.Parameter(torch.randn(5, 10) / 8)
+
+    def forward(self, x):
+        return x.flatten(1) @ (self.a @ self.b)
+
+
+@pytest.mark.parametrize("goal", OBJECTIVES)
+def test_a_gradient_made_of_weights_is_that_of_the_old_weights(goal):
+    tasks = tasks_of([8, 8, 8])
+    settings = settings_of(learning_rate=0.5)
+    assert_same(*both_ways(TwoFactors, tasks, settings, OBJECTIVES[goal]))
+
+
+def operations_of(step):
+    return [node.kind() for node in step.inlined_graph.nodes()]
+
+
+def test_a_dense_step_writes_no_gradient_of_its_weights():
+    module = shipped("mlp")
+    trainer = BatchedTrainer(made(module), Plain(), settings_of())
+    trainer.train(made(module).save(), tasks_of([8, 8]), learning_rate=0.1)
+    (step,) = trainer._steps.values()
+    operations = operations_of(step)
+    layers = [m for m in module().modules() if isinstance(m, nn.Linear)]
+    assert operations.count("aten::baddbmm_") == len(layers)
+    assert operations.count("aten::sub_") == len(layers)  # the biases
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("mlp", "sgd"),
+        ("mlp", "adam"),
+        ("softmax", "momentum"),
+        ("char-gru", "sgd"),
+    ],
+)
+def test_a_step_runs_without_python_and_gives_the_same_bits(
+    name, optimizer, monkeypatch
+):
+    make = shipped(name)
+    tasks = tasks_of(SIZES, tokens=name == "char-gru")
+    settings = settings_of(optimizer)
+    results = []
+    for without_python in (graphs.without_python, lambda traced, _: traced.forward):
+        monkeypatch.setattr(batched, "without_python", without_python)
+        trainer = BatchedTrainer(made(make), Proximal(0.1), settings)
+        start = made(make).save()
+        results.append(trainer.train(start, tasks, learning_rate=0.1))
+        steps = trainer._steps.values()
+        scripted = [isinstance(s, torch.jit.ScriptModule) for s in steps]
+        assert scripted == [len(results) == 1] * len(steps)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.model.parameters, other.model.parameters)
+        assert torch.equal(one.model.buffers, other.model.buffers)
+        assert (one.loss, one.accuracy) == (other.loss, other.accuracy)
+
+
+class Weighted(Objective):
+    """Has a constant of its own: it is no parameter, and no buffer."""
+
+    def __init__(self):
+        self.weight = torch.linspace(0.5, 1.5, 10)
+
+    def loss(self, outputs, batch):
+        return batch.mean(
+            F.cross_entropy(outputs, batch.y, weight=self.weight, reduction="none")
+        )
+
+
+def test_constants_of_an_objective():
+    assert_same(*both_ways(shipped("mlp"), tasks_of(SIZES), settings_of(), Weighted()))
+
+
+class ChangesItsInput(nn.Module):
+    """Normalises the batch where it lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.linear(x.sub_(0.5).div_(0.5).flatten(1))
+
+
+def test_tracing_leaves_the_first_batch_alone():
+    tasks = tasks_of([8, 8, 8], epochs=(1,))
+    trainer = BatchedTrainer(made(ChangesItsInput), Plain(), settings_of())
+    start = made(ChangesItsInput).save()
+    first, again = (trainer.train(start, tasks, learning_rate=0.1) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.model.parameters, other.model.parameters)
+
+
+def test_what_cannot_leave_python_stays(monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    caplog.set_level("DEBUG", logger="fedweight")
+    assert_same(*both_ways(shipped("mlp"), tasks_of(SIZES), settings_of()))
+    assert "runs in Python: not today" in caplog.text
+
+
 def test_who_is_done_first_does_not_change_any_more():
     settings = settings_of("momentum")
     tasks = tasks_of([8, 40], epochs=(1, 6))
@@ -398,3 +509,23 @@ def test_who_else_is_in_the_chunk_changes_no_bit_of_a_shipped_model(name):
     for apart in (bits(tasks[:2]) + bits(tasks[2:]), bits(tasks[::-1])[::-1]):
         for a, b in zip(together, apart, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("travelled", [False, True])
+def test_slices_know_where_they_come_from(travelled):
+    whole = np.arange(2 * 5 * 3 * 4, dtype=np.float32).reshape(10, 3, 4)
+    if travelled:
+        buffers = []
+        data = pickle.dumps(whole, protocol=5, buffer_callback=buffers.append)
+        whole = pickle.loads(data, buffers=[b.raw().tobytes() for b in buffers])
+    for array, place in ((whole[4:6], 4), (whole[4:6].reshape(2, 1, 12), 4)):
+        base, first = home(array)
+        assert first == place
+        assert np.shares_memory(base, whole)
+        assert np.array_equal(
+            base.reshape(-1, 12)[place : place + 2], array.reshape(2, 12)
+        )
+    for array in (whole[::2], whole[4:6].copy(), whole[2:4, 1:], whole.T[:2]):
+        base, first = home(array)
+        assert base is array
+        assert first == 0

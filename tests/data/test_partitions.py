@@ -208,7 +208,8 @@ def test_the_seed_decides():
 def test_catalogue_describes_every_partition():
     lines = data.partition_catalogue()
     assert set(lines) == {
-        *("iid", "dirichlet", "niid2", "shards", "classes", "quantity", "natural")
+        *("iid", "dirichlet", "dirichlet-sampled", "niid2", "shards"),
+        *("classes", "quantity", "natural"),
     }
     assert all(len(line) > 20 for line in lines.values())
 

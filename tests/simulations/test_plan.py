@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from fedweight.cohort import Cohort
 from fedweight.errors import ConfigurationError
-from fedweight.simulations.plan import EVALUATION_CHUNK, LOOP_LISTS, Plan, sizes_of
+from fedweight.simulations.plan import (
+    EVALUATION_CHUNK,
+    LONGEST_LOOP,
+    LOOP_LISTS,
+    Plan,
+    sizes_of,
+)
 
 
 def cohort_of(count: int, kind: str = "train") -> Cohort:
@@ -64,9 +70,10 @@ def test_without_sizes_and_for_evaluation_the_order_is_the_cohorts() -> None:
     assert [node for part in lists for node in part] == cohort.nodes
 
 
-def test_clients_of_a_loop_are_handed_out_in_a_limited_number_of_lists() -> None:
+def test_clients_of_a_loop_are_handed_out_in_lists_neither_many_nor_long() -> None:
     assert len(Plan().cut(cohort_of(10), None)) == 10
-    assert len(Plan().cut(cohort_of(10_000), None)) <= LOOP_LISTS
+    assert len(Plan().cut(cohort_of(700), None)) <= LOOP_LISTS
+    assert max(map(len, Plan().cut(cohort_of(10_000), None))) <= LONGEST_LOOP
 
 
 def test_sizes_are_the_apps_where_it_knows() -> None:
