@@ -80,9 +80,9 @@ class Watching(LocalGrid):
 
 
 def run(strategy, chunk=1, data=client_data, model=network, grid=Watching):
-    app = TrainingApp(
-        model, data, num_classes=3, settings=TrainingSettings(batch_size=4)
-    )
+    # At a higher rate, normalisation of four examples makes much of a last bit.
+    settings = TrainingSettings(batch_size=4, learning_rate=0.01)
+    app = TrainingApp(model, data, num_classes=3, settings=settings)
     grid = grid(app, 9, threads=2, plan=Plan(chunk))
     start = ArrayRecord(model().state_dict())
     told = ConfigRecord({"local-epochs": 3})
@@ -112,7 +112,7 @@ def test_the_sum_gives_what_the_kept_models_give(make, chunk, data):
     assert not any(grid.summed)
     for name, array in kept.items():
         np.testing.assert_allclose(
-            summed[name].numpy(), array.numpy(), rtol=2e-4, atol=2e-5
+            summed[name].numpy(), array.numpy(), rtol=1e-5, atol=1e-5
         )
     for one, other in zip(ours.history, theirs.history, strict=True):
         assert one.status == other.status == "ok"
