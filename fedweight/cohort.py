@@ -359,7 +359,6 @@ class Gathered:
         nodes = self.cohort.nodes
         replies = [self._answers[node] for node in nodes if node in self._answers]
         if self.cohort.summed_by is not None:
-            return Replies(self.cohort, replies, SummedModels(self._total))
-        if models is not None:
-            return Replies(self.cohort, replies, models)
-        return Replies(self.cohort, replies, held_models(replies, self.lists))
+            models = SummedModels(self._total)
+        models = models or held_models(replies, self.lists)
+        return Replies(self.cohort, replies, models)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid
 from torch import nn
 
 import fedweight
@@ -36,6 +37,7 @@ def run(
     cohort: int,
     engine: str,
     workers: int | None,
+    plan: Plan | None = None,
 ) -> None:
     """Run rounds as told, with an app, a strategy and a grid as a user makes them.
 
@@ -56,6 +58,8 @@ def run(
         Where they train.
     workers : int, optional
         Worker processes, for Ray.
+    plan : Plan, optional
+        How clients train; by default what a short measurement finds.
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     nothing = Examples(x[:0], y[:0])
@@ -74,35 +78,39 @@ def run(
         ),
         seed=SEED,
     )
-    plan = Plan()
-    if not any(isinstance(layer, nn.Conv2d) for layer in first.modules()):
+    record = FlatRecord(FlatModule(copy.deepcopy(first)).save())
+    if plan is None and any(isinstance(layer, nn.Conv2d) for layer in first.modules()):
+        plan = Plan()
+    if plan is None:
         plan = choose_plan(
             app,
-            FlatRecord(FlatModule(copy.deepcopy(first)).save()),
+            record,
             clients=range(cohort),
             num_clients=clients,
             cohort=cohort,
             about={"model": str(first), "cohort": cohort, **machine()},
         )
     with make_grid(app, clients, engine=engine, workers=workers, plan=plan) as grid:
-        strategy = FedAvg(
-            fraction_train=cohort / clients,
-            min_train_nodes=cohort,
-            fraction_evaluate=0.0,
-            seed=SEED,
-        )
+        run_rounds(talk, grid, record, clients, cohort)
 
-        def next_round(round: int, arrays: ArrayRecord) -> None:
-            if not talk.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
-                raise Over
 
-        with contextlib.suppress(Over):
-            strategy.start(
-                grid,
-                ArrayRecord(first.state_dict()),
-                num_rounds=sys.maxsize,
-                evaluate_fn=next_round,
-            )
+def run_rounds(
+    talk: Talk, grid: Grid, first: ArrayRecord, clients: int, cohort: int
+) -> None:
+    """Let FedAvg run rounds of a cohort of all clients, as long as it has leave."""
+    strategy = FedAvg(
+        fraction_train=cohort / clients,
+        min_train_nodes=cohort,
+        fraction_evaluate=0.0,
+        seed=SEED,
+    )
+
+    def next_round(round: int, arrays: ArrayRecord) -> None:
+        if not talk.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
+            raise Over
+
+    with contextlib.suppress(Over):
+        strategy.start(grid, first, num_rounds=sys.maxsize, evaluate_fn=next_round)
 
 
 class Over(Exception):

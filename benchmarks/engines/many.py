@@ -5,11 +5,8 @@ from fedweight's own lazily computed partition: 128 of the job's examples each, 
 when a client trains. So the memory is what the library itself needs.
 """
 
-import contextlib
 import logging
 import sys
-
-from flwr.app import ArrayRecord
 
 import fedweight
 from fedweight.clients import TrainingApp, TrainingSettings, client_number
@@ -18,9 +15,9 @@ from fedweight.parameters import FlatModule, FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.engine import make_grid
 from fedweight.simulations.planner import choose_plan, machine
-from fedweight.strategies.fedavg import FedAvg
 
-from .job import MODELS, flat
+from .job import MODELS
+from .local import run_rounds
 from .talk import start
 from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED
 
@@ -60,23 +57,7 @@ def main() -> None:
         about={"model": job.work.model, "cohort": cohort, **machine()},
     )
     with make_grid(app, clients, engine="local", plan=plan) as grid:
-        strategy = FedAvg(
-            fraction_train=cohort / clients,
-            min_train_nodes=cohort,
-            fraction_evaluate=0.0,
-            seed=SEED,
-        )
-
-        def next_round(round: int, arrays: ArrayRecord) -> None:
-            if not talk.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
-                raise Over
-
-        with contextlib.suppress(Over):
-            strategy.start(grid, first, num_rounds=sys.maxsize, evaluate_fn=next_round)
-
-
-class Over(Exception):
-    """There is no leave for another round."""
+        run_rounds(talk, grid, first, clients, cohort)
 
 
 if __name__ == "__main__":

@@ -379,6 +379,9 @@ class _Schedule:
         Whether any step of any client is not full.
     ended : dict[int, list[int]]
         By step, the clients whose last step was the one before; not the last ones.
+    passes : dict[int, list[tuple[list[int], int, int]]]
+        By step, who begins a pass over the own data there: clients of one size
+        together, with that size and the number of the pass.
     """
 
     batch_size: int
@@ -387,6 +390,7 @@ class _Schedule:
     counts: Tensor
     ragged: bool
     ended: dict[int, list[int]]
+    passes: dict[int, list[tuple[list[int], int, int]]]
 
     @classmethod
     def of(cls, tasks: Sequence[Task], batch_size: int) -> _Schedule:
@@ -408,8 +412,7 @@ class _Schedule:
 
     def fill(self, tasks: Sequence[Task], step: int, x: Tensor, y: Tensor) -> None:
         """Shuffle the data of the clients that begin a pass into ``x`` and ``y``."""
-        begins = np.flatnonzero((step % self.per_epoch == 0) & (step < self.steps))
-        for alike, orders in self._orders(tasks, begins, step):
+        for alike, orders in self._orders(tasks, step):
             n = orders.shape[1]
             for k, order in zip(alike, torch.from_numpy(orders).unbind(), strict=True):
                 examples = tasks[k].examples
@@ -422,15 +425,12 @@ class _Schedule:
                         rows[n:end] = rows[0]
 
     def _orders(
-        self, tasks: Sequence[Task], clients: npt.NDArray[np.int64], step: int
+        self, tasks: Sequence[Task], step: int
     ) -> Iterator[tuple[list[int], npt.NDArray[np.int64]]]:
-        """Yield clients of the same size, with the order of each one's next pass."""
-        sizes = np.array([len(tasks[k].examples) for k in clients])
-        for n in np.unique(sizes):
-            alike = clients[sizes == n].tolist()
+        """Yield who begins a pass, those of one size together, and in which orders."""
+        for alike, size, epoch in self.passes.get(step, ()):
             keys = np.array([tasks[k].order_key for k in alike], np.uint64)
-            epoch = step // int(self.per_epoch[alike[0]])
-            yield alike, permutations(keys, epoch, int(n))
+            yield alike, permutations(keys, epoch, size)
 
     def rows(
         self, tasks: Sequence[Task], first: Sequence[int]
@@ -439,21 +439,16 @@ class _Schedule:
 
         ``first`` is where each client's rows begin; padding points there, too.
         """
-        sizes = np.array([len(task.examples) for task in tasks])
-        keys = np.array([task.order_key for task in tasks], np.uint64)
         rows = np.empty((self.total, len(tasks), self.batch_size), np.int64)
         rows[:] = np.asarray(first)[:, None]
-        for n in sorted(set(sizes.tolist())):
-            (alike,) = np.nonzero(sizes == n)
-            steps = int(self.per_epoch[alike[0]])
-            for epoch in range(int(self.steps[alike].max()) // steps):
-                order = permutations(keys[alike], epoch, n)
-                if n < steps * self.batch_size:
-                    padding = steps * self.batch_size - n
-                    order = np.pad(order, ((0, 0), (0, padding)))
-                order = order.reshape(len(alike), steps, self.batch_size)
-                place = slice(epoch * steps, (epoch + 1) * steps)
-                rows[place, alike] += order.transpose(1, 0, 2)
+        for step in self.passes:
+            for alike, orders in self._orders(tasks, step):
+                steps = int(self.per_epoch[alike[0]])
+                padding = steps * self.batch_size - orders.shape[1]
+                if padding:
+                    orders = np.pad(orders, ((0, 0), (0, padding)))
+                orders = orders.reshape(len(alike), steps, self.batch_size)
+                rows[step : step + steps, alike] += orders.transpose(1, 0, 2)
         return rows
 
     def batch(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -485,6 +480,12 @@ def _schedule(
     for k, end in enumerate(steps.tolist()):
         if end < len(counts):
             ended.setdefault(end, []).append(k)
+    passes: dict[int, list[tuple[list[int], int, int]]] = {}
+    for n in sorted(set(sizes)):
+        alike = [k for k, size in enumerate(sizes) if size == n]
+        for epoch in range(max(epochs[k] for k in alike)):
+            busy = [k for k in alike if epoch < epochs[k]]
+            passes.setdefault(epoch * -(-n // batch_size), []).append((busy, n, epoch))
     return _Schedule(
         batch_size,
         per_epoch,
@@ -492,6 +493,7 @@ def _schedule(
         torch.from_numpy(counts.astype(np.float32)),
         bool((counts != batch_size).any()),
         ended,
+        passes,
     )
 
 

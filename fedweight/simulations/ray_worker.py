@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,16 +86,7 @@ class Share:
         """Yield a share for each of the nodes."""
         for node in self.nodes:
             own = {node: self.own[node]} if node in self.own else {}
-            yield Share(
-                [node],
-                self.content,
-                own,
-                False,
-                self.message_type,
-                self.config_key,
-                self.summed_by,
-                self.left_out,
-            )
+            yield replace(self, nodes=[node], own=own, batched=False)
 
     def cohort(self, records: Mapping[int, ArrayRecord]) -> Cohort:
         """Make the part of the cohort; the array records are shared."""

@@ -42,6 +42,7 @@ from ..simulations.planner import (
 )
 from ..strategies import ClientRecord, RoundRecord, strategy_class
 from ..strategies.server_optimizers import server_optimizer
+from ..threads import one_thread
 from .configuration import Configuration, options_of, parse_setting
 from .folder import Table, new_folder, write_whole
 from .records import CLIENT_COLUMNS, ROUND_COLUMNS, client_row, round_row
@@ -222,7 +223,6 @@ class Components:
         name = self.configuration["strategy"]["name"]
         chosen = strategy_class(name)
         takes = options_of(chosen)
-        threads = self.configuration["engine"]["threads"] or os.cpu_count() or 1
         ours: dict[str, Any] = {
             "seed": self.configuration["run"]["seed"],
             "server_optimizer": named(
@@ -233,12 +233,13 @@ class Components:
                     **self.configuration.options("server"),
                 ),
             ),
-            "threads": threads,
             "device": self.device,
             "min_train_nodes": 1,
             "min_evaluate_nodes": 1,
             "min_available_nodes": 1,
         }
+        if self.configuration["engine"]["threads"]:
+            ours["threads"] = self.configuration["engine"]["threads"]
         if ours["server_optimizer"] and "server_optimizer" not in takes:
             raise ConfigurationError(
                 f"server.name: strategy '{name}' takes no server optimiser; choose "
@@ -455,9 +456,7 @@ def serve(
     """Be the server: let the strategy run its rounds, and record them."""
     configuration = components.configuration
     recorder.client_of = getattr(grid, "client_of", int)
-    intra_op = torch.get_num_threads()
-    torch.set_num_threads(1)  # More would change the last bits of the results.
-    try:
+    with one_thread():
         strategy.start(
             grid,
             initial,
@@ -468,8 +467,6 @@ def serve(
             ),
             evaluate_fn=recorder.after_round,
         )
-    finally:
-        torch.set_num_threads(intra_op)
 
 
 class Recorder:
