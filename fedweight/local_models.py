@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -282,7 +281,7 @@ class SummedUpdates(Updates):
             If the weights are not proportional to the coefficients.
         """
         whole, known = weights.sum(), self.coefficients.sum()
-        if weights.ndim != 1 or not np.allclose(
+        if weights.ndim != 1 or not torch.allclose(
             weights * known, self.coefficients * whole, rtol=1e-9, atol=0
         ):
             raise self._not_kept("weights other than those that they were summed with")

@@ -27,7 +27,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
 from ..rng import permutations
-from .graphs import drop_idle, fuse_descent, plain_execution, without_python
+from .graphs import (
+    drop_idle,
+    fuse_descent,
+    ignore_nothing,
+    plain_execution,
+    without_python,
+)
 from .noise import LocalTraining
 from .objectives import Batch, Objective
 from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
@@ -320,6 +326,9 @@ class BatchedTrainer:
         self.module.module.train()
         traced: Any = make_fx(flat)(*chain(*copies))
         traced.graph.eliminate_dead_code()
+        given = traced.graph.find_nodes(op="placeholder")
+        labels = given[len(given) - len(inputs[-1]) + 1]
+        ignore_nothing(traced.graph, labels)
         drop_idle(traced.graph)
         fuse_descent(traced.graph)
         traced.recompile()

@@ -728,9 +728,10 @@ class WeightingStrategy(Strategy):
                 continue
             values = np.array(column, np.float64)
             known = ~np.isnan(values)
-            if known.any():
-                p = sizes[known] if sizes[known].any() else None
-                result[name] = float(np.average(values[known], weights=p))
+            values, p = values[known], sizes[known]
+            if len(values):
+                p = p if p.any() else np.ones_like(p)
+                result[name] = float((values * p).sum() / p.sum())
         return result
 
 

@@ -291,6 +291,42 @@ def test_a_dense_step_writes_no_gradient_of_its_weights():
     assert operations.count("aten::sub_") == len(layers)  # the biases
 
 
+class Weighted(Objective):
+    """Has a constant of its own: it is no parameter, and no buffer."""
+
+    def __init__(self):
+        self.weight = torch.linspace(0.5, 1.5, 10)
+
+    def loss(self, outputs, batch):
+        return batch.mean(
+            F.cross_entropy(outputs, batch.y, weight=self.weight, reduction="none")
+        )
+
+
+class Ignores(Objective):
+    """Leaves labels out, as PyTorch's cross-entropy does, but by its own rule."""
+
+    def loss(self, outputs, batch):
+        labels = torch.where(batch.y < 3, -100, batch.y)
+        return batch.mean(F.cross_entropy(outputs, labels, reduction="none"))
+
+
+@pytest.mark.parametrize("sizes", [[16, 16], SIZES])
+@pytest.mark.parametrize(
+    ("objective", "searches"),
+    [(Plain(), False), (Weighted(), False), (Ignores(), True)],
+)
+def test_labels_are_searched_for_what_to_ignore_only_where_there_is_any(
+    objective, searches, sizes
+):
+    tasks, make = tasks_of(sizes), shipped("mlp")
+    trainer = BatchedTrainer(made(make), objective, settings_of())
+    trainer.train(made(make).save(), tasks, learning_rate=0.1)
+    for step in trainer._steps.values():
+        assert ("aten::ne" in operations_of(step)) == searches
+    assert_same(*both_ways(make, tasks, settings_of(), objective))
+
+
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
@@ -319,18 +355,6 @@ def test_a_step_runs_without_python_and_gives_the_same_bits(
         assert torch.equal(one.model.parameters, other.model.parameters)
         assert torch.equal(one.model.buffers, other.model.buffers)
         assert (one.loss, one.accuracy) == (other.loss, other.accuracy)
-
-
-class Weighted(Objective):
-    """Has a constant of its own: it is no parameter, and no buffer."""
-
-    def __init__(self):
-        self.weight = torch.linspace(0.5, 1.5, 10)
-
-    def loss(self, outputs, batch):
-        return batch.mean(
-            F.cross_entropy(outputs, batch.y, weight=self.weight, reduction="none")
-        )
 
 
 def test_constants_of_an_objective():
