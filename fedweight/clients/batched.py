@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -30,8 +30,11 @@ from ..rng import permutations
 from .graphs import (
     drop_idle,
     fuse_descent,
+    gather,
     ignore_nothing,
+    is_short,
     plain_execution,
+    several,
     without_python,
 )
 from .noise import LocalTraining
@@ -42,6 +45,9 @@ Step = Callable[..., Any]
 
 # PyTorch traces one function at a time in a process.
 TRACING = threading.Lock()
+
+# So many steps are made in one call, where that is worth it.
+SEVERAL = 4
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class BatchedTrainer:
         )
         self._least = 1  # Fewer examples in a step make the model raise.
         self._steps: dict[tuple[Any, ...], Step] = {}
+        self._several: dict[tuple[Any, ...], Step | None] = {}
         self._own = threading.local()
         self._on_device: dict[tuple[int, int], tuple[npt.NDArray[Any], Tensor]] = {}
 
@@ -186,13 +193,17 @@ class BatchedTrainer:
         correct = torch.zeros(clients, device=self.device)
         rate = torch.tensor(learning_rate, dtype=rows.dtype, device=self.device)
         seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
-        counts = plan.counts.to(self.device).unbind()
-        numbers = torch.arange(plan.total, device=self.device).unbind()
+        of_steps = [plan.counts, torch.arange(plan.total)]
+        of_steps += [plan.mask] if plan.ragged else []
+        of_steps = [values.to(self.device) for values in of_steps]
+        each = list(zip(*of_steps, strict=True))
         done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
         feed = self._feed(tasks, plan)
         state = [parameters, frozen, buffers, counters, [rows, received]]
+        state.append([losses, correct, rate])
+        step = 0
         with torch.no_grad(), plain_execution():
-            for step in range(plan.total):
+            while step < plan.total:
                 if cancelled():
                     raise ClientError("training was cancelled")
                 for k in plan.ended.get(step, ()):
@@ -201,17 +212,23 @@ class BatchedTrainer:
                         buffer_rows[k].clone(),
                         {n: t[k].clone() for n, t in integers.items()},
                     )
-                batch = [*feed(step), counts[step], seeds, numbers[step]]
-                mask = plan.mask(step)
-                if mask is not None:
-                    batch.append(mask.to(self.device))
-                inputs = [*state, [losses, correct, rate], batch]
+                if isinstance(feed, _Gathering) and plan.all_go_on(step, SEVERAL):
+                    some = slice(step, step + SEVERAL)
+                    of_some = tuple(values[some] for values in of_steps)
+                    given = (tuple(chain(*state)), *feed.of(some), seeds, of_some)
+                    run_some = self._several_steps(given)
+                    if run_some is not None:
+                        run_some(*given)
+                        step += SEVERAL
+                        continue
+                inputs = [*state, [*feed(step), seeds, *each[step]]]
                 run = self._step(inputs)
                 if step == 0:
                     plan.check(self._least)
                 gradients = run(*chain(*inputs))
                 if optimizer is not None:
                     optimizer.step(parameters, gradients)
+                step += 1
         for k, (row, buffer_row, own) in done.items():
             rows[k] = row
             buffer_rows[k] = buffer_row
@@ -221,7 +238,7 @@ class BatchedTrainer:
 
     def _feed(
         self, tasks: Sequence[Task], plan: _Schedule
-    ) -> Callable[[int], tuple[Tensor, Tensor]]:
+    ) -> Callable[[int], Sequence[Tensor]]:
         """Return what gives each step its batch, ``[C, B, ...]`` and ``[C, B]``."""
         shared = _common_home(tasks)
         if shared is not None:
@@ -238,20 +255,11 @@ class BatchedTrainer:
 
     def _feed_resident(
         self, tasks: Sequence[Task], plan: _Schedule, shared: _Home
-    ) -> Callable[[int], tuple[Tensor, Tensor]]:
+    ) -> _Gathering:
         """Feed from the whole data set, which stays on the device."""
-        data_x, data_y = self._resident(shared.x), self._resident(shared.y)
+        data = self._resident(shared.x), self._resident(shared.y)
         rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
-        size = rows.shape[1:]
-        x, y = self._buffers_for(size, data_x)
-
-        def gathered(step: int) -> tuple[Tensor, Tensor]:
-            places = rows[step].view(-1)
-            torch.index_select(data_x, 0, places, out=x.flatten(0, 1))
-            torch.index_select(data_y, 0, places, out=y.flatten(0, 1))
-            return x, y
-
-        return gathered
+        return _Gathering(data, self._buffers_for(rows.shape[1:], data[0]), rows)
 
     def _resident(self, array: npt.NDArray[Any]) -> Tensor:
         """Return an array as it lies on the device, where it is put once."""
@@ -274,13 +282,29 @@ class BatchedTrainer:
 
     def _step(self, inputs: list[list[Tensor]]) -> Step:
         """Return the traced step for these shapes."""
-        x, *_ = batch = inputs[-1]
-        key = (x.shape, x.dtype, x.is_contiguous(), len(batch))
+        key = _kind(inputs[-1])
         if key not in self._steps:
             with TRACING:
                 if key not in self._steps:
                     self._steps[key] = self._trace(inputs)
         return self._steps[key]
+
+    def _several_steps(self, given: Sequence[Any]) -> Step | None:
+        """Return several steps as one call; ``None`` where that is not worth it.
+
+        That is known once a step has been traced.
+        """
+        state, data, batch, rows, seeds, of_steps = given
+        key = _kind([*batch, seeds, *of_steps])
+        step = self._steps.get(key)
+        if step is not None and key not in self._several:
+            with TRACING:
+                if key not in self._several:
+                    worth = self._descends and is_short(step)
+                    state, batch = copy.deepcopy((state, batch))
+                    examples = state, data, batch, rows, seeds, of_steps
+                    self._several[key] = several(step, examples) if worth else None
+        return self._several.get(key)
 
     def _trace(self, inputs: list[list[Tensor]]) -> Step:
         """Record the step's tensor operations, for these shapes.
@@ -297,10 +321,11 @@ class BatchedTrainer:
         descends = self._descends
 
         def flat(*tensors: Tensor) -> list[Tensor]:
-            rest = iter(tensors)
-            parts = [[next(rest) for _ in part] for part in inputs]
+            left = iter(tensors)
+            parts = [[next(left) for _ in part] for part in inputs]
             *state, (rows, received), (losses, correct, rate), batch = parts
-            x, y, counts, *extra = batch
+            x, y, seeds, counts, *rest = batch
+            extra = [seeds, *rest]
             scale = rate if descends else torch.ones_like(rate)
             gradients, (loss, logits) = batched(*state, scale, x, y, extra)
             hits = logits.argmax(-1) == y
@@ -369,6 +394,38 @@ class BatchedTrainer:
         self._least = max(self._least, noise.least)
         loss = self.objective.loss(logits, Batch(x, y, mask))
         return loss * scale, (loss.detach(), logits.detach())
+
+
+def _kind(batch: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return what a trace depends on."""
+    x = batch[0]
+    return x.shape, x.dtype, x.is_contiguous(), len(batch)
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """Feeds each step from common arrays.
+
+    Attributes
+    ----------
+    data : tuple[Tensor, Tensor]
+        All examples, x and y.
+    batch : tuple[Tensor, Tensor]
+        ``[C, B, ...]`` and ``[C, B]``, filled anew for each step.
+    rows : Tensor
+        ``[total, C, B]``: which examples.
+    """
+
+    data: tuple[Tensor, Tensor]
+    batch: tuple[Tensor, Tensor]
+    rows: Tensor
+
+    def __call__(self, step: int) -> Sequence[Tensor]:
+        return gather(self.data, self.rows[step], self.batch)
+
+    def of(self, steps: slice) -> tuple[Any, ...]:
+        """Return what several steps are fed from."""
+        return self.data, self.batch, self.rows[steps]
 
 
 @dataclass(frozen=True)
@@ -468,12 +525,15 @@ class _Schedule:
         client, at = torch.arange(len(place)), torch.from_numpy(place)
         return x[client, at], y[client, at]
 
-    def mask(self, step: int) -> Tensor | None:
-        """Return which places of a step hold an example, ``[C, B]``, float32."""
-        if not self.ragged:
-            return None
-        places = torch.arange(self.batch_size)
-        return (places < self.counts[step][:, None]).float()
+    @cached_property
+    def mask(self) -> Tensor:
+        """Which places of each step hold an example, ``[total, C, B]``, float32."""
+        return (torch.arange(self.batch_size) < self.counts[:, :, None]).float()
+
+    def all_go_on(self, step: int, steps: int) -> bool:
+        """Tell whether there are so many steps from one on, and nobody ends between."""
+        between = range(step + 1, step + steps)
+        return step + steps <= self.total and self.ended.keys().isdisjoint(between)
 
 
 @lru_cache(maxsize=64)  # Clients are often of the same size.

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 log = logging.getLogger("fedweight")
 
@@ -25,6 +25,9 @@ RESHAPES = (
 
 # The label that PyTorch's losses leave out by default.
 IGNORED = -100
+
+# A step of so many operations or less is short.
+FEW = 200
 
 
 def drop_idle(graph: fx.Graph) -> None:
@@ -177,6 +180,69 @@ def without_python(
         except Exception as error:
             log.debug("a training step runs in Python: %s", error)
             return traced.forward
+
+
+def gather(
+    data: Sequence[Tensor], rows: Tensor, batch: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Fill ``batch``, ``[C, B, ...]`` each, with rows ``[C, B]`` of the data."""
+    for whole, part in zip(data, batch, strict=True):
+        torch.index_select(whole, 0, rows.view(-1), out=part.flatten(0, 1))
+    return batch
+
+
+def is_short(step: Callable[..., Any]) -> bool:
+    """Tell whether what a call costs shows in a step, and several can be one call."""
+    if not isinstance(step, torch.jit.ScriptModule):
+        return False
+    nodes: Any = step.inlined_graph.nodes()
+    kinds: list[str] = [node.kind() for node in nodes]
+    return sum(kind.startswith("aten::") for kind in kinds) <= FEW
+
+
+def several(step: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
+    """Return some steps in one call, with batches that are rows of common arrays.
+
+    What the interpreter does for each call is a tenth of a small step, and the other
+    threads wait for it.
+
+    Parameters
+    ----------
+    step : Callable
+        A step that :func:`is_short`, and changes its state in place.
+    examples : Sequence
+        What the result will be called with, in these shapes: the step's state; the
+        data and the batch as for :func:`gather`; the batches' rows, ``[steps, C, B]``;
+        what all steps take, and a tuple of what each takes, ``[steps, ...]``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
+            _Several(step), tuple(examples), check_trace=False, _store_inputs=False
+        )
+    return result
+
+
+class _Several(nn.Module):
+    """TorchScript wants a module around what it calls."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(
+        self,
+        state: Sequence[Tensor],
+        data: Sequence[Tensor],
+        batch: Sequence[Tensor],
+        rows: Tensor,
+        shared: Tensor,
+        of_steps: Sequence[Tensor],
+    ) -> Tensor:
+        for k in range(len(rows)):
+            gather(data, rows[k], batch)
+            self.step(*state, *batch, shared, *(values[k] for values in of_steps))
+        return rows  # A trace must return something.
 
 
 def plain_execution() -> AbstractContextManager[None]:
