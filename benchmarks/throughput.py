@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from engines.processes import EngineFailedError, EngineProcess
 from engines.work import Work
 
 TOLERANCE = 1e-4
+
+OURS = ("local", "ray")
 
 COLUMNS = (
     "work",
@@ -66,7 +69,12 @@ def take_turn(
 
 
 def measure(
-    work: Work, engines: list[str], repetitions: int, seconds: float, workers: int
+    work: Work,
+    engines: list[str],
+    repetitions: int,
+    seconds: float,
+    workers: int,
+    plan: str = "auto",
 ) -> list[results.Row]:
     """Measure engines on a work, in turns; return a row for each."""
     notes: dict[str, str] = {}
@@ -79,7 +87,7 @@ def measure(
     turns: dict[str, list[Turn]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="fedweight-benchmark-") as name:
         folder = Path(name)
-        work.write(folder, workers)
+        work.write(folder, workers, plan)
         for repetition in range(repetitions):
             for engine, python in pythons.items():
                 if engine in notes:
@@ -96,10 +104,11 @@ def measure(
                     file=sys.stderr,
                     flush=True,
                 )
-    return [
+    rows = [
         row_of(work, engine, turns[engine], turns["floor"], notes.get(engine, ""))
         for engine in engines
     ]
+    return [{**row, "plan": plan} if row["engine"] in OURS else row for row in rows]
 
 
 def row_of(
@@ -172,6 +181,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="processes or threads of the engines that use several",
     )
     parser.add_argument(
+        "--plan",
+        default="auto",
+        help="how fedweight's engines train clients: auto, loop or batched-N",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="default: results/throughput-DATE"
     )
     options = parser.parse_args(arguments)
@@ -179,6 +193,10 @@ def main(arguments: list[str] | None = None) -> None:
         works = [Work.parse(name) for name in options.work]
     except ValueError as error:
         parser.error(str(error))
+    if not re.fullmatch(r"auto|loop|batched-\d+", options.plan):
+        parser.error(
+            f"--plan: auto, loop or batched-N, such as loop, not {options.plan}"
+        )
     rows: list[results.Row] = []
     for work in works:
         rows += measure(
@@ -187,6 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.repetitions,
             options.seconds,
             options.workers,
+            options.plan,
         )
     rows = results.stamp(rows)
     results.show(rows, COLUMNS)

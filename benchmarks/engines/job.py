@@ -64,7 +64,7 @@ def _resnet() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {"S": _mlp, "M": SmallCNN, "L": _resnet}
 
 
-def write(work: Work, folder: Path, workers: int) -> None:
+def write(work: Work, folder: Path, workers: int, plan: str) -> None:
     """Write a job; see :meth:`engines.work.Work.write`."""
     rng = np.random.default_rng(SEED)
     n = work.cohort * SAMPLES
@@ -78,7 +78,8 @@ def write(work: Work, folder: Path, workers: int) -> None:
     np.save(folder / "orders.npy", np.stack(orders))
     torch.manual_seed(SEED)
     torch.save(MODELS[work.model]().state_dict(), folder / "start.pt")
-    (folder / "job.json").write_text(json.dumps({**asdict(work), "workers": workers}))
+    job = {**asdict(work), "workers": workers, "plan": plan}
+    (folder / "job.json").write_text(json.dumps(job))
 
 
 def order(round: int, client: int) -> npt.NDArray[np.int64]:
@@ -101,6 +102,8 @@ class Job:
         Which work it is.
     workers : int
         How many processes or threads may be used.
+    plan : str
+        How fedweight is to train clients.
     x, y : ndarray
         ``[K * 128, ...]`` and ``[K * 128]``: the clients' examples, one client after
         the other. Mapped from the file, so that processes share them.
@@ -110,6 +113,7 @@ class Job:
         self.folder = Path(folder)
         job = json.loads((self.folder / "job.json").read_text())
         self.workers: int = job.pop("workers")
+        self.plan: str = job.pop("plan")
         self.work = Work(**job)
         # "c": changes would stay in memory, so PyTorch accepts the arrays.
         self.x = np.asarray(np.load(self.folder / "x.npy", mmap_mode="c"))
@@ -164,4 +168,4 @@ def flat_module(module: nn.Module) -> npt.NDArray[np.float32]:
 
 
 if __name__ == "__main__":
-    write(Work.parse(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    write(Work.parse(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

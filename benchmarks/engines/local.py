@@ -130,6 +130,7 @@ def main(engine: str = "local") -> None:
         cohort=job.cohort,
         engine=engine,
         workers=job.workers if engine == "ray" else None,
+        plan=Plan.parse(job.plan),
     )
 
 

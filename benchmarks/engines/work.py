@@ -53,7 +53,7 @@ class Work:
         """The name that :meth:`parse` reads."""
         return f"{self.model}{self.cohort}"
 
-    def write(self, folder: Path, workers: int) -> None:
+    def write(self, folder: Path, workers: int, plan: str = "auto") -> None:
         """Write data, orders and start to an empty folder, all from a fixed seed.
 
         Parameters
@@ -62,9 +62,12 @@ class Work:
             Where the engines will read it.
         workers : int
             How many processes or threads an engine may use.
+        plan : str
+            How fedweight trains clients; see ``engine.plan`` in a simulation's file.
         """
+        arguments = [self.name, str(folder), str(workers), plan]
         subprocess.run(
-            [sys.executable, "-m", "engines.job", self.name, str(folder), str(workers)],
+            [sys.executable, "-m", "engines.job", *arguments],
             cwd=BENCHMARKS,
             check=True,
         )

@@ -196,11 +196,11 @@ class BatchedTrainer:
         of_steps = [plan.counts, torch.arange(plan.total)]
         of_steps += [plan.mask] if plan.ragged else []
         of_steps = [values.to(self.device) for values in of_steps]
-        each = list(zip(*of_steps, strict=True))
         done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
         feed = self._feed(tasks, plan)
         state = [parameters, frozen, buffers, counters, [rows, received]]
         state.append([losses, correct, rate])
+        plan.check(self._least)  # As far as it is known; a trace may tell more.
         step = 0
         with torch.no_grad(), plain_execution():
             while step < plan.total:
@@ -221,7 +221,8 @@ class BatchedTrainer:
                         run_some(*given)
                         step += SEVERAL
                         continue
-                inputs = [*state, [*feed(step), seeds, *each[step]]]
+                of_step = [values[step] for values in of_steps]
+                inputs = [*state, [*feed(step), seeds, *of_step]]
                 run = self._step(inputs)
                 if step == 0:
                     plan.check(self._least)

@@ -41,6 +41,7 @@ def in_benchmarks(code):
 
 def test_throughput_measures_the_floor_and_the_local_grid(tmp_path):
     arguments = ["--work", "S2", "--engines", "floor", "local", "--repetitions", "1"]
+    arguments += ["--plan", "loop"]
     rows = run(
         "throughput", *arguments, "--seconds", "0.05", file=tmp_path / "rows.json"
     )
@@ -56,6 +57,8 @@ def test_throughput_measures_the_floor_and_the_local_grid(tmp_path):
         assert row["measurements"] == [row["updates_per_second"]]
         assert row["date"]
         assert "cores" in row["machine"]
+    assert "plan" not in rows[0]
+    assert rows[1]["plan"] == "loop"
     assert rows[0]["ratio_to_floor"] == 1
     assert rows[0]["difference"] == 0
     if sys.platform == "linux":
