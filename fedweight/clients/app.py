@@ -12,7 +12,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -337,8 +337,9 @@ class TrainingApp(ClientApp):
         self, module: FlatModule, start: FlatModel, visits: Sequence[_Visit]
     ) -> Iterator[LocalResult]:
         cancelled = self._cancelled  # Of now: see cancel().
+        own_stream = draws_out_of_reach(module.module)
         for visit, task in zip(visits, self._tasks(visits), strict=True):
-            with self._noise_out_of_reach(module, task):
+            with _torch_seed(task.noise_key) if own_stream else nullcontext():
                 yield train(
                     module,
                     start,
@@ -447,16 +448,6 @@ class TrainingApp(ClientApp):
                 )
             return self._trainers[visit.told.mu]
 
-    @contextmanager
-    def _noise_out_of_reach(self, module: FlatModule, task: Task) -> Iterator[None]:
-        """Seed PyTorch's own stream for a model that draws from it."""
-        if not draws_out_of_reach(module.module):
-            yield
-            return
-        with torch.random.fork_rng():
-            torch.manual_seed(task.noise_key)
-            yield
-
     def _objective(self, told: _Told) -> Objective:
         if told.mu is None:
             return self.objective
@@ -494,6 +485,14 @@ class TrainingApp(ClientApp):
         _, accuracy = evaluate(module, minus, part)
         past = visit.context.state[PERSONAL_METRICS]["minus-scores"]
         return [*past, accuracy]  # type: ignore[misc]
+
+
+@contextmanager
+def _torch_seed(seed: int) -> Iterator[None]:
+    """Seed PyTorch's own stream, for a model that draws from it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def client_number(context: Context) -> int:

@@ -215,14 +215,16 @@ def train(
     received = start.parameters.to(device)
     optimizer = LocalOptimizer(settings, learning_rate, [module.parameters])
     losses: list[Tensor] = []
+    sizes: list[int] = []
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
     noise_key = torch.tensor(task.noise_key, device=device)
     noisy = True  # Whether the model draws noise is known after its first step.
-    module.module.train()
+    if not module.module.training:
+        module.module.train()
     for epoch in range(task.epochs):
         order = torch.from_numpy(permutation(task.order_key, epoch, n)).to(device)
-        shuffled_x, shuffled_y = x[order], y[order]
+        shuffled_x, shuffled_y = x.index_select(0, order), y.index_select(0, order)
         for first in range(0, n, settings.batch_size):
             if cancelled():
                 raise ClientError("training was cancelled")
@@ -243,13 +245,15 @@ def train(
             optimizer.step([module.parameters], [module.gradients])
             for place in module.frozen:
                 module.parameters[place] = received[place]
-            losses.append(loss.detach() * (last - first))
+            losses.append(loss.detach())
+            sizes.append(last - first)
             outputs.append(logits.detach())
             labels.append(batch.y)
+    total = (torch.stack(losses) * torch.tensor(sizes, device=device)).sum()
     correct = torch.cat(outputs).argmax(1) == torch.cat(labels)
     return LocalResult(
         module.save(),
-        loss=float(torch.stack(losses).sum()) / (n * task.epochs),
+        loss=float(total) / (n * task.epochs),
         accuracy=float(correct.float().mean()),
         num_steps=len(losses),
     )

@@ -24,6 +24,7 @@ from flwr.clientapp import ClientApp
 
 from ..cohort import Cohort, Gathered, Replies
 from ..errors import EngineError, check_range
+from ..threads import one_thread
 from .grid import RunConfig, SimulationGrid, answers_cohort
 from .plan import Plan, sizes_of
 from .ray_pool import Pool
@@ -169,10 +170,11 @@ class RayGrid(SimulationGrid):
         gathered = Gathered(cohort, lists)
         models = ShardedModels(lists, self._pool)
         pushed = self._pool.push_cohort(cohort, lists, work, batched=batched)
-        for answers, shard in self._pool.take(pushed, deadline):
-            if shard is not None:
-                models.add(shard, answers.replies)
-            gathered.add(answers)
+        with one_thread():  # PyTorch's threads wait busily: on the workers' cores.
+            for answers, shard in self._pool.take(pushed, deadline):
+                if shard is not None:
+                    models.add(shard, answers.replies)
+                gathered.add(answers)
         return gathered.replies(models)
 
 
