@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -485,6 +486,68 @@ def test_training_stops_at_the_next_step_once_cancelled():
             cancelled=cancelled,
         )
     assert len(asked) == 3
+
+
+# Several steps in one call.
+
+
+def together(tasks):
+    """The same tasks, with examples that are slices of common arrays."""
+    x = np.concatenate([task.examples.x for task in tasks])
+    y = np.concatenate([task.examples.y for task in tasks])
+    ends = np.cumsum([len(task.examples) for task in tasks]).tolist()
+    return [
+        replace(task, examples=Examples(x[a:b], y[a:b]))
+        for task, a, b in zip(tasks, [0, *ends], ends, strict=False)
+    ]
+
+
+def noisy():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.4))
+
+
+@pytest.mark.parametrize("sizes", [[40, 40], [13, 70, 5]])
+@pytest.mark.parametrize(
+    ("make", "optimizer", "possible"),
+    [
+        (shipped("mlp"), "sgd", True),
+        (noisy, "sgd", True),
+        (shipped("mlp"), "momentum", False),  # The optimiser is Python.
+        (shipped("cnn"), "sgd", False),  # So is a convolution's gradient.
+    ],
+)
+def test_several_steps_in_one_call_give_the_same_bits(
+    make, optimizer, possible, sizes, monkeypatch
+):
+    tasks, settings = together(tasks_of(sizes)), settings_of(optimizer)
+    start = made(make).save()
+    results = []
+    for several in (batched.SEVERAL, 10**6):
+        monkeypatch.setattr(batched, "SEVERAL", several)
+        trainer = BatchedTrainer(made(make), Proximal(0.1), settings)
+        for _ in range(2):  # The first traces.
+            rate = settings.learning_rate
+            results.append(trainer.train(start, tasks, learning_rate=rate))
+        used = any(trainer._several.values())
+        assert used == (possible and several < 10**6)
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            assert torch.equal(one.model.parameters, other.model.parameters)
+            assert (one.loss, one.accuracy) == (other.loss, other.accuracy)
+    assert_same(both_ways(make, tasks, settings, Proximal(0.1))[0], results[0])
+
+
+def test_a_batch_of_one_is_refused_though_the_first_step_is_one_of_several():
+    def make():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+
+    trainer = BatchedTrainer(made(make), Plain(), settings_of())
+    start = made(make).save()
+    for _ in range(2):
+        trainer.train(start, together(tasks_of([34, 40])), learning_rate=0.1)
+    assert any(trainer._several.values())
+    with pytest.raises(ValueError, match="more than 1 value"):
+        trainer.train(start, together(tasks_of([33, 40])), learning_rate=0.1)
 
 
 # The last bits.
