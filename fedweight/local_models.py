@@ -280,6 +280,7 @@ class SummedUpdates(Updates):
         AggregationError
             If the weights are not proportional to the coefficients.
         """
+        weights = weights.to(torch.float64)
         whole, known = weights.sum(), self.coefficients.sum()
         if weights.ndim != 1 or not torch.allclose(
             weights * known, self.coefficients * whole, rtol=1e-9, atol=0

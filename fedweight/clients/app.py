@@ -33,7 +33,7 @@ from torch import nn
 from .. import keys
 from ..cohort import Answers, Cohort, Reply, only_arrays
 from ..data.federated import ClientData
-from ..errors import check_range, describe_failure
+from ..errors import ClientError, check_range, describe_failure
 from ..parameters import FlatModel, FlatModule, FlatRecord, flatten
 from ..rng import Purpose, key_table
 from .batched import BatchedTrainer
@@ -170,7 +170,7 @@ class TrainingApp(ClientApp):
         return super().lifespan()
 
     def cancel(self) -> None:
-        """Let clients that are training in other threads stop at their next step.
+        """Let clients that are training in other threads stop within a few steps.
 
         Those that start afterwards are not concerned: the app can be used again.
         """
@@ -370,6 +370,13 @@ class TrainingApp(ClientApp):
 
     def _tasks(self, visits: Sequence[_Visit]) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
+        for visit in visits:
+            least = visit.data.train.y.min(initial=0)
+            if least < 0:
+                raise ClientError(
+                    f"client {visit.client} has an example with label {least}; labels "
+                    "name classes, from 0."
+                )
         streams = self._streams
         if any((v.told.round, v.client) not in streams for v in visits):
             streams = {}

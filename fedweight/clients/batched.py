@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -31,8 +31,8 @@ from .graphs import (
     drop_idle,
     fuse_descent,
     gather,
+    has_few_operations,
     ignore_nothing,
-    is_short,
     plain_execution,
     several,
     without_python,
@@ -46,8 +46,10 @@ Step = Callable[..., Any]
 # PyTorch traces one function at a time in a process.
 TRACING = threading.Lock()
 
-# So many steps are made in one call, where that is worth it.
+# So many steps are made in one call, where what a call costs shows: a step has few
+# operations, and the models of a chunk have no more than so many values.
 SEVERAL = 4
+SMALL = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ class BatchedTrainer:
         learning_rate : float
             Of this round.
         cancelled : Callable[[], bool]
-            Asked before every step; once it says yes, training raises.
+            Asked before every step, or every few that are made in one call; once it
+            says yes, training raises.
 
         Returns
         -------
@@ -193,11 +196,16 @@ class BatchedTrainer:
         correct = torch.zeros(clients, device=self.device)
         rate = torch.tensor(learning_rate, dtype=rows.dtype, device=self.device)
         seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
-        of_steps = [plan.counts, torch.arange(plan.total)]
-        of_steps += [plan.mask] if plan.ragged else []
-        of_steps = [values.to(self.device) for values in of_steps]
+        counts = plan.counts.to(self.device)
+        of_steps = [counts, torch.arange(plan.total, device=self.device)]
+        if plan.ragged:
+            places = torch.arange(plan.batch_size, device=self.device)
+            of_steps.append((places < counts[:, :, None]).float())
         done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
         feed = self._feed(tasks, plan)
+        gathering = None
+        if isinstance(feed, _Gathering) and self._descends:
+            gathering = feed
         state = [parameters, frozen, buffers, counters, [rows, received]]
         state.append([losses, correct, rate])
         plan.check(self._least)  # As far as it is known; a trace may tell more.
@@ -212,10 +220,11 @@ class BatchedTrainer:
                         buffer_rows[k].clone(),
                         {n: t[k].clone() for n, t in integers.items()},
                     )
-                if isinstance(feed, _Gathering) and plan.all_go_on(step, SEVERAL):
+                if gathering is not None and plan.all_go_on(step, SEVERAL):
                     some = slice(step, step + SEVERAL)
                     of_some = tuple(values[some] for values in of_steps)
-                    given = (tuple(chain(*state)), *feed.of(some), seeds, of_some)
+                    source = gathering.of(some)
+                    given = (tuple(chain(*state)), *source, seeds, of_some)
                     run_some = self._several_steps(given)
                     if run_some is not None:
                         run_some(*given)
@@ -301,10 +310,12 @@ class BatchedTrainer:
         if step is not None and key not in self._several:
             with TRACING:
                 if key not in self._several:
-                    worth = self._descends and is_short(step)
-                    state, batch = copy.deepcopy((state, batch))
-                    examples = state, data, batch, rows, seeds, of_steps
-                    self._several[key] = several(step, examples) if worth else None
+                    self._several[key] = None
+                    size = sum(values.numel() for values in state)
+                    if has_few_operations(step) and size <= SMALL:
+                        state, batch = copy.deepcopy((state, batch))
+                        examples = state, data, batch, rows, seeds, of_steps
+                        self._several[key] = several(step, examples)
         return self._several.get(key)
 
     def _trace(self, inputs: list[list[Tensor]]) -> Step:
@@ -525,11 +536,6 @@ class _Schedule:
             return x[:, int(place[0])], y[:, int(place[0])]
         client, at = torch.arange(len(place)), torch.from_numpy(place)
         return x[client, at], y[client, at]
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """Which places of each step hold an example, ``[total, C, B]``, float32."""
-        return (torch.arange(self.batch_size) < self.counts[:, :, None]).float()
 
     def all_go_on(self, step: int, steps: int) -> bool:
         """Tell whether there are so many steps from one on, and nobody ends between."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,16 +16,12 @@ log = logging.getLogger("fedweight")
 aten = torch.ops.aten
 
 # What gives a tensor another shape, if it is another.
-RESHAPES = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.expand.default,
-)
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
 
 # The label that PyTorch's losses leave out by default.
 IGNORED = -100
 
-# A step of so many operations or less is short.
+# So many operations are few.
 FEW = 200
 
 
@@ -62,22 +57,26 @@ def ignore_nothing(graph: fx.Graph, labels: fx.Node) -> None:
     labels : Node
         Its input of int64 labels.
     """
+    if any(_changes(node) is labels for node in graph.nodes):
+        return  # An objective relabels in place.
     for counts in graph.find_nodes(op="call_function", target=aten.ne.Scalar):
         if counts.args[1] != IGNORED or _viewed(counts.args[0]) is not labels:
             continue
         for node in list(counts.users):
-            shape = list(node.meta["tensor_meta"].shape)
+            shape, dtype = node.meta["tensor_meta"][:2]
             with graph.inserting_before(node):
                 if node.target is aten.where.self and node.args[0] is counts:
-                    same = graph.call_function(
-                        aten.expand.default, (node.args[1], shape)
-                    )
+                    chosen = node.args[1]
+                    if chosen.meta["tensor_meta"].dtype != dtype:
+                        continue
+                    same = graph.call_function(aten.expand.default, (chosen, [*shape]))
                 elif node.target is aten.sum.dim_IntList:
-                    number = counts.meta["tensor_meta"].shape.numel() / math.prod(shape)
+                    number = counts.meta["tensor_meta"].shape.numel() / shape.numel()
+                    device = labels.meta["val"].device
                     same = graph.call_function(
                         aten.full.default,
-                        (shape, int(number)),
-                        {"dtype": torch.int64, "device": labels.meta["val"].device},
+                        ([*shape], int(number)),
+                        {"dtype": dtype, "device": device},
                     )
                 else:
                     continue
@@ -141,6 +140,14 @@ def _behind(node: fx.Node) -> tuple[fx.Node, bool]:
     return node, transposed
 
 
+def _changes(node: fx.Node) -> fx.Node | None:
+    """Return whose memory an operation changes, if it changes its first argument."""
+    operation = isinstance(node.target, torch._ops.OpOverload)
+    if not operation or not node.target._schema.is_mutable:  # type: ignore[union-attr]
+        return None
+    return _viewed(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+
+
 def _viewed(node: fx.Node) -> fx.Node:
     """Return whose memory a tensor shows."""
     while node.op == "call_function" and isinstance(node.args[0], fx.Node):
@@ -191,8 +198,8 @@ def gather(
     return batch
 
 
-def is_short(step: Callable[..., Any]) -> bool:
-    """Tell whether what a call costs shows in a step, and several can be one call."""
+def has_few_operations(step: Callable[..., Any]) -> bool:
+    """Tell whether a step is without Python, and no longer than a small net's."""
     if not isinstance(step, torch.jit.ScriptModule):
         return False
     nodes: Any = step.inlined_graph.nodes()
@@ -200,16 +207,18 @@ def is_short(step: Callable[..., Any]) -> bool:
     return sum(kind.startswith("aten::") for kind in kinds) <= FEW
 
 
-def several(step: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
+def several(
+    step: Callable[..., Any], examples: Sequence[Any]
+) -> Callable[..., Any] | None:
     """Return some steps in one call, with batches that are rows of common arrays.
 
     What the interpreter does for each call is a tenth of a small step, and the other
-    threads wait for it.
+    threads wait for it. ``None`` is returned where it cannot be.
 
     Parameters
     ----------
     step : Callable
-        A step that :func:`is_short`, and changes its state in place.
+        A step that :func:`without_python` made, and that changes its state in place.
     examples : Sequence
         What the result will be called with, in these shapes: the step's state; the
         data and the batch as for :func:`gather`; the batches' rows, ``[steps, C, B]``;
@@ -217,10 +226,14 @@ def several(step: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., 
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
-            _Several(step), tuple(examples), check_trace=False, _store_inputs=False
-        )
-    return result
+        try:
+            result: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
+                _Several(step), tuple(examples), check_trace=False, _store_inputs=False
+            )
+            return result
+        except Exception as error:
+            log.debug("training steps are called one by one: %s", error)
+            return None
 
 
 class _Several(nn.Module):

@@ -220,8 +220,7 @@ def train(
     labels: list[Tensor] = []
     noise_key = torch.tensor(task.noise_key, device=device)
     noisy = True  # Whether the model draws noise is known after its first step.
-    if not module.module.training:
-        module.module.train()
+    module.module.train()
     for epoch in range(task.epochs):
         order = torch.from_numpy(permutation(task.order_key, epoch, n)).to(device)
         shuffled_x, shuffled_y = x.index_select(0, order), y.index_select(0, order)

@@ -128,6 +128,60 @@ def test_the_servers_mu_takes_the_place_of_the_clients_own(kit):
         np.testing.assert_array_equal(kit.vector(reply.content["arrays"]), expected)
 
 
+class Frozen(nn.Module):
+    """Its statistics stay as they are, by the usual idiom."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = (
+            nn.Linear(4, 5),
+            nn.BatchNorm1d(5),
+            nn.Linear(5, 3),
+        )
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+def test_a_model_says_itself_what_training_means(kit):
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Frozen()
+
+    app = kit.app(make)
+    start = FlatRecord(FlatModule(make()).save())
+    first, _, again = (
+        app(kit.message(start, kind), kit.context(1)).content.array_records
+        for kind in (MessageType.TRAIN, MessageType.EVALUATE, MessageType.TRAIN)
+    )
+    for name in ("norm.running_mean", "norm.num_batches_tracked"):
+        assert not first["arrays"][name].numpy().any()
+    np.testing.assert_array_equal(
+        kit.vector(first["arrays"]), kit.vector(again["arrays"])
+    )
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_labels_that_are_no_classes_are_refused_by_the_clients_number(kit, batched):
+    def data(context):
+        own = kit.client_of(context)
+        if client_number(context) == 1:
+            own.train.y[3] = -100
+        return own
+
+    replies = Contexts(kit).answers(
+        kit.app(data=data), cohort_of(kit, range(3)), batched
+    )
+    assert [reply.error is None for reply in replies] == [True, False, True]
+    assert "client 1 has an example with label -100" in replies[1].error
+
+
 def test_zero_epochs_are_refused(kit):
     with pytest.raises(ConfigurationError, match="epochs must be in"):
         kit.app()(kit.message(kit.start(), local_epochs=0), kit.context(0))

@@ -307,9 +307,57 @@ class Weighted(Objective):
 class Ignores(Objective):
     """Leaves labels out, as PyTorch's cross-entropy does, but by its own rule."""
 
+    def relabelled(self, y):
+        return torch.where(y < 3, -100, y)
+
     def loss(self, outputs, batch):
-        labels = torch.where(batch.y < 3, -100, batch.y)
+        labels = self.relabelled(batch.y)
         return batch.mean(F.cross_entropy(outputs, labels, reduction="none"))
+
+
+class InPlace(Ignores):
+    """Relabels what it was given."""
+
+    def relabelled(self, y):
+        return y.masked_fill_(y < 3, -100)
+
+
+class Counts(Objective):
+    """Compares labels for a purpose of its own, in dtypes of its own."""
+
+    def loss(self, outputs, batch):
+        known = batch.y != -100
+        share = known.sum(dtype=torch.float32).clone()
+        share.add_(0.5)
+        weights = torch.where(known, batch.y, outputs[:, 0].detach())
+        losses = F.cross_entropy(outputs, batch.y, reduction="none")
+        return batch.mean(losses * (weights.float() + 1) / share)
+
+
+def test_other_comparisons_of_labels_keep_their_dtypes():
+    assert_same(*both_ways(shipped("mlp"), tasks_of([16, 16]), settings_of(), Counts()))
+
+
+class HalvesTheMask(Objective):
+    """Changes what it was given."""
+
+    def loss(self, outputs, batch):
+        losses = F.cross_entropy(outputs, batch.y, reduction="none")
+        if batch.mask is None:
+            return losses.mean()
+        weights = batch.mask
+        weights *= torch.where(batch.y < 5, 0.5, 1.0)
+        return (losses * weights).sum() / len(losses)
+
+
+def test_an_objective_that_changes_the_mask_concerns_no_other_step():
+    tasks, make = tasks_of(SIZES), shipped("mlp")
+    start = made(make).save()
+    trainer = BatchedTrainer(made(make), HalvesTheMask(), settings_of())
+    first, again = (trainer.train(start, tasks, learning_rate=0.1) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.model.parameters, other.model.parameters)
+    assert_same(*both_ways(make, tasks, settings_of()))
 
 
 @pytest.mark.parametrize("sizes", [[16, 16], SIZES])
@@ -503,7 +551,9 @@ def together(tasks):
 
 
 def noisy():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.4))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10), nn.Dropout(0.4)
+    )
 
 
 @pytest.mark.parametrize("sizes", [[40, 40], [13, 70, 5]])
@@ -533,8 +583,37 @@ def test_several_steps_in_one_call_give_the_same_bits(
     for others in results[1:]:
         for one, other in zip(results[0], others, strict=True):
             assert torch.equal(one.model.parameters, other.model.parameters)
+            assert torch.equal(one.model.buffers, other.model.buffers)
+            assert one.model.integers == other.model.integers
             assert (one.loss, one.accuracy) == (other.loss, other.accuracy)
-    assert_same(both_ways(make, tasks, settings, Proximal(0.1))[0], results[0])
+    assert_same(both_ways(make, tasks, settings, Proximal(0.1))[0], results[0], 1e-4)
+
+
+def test_steps_that_cannot_be_one_call_are_called_one_by_one(monkeypatch):
+    def refuse(module, *arguments, **named):
+        if isinstance(module, graphs._Several):
+            raise TypeError("no")
+        return trace(module, *arguments, **named)
+
+    trace = torch.jit.trace
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    tasks = together(tasks_of([40, 40]))
+    assert_same(*both_ways(shipped("mlp"), tasks, settings_of()))
+
+
+def test_training_stops_within_a_call_of_several_steps():
+    asked = []
+
+    def cancelled():
+        asked.append(True)
+        return len(asked) == 3
+
+    trainer = BatchedTrainer(made(shipped("mlp")), Plain(), settings_of())
+    start, tasks = made(shipped("mlp")).save(), together(tasks_of([80, 80]))
+    trainer.train(start, tasks, learning_rate=0.1)
+    with pytest.raises(ClientError, match="cancelled"):
+        trainer.train(start, tasks, learning_rate=0.1, cancelled=cancelled)
+    assert len(asked) == 3
 
 
 def test_a_batch_of_one_is_refused_though_the_first_step_is_one_of_several():
@@ -553,11 +632,14 @@ def test_a_batch_of_one_is_refused_though_the_first_step_is_one_of_several():
 # The last bits.
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_the_same_chunk_gives_the_same_bits_in_any_thread(name):
-    trainer = BatchedTrainer(made(shipped(name)), Plain(), settings_of("momentum"))
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("mlp", "momentum"), ("cnn", "momentum"), ("mlp", "sgd")]
+)
+def test_the_same_chunk_gives_the_same_bits_in_any_thread(name, optimizer):
+    trainer = BatchedTrainer(made(shipped(name)), Plain(), settings_of(optimizer))
     start = made(shipped(name)).save()
-    chunks = [tasks_of(sizes) for sizes in (SIZES, [16, 16, 16], [40, 3])] * 3
+    shapes = (SIZES, [16, 16, 16], [40, 3], [70, 70, 20])
+    chunks = [together(tasks_of(sizes)) for sizes in shapes] * 3
 
     def bits(tasks):
         results = trainer.train(start, tasks, learning_rate=0.05)
@@ -577,6 +659,7 @@ def test_the_same_chunk_gives_the_same_bits_in_any_thread(name):
         thread.start()
     for thread in threads:
         thread.join(60)
+    assert any(trainer._several.values()) == (optimizer == "sgd")
     for tasks, parameters in zip(chunks, found, strict=True):
         assert torch.equal(parameters, bits(tasks))
 
