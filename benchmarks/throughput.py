@@ -26,8 +26,6 @@ from engines.work import Work
 
 TOLERANCE = 1e-4
 
-OURS = ("local", "ray")
-
 COLUMNS = (
     "work",
     "engine",
@@ -104,11 +102,10 @@ def measure(
                     file=sys.stderr,
                     flush=True,
                 )
-    rows = [
+    return [
         row_of(work, engine, turns[engine], turns["floor"], notes.get(engine, ""))
         for engine in engines
     ]
-    return [{**row, "plan": plan} if row["engine"] in OURS else row for row in rows]
 
 
 def row_of(
@@ -183,7 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--plan",
         default="auto",
-        help="how fedweight's engines train clients: auto, loop or batched-N",
+        help="how fedweight's engines train clients: auto (the default), loop (one "
+        "after another) or batched-N (N at once)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="default: results/throughput-DATE"
@@ -193,9 +191,10 @@ def main(arguments: list[str] | None = None) -> None:
         works = [Work.parse(name) for name in options.work]
     except ValueError as error:
         parser.error(str(error))
-    if not re.fullmatch(r"auto|loop|batched-\d+", options.plan):
+    if not re.fullmatch(r"auto|loop|batched-([2-9]|[1-9]\d+)", options.plan):
         parser.error(
-            f"--plan: auto, loop or batched-N, such as loop, not {options.plan}"
+            "--plan must be auto, loop or batched-N with N clients at once, 2 or more, "
+            f"got {options.plan}"
         )
     rows: list[results.Row] = []
     for work in works:

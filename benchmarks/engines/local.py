@@ -59,7 +59,8 @@ def run(
     workers : int, optional
         Worker processes, for Ray.
     plan : Plan, optional
-        How clients train; by default what a short measurement finds.
+        How clients train; by default one after another where the model has
+        convolutions, else what a short measurement finds.
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     nothing = Examples(x[:0], y[:0])
@@ -90,6 +91,7 @@ def run(
             cohort=cohort,
             about={"model": str(first), "cohort": cohort, **machine()},
         )
+    talk.version += f", {plan}"
     with make_grid(app, clients, engine=engine, workers=workers, plan=plan) as grid:
         run_rounds(talk, grid, record, clients, cohort)
 

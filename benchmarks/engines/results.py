@@ -26,9 +26,14 @@ def stamp(rows: Sequence[Row]) -> list[Row]:
 
 
 def write(rows: Sequence[Row], program: str, file: Path | None) -> Path:
-    """Write rows to a file, by default a dated one; return which."""
+    """Write rows to a file, by default a new one with the date; return which."""
     if file is None:
-        file = BENCHMARKS / "results" / f"{program}-{today()}.json"
+        name = f"{program}-{today()}"
+        file = BENCHMARKS / "results" / f"{name}.json"
+        number = 1
+        while file.exists():
+            number += 1
+            file = BENCHMARKS / "results" / f"{name}-{number}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(list(rows), indent=1, allow_nan=False) + "\n")
     return file

@@ -33,7 +33,7 @@ class Talk:
     Parameters
     ----------
     version : str
-        What is measured, such as ``pfl 0.6.0``.
+        What is measured, such as ``pfl 0.6.0``; may be added to before the first round.
     """
 
     def __init__(self, version: str) -> None:
@@ -43,7 +43,7 @@ class Talk:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.dup2(2, 1)
-        self._version = version
+        self.version = version
         self._said_ready = False
         self._left = 0
         self._began: float | None = None
@@ -64,7 +64,7 @@ class Talk:
             self._began = None
         if not self._said_ready:
             self._said_ready = True
-            self._answer(f"ready {self._version}")
+            self._answer(f"ready {self.version}")
         for line in self._commands:
             command, _, argument = line.strip().partition(" ")
             if command == "run":

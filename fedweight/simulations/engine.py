@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from .. import _flower
-from ..errors import EngineError, check_choice, check_range
+from ..errors import ConfigurationError, EngineError, check_choice, check_range
 from .grid import RunConfig, SimulationGrid
 from .local import LocalGrid
 from .plan import Plan
@@ -55,12 +55,14 @@ def simulate(
     gpus_per_worker : float
         Share of a GPU that each Ray worker gets.
     address : str, optional
-        A running Ray cluster to join.
+        A running Ray cluster to join: ``host:port`` of its head, as ``ray start
+        --head`` prints it, or ``auto`` for the one on this machine.
     threads : int, optional
         Clients that train at once in the local grid; see
         :class:`~fedweight.simulations.local.LocalGrid`.
     plan : Plan, optional
-        How clients of our own app are trained; one after another by default.
+        How clients of our own app are trained, such as ``Plan.parse("batched-20")``
+        (:class:`~fedweight.simulations.Plan`); one after another by default.
 
     Returns
     -------
@@ -121,8 +123,17 @@ def make_grid(
     check_range("gpus_per_worker", gpus_per_worker, 0)
     if workers is not None:
         check_range("workers", workers, 1)
+    if plan is not None and not isinstance(plan, Plan):
+        raise ConfigurationError(
+            f"plan must be a Plan, such as Plan.parse('batched-20'), got {plan!r}."
+        )
     if engine == "auto":
         engine = choose_engine(workers, gpus_per_worker, address)
+    if engine == "local" and address is not None:
+        raise ConfigurationError(
+            f"address is {address!r}, a Ray cluster to join, but the engine is "
+            "'local'. Leave the address out, or choose engine = 'ray'."
+        )
     with _flower.task_identity(run_id=0):
         grid: SimulationGrid
         if engine == "local":

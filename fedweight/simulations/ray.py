@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import logging
 import os
+import socket
 import time
 import warnings
 import weakref
@@ -23,7 +24,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from ..cohort import Cohort, Gathered, Replies
-from ..errors import EngineError, check_range
+from ..errors import ConfigurationError, EngineError, check_range
 from ..threads import one_thread
 from .grid import RunConfig, SimulationGrid, answers_cohort
 from .plan import Plan, sizes_of
@@ -206,6 +207,7 @@ def _start_ray(workers: int | None, address: str | None) -> bool:
     if address is None:
         options |= {"include_dashboard": False, "num_cpus": workers}
     else:
+        _check_address(address)
         options["address"] = address
     try:
         with _quiet():
@@ -219,6 +221,25 @@ def _start_ray(workers: int | None, address: str | None) -> bool:
     folder = context.address_info.get("session_dir") if context.address_info else None
     log.debug("Ray has started; what clients print is under %s/logs", folder)
     return True
+
+
+def _check_address(address: str) -> None:
+    """Raise if nobody listens at an address: Ray would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigurationError(
+            "address must be 'auto' or the host:port of a Ray cluster's head, as 'ray "
+            f"start --head' prints it, got {address!r}."
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise EngineError(
+            f"cannot join Ray at {address!r}: nobody answers there ({error}). Start a "
+            "head with 'ray start --head', which prints its address."
+        ) from error
 
 
 @contextlib.contextmanager

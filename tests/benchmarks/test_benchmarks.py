@@ -57,8 +57,7 @@ def test_throughput_measures_the_floor_and_the_local_grid(tmp_path):
         assert row["measurements"] == [row["updates_per_second"]]
         assert row["date"]
         assert "cores" in row["machine"]
-    assert "plan" not in rows[0]
-    assert rows[1]["plan"] == "loop"
+    assert rows[1]["version"].endswith(", loop")
     assert rows[0]["ratio_to_floor"] == 1
     assert rows[0]["difference"] == 0
     if sys.platform == "linux":
@@ -180,6 +179,31 @@ def test_a_work_that_is_none_is_refused(name):
     )
     assert result.returncode == 2
     assert f"'{name}' is no work" in result.stderr
+
+
+@pytest.mark.parametrize("plan", ["nonsense", "batched-1", "batched-0"])
+def test_a_plan_that_is_none_is_refused(plan):
+    result = subprocess.run(
+        [sys.executable, "benchmarks/throughput.py", f"--plan={plan}"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 2
+    assert f"2 or more, got {plan}" in result.stderr
+
+
+def test_a_new_result_keeps_the_last_one(tmp_path):
+    code = (
+        "from pathlib import Path\n"
+        "from engines import results as r\n"
+        f"r.BENCHMARKS = Path({str(tmp_path)!r})\n"
+        "for k in range(3): print(r.write([{'k': k}], 'speed', None).stem[-5:])"
+    )
+    first, *others = in_benchmarks(code)
+    assert others == [f"{first[2:]}-2", f"{first[2:]}-3"]
 
 
 @pytest.mark.parametrize("how", [[], ["--apart"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from flwr.clientapp import ClientApp
 from fedweight import models
 from fedweight.clients import TrainingApp, TrainingSettings
 from fedweight.data import federate, load
-from fedweight.errors import EngineError
+from fedweight.errors import ConfigurationError, EngineError
 from fedweight.parameters import FlatModel, FlatModule, FlatRecord, Layout
 from fedweight.simulations.grid import FIRST_NODE
 from fedweight.strategies.fedavg import FedAvg
@@ -390,6 +391,21 @@ def test_address_of_another_ray(ray_session: Any) -> None:
 
     with pytest.raises(EngineError, match="Ray is initialised already"):
         RayGrid(ClientApp(), 2, address="127.0.0.1:1")
+
+
+def test_addresses_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedweight.simulations.ray import RayGrid
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for address in ("nonsense", ":6379", "host:port"):
+        with pytest.raises(
+            ConfigurationError, match=r"must be 'auto' or the host:port"
+        ):
+            RayGrid(ClientApp(), 2, address=address)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    with pytest.raises(EngineError, match="nobody answers there .*ray start --head"):
+        RayGrid(ClientApp(), 2, address=f"127.0.0.1:{free}")
 
 
 def test_closed_grid(ray_session: Any, write: Any) -> None:

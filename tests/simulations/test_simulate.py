@@ -96,6 +96,8 @@ def test_auto(
         ({"workers": 0}, r"workers must be in \[1, inf\), got 0"),
         ({"gpus_per_worker": -1}, r"gpus_per_worker must be in \[0, inf\), got -1"),
         ({"threads": 0}, r"threads must be in \[1, inf\), got 0"),
+        ({"plan": "batched-5"}, r"plan must be a Plan, .* got 'batched-5'"),
+        ({"engine": "local", "address": "a:1"}, "address is 'a:1', .* is 'local'"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
