@@ -404,7 +404,7 @@ def test_addresses_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             RayGrid(ClientApp(), 2, address=address)
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
-    with pytest.raises(EngineError, match="nobody answers there .*ray start --head"):
+    with pytest.raises(EngineError, match=r"nobody answers .*ray start --head"):
         RayGrid(ClientApp(), 2, address=f"127.0.0.1:{free}")
 
 
