@@ -398,8 +398,8 @@ class TrainingApp(ClientApp):
         """Return the keys of order and noise, by round and client."""
         purposes = [Purpose.SHUFFLE, Purpose.DROPOUT]
         orders, noises = key_table(self.seed, purposes, round, clients)
-        keys = zip(orders.tolist(), (noises >> np.uint64(1)).tolist(), strict=True)
-        return dict(zip([(round, client) for client in clients], keys, strict=True))
+        pairs = zip(orders.tolist(), (noises >> np.uint64(1)).tolist(), strict=True)
+        return dict(zip([(round, client) for client in clients], pairs, strict=True))
 
     def _prepare(self, cohort: Cohort, context_of: Callable[[int], Context]) -> None:
         """Make the keys of a whole cohort at its first list: one by one they cost."""

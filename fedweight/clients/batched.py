@@ -206,8 +206,8 @@ class BatchedTrainer:
         gathering = None
         if isinstance(feed, _Gathering) and self._descends:
             gathering = feed
-        state = [parameters, frozen, buffers, counters, [rows, received]]
-        state.append([losses, correct, rate])
+        sums = [losses, correct, rate]
+        state = [parameters, frozen, buffers, counters, [rows, received], sums]
         plan.check(self._least)  # As far as it is known; a trace may tell more.
         step = 0
         with torch.no_grad(), plain_execution():

@@ -177,16 +177,22 @@ def without_python(
     bits are the same. TorchScript does it; where it cannot, as with a convolution's
     gradient, Python goes on.
     """
+    step = _scripted(traced, examples)
+    return traced.forward if step is None else step
+
+
+def _scripted(module: nn.Module, examples: Sequence[Any]) -> Callable[..., Any] | None:
+    """Return a module as TorchScript, or ``None`` where that cannot be."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It is deprecated; nothing else does this.
         try:
-            step: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
-                traced, tuple(examples), check_trace=False, _store_inputs=False
+            scripted: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
+                module, tuple(examples), check_trace=False, _store_inputs=False
             )
-            return step
+            return scripted
         except Exception as error:
-            log.debug("a training step runs in Python: %s", error)
-            return traced.forward
+            log.debug("a training step or a loop of some runs in Python: %s", error)
+            return None
 
 
 def gather(
@@ -224,16 +230,7 @@ def several(
         data and the batch as for :func:`gather`; the batches' rows, ``[steps, C, B]``;
         what all steps take, and a tuple of what each takes, ``[steps, ...]``.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            result: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
-                _Several(step), tuple(examples), check_trace=False, _store_inputs=False
-            )
-            return result
-        except Exception as error:
-            log.debug("training steps are called one by one: %s", error)
-            return None
+    return _scripted(_Several(step), examples)
 
 
 class _Several(nn.Module):

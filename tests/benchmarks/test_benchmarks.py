@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(300)
 PATIENCE = 280
 
+WORKS_THAT_ARE_NONE = ["S", "S1", "X20", "20", "S-2"]
+PLANS_THAT_ARE_NONE = ["nonsense", "batched-1", "batched-0"]
+
 
 def run(program, *arguments, file):
     try:
@@ -167,10 +170,16 @@ def test_a_peer_that_cannot_be_installed_leaves_one_line(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["S", "S1", "X20", "20", "S-2"])
-def test_a_work_that_is_none_is_refused(name):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        *(("work", name, f"'{name}' is no work") for name in WORKS_THAT_ARE_NONE),
+        *(("plan", plan, f"2 or more, got {plan}") for plan in PLANS_THAT_ARE_NONE),
+    ],
+)
+def test_a_work_or_a_plan_that_is_none_is_refused(option, value, message):
     result = subprocess.run(
-        [sys.executable, "benchmarks/throughput.py", f"--work={name}"],
+        [sys.executable, "benchmarks/throughput.py", f"--{option}={value}"],
         cwd=ROOT,
         check=False,
         capture_output=True,
@@ -178,21 +187,7 @@ def test_a_work_that_is_none_is_refused(name):
         timeout=PATIENCE,
     )
     assert result.returncode == 2
-    assert f"'{name}' is no work" in result.stderr
-
-
-@pytest.mark.parametrize("plan", ["nonsense", "batched-1", "batched-0"])
-def test_a_plan_that_is_none_is_refused(plan):
-    result = subprocess.run(
-        [sys.executable, "benchmarks/throughput.py", f"--plan={plan}"],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert result.returncode == 2
-    assert f"2 or more, got {plan}" in result.stderr
+    assert message in result.stderr
 
 
 def test_a_new_result_keeps_the_last_one(tmp_path):
