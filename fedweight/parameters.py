@@ -8,6 +8,8 @@ a state dict needs live in a :class:`Layout`; :class:`FlatRecord` is Flower's
 from __future__ import annotations
 
 import math
+import re
+import threading
 from collections.abc import (
     Callable,
     Collection,
@@ -36,6 +38,15 @@ Kind = Literal["parameter", "buffer", "integer"]
 # How BatchNorm and its kin name the running statistics in a state dict. A record
 # that came by wire does not say what is trained, so the names have to.
 BUFFER_NAMES = ("running_mean", "running_var")
+
+# How NumPy begins the bytes of an array of numbers.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<dtype>[<>|][biufc]\d+)', "
+    rb"'fortran_order': (?P<fortran>False|True), "
+    rb"'shape': \((?P<shape>|\d+,|\d+(?:, \d+)+)\), \} *\n",
+    re.DOTALL,
+)
+_HEADER_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -209,26 +220,42 @@ def view(array: Array) -> npt.NDArray[Any]:
     AggregationError
         If the bytes are not a plain NumPy array; objects are never unpickled.
     """
-    stream = BytesIO(array.data)
     try:
+        shape, fortran, dtype, start = _read_header(array.data)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        if any(length < 0 for length in shape):
+            raise ValueError(f"its shape is {shape}")
+        count = int(np.prod(shape, dtype=np.int64))
+        flat = np.frombuffer(array.data, dtype, count, start)
+        values: npt.NDArray[Any] = flat.reshape(shape, order="F" if fortran else "C")
+    # NumPy's reader lets Python's tokenizer look at the header: its errors get out.
+    except (ValueError, TypeError, SyntaxError, TokenError) as error:
+        raise AggregationError(f"an array cannot be read: {error}.") from error
+    return values
+
+
+def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Return an array's shape, Fortran order, dtype, and where its values start.
+
+    NumPy's reader has Python parse the header, in which two threads at once can fail
+    (CPython before 3.11.8 and 3.12.1, issue 106905). So what NumPy writes for numbers
+    is read here, and anything else by one thread at a time.
+    """
+    usual = _HEADER.match(data)
+    if usual and usual.end() == 10 + int.from_bytes(data[8:10], "little"):
+        shape = tuple(int(n) for n in usual["shape"].split(b",") if n.strip())
+        dtype = np.dtype(usual["dtype"].decode())
+        return shape, usual["fortran"] == b"True", dtype, usual.end()
+    stream = BytesIO(data)
+    with _HEADER_LOCK:
         version = np.lib.format.read_magic(stream)
         read = (
             np.lib.format.read_array_header_1_0
             if version == (1, 0)
             else np.lib.format.read_array_header_2_0
         )
-        shape, fortran, dtype = read(stream)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        if any(length < 0 for length in shape):
-            raise ValueError(f"its shape is {shape}")
-        count = int(np.prod(shape, dtype=np.int64))
-        flat = np.frombuffer(array.data, dtype, count, stream.tell())
-        values: npt.NDArray[Any] = flat.reshape(shape, order="F" if fortran else "C")
-    # NumPy's reader lets Python's tokenizer look at the header: its errors get out.
-    except (ValueError, TypeError, SyntaxError, TokenError) as error:
-        raise AggregationError(f"an array cannot be read: {error}.") from error
-    return values
+        return *read(stream), stream.tell()
 
 
 def flatten(record: ArrayRecord, layout: Layout) -> FlatModel:

@@ -1,4 +1,6 @@
 import pickle
+from io import BytesIO
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -134,17 +136,43 @@ def test_values_beyond_float32_become_infinite_without_a_warning():
 
 def test_objects_are_never_unpickled():
     array = Array(np.zeros(1))
-    stream = np.lib.format
-    from io import BytesIO
-
     data = BytesIO()
-    stream.write_array(data, np.array([print], dtype=object), allow_pickle=True)
+    np.lib.format.write_array(data, np.array([print], dtype=object), allow_pickle=True)
     array = Array("object", (1,), "numpy.ndarray", data.getvalue())
     with pytest.raises(AggregationError, match="Python objects"):
         view(array)
     for junk in (b"", b"junk", data.getvalue()[:20]):
         with pytest.raises(AggregationError, match="cannot be read"):
             view(Array("float32", (1,), "numpy.ndarray", junk))
+
+
+NUMBERS = st.one_of(
+    hnp.integer_dtypes(endianness="?"),
+    hnp.unsigned_integer_dtypes(endianness="?"),
+    hnp.floating_dtypes(endianness="?"),
+    hnp.boolean_dtypes(),
+)
+
+
+@given(hnp.arrays(NUMBERS, hnp.array_shapes(min_dims=0, min_side=0)), st.booleans())
+def test_numbers_are_read_as_numpy_reads_them_without_pythons_parser(values, fortran):
+    # In CPython before 3.11.8 two threads in the parser at once can fail.
+    array = Array(np.asarray(values, order="F" if fortran else "C"))
+    expected = array.numpy()
+    with mock.patch("ast.parse", side_effect=AssertionError("the parser was asked")):
+        read = view(array)
+    assert read.dtype == expected.dtype
+    assert read.shape == expected.shape
+    assert read.flags.f_contiguous == expected.flags.f_contiguous
+    assert read.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_other_versions_of_numpys_format_are_read(version):
+    data = BytesIO()
+    np.lib.format.write_array(data, np.arange(6).reshape(2, 3), version)
+    array = Array("int64", (2, 3), "numpy.ndarray", data.getvalue())
+    assert view(array).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_truncated_array_is_an_error():
