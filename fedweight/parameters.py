@@ -453,10 +453,14 @@ class FlatModule:
         Shape ``[P]``; ``gradients`` is filled by ``backward``.
     buffers : Tensor
         Shape ``[B]``.
+    silent : bool
+        Whether its training is known to draw no noise, such as dropout's.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
         self.module = module.to(device)
+        self.silent = False
+        self._training: bool | None = None
         self.layout = Layout.of_module(module)
         dtype = self.layout.dtype
         self.parameters = torch.empty(
@@ -491,6 +495,12 @@ class FlatModule:
                     tensor.grad = self.gradients[place].view(e.shape)
                 else:
                     self.frozen.append(place)
+
+    def train(self, mode: bool = True) -> None:
+        """Let all layers train, or evaluate: PyTorch walks through them each time."""
+        if self._training is not mode:
+            self.module.train(mode)
+            self._training = mode
 
     def load(self, model: FlatModel) -> None:
         """Copy a model's values in."""

@@ -360,7 +360,7 @@ class BatchedTrainer:
         # Tracing runs the step, which changes tensors in place: on a copy, with the
         # same strides, as the trace depends on them, and views of the same rows.
         copies = copy.deepcopy(inputs)
-        self.module.module.train()
+        self.module.train()
         traced: Any = make_fx(flat)(*chain(*copies))
         traced.graph.eliminate_dead_code()
         given = traced.graph.find_nodes(op="placeholder")

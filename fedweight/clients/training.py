@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -215,24 +216,19 @@ def train(
     received = start.parameters.to(device)
     optimizer = LocalOptimizer(settings, learning_rate, [module.parameters])
     losses: list[Tensor] = []
-    sizes: list[int] = []
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
-    noise_key = torch.tensor(task.noise_key, device=device)
-    noisy = True  # Whether the model draws noise is known after its first step.
-    module.module.train()
+    in_batches = partial(torch.split, split_size_or_sections=settings.batch_size)
+    module.train()
     for epoch in range(task.epochs):
         order = torch.from_numpy(permutation(task.order_key, epoch, n)).to(device)
-        shuffled_x, shuffled_y = x.index_select(0, order), y.index_select(0, order)
-        for first in range(0, n, settings.batch_size):
+        shuffled = x.index_select(0, order), y.index_select(0, order)
+        for own in zip(*map(in_batches, shuffled), strict=True):
             if cancelled():
                 raise ClientError("training was cancelled")
-            last = min(first + settings.batch_size, n)
-            batch = Batch(shuffled_x[first:last], shuffled_y[first:last])
-            noise = LocalTraining(noise_key, len(losses)) if noisy else None
-            with noise or nullcontext():
+            batch = Batch(*own)
+            with nullcontext() if module.silent else _noise(module, task, len(losses)):
                 logits = module.module(batch.x)
-            noisy = noise is not None and noise.layers > 0
             loss = objective.loss(logits, batch)
             module.gradients.zero_()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -245,17 +241,27 @@ def train(
             for place in module.frozen:
                 module.parameters[place] = received[place]
             losses.append(loss.detach())
-            sizes.append(last - first)
             outputs.append(logits.detach())
             labels.append(batch.y)
-    total = (torch.stack(losses) * torch.tensor(sizes, device=device)).sum()
+    # One look at the device for all steps.
+    means = zip(torch.stack(losses).tolist(), map(len, labels), strict=True)
     correct = torch.cat(outputs).argmax(1) == torch.cat(labels)
+    seen = n * task.epochs
     return LocalResult(
         module.save(),
-        loss=float(total) / (n * task.epochs),
-        accuracy=float(correct.float().mean()),
+        loss=sum(loss * size for loss, size in means) / seen,
+        accuracy=int(correct.count_nonzero()) / seen,
         num_steps=len(losses),
     )
+
+
+@contextmanager
+def _noise(module: FlatModule, task: Task, step: int) -> Iterator[None]:
+    """Let the model draw its noise from the client's stream, if it draws any."""
+    key = torch.tensor(task.noise_key, device=module.parameters.device)
+    with LocalTraining(key, step) as noise:
+        yield
+    module.silent = noise.layers == 0
 
 
 def evaluate(
@@ -280,7 +286,7 @@ def evaluate_each(
     if not any(len(part) for part in parts):
         return [(math.nan, math.nan)] * len(parts)
     module.load(model)
-    module.module.eval()
+    module.train(False)
     device = module.parameters.device
     some = [part for part in parts if len(part)]
     x = [as_tensor(part.x) for part in some]

@@ -260,7 +260,7 @@ class FedLAW(WeightingStrategy):
                 f"{_describe(mine)} where theirs has {_describe(other)}."
             )
         self._module.load(round.model)
-        self._module.module.train()
+        self._module.train()
         self._seed = torch_seed(self.seed, Purpose.SERVER, round.number)
         self._step = 0
 

@@ -267,6 +267,25 @@ def test_who_used_the_module_before_does_not_matter(kit):
     assert torch.equal(model(module, 5, 12), alone)
 
 
+def test_a_layer_that_came_in_evaluation_mode_trains(kit):
+    def model(evaluated):
+        network = kit.batch_norm()
+        network.eval()
+        module = FlatModule(network)
+        start = module.save()
+        if evaluated:
+            evaluate(module, start, kit.examples(7))
+        task = Task(kit.examples(8), 1, order_key(1, 0))
+        result = train(
+            module, start, task, Plain(), TrainingSettings(), learning_rate=0.1
+        )
+        return result.model.buffers, start.buffers
+
+    trained, received = model(evaluated=False)
+    assert not torch.equal(trained, received)
+    assert torch.equal(model(evaluated=True)[0], trained)
+
+
 def test_the_learning_rate_decays_by_the_round():
     settings = TrainingSettings(learning_rate=0.4, learning_rate_decay=0.5)
     rates = [settings.learning_rate_in(t) for t in (1, 2, 3)]
