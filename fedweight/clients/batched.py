@@ -12,6 +12,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, zip_longest
@@ -28,6 +29,7 @@ from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
 from ..rng import permutations
 from .graphs import (
+    Replayed,
     drop_idle,
     fuse_descent,
     gather,
@@ -79,7 +81,8 @@ class TrainedRows:
 class BatchedTrainer:
     """Trains chunks of clients; keeps what it traced and its buffers.
 
-    Threads may share one: what is traced is the same for all, buffers are each's own.
+    On a CPU threads may share one: what is traced is the same for all, buffers are
+    each's own. On a GPU the steps are CUDA graphs over one set of buffers.
 
     Parameters
     ----------
@@ -112,6 +115,10 @@ class BatchedTrainer:
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._several: dict[tuple[Any, ...], Step | None] = {}
         self._own = threading.local()
+        # On a GPU steps are recorded with their memory, which is kept for them.
+        self._replays = self.device.type == "cuda"
+        self._states: dict[int, _State] = {}
+        self._extras: dict[tuple[Any, ...], list[Tensor]] = {}
         self._on_device: dict[tuple[int, int], tuple[npt.NDArray[Any], Tensor]] = {}
 
     def train(
@@ -173,41 +180,38 @@ class BatchedTrainer:
 
         The arguments are those of :meth:`train`.
         """
+        with torch.cuda.device(self.device) if self._replays else nullcontext():
+            return self._train_rows(start, tasks, learning_rate, cancelled)
+
+    def _train_rows(
+        self,
+        start: FlatModel,
+        tasks: Sequence[Task],
+        learning_rate: float,
+        cancelled: Callable[[], bool],
+    ) -> TrainedRows:
         plan = _Schedule.of(tasks, self.settings.batch_size)
-        clients = len(tasks)
-        received = start.parameters.to(self.device)
-        rows = received.repeat(clients, 1)
-        buffer_rows = start.buffers.to(self.device).repeat(clients, 1)
-        integers = {
-            name: torch.from_numpy(np.array(values))
-            .to(self.device)
-            .expand(clients, *values.shape)
-            .clone()
-            for name, values in start.integers.items()
-        }
-        parameters = _views(rows, self.parameters)
-        buffers = _views(buffer_rows, self.buffers)
-        counters = [integers[e.name] for e in self.integers]
-        frozen = [received[e.start : e.stop].view(e.shape) for e in self.frozen]
+        own = self._state(start, len(tasks), learning_rate)
+        parameters = _views(own.rows, self.parameters)
+        buffers = _views(own.buffer_rows, self.buffers)
+        counters = [own.integers[e.name] for e in self.integers]
+        frozen = [own.received[e.start : e.stop].view(e.shape) for e in self.frozen]
         optimizer = None
         if not self._descends:
             optimizer = LocalOptimizer(self.settings, learning_rate, parameters)
-        losses = torch.zeros(clients, device=self.device)
-        correct = torch.zeros(clients, device=self.device)
-        rate = torch.tensor(learning_rate, dtype=rows.dtype, device=self.device)
         seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
         counts = plan.counts.to(self.device)
         of_steps = [counts, torch.arange(plan.total, device=self.device)]
         if plan.ragged:
             places = torch.arange(plan.batch_size, device=self.device)
             of_steps.append((places < counts[:, :, None]).float())
-        done: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+        done: dict[int, list[Tensor]] = {}
         feed = self._feed(tasks, plan)
         gathering = None
         if isinstance(feed, _Gathering) and self._descends:
             gathering = feed
-        sums = [losses, correct, rate]
-        state = [parameters, frozen, buffers, counters, [rows, received], sums]
+        ends, sums = [own.rows, own.received], [own.losses, own.correct, own.rate]
+        state = [parameters, frozen, buffers, counters, ends, sums]
         plan.check(self._least)  # As far as it is known; a trace may tell more.
         step = 0
         with torch.no_grad(), plain_execution():
@@ -215,11 +219,7 @@ class BatchedTrainer:
                 if cancelled():
                     raise ClientError("training was cancelled")
                 for k in plan.ended.get(step, ()):
-                    done[k] = (
-                        rows[k].clone(),
-                        buffer_rows[k].clone(),
-                        {n: t[k].clone() for n, t in integers.items()},
-                    )
+                    done[k] = [tensor[k].clone() for tensor in own.models]
                 if gathering is not None and plan.all_go_on(step, SEVERAL):
                     some = slice(step, step + SEVERAL)
                     of_some = tuple(values[some] for values in of_steps)
@@ -230,8 +230,10 @@ class BatchedTrainer:
                         run_some(*given)
                         step += SEVERAL
                         continue
-                of_step = [values[step] for values in of_steps]
-                inputs = [*state, [*feed(step), seeds, *of_step]]
+                batch = [*feed(step), seeds, *(values[step] for values in of_steps)]
+                if self._replays:
+                    batch = self._in_place(batch)
+                inputs = [*state, batch]
                 run = self._step(inputs)
                 if step == 0:
                     plan.check(self._least)
@@ -239,12 +241,31 @@ class BatchedTrainer:
                 if optimizer is not None:
                     optimizer.step(parameters, gradients)
                 step += 1
-        for k, (row, buffer_row, own) in done.items():
-            rows[k] = row
-            buffer_rows[k] = buffer_row
-            for name, values in own.items():
-                integers[name][k] = values
-        return TrainedRows(rows, buffer_rows, integers, losses, correct, plan.steps)
+        for k, model in done.items():
+            for tensor, values in zip(own.models, model, strict=True):
+                tensor[k] = values
+        return own.result(plan.steps, copied=self._replays)
+
+    def _state(self, start: FlatModel, clients: int, learning_rate: float) -> _State:
+        """Return what a chunk begins with, where graphs expect it."""
+        state = self._states.get(clients)
+        if state is not None:
+            state.begin(start, learning_rate)
+            return state
+        state = _State.of(start, clients, learning_rate, self.device)
+        if self._replays:
+            self._states[clients] = state
+        return state
+
+    def _in_place(self, batch: list[Tensor]) -> list[Tensor]:
+        """Put a batch where graphs expect it; the examples are there already."""
+        x, y, *extras = batch
+        kind = _kind(batch)
+        if kind not in self._extras:
+            self._extras[kind] = [torch.empty_like(extra) for extra in extras]
+        for kept, extra in zip(self._extras[kind], extras, strict=True):
+            kept.copy_(extra)
+        return [x, y, *self._extras[kind]]
 
     def _feed(
         self, tasks: Sequence[Task], plan: _Schedule
@@ -281,14 +302,21 @@ class BatchedTrainer:
         return self._on_device[place][1]
 
     def _buffers_for(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this thread's ``x [*size, ...]`` and ``y [*size]``, to fill."""
+        """Return this thread's ``x [*size, ...]`` and ``y [*size]``, to fill.
+
+        The last ones are kept; on a GPU all are, as graphs read from them.
+        """
         key = (tuple(size), like.shape[1:], like.dtype)
-        if getattr(self._own, "key", None) != key:
+        kept: dict[Any, tuple[Tensor, Tensor]] = vars(self._own).setdefault("kept", {})
+        if key not in kept:
+            if not self._replays:
+                kept.clear()
             shape = (*size, *like.shape[1:])
-            self._own.x = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            self._own.y = torch.zeros(size, dtype=torch.int64, device=like.device)
-            self._own.key = key
-        return self._own.x, self._own.y
+            kept[key] = (
+                torch.zeros(shape, dtype=like.dtype, device=like.device),
+                torch.zeros(size, dtype=torch.int64, device=like.device),
+            )
+        return kept[key]
 
     def _step(self, inputs: list[list[Tensor]]) -> Step:
         """Return the traced step for these shapes."""
@@ -369,6 +397,8 @@ class BatchedTrainer:
         drop_idle(traced.graph)
         fuse_descent(traced.graph)
         traced.recompile()
+        if self._replays:
+            return Replayed(traced.forward)
         return without_python(traced, [*chain(*copies)])
 
     def _penalty_of(self, rows: Tensor, received: Tensor) -> Any:
@@ -406,6 +436,85 @@ class BatchedTrainer:
         self._least = max(self._least, noise.least)
         loss = self.objective.loss(logits, Batch(x, y, mask))
         return loss * scale, (loss.detach(), logits.detach())
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the steps of a chunk start from, and what they change.
+
+    Attributes
+    ----------
+    received : Tensor
+        ``[P]``: the global model's parameters.
+    rate : Tensor
+        0-d: the learning rate.
+    rows, buffer_rows, integers, losses, correct
+        See :class:`TrainedRows`.
+    """
+
+    received: Tensor
+    rate: Tensor
+    rows: Tensor
+    buffer_rows: Tensor
+    integers: dict[str, Tensor]
+    losses: Tensor
+    correct: Tensor
+
+    @classmethod
+    def of(
+        cls, start: FlatModel, clients: int, rate: float, device: torch.device
+    ) -> _State:
+        """Give every client the global model."""
+        received, buffers, integers = _on(device, start)
+        return cls(
+            received,
+            torch.tensor(rate, dtype=received.dtype, device=device),
+            received.repeat(clients, 1),
+            buffers.repeat(clients, 1),
+            {n: t.expand(clients, *t.shape).clone() for n, t in integers.items()},
+            torch.zeros(clients, device=device),
+            torch.zeros(clients, device=device),
+        )
+
+    def begin(self, start: FlatModel, rate: float) -> None:
+        """Do the same again, in the same memory."""
+        received, buffers, integers = _on(self.received.device, start)
+        self.received.copy_(received)
+        self.rate.fill_(rate)
+        self.rows.copy_(received)
+        self.buffer_rows.copy_(buffers)
+        for name, values in integers.items():
+            self.integers[name].copy_(values)
+        self.losses.zero_()
+        self.correct.zero_()
+
+    @property
+    def models(self) -> list[Tensor]:
+        """The clients' models, ``[C, ...]`` each."""
+        return [self.rows, self.buffer_rows, *self.integers.values()]
+
+    def result(self, num_steps: npt.NDArray[np.int64], *, copied: bool) -> TrainedRows:
+        """Return what was trained; copied, where the memory is used again."""
+        own = copy.deepcopy(self) if copied else self
+        return TrainedRows(
+            own.rows,
+            own.buffer_rows,
+            own.integers,
+            own.losses,
+            own.correct,
+            num_steps,
+        )
+
+
+def _on(
+    device: torch.device, model: FlatModel
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return a model's parameters, buffers and integers on a device."""
+    integers = {
+        name: torch.from_numpy(np.array(values)).to(device)
+        for name, values in model.integers.items()
+    }
+    return model.parameters.to(device), model.buffers.to(device), integers
 
 
 def _kind(batch: Sequence[Tensor]) -> tuple[Any, ...]:

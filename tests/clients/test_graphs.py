@@ -1,0 +1,204 @@
+"""Steps that are recorded with their memory, as on a GPU; a stand-in records here."""
+
+import logging
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedweight.clients import TrainingSettings, graphs
+from fedweight.clients.batched import BatchedTrainer
+from fedweight.clients.graphs import Replayed
+from fedweight.clients.objectives import Plain, Proximal
+from fedweight.clients.training import Task
+from fedweight.data import Examples
+from fedweight.parameters import FlatModule
+
+OPTIMIZERS = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9, "weight_decay": 1e-3},
+    "adam": {"optimizer": "adam"},
+}
+
+
+class Recorder:
+    """Stands for a CUDA graph: repeats a run over the same memory, and counts."""
+
+    def __init__(self, spoil=lambda results: None):
+        self.graphs = 0
+        self.replays = 0
+        self.spoil = spoil
+
+    def __call__(self, run, warm_up):
+        self.graphs += 1
+        warm_up()
+        results = []
+
+        def replay():
+            self.replays += 1
+            found = run()
+            self.spoil(found)
+            if not results:
+                results.extend(found)
+            for kept, value in zip(results, found, strict=True):
+                kept.copy_(value)
+
+        return replay, results
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """Let steps be recorded by a stand-in."""
+
+    def use(recorder):
+        monkeypatch.setattr(graphs, "_recorded", recorder)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        return recorder
+
+    return use
+
+
+def network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 2, 3),
+            nn.BatchNorm2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.4),
+            nn.Linear(72, 10),
+        )
+
+
+def tasks_of(sizes, epochs=2):
+    """Return clients whose examples are rows of common arrays."""
+    rng = np.random.default_rng(1)
+    ends = np.cumsum(sizes)
+    x = rng.standard_normal((ends[-1], 1, 8, 8), dtype=np.float32)
+    y = rng.integers(0, 10, ends[-1])
+    return [
+        Task(Examples(x[end - n : end], y[end - n : end]), epochs, 10 + k, 20 + k)
+        for k, (n, end) in enumerate(zip(sizes, ends, strict=True))
+    ]
+
+
+def trainer_of(device="cpu", optimizer="sgd", objective=None, *, replays=None):
+    settings = TrainingSettings(batch_size=8, **OPTIMIZERS[optimizer])
+    module = FlatModule(network(), device)
+    trainer = BatchedTrainer(module, objective or Plain(), settings)
+    if replays is not None:
+        trainer._replays = replays
+    return trainer, module.save()
+
+
+# Chunks of one size after another of a second, and the first again: a graph belongs to
+# its chunk's memory. Some clients end before others, some steps are not full.
+CHUNKS = [[16, 8, 24], [16, 16], [11, 24, 8], [19, 11, 16]]
+
+
+def values_of(trainer, start, **settings):
+    """Train some chunks, each from another global model; return all values."""
+    values = []
+    for k, sizes in enumerate(CHUNKS):
+        model = start.with_parameters(start.parameters * (1 + 0.1 * k))
+        results = trainer.train(model, tasks_of(sizes), learning_rate=0.05 / (k + 1))
+        values += [
+            (r.model.parameters, r.model.buffers, r.loss, r.accuracy) for r in results
+        ]
+    return values
+
+
+def assert_equal(found, expected, **close):
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, **(close or {"atol": 0, "rtol": 0}))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "objective"),
+    [("sgd", Proximal(0.5)), ("momentum", Plain()), ("adam", Proximal(0.5))],
+)
+def test_recorded_steps_train_as_the_steps_do(record, optimizer, objective):
+    recorder = record(Recorder())
+    expected = values_of(*trainer_of("cpu", optimizer, objective))
+    assert not recorder.graphs
+    trainer, start = trainer_of("cpu", optimizer, objective, replays=True)
+    assert_equal(values_of(trainer, start), expected, atol=1e-6, rtol=1e-5)
+    # Two kinds of steps: for 3 clients, of which some are done, and for 2.
+    assert recorder.graphs == 2
+    # Every step, and a trial of each graph.
+    assert recorder.replays == 6 + 4 + 6 + 6 + 2
+
+
+def spoil(results):
+    results[0].add_(1)
+
+
+def fail(run, warm_up):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(
+    ("recorder", "message"),
+    [(Recorder(spoil), "gave other values"), (fail, "cannot be a CUDA graph")],
+)
+def test_a_graph_that_does_not_do_what_the_step_does_is_not_used(
+    record, caplog, recorder, message
+):
+    expected = values_of(*trainer_of("cpu", "momentum"))
+    record(recorder)
+    trainer, start = trainer_of("cpu", "momentum", replays=True)
+    with caplog.at_level(logging.WARNING, "fedweight"):
+        found = values_of(trainer, start)
+    assert_equal(found, expected, atol=1e-6, rtol=1e-5)
+    assert [message in r.getMessage() for r in caplog.records] == [True] * 2
+
+
+def test_a_graph_is_for_the_memory_that_it_was_recorded_with(record):
+    recorder = record(Recorder())
+
+    def step(total, value):
+        total.add_(value)
+        return [total * 2]
+
+    replayed = Replayed(step)
+    total, value = torch.zeros(2), torch.ones(2)
+    assert replayed(total, value)[0].tolist() == [2, 2]
+    assert recorder.replays == 2  # the trial, whose effect was undone, and this
+    value.fill_(3)
+    assert replayed(total, value)[0].tolist() == [8, 8]
+    assert recorder.replays == 3
+    other = torch.zeros(2)
+    assert replayed(other, value)[0].tolist() == [6, 6]
+    assert recorder.replays == 3
+    assert (total.tolist(), other.tolist()) == ([4, 4], [3, 3])
+
+
+def test_models_outlive_the_chunk_whose_memory_is_used_again(record):
+    record(Recorder())
+    trainer, start = trainer_of(replays=True)
+    first = trainer.train_rows(start, tasks_of([16, 8]), learning_rate=0.1)
+    kept = first.rows.clone()
+    trainer.train_rows(start, tasks_of([8, 16]), learning_rate=0.2)
+    assert torch.equal(first.rows, kept)
+    assert not torch.equal(first.rows[0], start.parameters)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_on_a_gpu_steps_are_graphs_and_train_as_on_a_cpu(caplog, optimizer):
+    expected = values_of(*trainer_of("cpu", optimizer, Proximal(0.5)))
+    trainer, start = trainer_of("cuda", optimizer, Proximal(0.5))
+    with caplog.at_level(logging.WARNING, "fedweight"):
+        found = values_of(trainer, start)
+    assert not caplog.records
+    assert all(step._replay is not None for step in trainer._steps.values())
+    assert_equal(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_the_same_bits_each_time():
+    first, second = (values_of(*trainer_of("cuda")) for _ in range(2))
+    assert_equal(first, second)
