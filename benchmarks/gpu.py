@@ -1,195 +1,270 @@
-"""How fast clients train on a GPU: many at once, against one after another.
+"""What bounds the training of many clients at once on a GPU.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
-Works S and M of benchmarks/README.md. For each: agreement with training one by one on
-the CPU, client updates a second with the models left on the device and summed there,
-and what bounds them.
+For so many clients at once, with the models left on the device and summed there: client
+updates a second, agreement with training one by one on the CPU, and how far that is
+from what the card can do. Whole rounds, and what others need for them, are measured by
+``throughput.py --device cuda``. See README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
+import math
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from engines import results
+from engines.job import MODELS, name_of
+from engines.work import BATCH, CLASSES, INPUT_SHAPES, LEARNING_RATE, SAMPLES
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedweight.clients import TrainingSettings
 from fedweight.clients.batched import BatchedTrainer
 from fedweight.clients.objectives import Plain
 from fedweight.clients.training import Task, train
-from fedweight.data.examples import Examples
+from fedweight.data import Examples
 from fedweight.parameters import FlatModule
 from fedweight.rng import Purpose, keys
 
-EXAMPLES, BATCH, RATE = 128, 32, 0.05
+STEPS = SAMPLES // BATCH
+SETTINGS = TrainingSettings(batch_size=BATCH, learning_rate=LEARNING_RATE)
+
+# So many clients are compared with training one by one, and so many have data of
+# their own; more clients begin again with the first one's.
+COMPARED, CLIENTS = 8, 1024
+
+COLUMNS = (
+    "work",
+    "chunk",
+    "updates_per_second",
+    "difference",
+    "launches_per_step",
+    "over_launches",
+    "over_memory",
+    "over_arithmetic",
+    "note",
+)
 
 
-def model_s() -> nn.Module:
-    """784-64-10, 50,890 parameters."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+@dataclass(frozen=True)
+class Card:
+    """What a card does in a second.
+
+    Attributes
+    ----------
+    launches : float
+        Operations on a single number, one after another in a CUDA graph.
+    bytes : float
+        Read and written by copying 1 GiB.
+    operations : float
+        Floating-point operations of a large float32 matrix product.
+    """
+
+    launches: float
+    bytes: float
+    operations: float
+
+    @classmethod
+    def measured(cls, seconds: float) -> Card:
+        """Measure the CUDA device, about so many seconds for each figure."""
+        one = torch.zeros(1, device="cuda")
+        source = torch.zeros(1 << 28, device="cuda")
+        target = torch.empty_like(source)
+        n = 8192
+        a, b, c = (torch.randn(n, n, device="cuda") for _ in range(3))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(1000):
+                one.add_(1)
+        launches = 1000 * rate(graph.replay, seconds)
+        copies = rate(lambda: target.copy_(source), seconds, block=10)
+        products = rate(lambda: torch.mm(a, b, out=c), seconds, block=10)
+        return cls(launches, 2 * source.nbytes * copies, 2 * n**3 * products)
 
 
-def model_m() -> nn.Module:
-    """Two convolutions and two dense layers, 582,026 parameters."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1024, 512),
-        nn.ReLU(),
-        nn.Linear(512, 10),
-    )
+def rate(call: Callable[[], object], seconds: float, block: int = 1) -> float:
+    """Return how many calls a second finish, ``block`` of them queued at a time."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        for _ in range(block):
+            call()
+        torch.cuda.synchronize()
+        done += block
+    return done / (time.perf_counter() - began)
 
 
-MODELS = {"S": model_s, "M": model_m}
+def launches_of(call: Callable[[], object]) -> int:
+    """Return how many kernels and copies a call starts on the device."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in seen.events())
 
 
-def make(work: str) -> nn.Module:
+def least_bytes(num_parameters: int, example_bytes: int) -> int:
+    """Return the bytes that a client update moves, at the least.
+
+    The weights are written at the start; every step reads them for the logits, and
+    reads and writes them to change them; the sum reads them. Each example is read
+    once. What lies between layers is left out, as it may stay in the card's cache.
+    """
+    return 4 * num_parameters * (3 * STEPS + 2) + SAMPLES * example_bytes
+
+
+def operations_of(work: str) -> int:
+    """Return the floating-point operations of a client update, products only."""
+    module = MODELS[work]()
+    with FlopCounterMode(display=False) as counter:
+        logits = module(torch.zeros(BATCH, *INPUT_SHAPES[work]))
+        F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.int64)).backward()
+    return STEPS * counter.get_total_flops()
+
+
+def over_bounds(
+    card: Card, seconds: float, launches: float, bytes: float, operations: float
+) -> dict[str, float]:
+    """Return a time in times of what each count would take the card by itself.
+
+    The smallest of the three names what bounds it.
+    """
+    return {
+        "over_launches": seconds * card.launches / launches,
+        "over_memory": seconds * card.bytes / bytes,
+        "over_arithmetic": seconds * card.operations / operations,
+    }
+
+
+def make(work: str, device: str) -> FlatModule:
     """Return a work's model with fixed weights."""
     torch.manual_seed(0)
-    return MODELS[work]()
+    return FlatModule(MODELS[work](), device)
 
 
-def tasks_of(clients: int, count: int) -> list[Task]:
+def tasks_of(work: str, count: int) -> list[Task]:
     """Return the first tasks of some clients, whose data are views of one array."""
-    rng = np.random.Generator(np.random.PCG64(0))
-    x = rng.standard_normal((clients * EXAMPLES, 1, 28, 28), dtype=np.float32)
-    y = rng.integers(0, 10, clients * EXAMPLES)
+    clients = min(count, CLIENTS)
+    rng = np.random.default_rng(0)
+    shape = (clients * SAMPLES, *INPUT_SHAPES[work])
+    x = rng.standard_normal(shape, dtype=np.float32)
+    y = rng.integers(0, CLASSES, len(x))
     orders = keys(0, Purpose.SHUFFLE, 1, range(count))
-    parts = [
-        slice(k % clients * EXAMPLES, (k % clients + 1) * EXAMPLES)
-        for k in range(count)
-    ]
+    starts = [k % clients * SAMPLES for k in range(count)]
+    parts = [slice(start, start + SAMPLES) for start in starts]
     return [
         Task(Examples(x[part], y[part]), 1, int(order))
         for part, order in zip(parts, orders, strict=True)
     ]
 
 
-def agreement(work: str, tasks: list[Task], device: str) -> float:
-    """Return the largest relative difference from training one by one on the CPU."""
-    settings = TrainingSettings(batch_size=BATCH, learning_rate=RATE)
-    module = FlatModule(make(work))
+def alone(work: str, tasks: Sequence[Task]) -> list[Tensor]:
+    """Return the parameters of clients that train one by one on the CPU."""
+    module = make(work, "cpu")
     start = module.save()
-    alone = [
-        train(module, start, task, Plain(), settings, learning_rate=RATE).model
+    return [
+        train(
+            module, start, task, Plain(), SETTINGS, learning_rate=LEARNING_RATE
+        ).model.parameters
         for task in tasks
     ]
-    trainer = BatchedTrainer(FlatModule(make(work), device), Plain(), settings)
-    together = trainer.train(start, tasks, learning_rate=RATE)
+
+
+def at_once(work: str, tasks: Sequence[Task], device: str) -> Callable[[], Tensor]:
+    """Return what trains the clients at once, adds them up, and returns ``[C, P]``."""
+    module = make(work, device)
+    trainer = BatchedTrainer(module, Plain(), SETTINGS)
+    start = module.save()
+    total = torch.zeros_like(module.parameters)
+    weights = torch.full((len(tasks),), 1 / len(tasks), device=device)
+
+    def update() -> Tensor:
+        rows = trainer.train_rows(start, tasks, learning_rate=LEARNING_RATE).rows
+        torch.mv(rows.T, weights, out=total)
+        return rows
+
+    return update
+
+
+def difference(rows: Tensor, expected: Sequence[Tensor]) -> float:
+    """Return the largest difference of a client's row, relative to what is expected.
+
+    Rows beyond the expected ones are left out; what is not a number counts as 1e9.
+    """
     worst = 0.0
-    for a, b in zip(alone, together, strict=True):
-        difference = (a.parameters - b.model.parameters).abs().max()
-        worst = max(worst, float(difference / a.parameters.abs().max()))
+    for row, alike in zip(rows.cpu(), expected, strict=False):
+        relative = float((row - alike).abs().max() / alike.abs().max())
+        worst = max(worst, relative if math.isfinite(relative) else 1e9)
     return worst
 
 
-def eager(work: str, tasks: list[Task], device: str, seconds: float) -> float:
-    """Return the updates a second of a plain loop of PyTorch, data on the device."""
-    module = make(work).to(device)
-    start = [p.detach().clone() for p in module.parameters()]
-    x = [torch.from_numpy(t.examples.x).to(device) for t in tasks[:64]]
-    y = [torch.from_numpy(t.examples.y).to(device) for t in tasks[:64]]
-
-    def update(k: int) -> None:
-        with torch.no_grad():
-            for p, s in zip(module.parameters(), start, strict=True):
-                p.copy_(s)
-        optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
-        for first in range(0, EXAMPLES, BATCH):
-            optimizer.zero_grad()
-            logits = module(x[k][first : first + BATCH])
-            loss = nn.functional.cross_entropy(logits, y[k][first : first + BATCH])
-            loss.backward()
-            optimizer.step()
-
-    return rate(lambda n: [update(k % len(x)) for k in range(n)], 64, seconds)
-
-
-def batched(
-    work: str, tasks: list[Task], device: str, chunk: int, seconds: float
-) -> float:
-    """Return the updates a second in chunks, summed on the device."""
-    settings = TrainingSettings(batch_size=BATCH, learning_rate=RATE)
-    module = FlatModule(make(work), device)
-    trainer = BatchedTrainer(module, Plain(), settings)
-    start = module.save()
-    total = torch.zeros(module.layout.num_parameters, device=device)
-    weights = torch.full((chunk,), 1 / chunk, device=device)
-
-    def updates(n: int) -> None:
-        for first in range(0, n, chunk):
-            place = first % (len(tasks) - chunk + 1)
-            rows = trainer.train_rows(
-                start, tasks[place : place + chunk], learning_rate=RATE
-            ).rows
-            total.addmv_(rows.T, weights)
-
-    return rate(updates, chunk, seconds)
+def measure(
+    work: str,
+    tasks: Sequence[Task],
+    expected: Sequence[Tensor],
+    card: Card,
+    seconds: float,
+) -> results.Row:
+    """Return the row of one work and number of clients at once."""
+    chunk = len(tasks)
+    row: results.Row = dict.fromkeys(COLUMNS)
+    row |= {"work": work, "chunk": chunk, "note": ""}
+    parameters = len(expected[0])
+    moved = chunk * least_bytes(parameters, tasks[0].examples.x[0].nbytes)
+    try:
+        update = at_once(work, tasks, "cuda")
+        row["difference"] = difference(update(), expected)
+        a_second = rate(update, seconds)
+        launches = launches_of(update)
+    except torch.cuda.OutOfMemoryError as error:
+        return {**row, "note": str(error).split(".")[0]}
+    row["updates_per_second"] = chunk * a_second
+    row["launches_per_step"] = launches / STEPS
+    operations = chunk * operations_of(work)
+    return row | over_bounds(card, 1 / a_second, launches, moved, operations)
 
 
-def rate(work: Any, block: int, seconds: float) -> float:
-    """Return how many a second ``work(n)`` does, after a warm-up."""
-    for _ in range(3):
-        work(block)
-    torch.cuda.synchronize()
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        work(block)
-        torch.cuda.synchronize()
-        done += block
-    return done / (time.perf_counter() - began)
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", nargs="+", default=["S", "M"], choices=MODELS)
     parser.add_argument("--chunks", nargs="+", type=int, default=[64, 256, 1024, 4096])
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("There is no CUDA device here: nothing is measured.")
-    card = torch.cuda.get_device_name()
-    rows = []
-    for work in given.work:
-        count = max(given.chunks)
-        tasks = tasks_of(clients=min(count, 1024), count=count)
-        row = {"work": work, "engine": "agreement", "chunk": 8}
-        row["difference"] = agreement(work, tasks[:8], "cuda")
-        rows.append(row)
-        print(row, flush=True)
-        for chunk in [1, *given.chunks]:
-            engine = "eager loop" if chunk == 1 else "batched"
-            row = {"work": work, "engine": engine, "chunk": chunk}
-            try:
-                row["updates_per_second"] = (
-                    eager(work, tasks, "cuda", given.seconds)
-                    if chunk == 1
-                    else batched(work, tasks, "cuda", chunk, given.seconds)
-                )
-            except torch.cuda.OutOfMemoryError as error:
-                row["note"] = str(error).split(".")[0]
-            rows.append(row)
-            print(row, flush=True)
-    if given.json:
-        today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-        content = {"date": today, "card": card, "torch": torch.__version__}
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({**content, "rows": rows}, indent=2) + "\n")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: results/gpu-DATE.json"
+    )
+    options = parser.parse_args(arguments)
+    device = name_of("cuda")
+    card = Card.measured(min(options.seconds, 1.0))
+    print(
+        f"{device}: {card.launches:.4g} launches, {card.bytes / 1e9:.4g} GB and "
+        f"{card.operations / 1e9:.4g} GFLOP a second",
+        flush=True,
+    )
+    rows: list[results.Row] = []
+    for work in options.work:
+        tasks = tasks_of(work, max(options.chunks))
+        expected = alone(work, tasks[:COMPARED])
+        for chunk in options.chunks:
+            print(f"{work}: {chunk} at once ...", file=sys.stderr, flush=True)
+            row = measure(work, tasks[:chunk], expected, card, options.seconds)
+            rows.append({**row, "device": device, "card": asdict(card)})
+    rows = results.stamp(rows)
+    results.show(rows, COLUMNS)
+    print(f"written to {results.write(rows, 'gpu', options.json)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -73,11 +74,15 @@ def measure(
     seconds: float,
     workers: int,
     plan: str = "auto",
+    device: str = "cpu",
 ) -> list[results.Row]:
     """Measure engines on a work, in turns; return a row for each."""
     notes: dict[str, str] = {}
     pythons: dict[str, str] = {}
     for engine in engines:
+        if device != "cpu" and engine in environments.PEERS:
+            notes[engine] = "measured on CPUs only"
+            continue
         try:
             pythons[engine] = environments.python_of(engine)
         except environments.NotInstalledError as error:
@@ -85,7 +90,7 @@ def measure(
     turns: dict[str, list[Turn]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="fedweight-benchmark-") as name:
         folder = Path(name)
-        work.write(folder, workers, plan)
+        name_of_device = work.write(folder, workers, plan, device)
         for repetition in range(repetitions):
             for engine, python in pythons.items():
                 if engine in notes:
@@ -102,10 +107,11 @@ def measure(
                     file=sys.stderr,
                     flush=True,
                 )
-    return [
+    rows = [
         row_of(work, engine, turns[engine], turns["floor"], notes.get(engine, ""))
         for engine in engines
     ]
+    return [{**row, "device": name_of_device} for row in rows]
 
 
 def row_of(
@@ -184,6 +190,12 @@ def main(arguments: list[str] | None = None) -> None:
         "after another) or batched-N (N at once)",
     )
     parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="where clients train; floor, local, ray and flwr can use one GPU",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="default: results/throughput-DATE"
     )
     options = parser.parse_args(arguments)
@@ -198,14 +210,18 @@ def main(arguments: list[str] | None = None) -> None:
         )
     rows: list[results.Row] = []
     for work in works:
-        rows += measure(
-            work,
-            list(dict.fromkeys(options.engines)),
-            options.repetitions,
-            options.seconds,
-            options.workers,
-            options.plan,
-        )
+        try:
+            rows += measure(
+                work,
+                list(dict.fromkeys(options.engines)),
+                options.repetitions,
+                options.seconds,
+                options.workers,
+                options.plan,
+                options.device,
+            )
+        except subprocess.CalledProcessError as error:
+            sys.exit(error.returncode)  # The work was not written; it has said why.
     rows = results.stamp(rows)
     results.show(rows, COLUMNS)
     print(f"written to {results.write(rows, 'throughput', options.json)}")

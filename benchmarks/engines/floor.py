@@ -1,6 +1,8 @@
 """The floor: a loop written by hand, one process, one thread.
 
-What training costs if nothing is between PyTorch and the clients' data.
+What training costs if nothing is between PyTorch and the clients' data. On a GPU the
+loop is as eager as on a CPU; model, examples and orders lie on the device from the
+first round on, and nothing is copied or waited for within one.
 """
 
 import torch
@@ -15,14 +17,14 @@ def main() -> None:
     """Run rounds as told."""
     talk, job = start(f"PyTorch {torch.__version__}")
     torch.set_num_threads(1)
-    module = job.model().train()
+    module = job.model().to(job.device).train()
     parameters: list[torch.Tensor] = list(module.parameters())
     current = [p.detach().clone() for p in parameters]
     total = [torch.zeros_like(p) for p in current]
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
     examples = job.cohort * SAMPLES
     round = 0
-    while talk.next_round(lambda: flat(current)):
+    while talk.next_round(lambda: flat([p.cpu() for p in current])):
         round += 1
         torch._foreach_zero_(total)
         for k in range(job.cohort):

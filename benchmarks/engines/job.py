@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from .work import CLASSES, INPUT_SHAPES, SAMPLES, SEED, Work
 # Orders of the examples are written for so many rounds; peers that run longer begin
 # again with the first. Results are compared within them.
 ROUNDS_WITH_ORDERS = 4
+
+# On a GPU convolutions would round to TF32, and engines that do the same in another
+# way would not agree. Here, because every process that trains imports this module.
+torch.backends.cudnn.allow_tf32 = False
 
 
 class SmallCNN(nn.Module):
@@ -64,7 +69,16 @@ def _resnet() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {"S": _mlp, "M": SmallCNN, "L": _resnet}
 
 
-def write(work: Work, folder: Path, workers: int, plan: str) -> None:
+def name_of(device: str) -> str:
+    """Return a device with its card's name; end the program where there is none."""
+    if device == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        sys.exit("There is no CUDA device here: nothing is measured.")
+    return f"{device}, {torch.cuda.get_device_name()}"
+
+
+def write(work: Work, folder: Path, workers: int, plan: str, device: str) -> None:
     """Write a job; see :meth:`engines.work.Work.write`."""
     rng = np.random.default_rng(SEED)
     n = work.cohort * SAMPLES
@@ -78,7 +92,7 @@ def write(work: Work, folder: Path, workers: int, plan: str) -> None:
     np.save(folder / "orders.npy", np.stack(orders))
     torch.manual_seed(SEED)
     torch.save(MODELS[work.model]().state_dict(), folder / "start.pt")
-    job = {**asdict(work), "workers": workers, "plan": plan}
+    job = {**asdict(work), "workers": workers, "plan": plan, "device": device}
     (folder / "job.json").write_text(json.dumps(job))
 
 
@@ -104,6 +118,8 @@ class Job:
         How many processes or threads may be used.
     plan : str
         How fedweight is to train clients.
+    device : str
+        Where clients train.
     x, y : ndarray
         ``[K * 128, ...]`` and ``[K * 128]``: the clients' examples, one client after
         the other. Mapped from the file, so that processes share them.
@@ -114,11 +130,11 @@ class Job:
         job = json.loads((self.folder / "job.json").read_text())
         self.workers: int = job.pop("workers")
         self.plan: str = job.pop("plan")
+        self.device: str = job.pop("device")
         self.work = Work(**job)
         # "c": changes would stay in memory, so PyTorch accepts the arrays.
         self.x = np.asarray(np.load(self.folder / "x.npy", mmap_mode="c"))
         self.y = np.asarray(np.load(self.folder / "y.npy", mmap_mode="c"))
-        self._orders: Tensor | None = None
 
     @property
     def cohort(self) -> int:
@@ -133,21 +149,39 @@ class Job:
         """
         return 1 if self.work.model == "S" else self.workers
 
+    @property
+    def gpu_share(self) -> float:
+        """The share of a card that each worker process asks Ray for; 0 on a CPU.
+
+        All workers fit on one card. Ray counts in steps of 1/10,000.
+        """
+        return 0.0 if self.device == "cpu" else 10_000 // self.workers / 10_000
+
     def model(self) -> nn.Module:
-        """Return the model with the weights that all engines start from."""
+        """Return the model with the weights that all start from, on the CPU."""
         module = MODELS[self.work.model]()
         module.load_state_dict(torch.load(self.folder / "start.pt", weights_only=True))
         return module
 
+    @cached_property
+    def _examples(self) -> tuple[Tensor, Tensor]:
+        """All examples on the device, where they are put once."""
+        x, y = torch.from_numpy(self.x), torch.from_numpy(self.y)
+        return x.to(self.device), y.to(self.device)
+
+    @cached_property
+    def _orders(self) -> Tensor:
+        orders = torch.from_numpy(np.load(self.folder / "orders.npy"))
+        return orders.to(self.device)
+
     def client(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return the examples of client ``k``, from 0, as stored."""
+        """Return the examples of client ``k``, from 0, as stored, on the device."""
+        x, y = self._examples
         part = slice(k * SAMPLES, (k + 1) * SAMPLES)
-        return torch.from_numpy(self.x[part]), torch.from_numpy(self.y[part])
+        return x[part], y[part]
 
     def order(self, round: int, k: int) -> Tensor:
         """Return the order of client ``k``'s examples in a round, from 1."""
-        if self._orders is None:
-            self._orders = torch.from_numpy(np.load(self.folder / "orders.npy"))
         return self._orders[(round - 1) % ROUNDS_WITH_ORDERS][k]
 
     def shuffled(self, round: int, k: int) -> tuple[Tensor, Tensor]:
@@ -168,4 +202,6 @@ def flat_module(module: nn.Module) -> npt.NDArray[np.float32]:
 
 
 if __name__ == "__main__":
-    write(Work.parse(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    name, folder, workers, plan, device = sys.argv[1:]
+    print(name_of(device))  # First: without the device nothing is written.
+    write(Work.parse(name), Path(folder), int(workers), plan, device)

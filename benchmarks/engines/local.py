@@ -38,6 +38,8 @@ def run(
     engine: str,
     workers: int | None,
     plan: Plan | None = None,
+    device: str = "cpu",
+    gpu_share: float = 0.0,
 ) -> None:
     """Run rounds as told, with an app, a strategy and a grid as a user makes them.
 
@@ -60,7 +62,11 @@ def run(
         Worker processes, for Ray.
     plan : Plan, optional
         How clients train; by default one after another where the model has
-        convolutions, else what a short measurement finds.
+        convolutions and is on a CPU, else what a short measurement finds.
+    device : str
+        On what they train.
+    gpu_share : float
+        The share of a card that each of Ray's workers gets.
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     nothing = Examples(x[:0], y[:0])
@@ -78,9 +84,11 @@ def run(
             epochs=1, batch_size=BATCH, learning_rate=LEARNING_RATE
         ),
         seed=SEED,
+        device=device,
     )
     record = FlatRecord(FlatModule(copy.deepcopy(first)).save())
-    if plan is None and any(isinstance(layer, nn.Conv2d) for layer in first.modules()):
+    convolves = any(isinstance(layer, nn.Conv2d) for layer in first.modules())
+    if plan is None and convolves and device == "cpu":
         plan = Plan()
     if plan is None:
         plan = choose_plan(
@@ -89,10 +97,22 @@ def run(
             clients=range(cohort),
             num_clients=clients,
             cohort=cohort,
-            about={"model": str(first), "cohort": cohort, **machine()},
+            about={
+                "model": str(first),
+                "cohort": cohort,
+                "device": device,
+                **machine(),
+            },
         )
     talk.version += f", {plan}"
-    with make_grid(app, clients, engine=engine, workers=workers, plan=plan) as grid:
+    with make_grid(
+        app,
+        clients,
+        engine=engine,
+        workers=workers,
+        gpus_per_worker=gpu_share,
+        plan=plan,
+    ) as grid:
         run_rounds(talk, grid, record, clients, cohort)
 
 
@@ -133,6 +153,8 @@ def main(engine: str = "local") -> None:
         engine=engine,
         workers=job.workers if engine == "ray" else None,
         plan=Plan.parse(job.plan),
+        device=job.device,
+        gpu_share=job.gpu_share,
     )
 
 

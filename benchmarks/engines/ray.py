@@ -1,4 +1,4 @@
-"""fedweight on its Ray grid: one worker process a core."""
+"""fedweight on its Ray grid: one worker process a core; on a GPU they share it."""
 
 from .local import main
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from .job import Job
 
@@ -60,6 +61,8 @@ class Talk:
             self._left -= 1
             return True
         if self._began is not None:
+            if torch.cuda.is_initialized():  # What is only queued is not done.
+                torch.cuda.synchronize()
             self._answer(f"done {time.perf_counter() - self._began}")
             self._began = None
         if not self._said_ready:

@@ -53,7 +53,9 @@ class Work:
         """The name that :meth:`parse` reads."""
         return f"{self.model}{self.cohort}"
 
-    def write(self, folder: Path, workers: int, plan: str = "auto") -> None:
+    def write(
+        self, folder: Path, workers: int, plan: str = "auto", device: str = "cpu"
+    ) -> str:
         """Write data, orders and start to an empty folder, all from a fixed seed.
 
         Parameters
@@ -64,10 +66,26 @@ class Work:
             How many processes or threads an engine may use.
         plan : str
             How fedweight trains clients; see ``engine.plan`` in a simulation's file.
+        device : {"cpu", "cuda"}
+            Where clients train.
+
+        Returns
+        -------
+        str
+            The device, and which card that is.
+
+        Raises
+        ------
+        CalledProcessError
+            If there is no such device, or no room for the files. The reason has been
+            printed by then.
         """
-        arguments = [self.name, str(folder), str(workers), plan]
-        subprocess.run(
+        arguments = [self.name, str(folder), str(workers), plan, device]
+        result = subprocess.run(
             [sys.executable, "-m", "engines.job", *arguments],
             cwd=BENCHMARKS,
             check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
+        return result.stdout.strip()

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,11 +61,128 @@ def test_throughput_measures_the_floor_and_the_local_grid(tmp_path):
         assert row["measurements"] == [row["updates_per_second"]]
         assert row["date"]
         assert "cores" in row["machine"]
+        assert row["device"] == "cpu"
     assert rows[1]["version"].endswith(", loop")
     assert rows[0]["ratio_to_floor"] == 1
     assert rows[0]["difference"] == 0
     if sys.platform == "linux":
         assert all(row["pss_mb"] > 50 for row in rows)
+
+
+@pytest.mark.parametrize("program", ["throughput", "gpu"])
+def test_without_a_gpu_nothing_is_measured_and_the_reason_said(tmp_path, program):
+    file = tmp_path / "rows.json"
+    arguments = ["--device=cuda"] if program == "throughput" else []
+    result = subprocess.run(
+        [sys.executable, f"benchmarks/{program}.py", *arguments, f"--json={file}"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # Hides one that is there.
+    )
+    assert result.returncode == 1
+    assert "There is no CUDA device here: nothing is measured.\n" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not file.exists()
+
+
+def test_the_device_reaches_the_engines(tmp_path):
+    # Up to where they would use it, so that none is needed.
+    code = (
+        "import pathlib, sys\n"
+        "from engines import flwr, job, local\n"
+        "from engines.work import Work\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "def app(*arguments, device, **others):\n"
+        "    print(device)\n"
+        "    raise KeyError\n"
+        "def simulation(*apps, backend_config, **others):\n"
+        "    print(backend_config['client_resources']['num_gpus'])\n"
+        "local.TrainingApp, flwr.run_simulation = app, simulation\n"
+        "class Talk: version = ''\n"
+        "for device in ('cpu', 'cuda'):\n"
+        "    job.write(Work('S', 2), folder, 3, 'loop', device)\n"
+        "    read = job.Job(folder)\n"
+        "    print(read.device, read.gpu_share)\n"
+        "    local.start = flwr.start = lambda version: (Talk(), read)\n"
+        "    sys.argv = ['', str(folder)]\n"
+        "    try: local.main('ray')\n"
+        "    except KeyError: pass\n"
+        "    flwr.main()\n"
+    )
+    cpu, cuda = ["cpu", "0.0", "cpu", "0.0"], ["cuda", "0.3333", "cuda", "0.3333"]
+    assert in_benchmarks(code) == cpu + cuda
+
+
+def test_peers_are_measured_on_cpus_only():
+    code = (
+        "import throughput as t\n"
+        "t.Work.write = lambda *_: 'cuda, a card'\n"
+        "(row,) = t.measure(t.Work('S', 2), ['pfl'], 1, 0.05, 1, device='cuda')\n"
+        "print(row['updates_per_second'], row['note'], row['device'], sep=': ')"
+    )
+    said = " ".join(in_benchmarks(code))
+    assert said == "None: measured on CPUs only: cuda, a card"
+
+
+@pytest.mark.gpu
+@pytest.mark.ray
+def test_throughput_on_a_gpu(tmp_path):
+    arguments = ["--work", "S2", "--engines", "floor", "local", "ray", "flwr"]
+    arguments += ["--repetitions", "1", "--workers", "2", "--plan", "batched-2"]
+    rows = run(
+        *("throughput", *arguments, "--seconds", "0.05", "--device", "cuda"),
+        file=tmp_path / "rows.json",
+    )
+    for row in rows:
+        assert row["note"] == ""
+        assert row["agrees"] is True
+        assert row["device"].startswith("cuda, ")
+
+
+@pytest.mark.gpu
+def test_gpu(tmp_path):
+    arguments = ["--work", "S", "--chunks", "16", "--seconds", "0.05"]
+    (row,) = run("gpu", *arguments, file=tmp_path / "rows.json")
+    assert row["note"] == ""
+    assert row["difference"] < 1e-4
+    assert row["launches_per_step"] >= 1
+    assert min(row["over_memory"], row["over_arithmetic"]) > 0
+    assert row["device"].startswith("cuda, ")
+
+
+def test_clients_at_once_agree_with_training_one_by_one():
+    code = (
+        "import gpu, torch\n"
+        "tasks = gpu.tasks_of('S', 3)\n"
+        "rows = gpu.at_once('S', tasks, 'cpu')()\n"
+        "expected = gpu.alone('S', tasks[:2])\n"
+        "print(len(rows), gpu.difference(rows, expected) < 1e-5)\n"
+        "print(gpu.difference(rows.flip(0), expected) < 1e-5)\n"
+        "print(gpu.difference(rows * torch.nan, expected))"
+    )
+    assert in_benchmarks(code) == ["3", "True", "False", "1000000000.0"]
+
+
+def test_what_a_client_update_costs_a_gpu_at_the_least():
+    code = (
+        "import gpu\n"
+        # The start, three times in each of four steps, the sum; and 128 examples.
+        "print(gpu.least_bytes(10, 8), 4 * 10 * (1 + 3 * 4 + 1) + 128 * 8)\n"
+        # Two products forward; backward all but that for the examples' gradient.
+        "first, second = 784 * 64, 64 * 10\n"
+        "print(gpu.operations_of('S'), 128 * 2 * (2 * first + 3 * second))\n"
+        "card = gpu.Card(launches=10, bytes=100, operations=1000)\n"
+        "over = gpu.over_bounds(card, 2, launches=5, bytes=50, operations=2000)\n"
+        "print(*over.values())"
+    )
+    bytes_, by_hand, operations, products, *over = map(float, in_benchmarks(code))
+    assert bytes_ == by_hand
+    assert operations == products
+    assert over == [4, 4, 1]
 
 
 def test_scale_measures_a_cohort_of_registered_clients(tmp_path):
