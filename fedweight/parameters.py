@@ -230,7 +230,7 @@ def view(array: Array) -> npt.NDArray[Any]:
         flat = np.frombuffer(array.data, dtype, count, start)
         values: npt.NDArray[Any] = flat.reshape(shape, order="F" if fortran else "C")
     # NumPy's reader lets Python's tokenizer look at the header: its errors get out.
-    except (ValueError, TypeError, SyntaxError, TokenError) as error:
+    except (ValueError, TypeError, OverflowError, SyntaxError, TokenError) as error:
         raise AggregationError(f"an array cannot be read: {error}.") from error
     return values
 
@@ -239,8 +239,8 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int
     """Return an array's shape, Fortran order, dtype, and where its values start.
 
     NumPy's reader has Python parse the header, in which two threads at once can fail
-    (CPython before 3.11.8 and 3.12.1, issue 106905). So what NumPy writes for numbers
-    is read here, and anything else by one thread at a time.
+    (CPython before 3.11.8 and 3.12.2, issue 106905). So what NumPy writes for numbers
+    is read here, and anything else by one of our threads at a time.
     """
     usual = _HEADER.match(data)
     if usual and usual.end() == 10 + int.from_bytes(data[8:10], "little"):
@@ -453,13 +453,10 @@ class FlatModule:
         Shape ``[P]``; ``gradients`` is filled by ``backward``.
     buffers : Tensor
         Shape ``[B]``.
-    silent : bool
-        Whether its training is known to draw no noise, such as dropout's.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
         self.module = module.to(device)
-        self.silent = False
         self._training: bool | None = None
         self.layout = Layout.of_module(module)
         dtype = self.layout.dtype
@@ -497,8 +494,12 @@ class FlatModule:
                     self.frozen.append(place)
 
     def train(self, mode: bool = True) -> None:
-        """Let all layers train, or evaluate: PyTorch walks through them each time."""
-        if self._training is not mode:
+        """Let all layers train, or evaluate.
+
+        PyTorch walks through all of them; here it does so only if the module was last
+        used otherwise, or its root says so.
+        """
+        if self._training != mode or self.module.training != mode:
             self.module.train(mode)
             self._training = mode
 

@@ -417,6 +417,9 @@ def test_frozen_parameters_have_no_gradient():
     [
         b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -2), }",
         b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, ",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (18446744073709551616,), }",
+        b"{'descr': '<f3', 'fortran_order': False, 'shape': (2,), }",
         b"   not a header at all",
     ],
 )

@@ -12,8 +12,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, zip_longest
 from typing import Any
@@ -53,6 +52,11 @@ TRACING = threading.Lock()
 SEVERAL = 4
 SMALL = 1 << 23
 
+# On a GPU the memory of chunks of so many sizes is kept.
+KEPT_SIZES = 4
+
+CONTIGUOUS = torch.contiguous_format
+
 
 @dataclass(frozen=True)
 class TrainedRows:
@@ -77,12 +81,18 @@ class TrainedRows:
     correct: Tensor
     num_steps: npt.NDArray[np.int64]
 
+    @property
+    def models(self) -> list[Tensor]:
+        """All that a model consists of, ``[C, ...]`` each."""
+        return [self.rows, self.buffer_rows, *self.integers.values()]
+
 
 class BatchedTrainer:
     """Trains chunks of clients; keeps what it traced and its buffers.
 
-    On a CPU threads may share one: what is traced is the same for all, buffers are
-    each's own. On a GPU the steps are CUDA graphs over one set of buffers.
+    Threads may share one: what is traced is the same for all, buffers are each's own.
+    On a GPU steps are CUDA graphs over memory that is kept, and one thread at a time
+    trains.
 
     Parameters
     ----------
@@ -115,10 +125,9 @@ class BatchedTrainer:
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._several: dict[tuple[Any, ...], Step | None] = {}
         self._own = threading.local()
-        # On a GPU steps are recorded with their memory, which is kept for them.
         self._replays = self.device.type == "cuda"
-        self._states: dict[int, _State] = {}
-        self._extras: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._memories: dict[int, _ChunkMemory] = {}  # by clients of a chunk
+        self._turn = threading.Lock()
         self._on_device: dict[tuple[int, int], tuple[npt.NDArray[Any], Tensor]] = {}
 
     def train(
@@ -180,21 +189,45 @@ class BatchedTrainer:
 
         The arguments are those of :meth:`train`.
         """
-        with torch.cuda.device(self.device) if self._replays else nullcontext():
-            return self._train_rows(start, tasks, learning_rate, cancelled)
+        if not self._replays:
+            state = _State.of(start, len(tasks), learning_rate, self.device)
+            return self._run(state, tasks, learning_rate, cancelled)
+        with self._turn, torch.cuda.device(self.device):
+            memory = self._memory(start, len(tasks), learning_rate)
+            trained = self._run(memory.state, tasks, learning_rate, cancelled, memory)
+            return copy.deepcopy(trained)
 
-    def _train_rows(
+    def _memory(
+        self, start: FlatModel, clients: int, learning_rate: float
+    ) -> _ChunkMemory:
+        """Return the memory of chunks of so many clients, ready to begin."""
+        memory = self._memories.pop(clients, None)
+        if memory is None:
+            state = _State.of(start, clients, learning_rate, self.device)
+            memory = _ChunkMemory(state)
+            if len(self._memories) == KEPT_SIZES:
+                del self._memories[
+                    next(iter(self._memories))
+                ]  # the one used longest ago
+        else:
+            memory.state.begin(start, learning_rate)
+        self._memories[clients] = memory
+        return memory
+
+    def _run(
         self,
-        start: FlatModel,
+        own: _State,
         tasks: Sequence[Task],
         learning_rate: float,
         cancelled: Callable[[], bool],
+        memory: _ChunkMemory | None = None,
     ) -> TrainedRows:
+        """Run a chunk's steps, which change its state; in kept memory, if given."""
         plan = _Schedule.of(tasks, self.settings.batch_size)
-        own = self._state(start, len(tasks), learning_rate)
-        parameters = _views(own.rows, self.parameters)
-        buffers = _views(own.buffer_rows, self.buffers)
-        counters = [own.integers[e.name] for e in self.integers]
+        trained = own.trained
+        parameters = _views(trained.rows, self.parameters)
+        buffers = _views(trained.buffer_rows, self.buffers)
+        counters = [trained.integers[e.name] for e in self.integers]
         frozen = [own.received[e.start : e.stop].view(e.shape) for e in self.frozen]
         optimizer = None
         if not self._descends:
@@ -206,11 +239,12 @@ class BatchedTrainer:
             places = torch.arange(plan.batch_size, device=self.device)
             of_steps.append((places < counts[:, :, None]).float())
         done: dict[int, list[Tensor]] = {}
-        feed = self._feed(tasks, plan)
+        feed = self._feed(tasks, plan, memory)
         gathering = None
-        if isinstance(feed, _Gathering) and self._descends:
+        if isinstance(feed, _Gathering) and self._descends and memory is None:
             gathering = feed
-        ends, sums = [own.rows, own.received], [own.losses, own.correct, own.rate]
+        ends = [trained.rows, own.received]
+        sums = [trained.losses, trained.correct, own.rate]
         state = [parameters, frozen, buffers, counters, ends, sums]
         plan.check(self._least)  # As far as it is known; a trace may tell more.
         step = 0
@@ -219,7 +253,7 @@ class BatchedTrainer:
                 if cancelled():
                     raise ClientError("training was cancelled")
                 for k in plan.ended.get(step, ()):
-                    done[k] = [tensor[k].clone() for tensor in own.models]
+                    done[k] = [tensor[k].clone() for tensor in trained.models]
                 if gathering is not None and plan.all_go_on(step, SEVERAL):
                     some = slice(step, step + SEVERAL)
                     of_some = tuple(values[some] for values in of_steps)
@@ -231,10 +265,12 @@ class BatchedTrainer:
                         step += SEVERAL
                         continue
                 batch = [*feed(step), seeds, *(values[step] for values in of_steps)]
-                if self._replays:
-                    batch = self._in_place(batch)
+                if memory is not None:
+                    batch = memory.in_place(batch)
                 inputs = [*state, batch]
                 run = self._step(inputs)
+                if memory is not None:
+                    run = memory.replayed(run, batch)
                 if step == 0:
                     plan.check(self._least)
                 gradients = run(*chain(*inputs))
@@ -242,38 +278,17 @@ class BatchedTrainer:
                     optimizer.step(parameters, gradients)
                 step += 1
         for k, model in done.items():
-            for tensor, values in zip(own.models, model, strict=True):
+            for tensor, values in zip(trained.models, model, strict=True):
                 tensor[k] = values
-        return own.result(plan.steps, copied=self._replays)
-
-    def _state(self, start: FlatModel, clients: int, learning_rate: float) -> _State:
-        """Return what a chunk begins with, where graphs expect it."""
-        state = self._states.get(clients)
-        if state is not None:
-            state.begin(start, learning_rate)
-            return state
-        state = _State.of(start, clients, learning_rate, self.device)
-        if self._replays:
-            self._states[clients] = state
-        return state
-
-    def _in_place(self, batch: list[Tensor]) -> list[Tensor]:
-        """Put a batch where graphs expect it; the examples are there already."""
-        x, y, *extras = batch
-        kind = _kind(batch)
-        if kind not in self._extras:
-            self._extras[kind] = [torch.empty_like(extra) for extra in extras]
-        for kept, extra in zip(self._extras[kind], extras, strict=True):
-            kept.copy_(extra)
-        return [x, y, *self._extras[kind]]
+        return replace(trained, num_steps=plan.steps)
 
     def _feed(
-        self, tasks: Sequence[Task], plan: _Schedule
+        self, tasks: Sequence[Task], plan: _Schedule, memory: _ChunkMemory | None
     ) -> Callable[[int], Sequence[Tensor]]:
         """Return what gives each step its batch, ``[C, B, ...]`` and ``[C, B]``."""
         shared = _common_home(tasks)
         if shared is not None:
-            return self._feed_resident(tasks, plan, shared)
+            return self._feed_resident(tasks, plan, shared, memory)
         size = (len(tasks), int(plan.per_epoch.max()), plan.batch_size)
         x_all, y_all = self._buffers_for(size, as_tensor(tasks[0].examples.x))
 
@@ -285,12 +300,21 @@ class BatchedTrainer:
         return shuffled
 
     def _feed_resident(
-        self, tasks: Sequence[Task], plan: _Schedule, shared: _Home
+        self,
+        tasks: Sequence[Task],
+        plan: _Schedule,
+        shared: _Home,
+        memory: _ChunkMemory | None,
     ) -> _Gathering:
         """Feed from the whole data set, which stays on the device."""
         data = self._resident(shared.x), self._resident(shared.y)
         rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
-        return _Gathering(data, self._buffers_for(rows.shape[1:], data[0]), rows)
+        size = rows.shape[1:]
+        if memory is not None:
+            batch = memory.examples(size, data[0])
+        else:
+            batch = self._buffers_for(size, data[0])
+        return _Gathering(data, batch, rows)
 
     def _resident(self, array: npt.NDArray[Any]) -> Tensor:
         """Return an array as it lies on the device, where it is put once."""
@@ -302,21 +326,13 @@ class BatchedTrainer:
         return self._on_device[place][1]
 
     def _buffers_for(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this thread's ``x [*size, ...]`` and ``y [*size]``, to fill.
-
-        The last ones are kept; on a GPU all are, as graphs read from them.
-        """
+        """Return this thread's ``x [*size, ...]`` and ``y [*size]``, to fill."""
         key = (tuple(size), like.shape[1:], like.dtype)
-        kept: dict[Any, tuple[Tensor, Tensor]] = vars(self._own).setdefault("kept", {})
-        if key not in kept:
-            if not self._replays:
-                kept.clear()
-            shape = (*size, *like.shape[1:])
-            kept[key] = (
-                torch.zeros(shape, dtype=like.dtype, device=like.device),
-                torch.zeros(size, dtype=torch.int64, device=like.device),
-            )
-        return kept[key]
+        if getattr(self._own, "key", None) != key:
+            self._own.examples = _room_for(size, like)
+            self._own.key = key
+        examples: tuple[Tensor, Tensor] = self._own.examples
+        return examples
 
     def _step(self, inputs: list[list[Tensor]]) -> Step:
         """Return the traced step for these shapes."""
@@ -397,8 +413,8 @@ class BatchedTrainer:
         drop_idle(traced.graph)
         fuse_descent(traced.graph)
         traced.recompile()
-        if self._replays:
-            return Replayed(traced.forward)
+        if self._replays:  # A graph will be without Python.
+            return traced.forward  # type: ignore[no-any-return]
         return without_python(traced, [*chain(*copies)])
 
     def _penalty_of(self, rows: Tensor, received: Tensor) -> Any:
@@ -448,17 +464,13 @@ class _State:
         ``[P]``: the global model's parameters.
     rate : Tensor
         0-d: the learning rate.
-    rows, buffer_rows, integers, losses, correct
-        See :class:`TrainedRows`.
+    trained : TrainedRows
+        So far; the number of steps is not known yet.
     """
 
     received: Tensor
     rate: Tensor
-    rows: Tensor
-    buffer_rows: Tensor
-    integers: dict[str, Tensor]
-    losses: Tensor
-    correct: Tensor
+    trained: TrainedRows
 
     @classmethod
     def of(
@@ -466,44 +478,79 @@ class _State:
     ) -> _State:
         """Give every client the global model."""
         received, buffers, integers = _on(device, start)
-        return cls(
-            received,
-            torch.tensor(rate, dtype=received.dtype, device=device),
+        trained = TrainedRows(
             received.repeat(clients, 1),
             buffers.repeat(clients, 1),
             {n: t.expand(clients, *t.shape).clone() for n, t in integers.items()},
             torch.zeros(clients, device=device),
             torch.zeros(clients, device=device),
+            np.zeros(clients, np.int64),
         )
+        own_rate = torch.tensor(rate, dtype=received.dtype, device=device)
+        return cls(received, own_rate, trained)
 
     def begin(self, start: FlatModel, rate: float) -> None:
         """Do the same again, in the same memory."""
         received, buffers, integers = _on(self.received.device, start)
         self.received.copy_(received)
         self.rate.fill_(rate)
-        self.rows.copy_(received)
-        self.buffer_rows.copy_(buffers)
+        self.trained.rows.copy_(received)
+        self.trained.buffer_rows.copy_(buffers)
         for name, values in integers.items():
-            self.integers[name].copy_(values)
-        self.losses.zero_()
-        self.correct.zero_()
+            self.trained.integers[name].copy_(values)
+        self.trained.losses.zero_()
+        self.trained.correct.zero_()
 
-    @property
-    def models(self) -> list[Tensor]:
-        """The clients' models, ``[C, ...]`` each."""
-        return [self.rows, self.buffer_rows, *self.integers.values()]
 
-    def result(self, num_steps: npt.NDArray[np.int64], *, copied: bool) -> TrainedRows:
-        """Return what was trained; copied, where the memory is used again."""
-        own = copy.deepcopy(self) if copied else self
-        return TrainedRows(
-            own.rows,
-            own.buffer_rows,
-            own.integers,
-            own.losses,
-            own.correct,
-            num_steps,
-        )
+@dataclass
+class _ChunkMemory:
+    """What chunks of one number of clients use again, and the graphs over it.
+
+    Attributes
+    ----------
+    state : _State
+        Begun anew by each chunk.
+    """
+
+    state: _State
+    _examples: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )
+    _batches: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
+    _steps: dict[tuple[int, int], Replayed] = field(default_factory=dict)
+
+    def examples(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x [*size, ...]`` and ``y [*size]``, to fill."""
+        key = (tuple(size), like.shape[1:], like.dtype)
+        if key not in self._examples:
+            self._examples[key] = _room_for(size, like)
+        return self._examples[key]
+
+    def in_place(self, batch: list[Tensor]) -> list[Tensor]:
+        """Put a batch where graphs expect it; examples may be there already."""
+        x, y, *_ = batch
+        there = any(x is kept for kept, _ in self._examples.values())
+        key = there, x.shape, x.dtype, len(batch)
+        if key not in self._batches:
+            new = [torch.empty_like(t, memory_format=CONTIGUOUS) for t in batch]
+            self._batches[key] = [x, y, *new[2:]] if there else new
+        for kept, values in zip(self._batches[key], batch, strict=True):
+            if kept is not values:
+                kept.copy_(values)
+        return self._batches[key]
+
+    def replayed(self, step: Step, batch: Sequence[Tensor]) -> Replayed:
+        """Return a step as a graph over this memory, and over a batch put in it."""
+        key = batch[0].data_ptr(), len(batch)
+        if key not in self._steps:
+            self._steps[key] = Replayed(step)
+        return self._steps[key]
+
+
+def _room_for(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x [*size, ...]`` and ``y [*size]``, where ``like`` is."""
+    x = torch.zeros((*size, *like.shape[1:]), dtype=like.dtype, device=like.device)
+    return x, torch.zeros(tuple(size), dtype=torch.int64, device=like.device)
 
 
 def _on(

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -264,15 +265,19 @@ class Replayed:
     recorded with, which is that of the first call: state that is changed in place, and
     a batch that is filled anew. A call with other tensors runs the step as it is.
 
-    The graph is compared with the step before it is used. Where they differ, or the
-    step cannot be recorded (as when it copies from the host), a warning says so, and
-    the step runs as it is.
+    Before it is recorded the step may not wait for the device, as when it copies from
+    the host; before it is used the graph is compared with the step. If there is
+    anything amiss a warning says so, and the step runs as it is. After a recording that
+    broke off nothing is recorded any more in this process, as PyTorch's allocator does
+    not recover from it altogether.
 
     Parameters
     ----------
     step : Callable
         Takes tensors and returns some; changes some of the given in place.
     """
+
+    broken = False
 
     def __init__(self, step: Callable[..., list[Tensor]]) -> None:
         self._step = step
@@ -286,7 +291,8 @@ class Replayed:
         places = [tensor.data_ptr() for tensor in given]
         if not self._places:
             self._places = places
-            self._record(given)
+            if not Replayed.broken:
+                self._record(given)
         if self._replay is None or places != self._places:
             return self._step(*given)
         self._replay()
@@ -295,41 +301,94 @@ class Replayed:
     def _record(self, given: Sequence[Tensor]) -> None:
         """Make the graph, which leaves the tensors as they are."""
         try:
-            before, trial = copy.deepcopy(given), copy.deepcopy(given)
-            replay, results = _recorded(
-                lambda: self._step(*given), warm_up=lambda: self._step(*trial)
-            )
-            expected = copy.deepcopy(before)
-            wanted = self._step(*expected)
-            replay()
-            pairs = zip((*given, *results), (*expected, *wanted), strict=True)
-            same = all(_alike(found, right) for found, right in pairs)
-            for tensor, value in zip(given, before, strict=True):
-                tensor.copy_(value)
+            _warm_up(self._step, copy.deepcopy(given))
         except RuntimeError as error:
             log.warning("a training step cannot be a CUDA graph: %s", error)
             return
-        if not same:
-            log.warning("a training step as a CUDA graph gave other values: not used.")
+        try:
+            replay, results = _recorded(lambda: self._step(*given))
+        except RuntimeError as error:
+            Replayed.broken = True
+            log.warning("training steps are no CUDA graphs from now on: %s", error)
             return
-        # The tensors are kept: the graph reads and writes their memory.
-        self._replay, self._given, self._results = replay, given, results
+        if self._does_the_same(given, replay, results):
+            # The tensors are kept: the graph reads and writes their memory.
+            self._replay, self._given, self._results = replay, given, results
+
+    def _does_the_same(
+        self,
+        given: Sequence[Tensor],
+        replay: Callable[[], None],
+        results: Sequence[Tensor],
+    ) -> bool:
+        """Compare one run of the graph with one of the step; undo both."""
+        try:
+            before, expected = copy.deepcopy(given), copy.deepcopy(given)
+            wanted = self._step(*expected)
+        except RuntimeError as error:
+            log.warning("a CUDA graph cannot be compared with its step: %s", error)
+            return False
+        try:
+            replay()
+            pairs = zip((*given, *results), (*expected, *wanted), strict=True)
+            same = all(_alike(found, right) for found, right in pairs)
+            if not same:
+                log.warning("a step as a CUDA graph gave other values: not used.")
+            return same
+        except RuntimeError as error:
+            log.warning("a CUDA graph cannot be compared with its step: %s", error)
+            return False
+        finally:
+            for tensor, value in zip(given, before, strict=True):
+                tensor.copy_(value)
+
+
+def _warm_up(step: Callable[..., object], given: Sequence[Tensor]) -> None:
+    """Run a step as often as libraries need to prepare themselves for its stream.
+
+    Raises
+    ------
+    RuntimeError
+        If it waits for the device: a graph cannot.
+    """
+    stream, mode = _stream(), torch.cuda.get_sync_debug_mode()
+    stream.wait_stream(torch.cuda.current_stream())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls what finds waiting a prototype.
+        try:
+            with torch.cuda.stream(stream):
+                step(*given)
+                torch.cuda.set_sync_debug_mode("error")
+                step(*given)
+                step(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 def _recorded(
-    run: Callable[[], list[Tensor]], warm_up: Callable[[], object]
+    run: Callable[[], list[Tensor]],
 ) -> tuple[Callable[[], None], list[Tensor]]:
     """Return what repeats a run, and the tensors that hold its results."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # Libraries prepare themselves for each stream.
-        for _ in range(3):
-            warm_up()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    graph, stream = torch.cuda.CUDAGraph(), _stream()
+    # Outside, too: the inner context does not leave the stream where it breaks off.
+    with (
+        torch.cuda.stream(stream),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         results = run()
     return graph.replay, results
+
+
+def _stream() -> torch.cuda.Stream:
+    """Return the stream on which this device's graphs are recorded."""
+    return _stream_of(torch.cuda.current_device())
+
+
+@cache
+def _stream_of(device: int) -> torch.cuda.Stream:
+    # Libraries keep workspaces for each stream.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _alike(found: Tensor, right: Tensor) -> bool:

@@ -76,7 +76,7 @@ class LocalTraining(TorchFunctionMode):
 
     Parameters
     ----------
-    seed : Tensor
+    seed : Tensor or int
         0-d, int64: the client's stream.
     step : Tensor or int
         0-d, int64: which step it is.
@@ -92,7 +92,7 @@ class LocalTraining(TorchFunctionMode):
     """
 
     def __init__(
-        self, seed: Tensor, step: Tensor | int, mask: Tensor | None = None
+        self, seed: Tensor | int, step: Tensor | int, mask: Tensor | None = None
     ) -> None:
         super().__init__()
         self.seed = seed
@@ -130,6 +130,8 @@ class LocalTraining(TorchFunctionMode):
         shape = input.shape
         if func in _WHOLE_CHANNELS:
             shape = torch.Size([*shape[:2], *(1 for _ in shape[2:])])
+        if isinstance(self.seed, int):
+            self.seed = torch.tensor(self.seed, device=input.device)
         noise = uniform(self.seed, self.step, self.layers, shape)
         kept = (noise >= p).to(input.dtype)
         return input * kept / (1 - p) if p < 1 else input * 0

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -216,19 +215,23 @@ def train(
     received = start.parameters.to(device)
     optimizer = LocalOptimizer(settings, learning_rate, [module.parameters])
     losses: list[Tensor] = []
+    sizes: list[int] = []
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
-    in_batches = partial(torch.split, split_size_or_sections=settings.batch_size)
+    noisy = True  # Whether the model draws noise is known after its first step.
     module.train()
     for epoch in range(task.epochs):
         order = torch.from_numpy(permutation(task.order_key, epoch, n)).to(device)
-        shuffled = x.index_select(0, order), y.index_select(0, order)
-        for own in zip(*map(in_batches, shuffled), strict=True):
+        shuffled_x, shuffled_y = x.index_select(0, order), y.index_select(0, order)
+        for first in range(0, n, settings.batch_size):
             if cancelled():
                 raise ClientError("training was cancelled")
-            batch = Batch(*own)
-            with nullcontext() if module.silent else _noise(module, task, len(losses)):
+            last = min(first + settings.batch_size, n)
+            batch = Batch(shuffled_x[first:last], shuffled_y[first:last])
+            noise = LocalTraining(task.noise_key, len(losses)) if noisy else None
+            with noise or nullcontext():
                 logits = module.module(batch.x)
+            noisy = noise is not None and noise.layers > 0
             loss = objective.loss(logits, batch)
             module.gradients.zero_()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -241,10 +244,11 @@ def train(
             for place in module.frozen:
                 module.parameters[place] = received[place]
             losses.append(loss.detach())
+            sizes.append(last - first)
             outputs.append(logits.detach())
             labels.append(batch.y)
     # One look at the device for all steps.
-    means = zip(torch.stack(losses).tolist(), map(len, labels), strict=True)
+    means = zip(torch.stack(losses).tolist(), sizes, strict=True)
     correct = torch.cat(outputs).argmax(1) == torch.cat(labels)
     seen = n * task.epochs
     return LocalResult(
@@ -253,15 +257,6 @@ def train(
         accuracy=int(correct.count_nonzero()) / seen,
         num_steps=len(losses),
     )
-
-
-@contextmanager
-def _noise(module: FlatModule, task: Task, step: int) -> Iterator[None]:
-    """Let the model draw its noise from the client's stream, if it draws any."""
-    key = torch.tensor(task.noise_key, device=module.parameters.device)
-    with LocalTraining(key, step) as noise:
-        yield
-    module.silent = noise.layers == 0
 
 
 def evaluate(

@@ -267,6 +267,47 @@ def test_who_used_the_module_before_does_not_matter(kit):
     assert torch.equal(model(module, 5, 12), alone)
 
 
+class SometimesNoisy(nn.Module):
+    """Draws noise where a batch has more than one example."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(F.dropout(x, 0.5, self.training and len(x) > 1))
+
+
+def test_whether_a_model_draws_noise_is_asked_for_each_client(kit):
+    def trained(sizes):
+        module = FlatModule(SometimesNoisy())
+        module.parameters.fill_(0.1)
+        start = module.save()
+        tasks = [Task(kit.examples(n, seed=n), 1, 1, 2) for n in sizes]
+        return [
+            train(
+                module, start, task, Plain(), TrainingSettings(), learning_rate=0.1
+            ).model.parameters
+            for task in tasks
+        ]
+
+    assert torch.equal(trained([1, 8])[1], trained([8])[0])
+
+
+def test_a_module_that_its_owner_put_in_evaluation_mode_trains(kit):
+    module = FlatModule(kit.batch_norm())
+    start = module.save()
+    task = Task(kit.examples(8), 1, order_key(1, 0))
+
+    def model():
+        settings = TrainingSettings()
+        return train(module, start, task, Plain(), settings, learning_rate=0.1).model
+
+    first = model()
+    module.module.eval()
+    assert torch.equal(model().buffers, first.buffers)
+
+
 def test_a_layer_that_came_in_evaluation_mode_trains(kit):
     def model(evaluated):
         network = kit.batch_norm()
