@@ -6,9 +6,9 @@ takes the rows by their addresses: so the same machine code sums them wherever t
 lie, which is why a result's bits do not depend on that.
 
 What memory holds is read once. Columns are taken ``STEP`` at a time, which stay in the
-core's nearest cache while one row after another is read. Sums over columns are made in
-``STEP`` columns in the vectors' dtype, in whatever order is fastest, and go on in
-float64.
+core's own caches while one row after another is read; fewer, and a row is left before
+the memory has got into its stride. Sums over columns are made in ``STEP`` columns in
+the vectors' dtype, in whatever order is fastest, and go on in float64.
 
 Numba compiles a kernel at its first use, five seconds for all of them, and keeps the
 machine code beside this file or in the user's cache folder; from then on a process
@@ -26,7 +26,7 @@ import numpy as np
 from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
-STEP = 1024
+STEP = 8192
 
 # A sum may be made in any order. "nnan" and "ninf" are left out: NaN stays NaN.
 ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
