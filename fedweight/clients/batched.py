@@ -44,6 +44,9 @@ from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
 
 Step = Callable[..., Any]
 
+# Returns examples of a size, to fill, like a tensor of them.
+Room = Callable[[Sequence[int], Tensor], tuple[Tensor, Tensor]]
+
 # PyTorch traces one function at a time in a process.
 TRACING = threading.Lock()
 
@@ -54,8 +57,6 @@ SMALL = 1 << 23
 
 # On a GPU the memory of chunks of so many sizes is kept.
 KEPT_SIZES = 4
-
-CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,8 @@ class BatchedTrainer:
             state = _State.of(start, clients, learning_rate, self.device)
             memory = _ChunkMemory(state)
             if len(self._memories) == KEPT_SIZES:
-                del self._memories[
-                    next(iter(self._memories))
-                ]  # the one used longest ago
+                unused_longest = next(iter(self._memories))
+                del self._memories[unused_longest]
         else:
             memory.state.begin(start, learning_rate)
         self._memories[clients] = memory
@@ -239,7 +239,8 @@ class BatchedTrainer:
             places = torch.arange(plan.batch_size, device=self.device)
             of_steps.append((places < counts[:, :, None]).float())
         done: dict[int, list[Tensor]] = {}
-        feed = self._feed(tasks, plan, memory)
+        room = self._buffers_for if memory is None else memory.examples
+        feed = self._feed(tasks, plan, room)
         gathering = None
         if isinstance(feed, _Gathering) and self._descends and memory is None:
             gathering = feed
@@ -283,12 +284,15 @@ class BatchedTrainer:
         return replace(trained, num_steps=plan.steps)
 
     def _feed(
-        self, tasks: Sequence[Task], plan: _Schedule, memory: _ChunkMemory | None
+        self, tasks: Sequence[Task], plan: _Schedule, room: Room
     ) -> Callable[[int], Sequence[Tensor]]:
-        """Return what gives each step its batch, ``[C, B, ...]`` and ``[C, B]``."""
+        """Return what gives each step its batch, ``[C, B, ...]`` and ``[C, B]``.
+
+        What is gathered on the device lies in ``room``.
+        """
         shared = _common_home(tasks)
         if shared is not None:
-            return self._feed_resident(tasks, plan, shared, memory)
+            return self._feed_resident(tasks, plan, shared, room)
         size = (len(tasks), int(plan.per_epoch.max()), plan.batch_size)
         x_all, y_all = self._buffers_for(size, as_tensor(tasks[0].examples.x))
 
@@ -304,17 +308,12 @@ class BatchedTrainer:
         tasks: Sequence[Task],
         plan: _Schedule,
         shared: _Home,
-        memory: _ChunkMemory | None,
+        room: Room,
     ) -> _Gathering:
         """Feed from the whole data set, which stays on the device."""
         data = self._resident(shared.x), self._resident(shared.y)
         rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
-        size = rows.shape[1:]
-        if memory is not None:
-            batch = memory.examples(size, data[0])
-        else:
-            batch = self._buffers_for(size, data[0])
-        return _Gathering(data, batch, rows)
+        return _Gathering(data, room(rows.shape[1:], data[0]), rows)
 
     def _resident(self, array: npt.NDArray[Any]) -> Tensor:
         """Return an array as it lies on the device, where it is put once."""
@@ -327,7 +326,7 @@ class BatchedTrainer:
 
     def _buffers_for(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Return this thread's ``x [*size, ...]`` and ``y [*size]``, to fill."""
-        key = (tuple(size), like.shape[1:], like.dtype)
+        key = _kind_of_room(size, like)
         if getattr(self._own, "key", None) != key:
             self._own.examples = _room_for(size, like)
             self._own.key = key
@@ -521,7 +520,7 @@ class _ChunkMemory:
 
     def examples(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x [*size, ...]`` and ``y [*size]``, to fill."""
-        key = (tuple(size), like.shape[1:], like.dtype)
+        key = _kind_of_room(size, like)
         if key not in self._examples:
             self._examples[key] = _room_for(size, like)
         return self._examples[key]
@@ -532,7 +531,7 @@ class _ChunkMemory:
         there = any(x is kept for kept, _ in self._examples.values())
         key = there, x.shape, x.dtype, len(batch)
         if key not in self._batches:
-            new = [torch.empty_like(t, memory_format=CONTIGUOUS) for t in batch]
+            new = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in batch]
             self._batches[key] = [x, y, *new[2:]] if there else new
         for kept, values in zip(self._batches[key], batch, strict=True):
             if kept is not values:
@@ -545,6 +544,11 @@ class _ChunkMemory:
         if key not in self._steps:
             self._steps[key] = Replayed(step)
         return self._steps[key]
+
+
+def _kind_of_room(size: Sequence[int], like: Tensor) -> tuple[Any, ...]:
+    """Return what :func:`_room_for` depends on, but for the device."""
+    return tuple(size), like.shape[1:], like.dtype
 
 
 def _room_for(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:

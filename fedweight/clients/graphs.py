@@ -325,22 +325,19 @@ class Replayed:
         try:
             before, expected = copy.deepcopy(given), copy.deepcopy(given)
             wanted = self._step(*expected)
+            try:
+                replay()
+                pairs = zip((*given, *results), (*expected, *wanted), strict=True)
+                same = all(_alike(found, right) for found, right in pairs)
+            finally:
+                for tensor, value in zip(given, before, strict=True):
+                    tensor.copy_(value)
         except RuntimeError as error:
             log.warning("a CUDA graph cannot be compared with its step: %s", error)
             return False
-        try:
-            replay()
-            pairs = zip((*given, *results), (*expected, *wanted), strict=True)
-            same = all(_alike(found, right) for found, right in pairs)
-            if not same:
-                log.warning("a step as a CUDA graph gave other values: not used.")
-            return same
-        except RuntimeError as error:
-            log.warning("a CUDA graph cannot be compared with its step: %s", error)
-            return False
-        finally:
-            for tensor, value in zip(given, before, strict=True):
-                tensor.copy_(value)
+        if not same:
+            log.warning("a step as a CUDA graph gave other values: not used.")
+        return same
 
 
 def _warm_up(step: Callable[..., object], given: Sequence[Tensor]) -> None:
