@@ -5,10 +5,12 @@ enough to cost nothing, and it holds no lock: threads of ours run side by side. 
 takes the rows by their addresses: so the same machine code sums them wherever they
 lie, which is why a result's bits do not depend on that.
 
-What memory holds is read once. Columns are taken ``STEP`` at a time, which stay in the
-core's own caches while one row after another is read; fewer, and a row is left before
-the memory has got into its stride. Sums over columns are made in ``STEP`` columns in
-the vectors' dtype, in whatever order is fastest, and go on in float64.
+What memory holds is read once. Columns are taken ``LONG_STEP`` at a time, which stay
+in the core's own caches while one row after another is read; fewer, and a row is left
+before the memory has got into its stride. Where the rows are summed first and then held
+against that sum, ``STEP`` columns are taken: those of all rows stay in a cache between.
+Sums over columns are made in ``STEP`` columns in the vectors' dtype, in whatever order
+is fastest, and go on in float64.
 
 Numba compiles a kernel at its first use, five seconds for all of them, and keeps the
 machine code beside this file or in the user's cache folder; from then on a process
@@ -27,6 +29,7 @@ from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 STEP = 8192
+LONG_STEP = 4 * STEP
 
 # A sum may be made in any order. "nnan" and "ninf" are left out: NaN stays NaN.
 ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
@@ -74,12 +77,11 @@ def _columns(row, start, size, like):  # type: ignore[no-untyped-def]
 
 
 @inlined(IN_ORDER)
-def _four(rows, k, start, size, like):  # type: ignore[no-untyped-def]
+def _four(rows, k, last, start, size, like):  # type: ignore[no-untyped-def]
     """Return columns of four rows from the k-th on, the last one again where it ends.
 
     Memory is read a quarter faster than one row after another.
     """
-    last = len(rows) - 1
     return (
         _columns(rows[k], start, size, like),
         _columns(rows[min(k + 1, last)], start, size, like),
@@ -101,53 +103,65 @@ def _add_one(total, a, wa):  # type: ignore[no-untyped-def]
         total[j] = total[j] + wa * a[j]
 
 
-@kernel
-def combine(total, rows, start, like, weights, together):  # type: ignore[no-untyped-def]
-    """Set ``total`` to the weighted sum of rows.
+@inlined(IN_ORDER)
+def _sum(total, tiles, matrix, start, w):  # type: ignore[no-untyped-def]
+    """Set ``total``, some columns, to the weighted sum of the rows."""
+    rows, parts, like, together = matrix
+    size = len(total)
+    some, of_part = tiles[0][:size], tiles[1][:size]
+    total[:] = 0
+    for part in range(len(parts) - 1):
+        stop = parts[part + 1]
+        several = stop - parts[part] > together
+        of_part[:] = 0
+        into = of_part if several else total
+        for group in range(parts[part], stop, together):
+            some[:] = 0
+            k, end = group, min(group + together, stop)
+            while k + 4 <= end:
+                four = _four(rows, k, end - 1, start, size, like)
+                _add_four(some, four, w[k], w[k + 1], w[k + 2], w[k + 3])
+                k += 4
+            while k < end:
+                _add_one(some, _columns(rows[k], start, size, like), w[k])
+                k += 1
+            for j in range(size):
+                into[j] += some[j]
+        if several:
+            for j in range(size):
+                total[j] += of_part[j]
 
-    Rows are added from the first to the last, in the weights' dtype; the sums of so
-    many ``together`` are added in ``total``'s.
+
+@kernel
+def combine(total, matrix, start, weights):  # type: ignore[no-untyped-def]
+    """Set ``total`` to the weighted sum of the rows.
+
+    A group of rows is summed from the first to the last in the weights' dtype; groups
+    and parts are added up in ``total``'s.
 
     Parameters
     ----------
     total : ndarray
         Shape ``[n]``.
-    rows : ndarray
-        Shape ``[k]``, the addresses of the rows, uint64.
+    matrix : tuple
+        The addresses of the rows, uint64 ``[k]``; where their parts begin, and the
+        last one ends, int64; any array of the rows' dtype; and how many rows of a part
+        make a group.
     start : int
         Which column ``total`` begins with.
-    like : ndarray
-        Any array of the rows' dtype.
     weights : ndarray
         Shape ``[k]``.
-    together : int
-        1 or more.
     """
-    tile = np.empty(STEP, weights.dtype)
-    for first in range(0, len(total), STEP):
-        result = total[first : first + STEP]
-        result[:] = 0
-        part = tile[: len(result)]
-        place, size = start + first, len(result)
-        for group in range(0, len(rows), together):
-            x, w = rows[group : group + together], weights[group : group + together]
-            part[:] = 0
-            k = 0
-            while k + 4 <= len(x):
-                four = _four(x, k, place, size, like)
-                _add_four(part, four, w[k], w[k + 1], w[k + 2], w[k + 3])
-                k += 4
-            while k < len(x):
-                _add_one(part, _columns(x[k], place, size, like), w[k])
-                k += 1
-            for j in range(size):
-                result[j] += part[j]
+    size = min(LONG_STEP, len(total))
+    tiles = np.empty(size, weights.dtype), np.empty(size, total.dtype)
+    for first in range(0, len(total), LONG_STEP):
+        _sum(total[first : first + LONG_STEP], tiles, matrix, start + first, weights)
 
 
 @inlined(IN_ORDER)
-def _add_up(totals, k, sums):  # type: ignore[no-untyped-def]
-    """Add what four rows from the k-th on summed up to."""
-    for i in range(min(4, len(totals) - k)):
+def _add_up(totals, k, stop, sums):  # type: ignore[no-untyped-def]
+    """Add what four rows from the k-th on summed up to, those before ``stop``."""
+    for i in range(min(4, stop - k)):
         totals[k + i] += sums[i]
 
 
@@ -162,6 +176,23 @@ def _products(rows, origin, vector):  # type: ignore[no-untyped-def]
         sc += (c[j] - o) * v
         sd += (d[j] - o) * v
     return sa, sb, sc, sd
+
+
+@inlined(ANY_ORDER)
+def _products_and_squares(rows, origin, vector):  # type: ignore[no-untyped-def]
+    a, b, c, d = rows
+    sa = sb = sc = sd = qa = qb = qc = qd = origin.dtype.type(0)
+    for j in range(len(origin)):
+        o, v = origin[j], vector[j]
+        sa += (a[j] - o) * v
+        sb += (b[j] - o) * v
+        sc += (c[j] - o) * v
+        sd += (d[j] - o) * v
+        qa += (a[j] - o) * (a[j] - o)
+        qb += (b[j] - o) * (b[j] - o)
+        qc += (c[j] - o) * (c[j] - o)
+        qd += (d[j] - o) * (d[j] - o)
+    return (sa, sb, sc, sd), (qa, qb, qc, qd)
 
 
 @inlined(ANY_ORDER)
@@ -190,58 +221,100 @@ def _absolutes(rows, origin):  # type: ignore[no-untyped-def]
     return sa, sb, sc, sd
 
 
+@inlined(IN_ORDER)
+def _make_point(vector, tiles, matrix, start, origin, weights, whole):  # type: ignore[no-untyped-def]
+    """Set ``vector``, some columns, to the weighted sum of the rows less the origin."""
+    total = tiles[1][: len(vector)]
+    _sum(total, (tiles[0], tiles[2]), matrix, start, weights)
+    for j in range(len(vector)):
+        vector[j] = total[j] - whole * origin[j]
+
+
 @kernel
-def project(products, rows, start, like, origin, vector, norms):  # type: ignore[no-untyped-def]
+def project(products, matrix, start, origin, vector, weights, whole, norms):  # type: ignore[no-untyped-def]
     """Add the products of ``row - origin`` with a vector, and with itself.
 
     Parameters
     ----------
     products : ndarray
         Shape ``[2, k]``, float64.
-    rows, start, like
+    matrix, start
         As for :func:`combine`.
-    origin, vector : ndarray
+    origin : ndarray
         Shape ``[n]``.
+    vector : ndarray
+        Shape ``[n]``; or, if it is empty, the updates' sum with ``weights``. Sums are
+        made in its dtype.
+    weights : ndarray
+        Shape ``[k]``, or empty.
+    whole : float
+        The sum of the weights.
     norms : bool
         Whether the second product is asked for.
     """
-    for first in range(0, len(origin), STEP):
-        o, v = origin[first : first + STEP], vector[first : first + STEP]
-        for k in range(0, len(rows), 4):
-            four = _four(rows, k, start + first, len(o), like)
-            _add_up(products[0], k, _products(four, o, v))
-            if norms:
-                _add_up(products[1], k, _squares(four, o))
+    rows, parts, like, _ = matrix
+    at_once = STEP if len(weights) else LONG_STEP
+    tile, made = np.empty(at_once, vector.dtype), np.empty(STEP, vector.dtype)
+    tiles = np.empty(STEP, weights.dtype), np.empty(STEP), np.empty(STEP)
+    for first in range(0, len(origin), at_once):
+        here, place = origin[first : first + at_once], start + first
+        o, v = tile[: len(here)], vector[first : first + at_once]
+        o[:] = here
+        if len(weights):
+            v = made[: len(here)]
+            _make_point(v, tiles, matrix, place, here, weights, whole)
+        for part in range(len(parts) - 1):
+            stop = parts[part + 1]
+            for k in range(parts[part], stop, 4):
+                for i in range(0, len(o), STEP):
+                    oi, vi = o[i : i + STEP], v[i : i + STEP]
+                    four = _four(rows, k, stop - 1, place + i, len(oi), like)
+                    if norms:
+                        inner, squares = _products_and_squares(four, oi, vi)
+                        _add_up(products[0], k, stop, inner)
+                        _add_up(products[1], k, stop, squares)
+                    else:
+                        _add_up(products[0], k, stop, _products(four, oi, vi))
 
 
 @kernel
-def distances(sizes, rows, start, like, origin, point, order):  # type: ignore[no-untyped-def]
+def distances(sizes, matrix, start, origin, point, weights, whole, order):  # type: ignore[no-untyped-def]
     """Add the absolute values, or the squares, of ``row - origin - point``.
 
     Parameters
     ----------
     sizes : ndarray
         Shape ``[k]``, float64.
-    rows, start, like
-        As for :func:`combine`.
-    origin, point : ndarray
-        Shape ``[n]``; an empty point is 0.
+    matrix, start, origin
+        As for :func:`project`.
+    point, weights, whole
+        As ``vector`` and so on for :func:`project`; empty without weights, it is 0.
     order : int
         1 for absolute values, 2 for squares.
     """
-    tile = np.empty(STEP, origin.dtype)
-    for first in range(0, len(origin), STEP):
-        o, p = origin[first : first + STEP], point[first : first + STEP]
-        base = tile[: len(o)]
-        base[:] = o
+    rows, parts, like, _ = matrix
+    at_once = STEP if len(weights) else LONG_STEP
+    tile, made = np.empty(at_once, point.dtype), np.empty(STEP, point.dtype)
+    tiles = np.empty(STEP, weights.dtype), np.empty(STEP), np.empty(STEP)
+    for first in range(0, len(origin), at_once):
+        here, place = origin[first : first + at_once], start + first
+        o, p = tile[: len(here)], point[first : first + at_once]
+        o[:] = here
+        if len(weights):
+            p = made[: len(here)]
+            _make_point(p, tiles, matrix, place, here, weights, whole)
         for j in range(len(p)):
-            base[j] += p[j]
-        for k in range(0, len(rows), 4):
-            four = _four(rows, k, start + first, len(o), like)
-            if order == 1:
-                _add_up(sizes, k, _absolutes(four, base))
-            else:
-                _add_up(sizes, k, _squares(four, base))
+            o[j] += p[j]
+        for part in range(len(parts) - 1):
+            stop = parts[part + 1]
+            for k in range(parts[part], stop, 4):
+                for i in range(0, len(o), STEP):
+                    oi = o[i : i + STEP]
+                    four = _four(rows, k, stop - 1, place + i, len(oi), like)
+                    if order == 1:
+                        _add_up(sizes, k, stop, _absolutes(four, oi))
+                    else:
+                        _add_up(sizes, k, stop, _squares(four, oi))
 
 
 @kernel

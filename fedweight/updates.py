@@ -6,10 +6,11 @@ the few operations of :class:`Updates`, so the same rule runs on rows stacked in
 memory and on rows that stay where they were trained.
 
 The rows fall into *parts*, each in one place, and the columns into *blocks*. A
-:class:`Rows` answers for one part, block by block; :class:`Updates` adds up the
-answers of parts and blocks in their order, in float64. So a sum's order depends on
-the shape of the matrix and on which rows form a part, and on nothing else: not on the
-number of threads, not on where the rows lie.
+:class:`Rows` answers for the parts in one place, block by block, and adds up what the
+parts gave; :class:`Updates` adds up the answers of places and blocks. Both do so in a
+fixed order, in float64. So a sum's order depends on the shape of the matrix and on
+which rows form a part, and on nothing else: not on the number of threads, not on where
+the rows lie.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,9 @@ TILE_ROWS = 32
 
 # So much of a row is worked on in one call, which a thread does alone.
 TILE_BYTES = 1 << 20
+
+# A thread that is alone takes so many of them in one go.
+BLOCKS_ALONE = 4
 
 # Where all rows are needed at once, so many columns are.
 SHEET_COLUMNS = 8192
@@ -60,8 +64,23 @@ class Block(NamedTuple):
     tensor: int
 
 
+class Sum(NamedTuple):
+    """A weighted sum of the updates that is made where it is needed.
+
+    Attributes
+    ----------
+    weights : Tensor
+        Shape ``[k]``.
+    whole : float
+        The sum of the weights.
+    """
+
+    weights: Tensor
+    whole: float
+
+
 class Rows:
-    """One part of the updates: some clients' models, in one place.
+    """Parts of the updates that are in one place: some clients' models.
 
     Answers for its own rows only, from arguments that can be sent to another process.
 
@@ -69,17 +88,26 @@ class Rows:
     ----------
     models : Sequence[Tensor] or Tensor
         k vectors ``[P]``, or a matrix ``[k, P]``, floating; read, never changed.
+    parts : Sequence[int], optional
+        How many rows each part has, where there are several; one part by default.
     """
 
-    def __init__(self, models: Sequence[Tensor] | Tensor) -> None:
+    def __init__(
+        self, models: Sequence[Tensor] | Tensor, parts: Sequence[int] | None = None
+    ) -> None:
         double = any(model.dtype == torch.float64 for model in models)
         dtype = torch.float64 if double else torch.float32
         self.models = [_plain(model, dtype) for model in models]
         self.num_rows = len(self.models)
+        sizes = [self.num_rows] if parts is None else parts
+        self.is_one_group = len(sizes) == 1 and sizes[0] <= TILE_ROWS
         # What the kernels know of the rows; the list above keeps them alive.
-        addresses = [model.data_ptr() for model in self.models]
-        self._rows = np.array(addresses, np.uint64)
-        self._like = torch.empty(0, dtype=dtype).numpy()
+        self._matrix = (
+            np.array([model.data_ptr() for model in self.models], np.uint64),
+            np.cumsum([0, *sizes]),
+            torch.empty(0, dtype=dtype).numpy(),
+            TILE_ROWS,
+        )
 
     def combine(
         self,
@@ -104,27 +132,27 @@ class Rows:
         Returns
         -------
         Tensor
-            One value a column; float64 where the rows are more than ``TILE_ROWS``.
+            One value a column; float64 where the rows are several parts, or more than
+            ``TILE_ROWS``.
         """
         from . import kernels
 
         first = blocks[0].start
-        many = self.num_rows > TILE_ROWS
-        total = empty(blocks[-1].stop - first, torch.float64 if many else dtype)
+        kind = dtype if self.is_one_group else torch.float64
+        total = empty(blocks[-1].stop - first, kind)
         sums, factors = total.numpy(), _plain(weights.T, dtype).numpy()
 
         def add(block: Block) -> None:
             start, stop, tensor = block
             here = sums[start - first : stop - first]
-            of = factors[tensor]
-            kernels.combine(here, self._rows, start, self._like, of, TILE_ROWS)
+            kernels.combine(here, self._matrix, start, factors[tensor])
 
         map_in_order(add, blocks, threads)
         return total
 
     def project(
         self,
-        vector: Tensor,
+        vector: Tensor | Sum,
         origin: Tensor,
         norms: bool,
         blocks: Sequence[Block],
@@ -135,8 +163,11 @@ class Rows:
 
         Parameters
         ----------
-        vector, origin : Tensor
-            The values in the blocks' columns only.
+        vector : Tensor or Sum
+            The values in the blocks' columns only; or the sum of the updates that it
+            is, if all of them are here.
+        origin : Tensor
+            The global model in the blocks' columns.
         norms : bool
             Whether the second product is asked for; it is 0 otherwise.
         blocks, dtype, threads
@@ -150,20 +181,21 @@ class Rows:
         from . import kernels
 
         first = blocks[0].start
+        vector, weights, whole = _given(vector, dtype)
         products = np.zeros((len(blocks), 2, self.num_rows))
 
         def multiply(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
             (start, stop, _), sums = item
             here = slice(start - first, stop - first)
-            o, v = (_plain(x[here], dtype).numpy() for x in (origin, vector))
-            kernels.project(sums, self._rows, start, self._like, o, v, norms)
+            o, v = origin[here].numpy(), _plain(vector[here], dtype).numpy()
+            kernels.project(sums, self._matrix, start, o, v, weights, whole, norms)
 
         map_in_order(multiply, zip(blocks, products, strict=True), threads)
         return torch.from_numpy(products)
 
     def distances(
         self,
-        point: Tensor | None,
+        point: Tensor | Sum | None,
         origin: Tensor,
         order: Literal[1, 2],
         blocks: Sequence[Block],
@@ -174,9 +206,9 @@ class Rows:
 
         Parameters
         ----------
-        point : Tensor, optional
-            The values in the blocks' columns only; 0 by default. Like an update, it
-            is counted from the global model.
+        point : Tensor or Sum, optional
+            As ``vector`` for :meth:`project`; 0 by default. Like an update, it is
+            counted from the global model.
         origin : Tensor
             The global model in the blocks' columns.
         order : {1, 2}
@@ -192,14 +224,14 @@ class Rows:
         from . import kernels
 
         first = blocks[0].start
+        point, weights, whole = _given(point, dtype)
         sizes = np.zeros((len(blocks), self.num_rows))
 
         def measure(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
             (start, stop, _), sums = item
             here = slice(start - first, stop - first)
-            o = _plain(origin[here], dtype).numpy()
-            p = o[:0] if point is None else _plain(point[here], dtype).numpy()
-            kernels.distances(sums, self._rows, start, self._like, o, p, order)
+            o, p = origin[here].numpy(), _plain(point[here], dtype).numpy()
+            kernels.distances(sums, self._matrix, start, o, p, weights, whole, order)
 
         map_in_order(measure, zip(blocks, sizes, strict=True), threads)
         return torch.from_numpy(sizes)
@@ -322,19 +354,33 @@ class Updates(ABC):
         self._map(add, self._spans(per_tensor=weights.ndim == 2))
         return total
 
-    def project(self, vector: Tensor) -> Tensor:
-        """Return the inner product of each row with a vector ``[P]``: ``[K]``."""
-        return self._inner(vector, norms=False)[0]
+    def project(
+        self, vector: Tensor | None = None, *, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the inner product of each row with a vector: ``[K]``.
 
-    def project_and_norms(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        Parameters
+        ----------
+        vector : Tensor
+            Shape ``[P]``.
+        weights : Tensor
+            Shape ``[K]``, instead of a vector: what :meth:`combine` makes of them is
+            the vector. Cheaper, where the rows are in one place: they are read once.
+        """
+        return self._inner(self._point(vector, weights), norms=False)[0]
+
+    def project_and_norms(
+        self, vector: Tensor | None = None, *, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return :meth:`project` and the Euclidean :meth:`norms`, cheaper together."""
-        inner, squares = self._inner(vector, norms=True)
+        inner, squares = self._inner(self._point(vector, weights), norms=True)
         return inner, squares.sqrt()
 
     def distances(
         self,
         point: Tensor | None = None,
         *,
+        weights: Tensor | None = None,
         order: Literal[1, 2] = 2,
         per_tensor: bool = False,
     ) -> Tensor:
@@ -344,6 +390,8 @@ class Updates(ABC):
         ----------
         point : Tensor, optional
             Shape ``[P]``; the origin by default, which gives the rows' norms.
+        weights : Tensor, optional
+            Shape ``[K]``, instead of a point; as for :meth:`project`.
         order : {1, 2}
             1 is the sum of absolute differences, 2 the Euclidean distance.
         per_tensor : bool
@@ -354,11 +402,14 @@ class Updates(ABC):
         Tensor
             Shape ``[K]``, or ``[K, T]`` per tensor. Never negative.
         """
+        given = None
+        if point is not None or weights is not None:
+            given = self._point(point, weights)
         spans = self._spans(per_tensor=per_tensor)
 
         def measure(span: Sequence[Block]) -> npt.NDArray[np.float64]:
             here = slice(span[0].start, span[-1].stop)
-            near = None if point is None else point[here]
+            near = given[here] if isinstance(given, Tensor) else given
             one = (near, self.origin[here], order, span, self.dtype)
             return self._gather("distances", one, (len(span),))
 
@@ -395,12 +446,25 @@ class Updates(ABC):
                 models[rows] = answer.to(self.dtype)
             yield slice(start, stop), models.sub_(self.origin[start:stop])
 
-    def _inner(self, vector: Tensor, *, norms: bool) -> Tensor:
+    def _point(self, point: Tensor | None, weights: Tensor | None) -> Tensor | Sum:
+        """Return a point that is given, or the sum of the rows with weights."""
+        if (point is None) == (weights is None):
+            raise ValueError("give either a vector or weights")
+        if weights is None:
+            return cast(Tensor, point)
+        if len(self.members) > 1:
+            return self.combine(weights)
+        weights = weights.to(self.dtype)
+        [whole] = weights[:, None].double().sum(0).tolist()  # As combine adds them up.
+        return Sum(weights[self.members[0]], whole)
+
+    def _inner(self, vector: Tensor | Sum, *, norms: bool) -> Tensor:
         """Return the rows' products with a vector, and with themselves: ``[2, K]``."""
 
         def multiply(span: Sequence[Block]) -> npt.NDArray[np.float64]:
             here = slice(span[0].start, span[-1].stop)
-            one = (vector[here], self.origin[here], norms, span, self.dtype)
+            near = vector[here] if isinstance(vector, Tensor) else vector
+            one = (near, self.origin[here], norms, span, self.dtype)
             return self._gather("project", one, (len(span), 2))
 
         total = np.zeros((2, self.num_clients))
@@ -480,27 +544,40 @@ class StackedUpdates(Updates):
         if parts is None:
             every = range(len(models))
             parts = [every[k : k + TILE_ROWS] for k in every[::TILE_ROWS]]
-        super().__init__(parts, origin, offsets, accumulate)
+        in_order = [k for rows in parts for k in rows]
+        super().__init__([in_order], origin, offsets, accumulate)
         self.models = list(models)
         if len(self.models) != self.num_clients:
             raise ValueError("every row must be in one part")
-        self.parts = [Rows([self.models[k] for k in rows]) for rows in parts]
+        self.parts = parts
+        self.rows = Rows([self.models[k] for k in in_order], [*map(len, parts)])
         if threads is None:
             values = self.num_clients * self.num_parameters
             threads = num_cores() if values > WORTH_THREADS else 1
         self.threads = threads
-        self.columns_at_once = TILE_BYTES // self.dtype.itemsize
+        blocks = 1 if threads > 1 else BLOCKS_ALONE
+        self.columns_at_once = blocks * TILE_BYTES // self.dtype.itemsize
 
     def _ask(
         self, method: str, arguments: Sequence[tuple[Any, ...]]
     ) -> Iterable[Tensor]:
-        for rows, own in zip(self.parts, arguments, strict=True):
-            yield getattr(rows, method)(*own)
+        [own] = arguments
+        yield getattr(self.rows, method)(*own)
 
     def _map(
         self, work: Callable[[Sequence[Block]], T], spans: Sequence[Sequence[Block]]
     ) -> list[T]:
         return map_in_order(work, spans, self.threads)
+
+
+def _given(
+    vector: Tensor | Sum | None, dtype: torch.dtype
+) -> tuple[Tensor, npt.NDArray[Any], float]:
+    """Return a vector as the kernels take it: its values, or the weights and whole."""
+    nothing = torch.empty(0, dtype=dtype)
+    if isinstance(vector, Sum):
+        return nothing, _plain(vector.weights, dtype).numpy(), vector.whole
+    return nothing if vector is None else vector, nothing.numpy(), 0.0
 
 
 def _plain(values: Tensor, dtype: torch.dtype) -> Tensor:

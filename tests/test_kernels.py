@@ -16,7 +16,7 @@ sys.path.insert(0, {folder!r})
 import kernels
 rows = [np.full(3, float(k)) for k in range(5)]
 total, addresses = np.empty(3), np.array([r.ctypes.data for r in rows], np.uint64)
-kernels.combine(total, addresses, 0, np.empty(0), np.ones(5), 32)
+kernels.combine(total, (addresses, np.array([0, 5]), rows[0], 32), 0, np.ones(5))
 print(total.tolist(), sum(kernels.combine.stats.cache_hits.values()))
 """
 
@@ -64,6 +64,7 @@ def test_who_compiled_a_kernel_does_not_change_a_bit(tmp_path):
         "for order in (1, 2):\n"
         "    print(updates.distances(point, order=order).tolist())\n"
         "print([part.tolist() for part in updates.project_and_norms(point)])\n"
+        "print(updates.distances(weights=torch.linspace(0, 1, 10)).tolist())\n"
         "print(updates.combine(torch.linspace(0, 1, 10)).tolist())\n"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -154,9 +154,13 @@ def results(updates):
         updates.combine(w),
         updates.combine(each),
         updates.project(v),
+        updates.project(weights=w),
         *updates.project_and_norms(v),
         updates.distances(v, order=1),
         updates.distances(v, order=2, per_tensor=True),
+        *updates.project_and_norms(weights=w),
+        updates.distances(weights=w, order=1),
+        updates.distances(weights=w, order=2, per_tensor=True),
         updates.norms(),
         updates.gram(),
     ]
@@ -215,8 +219,34 @@ def test_a_projection_with_the_norms_is_both(dtype):
     updates, _, _ = draw(*LARGE, 2, 5, dtype=dtype)
     v = torch.linspace(-1, 1, LARGE[1])
     inner, norms = updates.project_and_norms(v)
-    assert torch.equal(inner, updates.project(v))
-    assert torch.equal(norms, updates.norms())
+    near = 1e-6 if dtype == np.float32 else 1e-14
+    torch.testing.assert_close(norms, updates.norms(), rtol=near, atol=0)
+    off = (inner - updates.project(v)).abs() / (norms * v.norm())
+    assert off.max() < near
+
+
+@every_precision
+@every_dtype
+def test_what_is_made_on_the_way_is_what_was_made_before(accumulate, dtype):
+    updates, _, _ = draw(*LARGE, 3, 5, dtype=dtype, accumulate=accumulate)
+    w = torch.linspace(-1, 2, LARGE[0], dtype=torch.float64)
+    point = updates.combine(w)
+    assert torch.equal(updates.project(weights=w), updates.project(point))
+    once = updates.project_and_norms(weights=w)
+    for one, two in zip(once, updates.project_and_norms(point), strict=True):
+        assert torch.equal(one, two)
+    for options in ({"order": 1}, {"order": 2}, {"order": 2, "per_tensor": True}):
+        far = updates.distances(weights=w, **options)
+        assert torch.equal(far, updates.distances(point, **options))
+
+
+def test_a_point_is_given_in_one_way():
+    updates, _, _ = draw(3, 4)
+    for ask in (updates.project, updates.project_and_norms, updates.distances):
+        with pytest.raises(ValueError, match="either a vector or weights"):
+            ask(torch.ones(4), weights=torch.ones(3))
+    with pytest.raises(ValueError, match="either a vector or weights"):
+        updates.project_and_norms()
 
 
 class Elsewhere(module.Updates):
@@ -237,7 +267,7 @@ class Elsewhere(module.Updates):
 def test_the_parts_place_never_changes_a_bit(accumulate, dtype):
     stacked, _, _ = draw(*LARGE, 4, 5, dtype=dtype, accumulate=accumulate)
     assert_same_bits(
-        stacked, Elsewhere(stacked, [rows.tolist() for rows in stacked.members])
+        stacked, Elsewhere(stacked, [list(rows) for rows in stacked.parts])
     )
 
 

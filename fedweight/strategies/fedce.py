@@ -159,13 +159,12 @@ def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:
     Only inner products with ``G`` and norms are needed, never the K differences. The
     cosine is 0 where either vector is 0.
     """
-    consensus = round.updates.combine(coefficients)
-    inner, norms = round.updates.project_and_norms(consensus)
+    inner, norms = round.updates.project_and_norms(weights=coefficients)
     squares = norms.square()
     whole = coefficients @ inner  # <G, G>
     rest = whole - 2 * coefficients * inner + coefficients.square() * squares
     # The difference of nearly equal numbers: what rounding leaves of 0 is 0.
-    rounding = 1e-12 if consensus.dtype == torch.float64 else 1e-6
+    rounding = 1e-12 if round.updates.dtype == torch.float64 else 1e-6
     noise = rounding * (whole + coefficients.square() * squares)
     rest = torch.where(rest > noise, rest, 0.0)
     lengths = norms * rest.sqrt()

@@ -112,14 +112,16 @@ class IDA(WeightingStrategy):
         return raw / raw.sum(0)
 
     def _distances(self, round: Round) -> Tensor:
-        point = None
+        weights = None
         if self.base == "uniform":
             k = round.num_clients
-            point = round.updates.combine(torch.full((k,), 1 / k, dtype=torch.float64))
+            weights = torch.full((k,), 1 / k, dtype=torch.float64)
         elif self.base == "sample":
-            point = round.updates.combine(round.size_weights)
+            weights = round.size_weights
         return round.updates.distances(
-            point, order=1 if self.distance == "l1" else 2, per_tensor=self.per_tensor
+            weights=weights,
+            order=1 if self.distance == "l1" else 2,
+            per_tensor=self.per_tensor,
         )
 
 
