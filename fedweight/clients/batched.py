@@ -1,7 +1,7 @@
 """Local training of a chunk of clients at once.
 
 The same step as in :mod:`fedweight.clients.training`, batched over clients with
-``torch.func`` and traced once to plain tensor operations, so that Python's share does
+``torch.vmap`` and traced once to plain tensor operations, so that Python's share does
 not grow with the clients. Clients of different sizes share a chunk: a step that is
 not full is padded and masked, and a client that is done is set aside.
 """
@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functional_call, vmap
 
 from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
@@ -36,6 +35,7 @@ from .graphs import (
     ignore_nothing,
     plain_execution,
     several,
+    trace,
     without_python,
 )
 from .noise import LocalTraining
@@ -369,7 +369,7 @@ class BatchedTrainer:
         """
         along: list[int | None] = [0, None, *([0] * (len(inputs[-1]) - 5))]
         batched: Callable[..., Any] = vmap(
-            grad(self._loss, has_aux=True),
+            self._loss,
             in_dims=(0, None, 0, 0, None, 0, 0, along),  # Of seeds, step, and mask.
         )
         penalised = self._penalty_of(*inputs[4]) is not None
@@ -382,7 +382,14 @@ class BatchedTrainer:
             x, y, seeds, counts, *rest = batch
             extra = [seeds, *rest]
             scale = rate if descends else torch.ones_like(rate)
-            gradients, (loss, logits) = batched(*state, scale, x, y, extra)
+            # torch.func.grad imports PyTorch's compiler, which takes a second. A
+            # client's loss depends on its own parameters only.
+            with torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in state[0]]
+                scaled, loss, logits = batched(leaves, *state[1:], scale, x, y, extra)
+            gradients = torch.autograd.grad(
+                scaled, leaves, torch.ones_like(scaled), materialize_grads=True
+            )
             hits = logits.argmax(-1) == y
             if len(extra) > 2:
                 hits = hits * extra[2]
@@ -404,7 +411,7 @@ class BatchedTrainer:
         # same strides, as the trace depends on them, and views of the same rows.
         copies = copy.deepcopy(inputs)
         self.module.train()
-        traced: Any = make_fx(flat)(*chain(*copies))
+        traced: Any = trace(flat, [*chain(*copies)])
         traced.graph.eliminate_dead_code()
         given = traced.graph.find_nodes(op="placeholder")
         labels = given[len(given) - len(inputs[-1]) + 1]
@@ -432,7 +439,7 @@ class BatchedTrainer:
         x: Tensor,
         y: Tensor,
         extra: list[Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return one client's loss on a batch, scaled; and the loss and the logits."""
         seed, step, *rest = extra
         mask = rest[0] if rest else None
@@ -450,7 +457,7 @@ class BatchedTrainer:
             logits = functional_call(self.module.module, state, (x,))
         self._least = max(self._least, noise.least)
         loss = self.objective.loss(logits, Batch(x, y, mask))
-        return loss * scale, (loss.detach(), logits.detach())
+        return loss * scale, loss.detach(), logits.detach()
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,20 @@
-"""What makes a traced step quicker: fewer passes over the weights, no Python."""
+"""A step as its tensor operations: fewer passes over the weights, no Python."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 log = logging.getLogger("fedweight")
 
@@ -27,6 +30,104 @@ IGNORED = -100
 FEW = 200
 
 
+# What these give is not known before values are.
+OF_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def trace(function: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModule:
+    """Call a function, and return the tensor operations that it consisted of.
+
+    What vmap and autograd did is in them as operations on plain tensors. PyTorch has
+    ``make_fx`` for this, which imports its compiler: a second, at every start.
+
+    Parameters
+    ----------
+    function : Callable
+        Takes tensors, and returns some in a list.
+    given : Sequence[Tensor]
+        What it is called with. The result can be called with tensors of these shapes.
+
+    Raises
+    ------
+    RuntimeError
+        If an operation depends on values, as ``Tensor.item`` does: what was traced
+        would not see other values.
+    """
+    recorder = _Recorder()
+    for tensor in given:
+        name = f"input_{len(recorder.graph.nodes)}"
+        recorder.keep(recorder.graph.placeholder(name), tensor)
+    with recorder:
+        results = function(*given)
+    recorder.graph.output([recorder.node_of(tensor) for tensor in results])
+    return fx.GraphModule(recorder.constants, recorder.graph)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the operations that are done while it is on.
+
+    A node has its tensor's ``shape``, ``dtype`` and ``device`` in its ``meta``; that of
+    a tensor from outside, which becomes a constant, has nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self._nodes: Any = WeakIdKeyDictionary()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell PyTorch that nothing here is compiled: it would import the compiler."""
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Do an operation, and record it."""
+        kwargs = kwargs or {}
+        if OF_VALUES.intersection(func.tags):
+            raise RuntimeError(f"{func} depends on values and cannot be traced")
+        with self:
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        inputs = fx.node.map_aggregate((args, kwargs), self.node_of)
+        result = func(*args, **kwargs)
+        node = self.graph.call_function(func, *cast(Any, inputs))
+        if isinstance(result, Tensor):
+            self.keep(node, result)
+        elif isinstance(result, Iterable):
+            for k, part in enumerate(result):
+                if isinstance(part, Tensor):
+                    item = self.graph.call_function(operator.getitem, (node, k))
+                    self.keep(item, part)
+        return result
+
+    def keep(self, node: fx.Node, tensor: Tensor) -> None:
+        """Take note of what a node stands for."""
+        node.meta = {
+            "shape": tensor.shape,
+            "dtype": tensor.dtype,
+            "device": tensor.device,
+        }
+        self._nodes[tensor] = node
+
+    def node_of(self, value: Any) -> Any:
+        """Return a tensor's node; what is no tensor is returned as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        if value not in self._nodes:
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = value
+            self._nodes[value] = self.graph.get_attr(name)
+        return self._nodes[value]
+
+
 def drop_idle(graph: fx.Graph) -> None:
     """Leave out operations that change nothing, such as a view of the same shape.
 
@@ -36,7 +137,7 @@ def drop_idle(graph: fx.Graph) -> None:
     Parameters
     ----------
     graph : Graph
-        As ``make_fx`` gives it; changed in place.
+        As :func:`trace` gives it; changed in place.
     """
     for node in graph.nodes:
         idle = node.target is aten.detach.default
@@ -55,7 +156,7 @@ def ignore_nothing(graph: fx.Graph, labels: fx.Node) -> None:
     Parameters
     ----------
     graph : Graph
-        As ``make_fx`` gives it; changed in place.
+        As :func:`trace` gives it; changed in place.
     labels : Node
         Its input of int64 labels.
     """
@@ -65,16 +166,16 @@ def ignore_nothing(graph: fx.Graph, labels: fx.Node) -> None:
         if counts.args[1] != IGNORED or _viewed(counts.args[0]) is not labels:
             continue
         for node in list(counts.users):
-            shape, dtype = node.meta["tensor_meta"][:2]
+            shape, dtype = node.meta["shape"], node.meta["dtype"]
             with graph.inserting_before(node):
                 if node.target is aten.where.self and node.args[0] is counts:
                     chosen = node.args[1]
-                    if chosen.meta["tensor_meta"].dtype != dtype:
+                    if chosen.meta["dtype"] != dtype:
                         continue
                     same = graph.call_function(aten.expand.default, (chosen, [*shape]))
                 elif node.target is aten.sum.dim_IntList:
-                    number = counts.meta["tensor_meta"].shape.numel() / shape.numel()
-                    device = labels.meta["val"].device
+                    number = counts.meta["shape"].numel() / shape.numel()
+                    device = labels.meta["device"]
                     same = graph.call_function(
                         aten.full.default,
                         ([*shape], int(number)),
@@ -166,8 +267,8 @@ def _viewed(node: fx.Node) -> fx.Node:
 
 def _same_shape(node: fx.Node, source: fx.Node) -> bool:
     """Tell whether two tensors have one shape; that of a constant is not known."""
-    own, other = (n.meta.get("tensor_meta") for n in (node, source))
-    return own is not None and other is not None and own.shape == other.shape
+    own = node.meta.get("shape")
+    return own is not None and own == source.meta.get("shape")
 
 
 def without_python(

@@ -1,6 +1,8 @@
 """Steps that are recorded with their memory, as on a GPU; a stand-in records here."""
 
 import logging
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -22,6 +24,87 @@ OPTIMIZERS = {
     "momentum": {"momentum": 0.9, "weight_decay": 1e-3},
     "adam": {"optimizer": "adam"},
 }
+
+
+FROM_OUTSIDE = torch.tensor([1.0, 2.0, 3.0])
+
+
+def several_results(x, y):
+    largest, places = x.max(1)
+    return [largest, y + places]
+
+
+def in_place(x, y):
+    y.add_(x.sum()).mul_(2)
+    return [y, x]
+
+
+def views_and_constants(x, y):
+    rows = x.split([1, 3])
+    rows[1].add_(FROM_OUTSIDE)
+    return [rows[0] * y, x.t(), FROM_OUTSIDE]
+
+
+def gradients(x, y):
+    leaf = x.detach().requires_grad_()
+    losses = torch.vmap(lambda row: (row * y).square().sum())(leaf)
+    return [*torch.autograd.grad(losses.sum(), leaf), torch.zeros(2)]
+
+
+@pytest.mark.parametrize(
+    "function", [several_results, in_place, views_and_constants, gradients]
+)
+def test_what_is_traced_is_what_was_called(function):
+    stream = torch.Generator().manual_seed(0)
+    draws = [
+        (torch.randn(4, 3, generator=stream), torch.randn(1, generator=stream))
+        for _ in range(2)
+    ]
+    traced = graphs.trace(function, [tensor.clone() for tensor in draws[0]])
+    for given in draws:
+        mine, its = ([tensor.clone() for tensor in given] for _ in range(2))
+        for one, other in zip(traced(*mine), function(*its), strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(mine, its, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [x * x.sum().item()],
+        lambda x: [x if x.sum() > 0 else -x],
+        lambda x: [x.nonzero()],
+        lambda x: [x[x > 0]],
+    ],
+)
+def test_what_depends_on_values_is_not_traced(function):
+    with pytest.raises(RuntimeError, match="depends on values and cannot be traced"):
+        graphs.trace(function, [torch.ones(3)])
+
+
+def test_no_training_imports_pytorchs_compiler():
+    code = (
+        "import sys, numpy as np\n"
+        "from fedweight.clients.batched import BatchedTrainer\n"
+        "from fedweight.clients.objectives import Plain\n"
+        "from fedweight.clients.training import Task, TrainingSettings, train\n"
+        "from fedweight.data import Examples\n"
+        "from torch import nn\n"
+        "from fedweight.parameters import FlatModule\n"
+        "module = FlatModule(nn.Linear(4, 3))\n"
+        "start, settings = module.save(), TrainingSettings()\n"
+        "data = Examples(np.ones((5, 4), np.float32), np.zeros(5, np.int64))\n"
+        "task = Task(data, 1, 0)\n"
+        "train(module, start, task, Plain(), settings, learning_rate=0.1)\n"
+        "trainer = BatchedTrainer(module, Plain(), settings)\n"
+        "trainer.train(start, [task, task], learning_rate=0.1)\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 class Recorder:
