@@ -1,6 +1,6 @@
 """The arithmetic over the rows of the updates, compiled.
 
-Each kernel works on the same columns of all rows of a part, so one call is long
+Each kernel works on the same columns of all rows of a place, so one call is long
 enough to cost nothing, and it holds no lock: threads of ours run side by side. It
 takes the rows by their addresses: so the same machine code sums them wherever they
 lie, which is why a result's bits do not depend on that.
@@ -222,16 +222,16 @@ def _absolutes(rows, origin):  # type: ignore[no-untyped-def]
 
 
 @inlined(IN_ORDER)
-def _make_point(vector, tiles, matrix, start, origin, weights, whole):  # type: ignore[no-untyped-def]
+def _make_point(vector, tiles, matrix, start, origin, weights, total_weight):  # type: ignore[no-untyped-def]
     """Set ``vector``, some columns, to the weighted sum of the rows less the origin."""
     total = tiles[1][: len(vector)]
     _sum(total, (tiles[0], tiles[2]), matrix, start, weights)
     for j in range(len(vector)):
-        vector[j] = total[j] - whole * origin[j]
+        vector[j] = total[j] - total_weight * origin[j]
 
 
 @kernel
-def project(products, matrix, start, origin, vector, weights, whole, norms):  # type: ignore[no-untyped-def]
+def project(products, matrix, start, origin, vector, weights, total_weight, norms):  # type: ignore[no-untyped-def]
     """Add the products of ``row - origin`` with a vector, and with itself.
 
     Parameters
@@ -247,7 +247,7 @@ def project(products, matrix, start, origin, vector, weights, whole, norms):  # 
         made in its dtype.
     weights : ndarray
         Shape ``[k]``, or empty.
-    whole : float
+    total_weight : float
         The sum of the weights.
     norms : bool
         Whether the second product is asked for.
@@ -262,7 +262,7 @@ def project(products, matrix, start, origin, vector, weights, whole, norms):  # 
         o[:] = here
         if len(weights):
             v = made[: len(here)]
-            _make_point(v, tiles, matrix, place, here, weights, whole)
+            _make_point(v, tiles, matrix, place, here, weights, total_weight)
         for part in range(len(parts) - 1):
             stop = parts[part + 1]
             for k in range(parts[part], stop, 4):
@@ -278,7 +278,7 @@ def project(products, matrix, start, origin, vector, weights, whole, norms):  # 
 
 
 @kernel
-def distances(sizes, matrix, start, origin, point, weights, whole, order):  # type: ignore[no-untyped-def]
+def distances(sizes, matrix, start, origin, point, weights, total_weight, order):  # type: ignore[no-untyped-def]
     """Add the absolute values, or the squares, of ``row - origin - point``.
 
     Parameters
@@ -287,7 +287,7 @@ def distances(sizes, matrix, start, origin, point, weights, whole, order):  # ty
         Shape ``[k]``, float64.
     matrix, start, origin
         As for :func:`project`.
-    point, weights, whole
+    point, weights, total_weight
         As ``vector`` and so on for :func:`project`; empty without weights, it is 0.
     order : int
         1 for absolute values, 2 for squares.
@@ -302,7 +302,7 @@ def distances(sizes, matrix, start, origin, point, weights, whole, order):  # ty
         o[:] = here
         if len(weights):
             p = made[: len(here)]
-            _make_point(p, tiles, matrix, place, here, weights, whole)
+            _make_point(p, tiles, matrix, place, here, weights, total_weight)
         for j in range(len(p)):
             o[j] += p[j]
         for part in range(len(parts) - 1):

@@ -71,12 +71,12 @@ class Sum(NamedTuple):
     ----------
     weights : Tensor
         Shape ``[k]``.
-    whole : float
+    total_weight : float
         The sum of the weights.
     """
 
     weights: Tensor
-    whole: float
+    total_weight: float
 
 
 class Rows:
@@ -181,14 +181,14 @@ class Rows:
         from . import kernels
 
         first = blocks[0].start
-        vector, weights, whole = _given(vector, dtype)
+        vector, *given = _given(vector, dtype)
         products = np.zeros((len(blocks), 2, self.num_rows))
 
         def multiply(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
             (start, stop, _), sums = item
             here = slice(start - first, stop - first)
             o, v = origin[here].numpy(), _plain(vector[here], dtype).numpy()
-            kernels.project(sums, self._matrix, start, o, v, weights, whole, norms)
+            kernels.project(sums, self._matrix, start, o, v, *given, norms)
 
         map_in_order(multiply, zip(blocks, products, strict=True), threads)
         return torch.from_numpy(products)
@@ -224,20 +224,22 @@ class Rows:
         from . import kernels
 
         first = blocks[0].start
-        point, weights, whole = _given(point, dtype)
+        point, *given = _given(point, dtype)
         sizes = np.zeros((len(blocks), self.num_rows))
 
         def measure(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
             (start, stop, _), sums = item
             here = slice(start - first, stop - first)
             o, p = origin[here].numpy(), _plain(point[here], dtype).numpy()
-            kernels.distances(sums, self._matrix, start, o, p, weights, whole, order)
+            kernels.distances(sums, self._matrix, start, o, p, *given, order)
 
         map_in_order(measure, zip(blocks, sizes, strict=True), threads)
         return torch.from_numpy(sizes)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Return some columns of the models, ``[k, stop - start]``."""
+        if not self.models:
+            return torch.empty(0, stop - start)
         return torch.stack([model[start:stop] for model in self.models])
 
 
@@ -251,7 +253,7 @@ class Updates(ABC):
     Parameters
     ----------
     members : Sequence[Sequence[int]]
-        Which rows lie in each part; every row in one.
+        Which rows lie in each place; every row in one.
     origin : Tensor
         The global model w, ``[P]``.
     offsets : Sequence[int], optional
@@ -273,7 +275,7 @@ class Updates(ABC):
     """
 
     columns_at_once: int | None = None
-    """So many columns are asked of the parts at once, a multiple of a block's; all by
+    """So many columns are asked for at once, a multiple of a block's; all by
     default."""
 
     def __init__(
@@ -306,7 +308,7 @@ class Updates(ABC):
     def _ask(
         self, method: str, arguments: Sequence[tuple[Any, ...]]
     ) -> Iterable[Tensor]:
-        """Call a method of every part's :class:`Rows`; yield the answers in order."""
+        """Call a method of every place's :class:`Rows`; yield the answers in order."""
 
     def _map(
         self, work: Callable[[Sequence[Block]], T], spans: Sequence[Sequence[Block]]
@@ -365,14 +367,18 @@ class Updates(ABC):
             Shape ``[P]``.
         weights : Tensor
             Shape ``[K]``, instead of a vector: what :meth:`combine` makes of them is
-            the vector. Cheaper, where the rows are in one place: they are read once.
+            the vector. Cheaper where the rows are in one place: memory is read once,
+            as long as 32 KB of each row fit into a cache together.
         """
         return self._inner(self._point(vector, weights), norms=False)[0]
 
     def project_and_norms(
         self, vector: Tensor | None = None, *, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return :meth:`project` and the Euclidean :meth:`norms`, cheaper together."""
+        """Return :meth:`project` and the Euclidean :meth:`norms`, cheaper together.
+
+        The last bits may be others than alone.
+        """
         inner, squares = self._inner(self._point(vector, weights), norms=True)
         return inner, squares.sqrt()
 
@@ -449,14 +455,17 @@ class Updates(ABC):
     def _point(self, point: Tensor | None, weights: Tensor | None) -> Tensor | Sum:
         """Return a point that is given, or the sum of the rows with weights."""
         if (point is None) == (weights is None):
-            raise ValueError("give either a vector or weights")
+            raise ValueError("give either a vector of parameters or weights")
         if weights is None:
-            return cast(Tensor, point)
+            point = cast(Tensor, point)
+            _check_shape("the vector", point, self.num_parameters, "parameter")
+            return point
+        _check_shape("weights", weights, self.num_clients, "row")
         if len(self.members) > 1:
             return self.combine(weights)
         weights = weights.to(self.dtype)
-        [whole] = weights[:, None].double().sum(0).tolist()  # As combine adds them up.
-        return Sum(weights[self.members[0]], whole)
+        [total] = weights[:, None].double().sum(0).tolist()  # As combine adds them up.
+        return Sum(weights[self.members[0]], total)
 
     def _inner(self, vector: Tensor | Sum, *, norms: bool) -> Tensor:
         """Return the rows' products with a vector, and with themselves: ``[2, K]``."""
@@ -573,11 +582,20 @@ class StackedUpdates(Updates):
 def _given(
     vector: Tensor | Sum | None, dtype: torch.dtype
 ) -> tuple[Tensor, npt.NDArray[Any], float]:
-    """Return a vector as the kernels take it: its values, or the weights and whole."""
+    """Return a vector as the kernels take it: its values, or the weights of a sum."""
     nothing = torch.empty(0, dtype=dtype)
     if isinstance(vector, Sum):
-        return nothing, _plain(vector.weights, dtype).numpy(), vector.whole
+        return nothing, _plain(vector.weights, dtype).numpy(), vector.total_weight
     return nothing if vector is None else vector, nothing.numpy(), 0.0
+
+
+def _check_shape(name: str, given: Tensor, size: int, what: str) -> None:
+    """Check that a vector has so many values: the kernels would read on."""
+    if given.shape != (size,):
+        raise ValueError(
+            f"{name} must have shape [{size}], a value a {what}, got "
+            f"{list(given.shape)}"
+        )
 
 
 def _plain(values: Tensor, dtype: torch.dtype) -> Tensor:

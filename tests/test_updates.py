@@ -243,10 +243,27 @@ def test_what_is_made_on_the_way_is_what_was_made_before(accumulate, dtype):
 def test_a_point_is_given_in_one_way():
     updates, _, _ = draw(3, 4)
     for ask in (updates.project, updates.project_and_norms, updates.distances):
-        with pytest.raises(ValueError, match="either a vector or weights"):
+        with pytest.raises(ValueError, match="either a vector of parameters or wei"):
             ask(torch.ones(4), weights=torch.ones(3))
-    with pytest.raises(ValueError, match="either a vector or weights"):
+        with pytest.raises(
+            ValueError, match=r"shape \[4\], a value a param.*got \[3\]"
+        ):
+            ask(torch.ones(3))
+        with pytest.raises(
+            ValueError, match=r"weights must have shape \[3\].*got \[4\]"
+        ):
+            ask(weights=torch.ones(4))
+    with pytest.raises(ValueError, match="either a vector of parameters or weights"):
         updates.project_and_norms()
+
+
+def test_no_rows_are_no_obstacle():
+    updates = StackedUpdates([], torch.ones(3))
+    assert updates.gram().shape == (0, 0)
+    assert updates.combine(torch.ones(0)).tolist() == [0.0, 0.0, 0.0]
+    for ask in (updates.project, updates.distances):
+        assert ask(weights=torch.ones(0)).tolist() == []
+    assert [block.shape for _, block in updates.column_blocks()] == [(0, 3)]
 
 
 class Elsewhere(module.Updates):

@@ -31,6 +31,7 @@ from .graphs import (
     drop_idle,
     fuse_descent,
     gather,
+    grad,
     has_few_operations,
     ignore_nothing,
     plain_execution,
@@ -369,7 +370,7 @@ class BatchedTrainer:
         """
         along: list[int | None] = [0, None, *([0] * (len(inputs[-1]) - 5))]
         batched: Callable[..., Any] = vmap(
-            self._loss,
+            grad(self._loss),
             in_dims=(0, None, 0, 0, None, 0, 0, along),  # Of seeds, step, and mask.
         )
         penalised = self._penalty_of(*inputs[4]) is not None
@@ -382,14 +383,14 @@ class BatchedTrainer:
             x, y, seeds, counts, *rest = batch
             extra = [seeds, *rest]
             scale = rate if descends else torch.ones_like(rate)
-            # torch.func.grad imports PyTorch's compiler, which takes a second. A
-            # client's loss depends on its own parameters only.
-            with torch.enable_grad():
-                leaves = [tensor.detach().requires_grad_() for tensor in state[0]]
-                scaled, loss, logits = batched(leaves, *state[1:], scale, x, y, extra)
-            gradients = torch.autograd.grad(
-                scaled, leaves, torch.ones_like(scaled), materialize_grads=True
+            # vmap's BatchNorm changes running statistics only where they lie together.
+            parameters, frozen, buffers, counters = state
+            together = [buffer.contiguous() for buffer in buffers]
+            gradients, (loss, logits) = batched(
+                parameters, frozen, together, counters, scale, x, y, extra
             )
+            for buffer, changed in zip(buffers, together, strict=True):
+                buffer.copy_(changed)
             hits = logits.argmax(-1) == y
             if len(extra) > 2:
                 hits = hits * extra[2]
@@ -439,7 +440,7 @@ class BatchedTrainer:
         x: Tensor,
         y: Tensor,
         extra: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return one client's loss on a batch, scaled; and the loss and the logits."""
         seed, step, *rest = extra
         mask = rest[0] if rest else None
@@ -457,7 +458,7 @@ class BatchedTrainer:
             logits = functional_call(self.module.module, state, (x,))
         self._least = max(self._least, noise.least)
         loss = self.objective.loss(logits, Batch(x, y, mask))
-        return loss * scale, loss.detach(), logits.detach()
+        return loss * scale, (loss.detach(), logits.detach())
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+T = TypeVar("T")
 
 log = logging.getLogger("fedweight")
 
@@ -30,8 +32,47 @@ IGNORED = -100
 FEW = 200
 
 
-# What these give is not known before values are.
+# What these give, or its shape, is not known before values are.
 OF_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def grad(
+    function: Callable[..., tuple[Tensor, T]],
+) -> Callable[..., tuple[list[Tensor], T]]:
+    """Return what returns the gradients by a function's first argument.
+
+    ``torch.func.grad(function, has_aux=True)``, which imports PyTorch's compiler to
+    tell it that there is nothing to compile: a second, at every start.
+
+    Parameters
+    ----------
+    function : Callable
+        Takes a list of tensors, and more; returns a scalar, and something besides.
+    """
+    try:
+        from torch._functorch.eager_transforms import (
+            _create_differentiable,
+            _undo_create_differentiable,
+            _wrap_all_tensors,
+            grad_increment_nesting,
+        )
+    except ImportError:  # They are PyTorch's own, and may have another name.
+        return torch.func.grad(function, has_aux=True)
+
+    def differentiated(*given: Any) -> tuple[list[Tensor], T]:
+        with grad_increment_nesting() as level, torch.enable_grad():
+            by, *others = _wrap_all_tensors(given, level)
+            for tensor in by:
+                _create_differentiable(tensor, level)
+            value, besides = function(by, *others)
+            found = torch.autograd.grad(
+                value, by, create_graph=True, materialize_grads=True
+            )
+            undo: Callable[..., Any] = _undo_create_differentiable
+            gradients, besides = undo((list(found), besides), level)
+        return gradients, besides
+
+    return differentiated
 
 
 def trace(function: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModule:
@@ -50,13 +91,14 @@ def trace(function: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModu
     Raises
     ------
     RuntimeError
-        If an operation depends on values, as ``Tensor.item`` does: what was traced
-        would not see other values.
+        If an operation depends on the tensors' values, as ``Tensor.item`` does: what
+        was traced would not see others.
     """
     recorder = _Recorder()
-    for tensor in given:
-        name = f"input_{len(recorder.graph.nodes)}"
-        recorder.keep(recorder.graph.placeholder(name), tensor)
+    for k, tensor in enumerate(given):
+        node = recorder.graph.placeholder(f"input_{k}")
+        node.meta["varies"] = True
+        recorder.keep(node, tensor)
     with recorder:
         results = function(*given)
     recorder.graph.output([recorder.node_of(tensor) for tensor in results])
@@ -66,8 +108,9 @@ def trace(function: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModu
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operations that are done while it is on.
 
-    A node has its tensor's ``shape``, ``dtype`` and ``device`` in its ``meta``; that of
-    a tensor from outside, which becomes a constant, has nothing.
+    A node's ``meta`` has its tensor's ``shape``, ``dtype`` and ``device``, and whether
+    it ``varies`` with the inputs. Of a tensor from outside, which becomes a constant,
+    it has only that.
     """
 
     def __init__(self) -> None:
@@ -90,31 +133,34 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Do an operation, and record it."""
         kwargs = kwargs or {}
-        if OF_VALUES.intersection(func.tags):
-            raise RuntimeError(f"{func} depends on values and cannot be traced")
+        if func is aten.lift_fresh.default:
+            # A constant written in the function: what changes it changes a copy.
+            func = aten.lift_fresh_copy.default
         with self:
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
-        inputs = fx.node.map_aggregate((args, kwargs), self.node_of)
+        inputs: Any = fx.node.map_aggregate((args, kwargs), self.node_of)
         result = func(*args, **kwargs)
-        node = self.graph.call_function(func, *cast(Any, inputs))
+        node = self.graph.call_function(func, *inputs)
+        node.meta["varies"] = any(n.meta["varies"] for n in node.all_input_nodes)
+        if node.meta["varies"] and _depends_on_values(func, args):
+            raise RuntimeError(f"{func} depends on values and cannot be traced")
         if isinstance(result, Tensor):
             self.keep(node, result)
         elif isinstance(result, Iterable):
             for k, part in enumerate(result):
                 if isinstance(part, Tensor):
                     item = self.graph.call_function(operator.getitem, (node, k))
+                    item.meta["varies"] = node.meta["varies"]
                     self.keep(item, part)
         return result
 
     def keep(self, node: fx.Node, tensor: Tensor) -> None:
         """Take note of what a node stands for."""
-        node.meta = {
-            "shape": tensor.shape,
-            "dtype": tensor.dtype,
-            "device": tensor.device,
-        }
+        node.meta["shape"] = tensor.shape
+        node.meta["dtype"] = tensor.dtype
+        node.meta["device"] = tensor.device
         self._nodes[tensor] = node
 
     def node_of(self, value: Any) -> Any:
@@ -124,8 +170,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if value not in self._nodes:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = value
-            self._nodes[value] = self.graph.get_attr(name)
+            node = self._nodes[value] = self.graph.get_attr(name)
+            node.meta["varies"] = False
         return self._nodes[value]
+
+
+def _depends_on_values(func: Any, args: Sequence[Any]) -> bool:
+    """Tell whether an operation's result, or its shape, is not known before values."""
+    if func is aten.index.Tensor:  # By places its shape is theirs; by a mask it is not.
+        masks = (torch.bool, torch.uint8)
+        return any(index is not None and index.dtype in masks for index in args[1])
+    return bool(OF_VALUES.intersection(func.tags))
 
 
 def drop_idle(graph: fx.Graph) -> None:

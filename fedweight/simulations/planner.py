@@ -26,8 +26,8 @@ from .grid import FIRST_NODE
 from .local import LocalGrid
 from .plan import Plan
 
-# A run shorter than this many seconds, by the estimate below, is not worth measuring:
-# tracing the batched step takes a second by itself.
+# A run shorter than this many seconds, by the estimate below, is not worth measuring,
+# which takes a few seconds itself.
 WORTH_MEASURING = 15.0
 
 # Seconds that a step costs PyTorch besides its arithmetic, and floating-point

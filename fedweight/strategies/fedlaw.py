@@ -81,7 +81,7 @@ class FedLAW(WeightingStrategy):
         Use FedAvg where the learned model has a higher proxy loss than FedAvg's. Ours.
     coherence : bool
         Log each client's ``sum_{j != k} p_j cos(update_k, update_j)``, which the paper
-        analyses and does not use; unverified. It reads the updates twice more.
+        analyses and does not use; unverified. It costs K^2 inner products.
     proxy_statistics : bool
         Running statistics come from the proxy batches, as in the authors' code. False
         averages the clients' by data size.
@@ -361,8 +361,9 @@ def coherence(updates: Updates, p: Tensor) -> Tensor:
 
     ``sum_{j != k} p_j cos(update_k, update_j)``; 0 for an update of 0.
     """
-    norms = updates.norms()
-    # sum_j p_j <u_k, u_j> / (|u_k| |u_j|) is one product with one sum of the rows.
-    shares = torch.where(norms > 0, 1 / norms.clamp(min=1e-300), 0.0)
-    cosines = shares * updates.project(weights=p * shares)
-    return torch.where(norms > 0, cosines - p, 0.0).clamp(-1, 1)
+    gram = updates.gram()
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    lengths = norms[:, None] * norms[None]
+    cosines = torch.where(lengths > 0, gram / lengths.clamp(min=1e-300), 0.0)
+    cosines.fill_diagonal_(0.0)
+    return cosines.clamp(-1, 1) @ p

@@ -31,8 +31,8 @@ class IDA(WeightingStrategy):
         The norm, over trainable parameters only.
     base : {"uniform", "sample", "previous"}
         What the distance is measured from: the clients' mean, their mean by data
-        size, or the global model they started from (which saves a pass over the
-        updates, but favours clients that took few steps even more).
+        size, or the global model they started from (which favours clients that took
+        few steps even more).
     fedavg : bool
         Also weigh by data size (the paper's IDA + FedAvg).
     intrac : bool

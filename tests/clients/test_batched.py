@@ -187,6 +187,15 @@ def test_noise_and_statistics_in_single_precision(sizes):
     assert_same(*both_ways(everything, tasks_of(sizes), settings_of()))
 
 
+@pytest.mark.parametrize("batch_size", [8, 4])
+def test_statistics_where_every_step_of_everyone_is_full(batch_size):
+    tasks = tasks_of([16, 16, 16], epochs=(2,))
+    alone, at_once = both_ways(everything, tasks, settings_of(batch_size=batch_size))
+    assert_same(alone, at_once)
+    start = made(everything).save().buffers
+    assert not any(torch.equal(r.model.buffers, start) for r in at_once)
+
+
 @pytest.mark.parametrize("goal", OBJECTIVES)
 def test_every_objective_moves_a_plain_net_as_one_by_one(goal):
     tasks, goal = tasks_of(SIZES), OBJECTIVES[goal]
@@ -404,6 +413,87 @@ def test_a_step_runs_without_python_and_gives_the_same_bits(
         assert torch.equal(one.model.parameters, other.model.parameters)
         assert torch.equal(one.model.buffers, other.model.buffers)
         assert (one.loss, one.accuracy) == (other.loss, other.accuracy)
+
+
+def tokens_through(*layers, padding_idx=0):
+    """Embed tokens; take the last place's output of recurrent layers."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(10, 5, padding_idx=padding_idx)
+            self.layers = nn.ModuleList(make() for make in layers)
+            self.head = nn.Linear(5, 10)
+
+        def forward(self, x):
+            h = self.embed(x)
+            for layer in self.layers:
+                h, _ = layer(h)
+            return self.head(h[:, -1])
+
+    return Net
+
+
+@pytest.mark.parametrize("sizes", [[16, 16, 16], SIZES])
+@pytest.mark.parametrize(
+    "make",
+    [
+        tokens_through(),
+        tokens_through(padding_idx=3),
+        tokens_through(lambda: nn.LSTM(5, 5, batch_first=True)),
+        tokens_through(lambda: nn.GRU(5, 5, batch_first=True)),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_padding_and_pytorchs_recurrent_layers(make, optimizer, sizes):
+    tasks = tasks_of(sizes, tokens=True)
+    assert_same(*both_ways(make, tasks, settings_of(optimizer)))
+
+
+class Hooked(nn.Module):
+    """Scales a gradient on its way, and asks whether there will be one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        h = self.first(x.flatten(1)).tanh()
+        h.register_hook(lambda gradient: 2 * gradient)
+        return self.last(h * (3 if h.requires_grad else 1))
+
+
+class Constants(Objective):
+    """Changes what it writes down anew in every step, and picks by place."""
+
+    def loss(self, outputs, batch):
+        weight = torch.tensor([1.0] * 10)
+        weight *= 2
+        values = -outputs.log_softmax(1)[torch.arange(len(batch.y)), batch.y]
+        return batch.mean(values * weight[batch.y])
+
+
+class Penalised(Objective):
+    """Differentiates within the loss."""
+
+    def loss(self, outputs, batch):
+        values = F.cross_entropy(outputs, batch.y, reduction="none")
+        (slope,) = torch.autograd.grad(values.sum(), outputs, create_graph=True)
+        return batch.mean(values + 0.1 * slope.square().sum(1))
+
+
+@pytest.mark.parametrize("sizes", [[16, 16], SIZES])
+@pytest.mark.parametrize(
+    ("make", "objective"),
+    [
+        (Hooked, Plain()),
+        (shipped("mlp"), Constants()),
+        (shipped("mlp"), Penalised()),
+    ],
+)
+def test_autograd_inside_is_as_one_by_one(make, objective, sizes):
+    assert_same(*both_ways(make, tasks_of(sizes), settings_of(), objective))
 
 
 def test_constants_of_an_objective():

@@ -45,14 +45,36 @@ def views_and_constants(x, y):
     return [rows[0] * y, x.t(), FROM_OUTSIDE]
 
 
+def constants_that_change(x, y):
+    fresh = torch.tensor([1.0])
+    fresh += 1
+    least = torch.tensor(1.0).item()
+    chosen = FROM_OUTSIDE[least < FROM_OUTSIDE]
+    return [x * fresh, y + chosen]
+
+
+def places(x, y):
+    return [x[torch.arange(3), torch.tensor([2, 0, 1])], x[:, x.argmax(1) % 3] + y]
+
+
 def gradients(x, y):
-    leaf = x.detach().requires_grad_()
-    losses = torch.vmap(lambda row: (row * y).square().sum())(leaf)
-    return [*torch.autograd.grad(losses.sum(), leaf), torch.zeros(2)]
+    def loss(rows, other):
+        return (rows[0] * other).square().sum(), other + 1
+
+    (by_rows,), other = torch.vmap(graphs.grad(loss), (0, None))([x], y)
+    return [by_rows, other, torch.zeros(2)]
 
 
 @pytest.mark.parametrize(
-    "function", [several_results, in_place, views_and_constants, gradients]
+    "function",
+    [
+        several_results,
+        in_place,
+        views_and_constants,
+        constants_that_change,
+        places,
+        gradients,
+    ],
 )
 def test_what_is_traced_is_what_was_called(function):
     stream = torch.Generator().manual_seed(0)
@@ -67,6 +89,18 @@ def test_what_is_traced_is_what_was_called(function):
             assert torch.equal(one, other)
         for one, other in zip(mine, its, strict=True):
             assert torch.equal(one, other)
+
+
+def test_gradients_are_those_of_torch_func():
+    stream = torch.Generator().manual_seed(0)
+    x, w, unused = (torch.randn(3, 4, generator=stream) for _ in range(3))
+
+    def loss(by, x):
+        return (by[0] * x).sigmoid().sum(), x * 2
+
+    mine = torch.vmap(graphs.grad(loss))([w, unused], x)
+    theirs = torch.vmap(torch.func.grad(loss, has_aux=True))([w, unused], x)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
