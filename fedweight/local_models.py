@@ -189,13 +189,41 @@ def _sum(
     rows: Sequence[Tensor], coefficients: Sequence[float], dtype: torch.dtype | None
 ) -> Tensor:
     """Return ``sum_k c_k row_k``."""
-    if dtype is None:
-        dtype = rows[0].dtype if len(rows) <= TILE_ROWS else torch.float64
+    if dtype is not None:
+        return _sum_of_few(rows, coefficients, dtype)
+    parts = [
+        _sum_of_few(rows[k : k + TILE_ROWS], coefficients[k : k + TILE_ROWS])
+        for k in range(0, len(rows), TILE_ROWS)
+    ]
+    return parts[0] if len(parts) == 1 else _sum(parts, [1] * len(parts), torch.float64)
+
+
+def _sum_of_few(
+    rows: Sequence[Tensor],
+    coefficients: Sequence[float],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return ``sum_k c_k row_k``; in the rows' own precision by default."""
+    matrix = _together(rows) if dtype is None else None
+    if matrix is not None:  # Several times as fast.
+        return torch.mv(matrix.T, torch.tensor(coefficients, dtype=matrix.dtype))
     total = torch.zeros_like(rows[0], dtype=dtype)
-    if len(total):
+    if total.numel():
         for row, coefficient in zip(rows, coefficients, strict=True):
             total.add_(row, alpha=coefficient)
     return total
+
+
+def _together(rows: Sequence[Tensor]) -> Tensor | None:
+    """Return rows that follow one another in memory as the matrix that they are."""
+    first, size = rows[0], rows[0].numel()
+    begin, step = first.data_ptr(), size * first.element_size()
+    if not size or any(row.data_ptr() != begin + k * step for k, row in enumerate(rows)):
+        return None
+    place = first.storage_offset() * first.element_size()
+    if first.untyped_storage().nbytes() < place + len(rows) * step:
+        return None
+    return first.as_strided((len(rows), size), (size, 1))
 
 
 class SummedModels(LocalModels):
@@ -281,7 +309,7 @@ class SummedUpdates(Updates):
             If the weights are not proportional to the coefficients.
         """
         weights = weights.to(torch.float64)
-        whole, known = weights.sum(), self.coefficients.sum()
+        whole, known = weights.sum().item(), self.coefficients.sum().item()
         if weights.ndim != 1 or not torch.allclose(
             weights * known, self.coefficients * whole, rtol=1e-9, atol=0
         ):
@@ -289,8 +317,8 @@ class SummedUpdates(Updates):
         if not known:
             return torch.zeros_like(self.origin)
         with one_thread():
-            step = (self.total / known).sub_(self.origin)
-            return (step.mul_(whole) if whole != 1 else step).to(self.origin.dtype)
+            models = self.total * (whole / known)
+            return models.sub_(self.origin, alpha=whole).to(self.origin.dtype)
 
     def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
         raise self._not_kept(f"'{method}'")

@@ -150,6 +150,12 @@ class Layout:
         return (0, *(e.stop for e in self.parameters))
 
     @cached_property
+    def num_bytes(self) -> int:
+        """The size of a model on the wire, without headers."""
+        sizes = (math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in self.entries)
+        return sum(sizes)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """What the vectors hold: float64 if any tensor is float64, else float32."""
         double = any(e.dtype == "float64" for e in self.entries)

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -133,11 +133,13 @@ class TrainingApp(ClientApp):
         self._trainers: dict[float | None, BatchedTrainer] = {}
         self._prepared: Callable[[], Cohort | None] = lambda: None
         self._streams: dict[tuple[int, int], tuple[int, int]] = {}
+        self._draws: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
-        own = ("_idle", "_cancelled", "_making", "_trainers", "_prepared", "_streams")
-        return {k: v for k, v in self.__dict__.items() if k not in own}
+        fresh = TrainingApp.__new__(TrainingApp)
+        fresh._forget()
+        return {k: v for k, v in self.__dict__.items() if k not in vars(fresh)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the settings."""
@@ -152,7 +154,7 @@ class TrainingApp(ClientApp):
         numbers PyTorch draws from the one stream of the process.
         """
         with self._module() as module:
-            shared = draws_out_of_reach(module.module)
+            shared = self._draws_out_of_reach(module)
         return not self.mods and not shared and self.device == "cpu"
 
     @property
@@ -291,7 +293,7 @@ class TrainingApp(ClientApp):
             start = flatten(record, module.layout)
             measured = [self._before(module, start, visit) for visit in visits]
             batched = batched and len({(v.told.round, v.told.mu) for v in visits}) == 1
-            batched = batched and not draws_out_of_reach(module.module)
+            batched = batched and not self._draws_out_of_reach(module)
             fit = self._fit_at_once if batched else self._fit_in_turn
             results = list(fit(module, start, visits))
             for visit, result, known in zip(visits, results, measured, strict=True):
@@ -337,7 +339,7 @@ class TrainingApp(ClientApp):
         self, module: FlatModule, start: FlatModel, visits: Sequence[_Visit]
     ) -> Iterator[LocalResult]:
         cancelled = self._cancelled  # Of now: see cancel().
-        own_stream = draws_out_of_reach(module.module)
+        own_stream = self._draws_out_of_reach(module)
         for visit, task in zip(visits, self._tasks(visits), strict=True):
             with _torch_seed(task.noise_key) if own_stream else nullcontext():
                 yield train(
@@ -445,6 +447,12 @@ class TrainingApp(ClientApp):
         finally:
             self._idle.put(module)
 
+    def _draws_out_of_reach(self, module: FlatModule) -> bool:
+        """Tell whether the model needs PyTorch's own random stream; look once."""
+        if self._draws is None:
+            self._draws = draws_out_of_reach(module.module)
+        return self._draws
+
     def _trainer(self, visit: _Visit) -> BatchedTrainer:
         """Return the trainer of an objective, which keeps what it has traced."""
         with self._making:
@@ -533,8 +541,7 @@ class _Told:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Visit:
+class _Visit(NamedTuple):
     """A client, and what it was sent."""
 
     node: int

@@ -12,7 +12,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, zip_longest
 from typing import Any
@@ -60,7 +60,7 @@ SMALL = 1 << 23
 KEPT_SIZES = 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainedRows:
     """What C clients trained, on the device where they did.
 
@@ -168,15 +168,14 @@ class BatchedTrainer:
         )
         integers = {n: t.cpu().numpy() for n, t in trained.integers.items()}
         losses, correct = trained.losses.tolist(), trained.correct.tolist()
+        num_steps = trained.num_steps.tolist()
         results = []
         for k, task in enumerate(tasks):
             seen = len(task.examples) * task.epochs
             own = {name: values[k] for name, values in integers.items()}
             model = FlatModel(self.module.layout, rows[k], buffer_rows[k], own)
-            num_steps = int(trained.num_steps[k])
-            results.append(
-                LocalResult(model, losses[k] / seen, correct[k] / seen, num_steps)
-            )
+            loss, accuracy = losses[k] / seen, correct[k] / seen
+            results.append(LocalResult(model, loss, accuracy, num_steps[k]))
         return results
 
     def train_rows(
@@ -282,7 +281,8 @@ class BatchedTrainer:
         for k, model in done.items():
             for tensor, values in zip(trained.models, model, strict=True):
                 tensor[k] = values
-        return replace(trained, num_steps=plan.steps)
+        trained.num_steps = plan.steps
+        return trained
 
     def _feed(
         self, tasks: Sequence[Task], plan: _Schedule, room: Room
@@ -647,7 +647,7 @@ class _Schedule:
     @property
     def total(self) -> int:
         """Steps of the chunk."""
-        return len(self.counts)
+        return self.counts.shape[0]
 
     def check(self, least: int) -> None:
         """Raise if a step has too few examples for the model."""
@@ -741,28 +741,45 @@ def _schedule(
     )
 
 
-def home(array: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
-    """Return the array whose memory an array's rows lie in, and which row is first.
+def home(
+    arrays: Sequence[npt.NDArray[Any]],
+) -> tuple[npt.NDArray[Any], list[int]] | None:
+    """Return the array whose rows some arrays are, and which row is each one's first.
 
-    Clients' data are slices of the data set's; an array of its own is its own home.
-    The home may have another shape: what came from another process lies in a vector.
+    Clients' data are slices of the data set's. The result has the arrays' shape but
+    for the rows, whatever shape the memory had before: what came from another process
+    lies in a vector. ``None`` is returned where the arrays have no common home.
 
     Examples
     --------
     >>> everybody = np.zeros((10, 3))
-    >>> whole, first = home(everybody[4:6])
+    >>> whole, first = home([everybody[4:6], everybody[:4]])
     >>> whole is everybody, first
-    (True, 4)
+    (True, [4, 0])
     """
-    whole = array
-    while isinstance(whole.base, np.ndarray):
-        whole = whole.base
-    bytes_of_row = array.itemsize * math.prod(array.shape[1:])
-    alike = whole.dtype == array.dtype and whole.flags.c_contiguous
-    if whole is array or not (alike and array.flags.c_contiguous and bytes_of_row):
-        return array, 0
-    first, rest = divmod(_address(array) - _address(whole), bytes_of_row)
-    return (array, 0) if rest or whole.nbytes % bytes_of_row else (whole, first)
+    alike = arrays[0]
+    whole = _base(alike)
+    bytes_of_row = alike.itemsize * math.prod(alike.shape[1:])
+    if not bytes_of_row or whole.nbytes % bytes_of_row or not whole.flags.c_contiguous:
+        return None
+    begin, first = _address(whole), []
+    for array in arrays:
+        row, rest = divmod(_address(array) - begin, bytes_of_row)
+        here = _base(array) is whole and array.flags.c_contiguous
+        fits = array.dtype == whole.dtype and array.shape[1:] == alike.shape[1:]
+        if rest or not (here and fits):
+            return None
+        first.append(row)
+    if whole.shape[1:] != alike.shape[1:]:
+        whole = whole.reshape(-1, *alike.shape[1:])
+    return whole, first
+
+
+def _base(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array that an array is a view of, perhaps itself."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def _address(array: npt.NDArray[Any]) -> int:
@@ -783,18 +800,17 @@ def _common_home(tasks: Sequence[Task]) -> _Home | None:
     """Return what the examples of several clients are rows of, if that is the same."""
     if len(tasks) == 1:
         return None
-    x, first = home(tasks[0].examples.x)
-    y, first_y = home(tasks[0].examples.y)
-    places = [first]
-    for task in tasks[1:]:
-        (own_x, first), (own_y, first_y) = map(home, (task.examples.x, task.examples.y))
-        if own_x is not x or own_y is not y or first != first_y:
-            return None
-        places.append(first)
-    shape = tasks[0].examples.x.shape
-    return _Home(x.reshape(-1, *shape[1:]), y.reshape(-1), places)
+    x = home([task.examples.x for task in tasks])
+    y = home([task.examples.y for task in tasks])
+    if x is None or y is None or x[1] != y[1]:
+        return None
+    return _Home(x[0], y[0], x[1])
 
 
 def _views(rows: Tensor, entries: Sequence[Entry]) -> list[Tensor]:
     """Return named tensors ``[C, *shape]`` as views of rows ``[C, P]``."""
-    return [rows[:, e.start : e.stop].view(len(rows), *e.shape) for e in entries]
+    clients = rows.shape[0]
+    return [
+        rows.narrow(1, e.start, e.stop - e.start).view(clients, *e.shape)
+        for e in entries
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,10 @@ IGNORED = -100
 
 # So many operations are few.
 FEW = 200
+
+# Batched products of fewer values each than this are quicker made apart on a CPU:
+# PyTorch adds to weights that lie apart from one another one client at a time.
+WORTH_FUSING = 1 << 13
 
 
 # What these give, or its shape, is not known before values are.
@@ -267,6 +272,9 @@ def fuse_descent(graph: fx.Graph) -> None:
         weights, gradient = cast("tuple[fx.Node, fx.Node]", node.args)
         product, transposed = _behind(gradient)
         if product.target is not aten.bmm.default or len(product.users) != 1:
+            continue
+        values = math.prod(product.meta["shape"][1:])
+        if product.meta["device"].type == "cpu" and values < WORTH_FUSING:
             continue
         factors = cast("tuple[fx.Node, fx.Node]", product.args)
         # A factor that is a weight may have changed by now.

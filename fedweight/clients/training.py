@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -100,8 +101,7 @@ class Task:
             check_range("epochs", self.epochs, 1)
 
 
-@dataclass(frozen=True)
-class LocalResult:
+class LocalResult(NamedTuple):
     """What local training made.
 
     ``loss`` and ``accuracy`` are means over the examples as training met them; NaN

@@ -183,16 +183,36 @@ class LocalGrid(SimulationGrid):
     def _in_threads(
         self, jobs: Sequence[Callable[[], T]], deadline: float | None
     ) -> Iterator[T]:
-        def unless_late(job: Callable[[], T]) -> T | None:
-            return None if _is_over(deadline) else job()
+        """Share the jobs with other threads; this one does some, too."""
+        left = iter(enumerate(jobs))  # Whoever is free takes the next.
+        done: dict[int, T] = {}
+
+        def do_one() -> bool:
+            number, job = next(left, (None, None))
+            if number is None or job is None or _is_over(deadline):
+                return False
+            done[number] = job()
+            return True
+
+        def do_all() -> None:
+            while do_one():
+                pass
 
         # The threads stay: each keeps buffers for its next clients.
+        threads = min(self.threads or 1, len(jobs)) - 1
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads)
         try:
-            for result in self._pool.map(unless_late, jobs):
-                if result is not None:
-                    yield result
+            others = [self._pool.submit(do_all) for _ in range(threads)]
+            number = 0
+            while do_one():
+                while number in done:
+                    yield done.pop(number)
+                    number += 1
+            for other in others:
+                other.result()
+            for number in sorted(done):
+                yield done.pop(number)
         except BaseException:
             self._pool.shutdown(wait=False, cancel_futures=True)
             cancel = getattr(self.client_app, "cancel", None)

@@ -13,8 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict, Unpack
+from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -554,7 +553,7 @@ class WeightingStrategy(Strategy):
     ) -> tuple[list[_Good], LocalModels]:
         """Tell good replies from bad ones, in the order of the clients' numbers."""
         assert self._model is not None
-        nbytes = _num_bytes(self._model.layout)
+        nbytes = self._model.layout.num_bytes
         anybody = not self._asked
         good: dict[int, _Good] = {}
         answered = set()
@@ -718,21 +717,19 @@ class WeightingStrategy(Strategy):
             ]
             return custom(contents, self.weighted_by_key)
         metrics = [one.reply.metrics for one in good]
-        sizes = np.array([one.num_examples for one in good])
-        result = MetricRecord()
-        for name in metrics[0]:
-            column = [m.get(name) for m in metrics]
-            if name == self.weighted_by_key or not all(
-                isinstance(value, int | float) for value in column
-            ):
-                continue
-            values = np.array(column, np.float64)
-            known = ~np.isnan(values)
-            values, p = values[known], sizes[known]
-            if len(values):
-                p = p if p.any() else np.ones_like(p)
-                result[name] = float((values * p).sum() / p.sum())
-        return result
+        names = [
+            name
+            for name in metrics[0]
+            if name != self.weighted_by_key
+            and all(isinstance(m.get(name), int | float) for m in metrics)
+        ]
+        values = np.array([[m[name] for name in names] for m in metrics], np.float64)
+        known = ~np.isnan(values)
+        p = known * np.array([[one.num_examples] for one in good])
+        p = np.where(p.any(0), p, known)  # If those who know have no data they are alike.
+        sums, totals = (np.where(known, values, 0) * p).sum(0), p.sum(0)
+        pairs = zip(names, sums.tolist(), totals.tolist(), strict=True)
+        return MetricRecord({name: s / total for name, s, total in pairs if total})
 
 
 def _as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tensor:
@@ -764,8 +761,7 @@ def check_fraction(metrics: Mapping[str, Any], name: str) -> None:
 MISSING = AggregationError("no reply in time")
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(NamedTuple):
     """A client that was asked, by its node."""
 
     client: int
@@ -773,8 +769,7 @@ class _Asked:
     asks: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Good:
+class _Good(NamedTuple):
     """A reply that is fit to be used."""
 
     client: int
@@ -802,11 +797,6 @@ def _request(config: ConfigRecord, asks: tuple[str, ...]) -> dict[str, list[str]
     already = config.get(keys.REQUEST)
     names = [str(n) for n in already] if isinstance(already, list) else []
     return {keys.REQUEST: [*names, *(n for n in asks if n not in names)]}
-
-
-def _num_bytes(layout: Layout) -> int:
-    """Return the size of a model on the wire, without headers."""
-    return sum(math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in layout.entries)
 
 
 def _settings(strategy: WeightingStrategy) -> str:

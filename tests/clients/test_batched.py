@@ -35,6 +35,12 @@ def _one_intra_op_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _as_large_weights(monkeypatch):
+    """What is done to large weights only is done to these small ones."""
+    monkeypatch.setattr(graphs, "WORTH_FUSING", 1)
+
+
 class Smoothed(Objective):
     """A user's own: label smoothing, and a pull of the same length for everybody."""
 
@@ -290,15 +296,18 @@ def operations_of(step):
     return [node.kind() for node in step.inlined_graph.nodes()]
 
 
-def test_a_dense_step_writes_no_gradient_of_its_weights():
+@pytest.mark.parametrize("small", [False, True])
+def test_a_dense_step_writes_no_gradient_of_large_weights(monkeypatch, small):
+    monkeypatch.setattr(graphs, "WORTH_FUSING", 1 << 30 if small else 1)
     module = shipped("mlp")
     trainer = BatchedTrainer(made(module), Plain(), settings_of())
     trainer.train(made(module).save(), tasks_of([8, 8]), learning_rate=0.1)
     (step,) = trainer._steps.values()
     operations = operations_of(step)
     layers = [m for m in module().modules() if isinstance(m, nn.Linear)]
-    assert operations.count("aten::baddbmm_") == len(layers)
-    assert operations.count("aten::sub_") == len(layers)  # the biases
+    fused = 0 if small else len(layers)
+    assert operations.count("aten::baddbmm_") == fused
+    assert operations.count("aten::sub_") == 2 * len(layers) - fused  # biases, too
 
 
 class Weighted(Objective):
@@ -779,13 +788,20 @@ def test_slices_know_where_they_come_from(travelled):
         data = pickle.dumps(whole, protocol=5, buffer_callback=buffers.append)
         whole = pickle.loads(data, buffers=[b.raw().tobytes() for b in buffers])
     for array, place in ((whole[4:6], 4), (whole[4:6].reshape(2, 1, 12), 4)):
-        base, first = home(array)
-        assert first == place
+        other = whole[:3].reshape(3, *array.shape[1:])
+        base, first = home([array, other])
+        assert first == [place, 0]
         assert np.shares_memory(base, whole)
-        assert np.array_equal(
-            base.reshape(-1, 12)[place : place + 2], array.reshape(2, 12)
-        )
-    for array in (whole[::2], whole[4:6].copy(), whole[2:4, 1:], whole.T[:2]):
-        base, first = home(array)
-        assert base is array
-        assert first == 0
+        assert np.array_equal(base[place : place + 2], array)
+    strange = (
+        whole[::2],
+        whole[4:6].copy(),
+        whole[2:4, 1:],
+        whole.T[:2],
+        whole[4:6].view(np.int32),
+        whole[4:6].reshape(2, 12),
+        whole.reshape(-1)[6:30].reshape(2, 3, 4),
+    )
+    for array in strange:
+        assert home([whole[4:6], array]) is None
+    assert home([np.zeros((3, 0)), np.zeros((3, 0))]) is None
