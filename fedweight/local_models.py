@@ -218,7 +218,9 @@ def _together(rows: Sequence[Tensor]) -> Tensor | None:
     """Return rows that follow one another in memory as the matrix that they are."""
     first, size = rows[0], rows[0].numel()
     begin, step = first.data_ptr(), size * first.element_size()
-    if not size or any(row.data_ptr() != begin + k * step for k, row in enumerate(rows)):
+    if not size or any(
+        row.data_ptr() != begin + k * step for k, row in enumerate(rows)
+    ):
         return None
     place = first.storage_offset() * first.element_size()
     if first.untyped_storage().nbytes() < place + len(rows) * step:

@@ -26,6 +26,7 @@ from torch.func import functional_call, vmap
 from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
 from ..rng import permutations
+from .cross_entropy import OfLabels
 from .graphs import (
     Replayed,
     drop_idle,
@@ -33,7 +34,6 @@ from .graphs import (
     gather,
     grad,
     has_few_operations,
-    ignore_nothing,
     plain_execution,
     several,
     trace,
@@ -414,9 +414,6 @@ class BatchedTrainer:
         self.module.train()
         traced: Any = trace(flat, [*chain(*copies)])
         traced.graph.eliminate_dead_code()
-        given = traced.graph.find_nodes(op="placeholder")
-        labels = given[len(given) - len(inputs[-1]) + 1]
-        ignore_nothing(traced.graph, labels)
         drop_idle(traced.graph)
         fuse_descent(traced.graph)
         traced.recompile()
@@ -457,7 +454,8 @@ class BatchedTrainer:
         with LocalTraining(seed, step, mask) as noise:
             logits = functional_call(self.module.module, state, (x,))
         self._least = max(self._least, noise.least)
-        loss = self.objective.loss(logits, Batch(x, y, mask))
+        with OfLabels(y):
+            loss = self.objective.loss(logits, Batch(x, y, mask))
         return loss * scale, (loss.detach(), logits.detach())
 
 

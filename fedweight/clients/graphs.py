@@ -26,9 +26,6 @@ aten = torch.ops.aten
 # What gives a tensor another shape, if it is another.
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
 
-# The label that PyTorch's losses leave out by default.
-IGNORED = -100
-
 # So many operations are few.
 FEW = 200
 
@@ -208,47 +205,6 @@ def drop_idle(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def ignore_nothing(graph: fx.Graph, labels: fx.Node) -> None:
-    """Leave out the search for labels to be ignored: all name classes, from 0.
-
-    Half of what a cross-entropy consists of, a tenth of a step of a small model.
-
-    Parameters
-    ----------
-    graph : Graph
-        As :func:`trace` gives it; changed in place.
-    labels : Node
-        Its input of int64 labels.
-    """
-    if any(_changes(node) is labels for node in graph.nodes):
-        return  # An objective relabels in place.
-    for counts in graph.find_nodes(op="call_function", target=aten.ne.Scalar):
-        if counts.args[1] != IGNORED or _viewed(counts.args[0]) is not labels:
-            continue
-        for node in list(counts.users):
-            shape, dtype = node.meta["shape"], node.meta["dtype"]
-            with graph.inserting_before(node):
-                if node.target is aten.where.self and node.args[0] is counts:
-                    chosen = node.args[1]
-                    if chosen.meta["dtype"] != dtype:
-                        continue
-                    same = graph.call_function(aten.expand.default, (chosen, [*shape]))
-                elif node.target is aten.sum.dim_IntList:
-                    number = counts.meta["shape"].numel() / shape.numel()
-                    device = labels.meta["device"]
-                    same = graph.call_function(
-                        aten.full.default,
-                        ([*shape], int(number)),
-                        {"dtype": dtype, "device": device},
-                    )
-                else:
-                    continue
-            same.meta = dict(node.meta)
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
 def fuse_descent(graph: fx.Graph) -> None:
     """Let batched products be subtracted from the weights where they are made.
 
@@ -304,14 +260,6 @@ def _behind(node: fx.Node) -> tuple[fx.Node, bool]:
     ):
         node, transposed = cast(fx.Node, node.args[0]), not transposed
     return node, transposed
-
-
-def _changes(node: fx.Node) -> fx.Node | None:
-    """Return whose memory an operation changes, if it changes its first argument."""
-    operation = isinstance(node.target, torch._ops.OpOverload)
-    if not operation or not node.target._schema.is_mutable:  # type: ignore[union-attr]
-        return None
-    return _viewed(node.args[0]) if isinstance(node.args[0], fx.Node) else None
 
 
 def _viewed(node: fx.Node) -> fx.Node:

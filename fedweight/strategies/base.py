@@ -726,7 +726,7 @@ class WeightingStrategy(Strategy):
         values = np.array([[m[name] for name in names] for m in metrics], np.float64)
         known = ~np.isnan(values)
         p = known * np.array([[one.num_examples] for one in good])
-        p = np.where(p.any(0), p, known)  # If those who know have no data they are alike.
+        p = np.where(p.any(0), p, known)  # Alike, if those who know have no data.
         sums, totals = (np.where(known, values, 0) * p).sum(0), p.sum(0)
         pairs = zip(names, sums.tolist(), totals.tolist(), strict=True)
         return MetricRecord({name: s / total for name, s, total in pairs if total})

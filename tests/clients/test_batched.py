@@ -381,7 +381,13 @@ def test_an_objective_that_changes_the_mask_concerns_no_other_step():
 @pytest.mark.parametrize("sizes", [[16, 16], SIZES])
 @pytest.mark.parametrize(
     ("objective", "searches"),
-    [(Plain(), False), (Weighted(), False), (Ignores(), True)],
+    [
+        (Plain(), False),
+        (Weighted(), False),
+        (Smoothed(), False),
+        (Ignores(), True),
+        (InPlace(), True),
+    ],
 )
 def test_labels_are_searched_for_what_to_ignore_only_where_there_is_any(
     objective, searches, sizes
