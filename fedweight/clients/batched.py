@@ -9,6 +9,7 @@ not full is padded and masked, and a client that is done is set aside.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ from .noise import LocalTraining
 from .objectives import Batch, Objective
 from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
 
+log = logging.getLogger("fedweight")
+
 Step = Callable[..., Any]
 
 # Returns examples of a size, to fill, like a tensor of them.
@@ -58,6 +61,9 @@ SMALL = 1 << 23
 
 # On a GPU the memory of chunks of so many sizes is kept.
 KEPT_SIZES = 4
+
+# Data stay on a GPU if they take no more than this share of what is free there.
+SHARE_OF_DATA = 0.5
 
 
 @dataclass
@@ -130,7 +136,10 @@ class BatchedTrainer:
         self._replays = self.device.type == "cuda"
         self._memories: dict[int, _ChunkMemory] = {}  # by clients of a chunk
         self._turn = threading.Lock()
-        self._on_device: dict[tuple[int, int], tuple[npt.NDArray[Any], Tensor]] = {}
+        # By address and size; None where the device has no room.
+        self._on_device: dict[
+            tuple[int, int], tuple[npt.NDArray[Any], Tensor | None]
+        ] = {}
 
     def train(
         self,
@@ -293,7 +302,12 @@ class BatchedTrainer:
         """
         shared = _common_home(tasks)
         if shared is not None:
-            return self._feed_resident(tasks, plan, shared, room)
+            x, y = self._resident(shared.x), self._resident(shared.y)
+            if x is not None and y is not None:
+                # Each step is fed from the whole data set, which stays on the device.
+                order = torch.from_numpy(plan.rows(tasks, shared.first))
+                rows = order.to(self.device)
+                return _Gathering((x, y), room(rows.shape[1:], x), rows)
         size = (len(tasks), int(plan.per_epoch.max()), plan.batch_size)
         x_all, y_all = self._buffers_for(size, as_tensor(tasks[0].examples.x))
 
@@ -304,25 +318,24 @@ class BatchedTrainer:
 
         return shuffled
 
-    def _feed_resident(
-        self,
-        tasks: Sequence[Task],
-        plan: _Schedule,
-        shared: _Home,
-        room: Room,
-    ) -> _Gathering:
-        """Feed from the whole data set, which stays on the device."""
-        data = self._resident(shared.x), self._resident(shared.y)
-        rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
-        return _Gathering(data, room(rows.shape[1:], data[0]), rows)
-
-    def _resident(self, array: npt.NDArray[Any]) -> Tensor:
-        """Return an array as it lies on the device, where it is put once."""
-        if self.device.type == "cpu":
+    def _resident(self, array: npt.NDArray[Any]) -> Tensor | None:
+        """Return an array as it lies on the device, where it is put once if it fits."""
+        if not self._replays:
             return as_tensor(array)
         place = (_address(array), array.nbytes)
         if place not in self._on_device:
-            self._on_device[place] = (array, as_tensor(array).to(self.device))
+            free, values = _free_bytes(self.device), None
+            if array.nbytes <= SHARE_OF_DATA * free:
+                values = as_tensor(array).to(self.device)
+            else:
+                log.warning(
+                    "the clients' data, %.3g GB, do not stay on %s, where %.3g GB are "
+                    "free: what each step needs is copied there",
+                    array.nbytes / 1e9,
+                    self.device,
+                    free / 1e9,
+                )
+            self._on_device[place] = (array, values)
         return self._on_device[place][1]
 
     def _buffers_for(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -803,6 +816,12 @@ def _common_home(tasks: Sequence[Task]) -> _Home | None:
     if x is None or y is None or x[1] != y[1]:
         return None
     return _Home(x[0], y[0], x[1])
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return how much of a GPU's memory nobody has taken."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
 
 
 def _views(rows: Tensor, entries: Sequence[Entry]) -> list[Tensor]:

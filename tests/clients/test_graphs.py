@@ -174,6 +174,7 @@ def record(monkeypatch):
         monkeypatch.setattr(graphs, "_warm_up", warm_up)
         monkeypatch.setattr(Replayed, "broken", False)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(batched, "_free_bytes", lambda device: 1 << 30)
         return recorder
 
     return use
@@ -311,6 +312,23 @@ def test_examples_that_are_no_rows_of_common_arrays_are_put_in_place(record):
         )
         torch.testing.assert_close(rows, expected, atol=1e-6, rtol=1e-5)
     assert recorder.replays == 4 + 6 + 1
+
+
+def test_data_stay_on_the_device_only_if_they_fit(record, monkeypatch, caplog):
+    expected = values_of(*trainer_of())
+    for free, fits in ((1 << 30, True), (100, False)):
+        record(Recorder())
+        monkeypatch.setattr(batched, "_free_bytes", lambda device, free=free: free)
+        trainer, start = trainer_of(replays=True)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "fedweight"):
+            found = values_of(trainer, start)
+        assert_equal(found, expected, atol=1e-6, rtol=1e-5)
+        kept = [values for _, values in trainer._on_device.values()]
+        assert kept
+        assert all((values is not None) == fits for values in kept)
+        said = "do not stay on cpu, where 1e-07 GB are free" in caplog.text
+        assert said == (not fits)
 
 
 def test_the_memory_of_a_few_sizes_of_chunks_is_kept(record, monkeypatch):
