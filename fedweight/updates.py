@@ -253,7 +253,8 @@ class Updates(ABC):
     Parameters
     ----------
     members : Sequence[Sequence[int]]
-        Which rows lie in each place; every row in one.
+        Which rows are asked for together: those in one place, or a part of them;
+        every row once.
     origin : Tensor
         The global model w, ``[P]``.
     offsets : Sequence[int], optional

@@ -14,7 +14,7 @@ from fedweight.clients import TrainingApp, TrainingSettings
 from fedweight.data import ClientData, Examples
 from fedweight.errors import AggregationError, EngineError
 from fedweight.local_models import HeldModels, ModelSum, SummedModels, members
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.parameters import FlatModel, FlatModule, FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.local import LocalGrid
 from fedweight.strategies.fedavg import FedAvg
@@ -220,6 +220,45 @@ def test_the_sum_knows_one_weighted_mean():
     for scale, dtype in ((1.0, torch.float64), (4.0, torch.float32)):
         weights = torch.tensor([0.75, 0.25], dtype=dtype) * scale
         torch.testing.assert_close(updates.combine(weights), mean * scale)
+
+
+def sums(rows):
+    """Add up rows as they lie, and as copies that lie apart, with what is right."""
+    coefficients = [1.0 + k % 3 for k in range(len(rows))]
+    found = []
+    for some in (rows, [row.clone() for row in rows]):
+        models = {
+            k: (FlatModel(START.layout, row, row[:0]), c)
+            for k, (row, c) in enumerate(zip(some, coefficients, strict=True))
+        }
+        found.append(ModelSum.of(models).parameters)
+    exact = sum(c * row.double() for c, row in zip(coefficients, rows, strict=True))
+    return [*found, exact]
+
+
+@pytest.mark.parametrize("count", [1, 2, 32, 33, 100])
+@pytest.mark.parametrize("size", [0, 1, 50])
+def test_models_that_lie_together_have_the_sum_of_others(count, size):
+    matrix = torch.randn(count, size, generator=torch.Generator().manual_seed(0))
+    for rows in (matrix.unbind(), matrix[count // 2 :].unbind()):
+        together, apart, exact = sums(rows)
+        assert together.dtype == apart.dtype
+        for found in (together, apart):
+            torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_models_that_only_seem_to_lie_together_are_summed_one_by_one():
+    # Two tensors over neighbouring memory of one array: no tensor holds both.
+    array = np.arange(6, dtype=np.float32)
+    rows = [torch.from_numpy(array[:3]), torch.from_numpy(array[3:])]
+    assert rows[1].data_ptr() == rows[0].data_ptr() + 12
+    matrix = torch.arange(12.0).reshape(4, 3)
+    for some in (rows, list(matrix[[0, 2, 1]].unbind()), [matrix[2], matrix[0]]):
+        together, apart, _ = sums(some)
+        assert torch.equal(together, apart)
+    gap = [matrix[0], matrix[2], matrix[3]]
+    together, apart, _ = sums(gap)
+    assert torch.equal(together, apart)
 
 
 def test_the_sum_knows_nothing_else():

@@ -54,6 +54,11 @@ log = logging.getLogger("fedweight")
 PERSONAL_MODEL = "personal-model"
 PERSONAL_METRICS = "personal-metrics"
 
+# What an app does not take along to another process.
+OF_A_PROCESS = {
+    *("_idle", "_cancelled", "_making", "_trainers", "_prepared", "_streams", "_draws")
+}
+
 
 class TrainingApp(ClientApp):
     """A ClientApp that trains a PyTorch classifier on a client's own data.
@@ -137,9 +142,7 @@ class TrainingApp(ClientApp):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
-        fresh = TrainingApp.__new__(TrainingApp)
-        fresh._forget()
-        return {k: v for k, v in self.__dict__.items() if k not in vars(fresh)}
+        return {k: v for k, v in self.__dict__.items() if k not in OF_A_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the settings."""
@@ -441,7 +444,8 @@ class TrainingApp(ClientApp):
         try:
             module = self._idle.get_nowait()
         except queue.Empty:
-            module = FlatModule(self.model(), self.device)
+            with torch.inference_mode(False):  # It will be written to outside of it.
+                module = FlatModule(self.model(), self.device)
         try:
             yield module
         finally:

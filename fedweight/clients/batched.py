@@ -29,15 +29,16 @@ from ..parameters import Entry, FlatModel, FlatModule, as_tensor
 from ..rng import permutations
 from .cross_entropy import OfLabels
 from .graphs import (
+    Recorder,
     Replayed,
     drop_idle,
+    drop_unused,
     fuse_descent,
     gather,
     grad,
     has_few_operations,
     plain_execution,
     several,
-    trace,
     without_python,
 )
 from .noise import LocalTraining
@@ -136,9 +137,9 @@ class BatchedTrainer:
         self._replays = self.device.type == "cuda"
         self._memories: dict[int, _ChunkMemory] = {}  # by clients of a chunk
         self._turn = threading.Lock()
-        # By address and size; None where the device has no room.
+        # By address; None where the device has no room.
         self._on_device: dict[
-            tuple[int, int], tuple[npt.NDArray[Any], Tensor | None]
+            tuple[int, int], tuple[_Home, tuple[Tensor, Tensor] | None]
         ] = {}
 
     def train(
@@ -301,13 +302,10 @@ class BatchedTrainer:
         What is gathered on the device lies in ``room``.
         """
         shared = _common_home(tasks)
-        if shared is not None:
-            x, y = self._resident(shared.x), self._resident(shared.y)
-            if x is not None and y is not None:
-                # Each step is fed from the whole data set, which stays on the device.
-                order = torch.from_numpy(plan.rows(tasks, shared.first))
-                rows = order.to(self.device)
-                return _Gathering((x, y), room(rows.shape[1:], x), rows)
+        data = None if shared is None else self._resident(shared)
+        if shared is not None and data is not None:
+            rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
+            return _Gathering(data, room(rows.shape[1:], data[0]), rows)
         size = (len(tasks), int(plan.per_epoch.max()), plan.batch_size)
         x_all, y_all = self._buffers_for(size, as_tensor(tasks[0].examples.x))
 
@@ -318,24 +316,26 @@ class BatchedTrainer:
 
         return shuffled
 
-    def _resident(self, array: npt.NDArray[Any]) -> Tensor | None:
-        """Return an array as it lies on the device, where it is put once if it fits."""
-        if not self._replays:
-            return as_tensor(array)
-        place = (_address(array), array.nbytes)
+    def _resident(self, shared: _Home) -> tuple[Tensor, Tensor] | None:
+        """Return all data as they lie on the device, where they are put if they fit."""
+        own = as_tensor(shared.x), as_tensor(shared.y)
+        if self.device.type == "cpu" and not self._replays:
+            return own
+        place = _address(shared.x), _address(shared.y)
         if place not in self._on_device:
-            free, values = _free_bytes(self.device), None
-            if array.nbytes <= SHARE_OF_DATA * free:
-                values = as_tensor(array).to(self.device)
+            size, free = shared.x.nbytes + shared.y.nbytes, _free_bytes(self.device)
+            values = None
+            if size <= SHARE_OF_DATA * free:
+                values = own[0].to(self.device), own[1].to(self.device)
             else:
                 log.warning(
                     "the clients' data, %.3g GB, do not stay on %s, where %.3g GB are "
                     "free: what each step needs is copied there",
-                    array.nbytes / 1e9,
+                    size / 1e9,
                     self.device,
                     free / 1e9,
                 )
-            self._on_device[place] = (array, values)
+            self._on_device[place] = (shared, values)
         return self._on_device[place][1]
 
     def _buffers_for(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,6 +388,7 @@ class BatchedTrainer:
         )
         penalised = self._penalty_of(*inputs[4]) is not None
         descends = self._descends
+        moving = set(range(len(self.buffers)))  # Those that a step changes.
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             left = iter(tensors)
@@ -398,12 +399,18 @@ class BatchedTrainer:
             scale = rate if descends else torch.ones_like(rate)
             # vmap's BatchNorm changes running statistics only where they lie together.
             parameters, frozen, buffers, counters = state
-            together = [buffer.contiguous() for buffer in buffers]
+            together = [
+                buffer.contiguous() if k in moving else buffer
+                for k, buffer in enumerate(buffers)
+            ]
             gradients, (loss, logits) = batched(
                 parameters, frozen, together, counters, scale, x, y, extra
             )
-            for buffer, changed in zip(buffers, together, strict=True):
-                buffer.copy_(changed)
+            for k in sorted(moving):
+                if recorder.has_changed(together[k]):
+                    buffers[k].copy_(together[k])
+                else:
+                    moving.remove(k)
             hits = logits.argmax(-1) == y
             if len(extra) > 2:
                 hits = hits * extra[2]
@@ -423,10 +430,13 @@ class BatchedTrainer:
 
         # Tracing runs the step, which changes tensors in place: on a copy, with the
         # same strides, as the trace depends on them, and views of the same rows.
-        copies = copy.deepcopy(inputs)
         self.module.train()
-        traced: Any = trace(flat, [*chain(*copies)])
-        traced.graph.eliminate_dead_code()
+        asked = -1
+        while len(moving) != asked:  # Again without copies of buffers that stay.
+            asked = len(moving)
+            copies, recorder = copy.deepcopy(inputs), Recorder()
+            traced: Any = recorder.trace(flat, [*chain(*copies)])
+        drop_unused(traced.graph)
         drop_idle(traced.graph)
         fuse_descent(traced.graph)
         traced.recompile()
@@ -818,8 +828,10 @@ def _common_home(tasks: Sequence[Task]) -> _Home | None:
     return _Home(x[0], y[0], x[1])
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Return how much of a GPU's memory nobody has taken."""
+def _free_bytes(device: torch.device) -> float:
+    """Return how much of a device's memory nobody has taken, as far as is known."""
+    if device.type != "cuda":
+        return math.inf
     free, _ = torch.cuda.mem_get_info(device)
     return free
 

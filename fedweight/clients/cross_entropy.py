@@ -23,7 +23,7 @@ class OfLabels(TorchFunctionMode):
     """Within this context ``F.cross_entropy`` of some labels is :func:`cross_entropy`.
 
     Of other targets, of labels that have been changed, and with arguments that mean
-    something else, it is PyTorch's.
+    something else or that PyTorch refuses, it is PyTorch's.
 
     Parameters
     ----------
@@ -57,18 +57,25 @@ class OfLabels(TorchFunctionMode):
         self,
         input: Tensor,
         target: Tensor,
-        ignore_index: int,
+        weight: Tensor | None,
         size_average: bool | None,
+        ignore_index: int,
         reduce: bool | None,
-        **rest: Any,
+        reduction: str,
+        label_smoothing: float,
     ) -> bool:
         return (
             target is self.labels
             and target._version == self._version
             and input.ndim == 2
-            and ignore_index < 0
+            and input.shape[0] == target.shape[0]
+            and (weight is None or weight.shape == input.shape[1:])
+            and (weight is None or weight.dtype == input.dtype)
             and size_average is None
+            and ignore_index < 0
             and reduce is None
+            and reduction in ("mean", "sum", "none")
+            and 0 <= label_smoothing <= 1
         )
 
 

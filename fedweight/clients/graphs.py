@@ -80,35 +80,16 @@ def grad(
 def trace(function: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModule:
     """Call a function, and return the tensor operations that it consisted of.
 
+    As :meth:`Recorder.trace` does.
+    """
+    return Recorder().trace(function, given)
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the operations that are done while it is on.
+
     What vmap and autograd did is in them as operations on plain tensors. PyTorch has
     ``make_fx`` for this, which imports its compiler: a second, at every start.
-
-    Parameters
-    ----------
-    function : Callable
-        Takes tensors, and returns some in a list.
-    given : Sequence[Tensor]
-        What it is called with. The result can be called with tensors of these shapes.
-
-    Raises
-    ------
-    RuntimeError
-        If an operation depends on the tensors' values, as ``Tensor.item`` does: what
-        was traced would not see others.
-    """
-    recorder = _Recorder()
-    for k, tensor in enumerate(given):
-        node = recorder.graph.placeholder(f"input_{k}")
-        node.meta["varies"] = True
-        recorder.keep(node, tensor)
-    with recorder:
-        results = function(*given)
-    recorder.graph.output([recorder.node_of(tensor) for tensor in results])
-    return fx.GraphModule(recorder.constants, recorder.graph)
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the operations that are done while it is on.
 
     A node's ``meta`` has its tensor's ``shape``, ``dtype`` and ``device``, and whether
     it ``varies`` with the inputs. Of a tensor from outside, which becomes a constant,
@@ -120,6 +101,41 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self._nodes: Any = WeakIdKeyDictionary()
+        # Memory that values which vary were written to, by address; kept, so that no
+        # other gets the address.
+        self._changed: dict[int, torch.UntypedStorage] = {}
+
+    def trace(
+        self, function: Callable[..., Any], given: Sequence[Tensor]
+    ) -> fx.GraphModule:
+        """Call a function, and return the operations that it consisted of.
+
+        Parameters
+        ----------
+        function : Callable
+            Takes tensors, and returns some in a list.
+        given : Sequence[Tensor]
+            What it is called with. The result can be called with tensors of these
+            shapes.
+
+        Raises
+        ------
+        RuntimeError
+            If an operation depends on the tensors' values, as ``Tensor.item`` does:
+            what was traced would not see others.
+        """
+        for k, tensor in enumerate(given):
+            node = self.graph.placeholder(f"input_{k}")
+            node.meta["varies"] = True
+            self.keep(node, tensor)
+        with self:
+            results = function(*given)
+        self.graph.output([self.node_of(tensor) for tensor in results])
+        return fx.GraphModule(self.constants, self.graph)
+
+    def has_changed(self, tensor: Tensor) -> bool:
+        """Tell whether values that vary were written to a tensor's memory."""
+        return tensor.untyped_storage().data_ptr() in self._changed
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -143,11 +159,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if parts is not NotImplemented:
             return parts
         inputs: Any = fx.node.map_aggregate((args, kwargs), self.node_of)
+        varies = any(map(self._varies, _tensors((args, kwargs))))
+        if self._depends_on_values(func, args, varies):
+            raise RuntimeError(f"{func} depends on values and cannot be traced")
         result = func(*args, **kwargs)
         node = self.graph.call_function(func, *inputs)
-        node.meta["varies"] = any(n.meta["varies"] for n in node.all_input_nodes)
-        if node.meta["varies"] and _depends_on_values(func, args):
-            raise RuntimeError(f"{func} depends on values and cannot be traced")
+        node.meta["varies"] = varies
+        if varies and func._schema.is_mutable:
+            for tensor in _tensors(_written(func, args, kwargs)):
+                memory = tensor.untyped_storage()
+                self._changed[memory.data_ptr()] = memory
         if isinstance(result, Tensor):
             self.keep(node, result)
         elif isinstance(result, Iterable):
@@ -176,13 +197,67 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node.meta["varies"] = False
         return self._nodes[value]
 
+    def _varies(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor's values depend on the inputs."""
+        varies: bool = self.node_of(tensor).meta["varies"]
+        return varies or self.has_changed(tensor)
 
-def _depends_on_values(func: Any, args: Sequence[Any]) -> bool:
-    """Tell whether an operation's result, or its shape, is not known before values."""
-    if func is aten.index.Tensor:  # By places its shape is theirs; by a mask it is not.
-        masks = (torch.bool, torch.uint8)
-        return any(index is not None and index.dtype in masks for index in args[1])
-    return bool(OF_VALUES.intersection(func.tags))
+    def _depends_on_values(self, func: Any, args: Sequence[Any], varies: bool) -> bool:
+        """Tell whether what an operation gives, or its shape, is another for others.
+
+        What is chosen by places has their shape; what is chosen by a mask has not.
+        """
+        if func is aten.index.Tensor:
+            masks = [
+                index
+                for index in args[1]
+                if index is not None and index.dtype in (torch.bool, torch.uint8)
+            ]
+            return any(map(self._varies, masks))
+        if func is aten.masked_select.default:
+            return self._varies(args[1])
+        return varies and bool(OF_VALUES.intersection(func.tags))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Return the tensors in arguments, also those in lists."""
+    found: list[Tensor] = []
+    fx.node.map_aggregate(
+        values, lambda value: found.append(value) if isinstance(value, Tensor) else None
+    )
+    return found
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that an operation changes."""
+    by_name = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+    by_name |= kwargs
+    return [
+        by_name[a.name]
+        for a in func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write and a.name in by_name
+    ]
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Leave out operations whose results nobody uses, if they change nothing.
+
+    PyTorch's own way to do so has not always known which ones do.
+
+    Parameters
+    ----------
+    graph : Graph
+        As :func:`trace` gives it; changed in place.
+    """
+    for node in reversed(graph.nodes):
+        mutable = _is_operation(node) and node.target._schema.is_mutable
+        if node.op not in ("placeholder", "output") and not (node.users or mutable):
+            graph.erase_node(node)
+
+
+def _is_operation(node: fx.Node) -> bool:
+    """Tell whether a node is one of PyTorch's operations, not one of its results."""
+    return isinstance(node.target, torch._ops.OpOverload)
 
 
 def drop_idle(graph: fx.Graph) -> None:
@@ -266,9 +341,9 @@ def _viewed(node: fx.Node) -> fx.Node:
     """Return whose memory a tensor shows."""
     while node.op == "call_function" and isinstance(node.args[0], fx.Node):
         made = (
-            isinstance(node.target, torch._ops.OpOverload)  # not one of several results
+            _is_operation(node)
             and node.target not in RESHAPES
-            and node.target._schema.returns[0].alias_info is None
+            and node.target._schema.returns[0].alias_info is None  # type: ignore[union-attr]
         )
         if made:
             break

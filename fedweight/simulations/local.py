@@ -8,9 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -171,7 +173,7 @@ class LocalGrid(SimulationGrid):
         threads: int | None = None,
     ) -> Iterator[T]:
         """Yield the jobs' results, in order; those that begin too late have none."""
-        with one_thread():
+        with _as_in_a_new_thread(), one_thread():
             if (threads or self.threads or 1) > 1:
                 yield from self._in_threads(jobs, deadline)
                 return
@@ -183,36 +185,16 @@ class LocalGrid(SimulationGrid):
     def _in_threads(
         self, jobs: Sequence[Callable[[], T]], deadline: float | None
     ) -> Iterator[T]:
-        """Share the jobs with other threads; this one does some, too."""
-        left = iter(enumerate(jobs))  # Whoever is free takes the next.
-        done: dict[int, T] = {}
-
-        def do_one() -> bool:
-            number, job = next(left, (None, None))
-            if number is None or job is None or _is_over(deadline):
-                return False
-            done[number] = job()
-            return True
-
-        def do_all() -> None:
-            while do_one():
-                pass
+        def unless_late(job: Callable[[], T]) -> T | None:
+            return None if _is_over(deadline) else job()
 
         # The threads stay: each keeps buffers for its next clients.
-        threads = min(self.threads or 1, len(jobs)) - 1
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads)
         try:
-            others = [self._pool.submit(do_all) for _ in range(threads)]
-            number = 0
-            while do_one():
-                while number in done:
-                    yield done.pop(number)
-                    number += 1
-            for other in others:
-                other.result()
-            for number in sorted(done):
-                yield done.pop(number)
+            for result in self._pool.map(unless_late, jobs):
+                if result is not None:
+                    yield result
         except BaseException:
             self._pool.shutdown(wait=False, cancel_futures=True)
             cancel = getattr(self.client_app, "cancel", None)
@@ -230,6 +212,21 @@ class LocalGrid(SimulationGrid):
     @property
     def _safe(self) -> bool:
         return bool(getattr(self.client_app, "thread_safe", False))
+
+
+@contextmanager
+def _as_in_a_new_thread() -> Iterator[None]:
+    """Let clients train as in other threads and processes, whatever the caller does.
+
+    A caller's ``torch.no_grad()`` or ``torch.autocast()`` is its own thread's.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
 
 
 def _is_over(deadline: float | None) -> bool:

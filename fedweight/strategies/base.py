@@ -723,11 +723,13 @@ class WeightingStrategy(Strategy):
             if name != self.weighted_by_key
             and all(isinstance(m.get(name), int | float) for m in metrics)
         ]
-        values = np.array([[m[name] for name in names] for m in metrics], np.float64)
+        values = np.array([[m[name] for m in metrics] for name in names], np.float64)
+        values = values.reshape(len(names), len(good))
         known = ~np.isnan(values)
-        p = known * np.array([[one.num_examples] for one in good])
-        p = np.where(p.any(0), p, known)  # Alike, if those who know have no data.
-        sums, totals = (np.where(known, values, 0) * p).sum(0), p.sum(0)
+        p = known * np.array([one.num_examples for one in good])
+        some = p.any(1, keepdims=True)
+        p = np.where(some, p, known)  # Alike, if those who know have no data.
+        sums, totals = (np.where(known, values, 0) * p).sum(1), p.sum(1)
         pairs = zip(names, sums.tolist(), totals.tolist(), strict=True)
         return MetricRecord({name: s / total for name, s, total in pairs if total})
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from fedweight import models
 from fedweight.clients import Objective, TrainingSettings, batched, graphs
@@ -35,10 +36,12 @@ def _one_intra_op_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def _as_large_weights(monkeypatch):
-    """What is done to large weights only is done to these small ones."""
-    monkeypatch.setattr(graphs, "WORTH_FUSING", 1)
+@pytest.fixture(params=["small", "large"])
+def weights(request, monkeypatch):
+    """Change the weights as small ones are, and as large ones."""
+    least = {"small": 1 << 30, "large": 1}[request.param]
+    monkeypatch.setattr(graphs, "WORTH_FUSING", least)
+    return request.param
 
 
 class Smoothed(Objective):
@@ -202,6 +205,7 @@ def test_statistics_where_every_step_of_everyone_is_full(batch_size):
     assert not any(torch.equal(r.model.buffers, start) for r in at_once)
 
 
+@pytest.mark.usefixtures("weights")
 @pytest.mark.parametrize("goal", OBJECTIVES)
 def test_every_objective_moves_a_plain_net_as_one_by_one(goal):
     tasks, goal = tasks_of(SIZES), OBJECTIVES[goal]
@@ -285,6 +289,7 @@ class TwoFactors(nn.Module):
         return x.flatten(1) @ (self.a @ self.b)
 
 
+@pytest.mark.usefixtures("weights")
 @pytest.mark.parametrize("goal", OBJECTIVES)
 def test_a_gradient_made_of_weights_is_that_of_the_old_weights(goal):
     tasks = tasks_of([8, 8, 8])
@@ -296,16 +301,14 @@ def operations_of(step):
     return [node.kind() for node in step.inlined_graph.nodes()]
 
 
-@pytest.mark.parametrize("small", [False, True])
-def test_a_dense_step_writes_no_gradient_of_large_weights(monkeypatch, small):
-    monkeypatch.setattr(graphs, "WORTH_FUSING", 1 << 30 if small else 1)
+def test_a_dense_step_writes_no_gradient_of_large_weights(weights):
     module = shipped("mlp")
     trainer = BatchedTrainer(made(module), Plain(), settings_of())
     trainer.train(made(module).save(), tasks_of([8, 8]), learning_rate=0.1)
     (step,) = trainer._steps.values()
     operations = operations_of(step)
     layers = [m for m in module().modules() if isinstance(m, nn.Linear)]
-    fused = 0 if small else len(layers)
+    fused = len(layers) if weights == "large" else 0
     assert operations.count("aten::baddbmm_") == fused
     assert operations.count("aten::sub_") == 2 * len(layers) - fused  # biases, too
 
@@ -509,6 +512,57 @@ class Penalised(Objective):
 )
 def test_autograd_inside_is_as_one_by_one(make, objective, sizes):
     assert_same(*both_ways(make, tasks_of(sizes), settings_of(), objective))
+
+
+class Table(nn.Module):
+    """Has statistics that move, a table that stays, and a fixed mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.linspace(0.5, 1.5, 64))
+        self.register_buffer("chosen", torch.arange(64) % 3 > 0, persistent=False)
+        self.norm = nn.BatchNorm1d(42)
+        self.linear = nn.Linear(42, 10)
+
+    def forward(self, x):
+        return self.linear(self.norm((x.flatten(1) * self.table)[:, self.chosen]))
+
+
+@pytest.mark.parametrize("sizes", [[16, 16], SIZES])
+def test_buffers_that_stay_are_not_copied_at_every_step(sizes, caplog):
+    tasks = tasks_of(sizes, dtype=np.float64)
+    with caplog.at_level("DEBUG", "fedweight"):
+        assert_same(*both_ways(lambda: Table().double(), tasks, settings_of()))
+    assert not caplog.records
+    trainer = BatchedTrainer(made(Table), Plain(), settings_of())
+    trainer.train(made(Table).save(), tasks_of(sizes), learning_rate=0.1)
+    for step in trainer._steps.values():
+        assert operations_of(step).count("aten::copy_") == 2  # mean and variance
+
+
+class SavesElsewhere(nn.Module):
+    """Lets autograd keep what it needs through hooks, or compute it again."""
+
+    def __init__(self, again=False):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 16), nn.Linear(16, 10)])
+        self.again = again
+
+    def forward(self, x):
+        first, last = self.layers
+        if self.again:
+            h = checkpoint(lambda x: first(x).relu(), x.flatten(1), use_reentrant=False)
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                h = first(x.flatten(1)).relu()
+        return last(h)
+
+
+def test_hooks_on_what_autograd_saves():
+    assert_same(*both_ways(SavesElsewhere, tasks_of(SIZES), settings_of()))
+    # What PyTorch cannot do at once it refuses; the app then trains one by one.
+    with pytest.raises(CheckpointError):
+        both_ways(lambda: SavesElsewhere(again=True), tasks_of(SIZES), settings_of())
 
 
 def test_constants_of_an_objective():

@@ -68,6 +68,26 @@ def test_labels_are_taken_for_classes_and_nothing_else_is():
     assert loss.item() == pytest.approx(F.cross_entropy(logits, labels).item())
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"label_smoothing": 2.0},
+        {"reduction": "avg"},
+        {"weight": torch.ones(20)},
+        {"weight": torch.ones(4, dtype=torch.float64)},
+        {"repeat": 2},
+    ],
+)
+def test_what_pytorch_refuses_is_refused(wrong):
+    logits, labels, _ = example(6, 4, 0)
+    logits = logits.repeat(wrong.pop("repeat", 1), 1)
+    with pytest.raises((RuntimeError, ValueError)) as theirs:
+        F.cross_entropy(logits, labels, **wrong)
+    with OfLabels(labels), pytest.raises(theirs.type) as mine:
+        F.cross_entropy(logits, labels, **wrong)
+    assert str(mine.value) == str(theirs.value)
+
+
 def test_labels_that_change_are_no_longer_known():
     logits, labels, _ = example(6, 4, 0)
     with OfLabels(labels):

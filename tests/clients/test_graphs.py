@@ -57,6 +57,18 @@ def places(x, y):
     return [x[torch.arange(3), torch.tensor([2, 0, 1])], x[:, x.argmax(1) % 3] + y]
 
 
+def fixed_masks(x, y):
+    mask = torch.tensor([True, False, True])
+    return [x[:, mask], torch.masked_select(x, mask), y]
+
+
+def unused(x, y):
+    x.sigmoid()
+    x[0].mul_(2)
+    y.add_(1).exp()
+    return [x + y]
+
+
 def gradients(x, y):
     def loss(rows, other):
         return (rows[0] * other).square().sum(), other + 1
@@ -73,6 +85,8 @@ def gradients(x, y):
         views_and_constants,
         constants_that_change,
         places,
+        fixed_masks,
+        unused,
         gradients,
     ],
 )
@@ -91,6 +105,18 @@ def test_what_is_traced_is_what_was_called(function):
             assert torch.equal(one, other)
 
 
+def test_what_nobody_uses_goes_but_for_what_changes_something():
+    x, y = torch.ones(4, 3), torch.ones(1)
+    traced = graphs.trace(unused, [x.clone(), y.clone()])
+    graphs.drop_unused(traced.graph)
+    traced.recompile()
+    names = [str(n.target) for n in traced.graph.nodes if n.op == "call_function"]
+    assert not any("sigmoid" in name or "exp" in name for name in names)
+    mine, its = [x.clone(), y.clone()], [x.clone(), y.clone()]
+    assert torch.equal(traced(*mine)[0], unused(*its)[0])
+    assert torch.equal(mine[0], its[0])
+
+
 def test_gradients_are_those_of_torch_func():
     stream = torch.Generator().manual_seed(0)
     x, w, unused = (torch.randn(3, 4, generator=stream) for _ in range(3))
@@ -103,6 +129,13 @@ def test_gradients_are_those_of_torch_func():
     torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+def through_memory(x):
+    """Ask for a value that was written to a constant."""
+    held = torch.zeros(2)
+    held[0] = x.sum()
+    return [x if held.sum() > 0 else -x]
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -110,6 +143,8 @@ def test_gradients_are_those_of_torch_func():
         lambda x: [x if x.sum() > 0 else -x],
         lambda x: [x.nonzero()],
         lambda x: [x[x > 0]],
+        lambda x: [x.masked_select(x > 0)],
+        through_memory,
     ],
 )
 def test_what_depends_on_values_is_not_traced(function):

@@ -198,6 +198,25 @@ def test_threads_change_not_a_bit_of_a_plan(chunk: int) -> None:
         assert [c.metrics for c in a.clients] == [c.metrics for c in b.clients]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_what_the_caller_set_for_its_own_thread_concerns_no_client(
+    chunk: int, threads: int
+) -> None:
+    def made() -> np.ndarray:
+        grid = LocalGrid(trainer(sizes=SIZES), 21, threads=threads, plan=Plan(chunk))
+        return run(grid)[0]
+
+    expected = made()
+    for setting in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        with setting:
+            np.testing.assert_array_equal(made(), expected)
+
+
 def test_a_client_that_fails_in_a_chunk_is_reported_alone() -> None:
     def failing(context: Context) -> ClientData:
         if context.node_config["partition-id"] == 4:
