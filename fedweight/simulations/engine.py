@@ -31,7 +31,7 @@ def simulate(
     gpus_per_worker: float = 0.0,
     address: str | None = None,
     threads: int | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
 ) -> Context:
     """Run a Flower app in a simulation.
 
@@ -60,8 +60,8 @@ def simulate(
     threads : int, optional
         Clients that train at once in the local grid; see
         :class:`~fedweight.simulations.local.LocalGrid`.
-    plan : Plan, optional
-        How clients of our own app are trained, such as ``Plan.parse("batched-20")``
+    plan : Plan or str, optional
+        How clients of our own app are trained, such as ``"batched-20"``
         (:class:`~fedweight.simulations.Plan`); one after another by default.
 
     Returns
@@ -115,7 +115,7 @@ def make_grid(
     gpus_per_worker: float = 0.0,
     address: str | None = None,
     threads: int | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
 ) -> Iterator[SimulationGrid]:
     """Make a grid, for the time of a ``with`` block; see :func:`simulate`."""
     check_choice("engine", engine, ENGINES)
@@ -123,9 +123,11 @@ def make_grid(
     check_range("gpus_per_worker", gpus_per_worker, 0)
     if workers is not None:
         check_range("workers", workers, 1)
+    if isinstance(plan, str):
+        plan = Plan.parse(plan)
     if plan is not None and not isinstance(plan, Plan):
         raise ConfigurationError(
-            f"plan must be a Plan, such as Plan.parse('batched-20'), got {plan!r}."
+            f"plan must be a Plan or its name, such as 'batched-20', got {plan!r}."
         )
     if engine == "auto":
         engine = choose_engine(workers, gpus_per_worker, address)

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedweight.errors import ConfigurationError, EngineError
-from fedweight.simulations import LocalGrid, simulate
+from fedweight.simulations import LocalGrid, Plan, simulate
 from fedweight.simulations.engine import choose_engine, make_grid
 
 client_app = ClientApp()
@@ -96,7 +96,8 @@ def test_auto(
         ({"workers": 0}, r"workers must be in \[1, inf\), got 0"),
         ({"gpus_per_worker": -1}, r"gpus_per_worker must be in \[0, inf\), got -1"),
         ({"threads": 0}, r"threads must be in \[1, inf\), got 0"),
-        ({"plan": "batched-5"}, r"plan must be a Plan, .* got 'batched-5'"),
+        ({"plan": 5}, r"plan must be a Plan or its name, .* got 5"),
+        ({"plan": "fast"}, r"engine\.plan must be 'auto', .* got 'fast'"),
         ({"engine": "local", "address": "a:1"}, "address is 'a:1', .* is 'local'"),
     ],
 )
@@ -109,6 +110,13 @@ def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"Install fedweight\[simulation\]"):
         simulate(server_app, client_app, num_clients=2, engine="ray")
+
+
+def test_a_plan_may_be_named() -> None:
+    for plan in ("batched-5", Plan(5)):
+        with make_grid(client_app, 2, plan=plan) as grid:
+            assert isinstance(grid, LocalGrid)
+            assert grid.plan == Plan(5)
 
 
 def test_grid_for_the_time_of_a_block() -> None:
