@@ -62,7 +62,8 @@ def simulate(
         :class:`~fedweight.simulations.local.LocalGrid`.
     plan : Plan or str, optional
         How clients of our own app are trained, such as ``"batched-20"``
-        (:class:`~fedweight.simulations.Plan`); one after another by default.
+        (:class:`~fedweight.simulations.Plan`); one after another by default, and with
+        ``"auto"``: only ``fedweight run`` and ``fedweight.run`` measure.
 
     Returns
     -------

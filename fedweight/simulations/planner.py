@@ -97,11 +97,10 @@ def choose_plan(
     known = _read(path)
     if key in known:
         return Plan(int(known[key]["chunk"]))
-    sample = list(clients)[: min(SAMPLE, cohort)]
     speeds = {
-        chunk: _speed(client_app, arrays, sample, num_clients, Plan(chunk))
+        chunk: _speed(client_app, arrays, clients[:cohort], num_clients, Plan(chunk))
         for chunk in (1, *CHUNKS)
-        if chunk <= max(2, cohort // num_cores()) or chunk == 1
+        if chunk <= max(1, cohort // num_cores())
     }
     best = max(speeds, key=lambda chunk: speeds[chunk])
     chunk = best if speeds[best] > MARGIN * speeds[1] else 1
@@ -126,7 +125,7 @@ def _speed(
     nodes = [FIRST_NODE + client for client in clients[:at_once]]
     with _flower.task_identity(run_id=0):
         grid = LocalGrid(client_app, num_clients, threads=1, plan=plan)
-        warm_up = nodes if plan.chunk > 1 else nodes[:1]
+        warm_up = nodes[: plan.chunk]
         grid.send_and_receive(Cohort(content, warm_up, MessageType.TRAIN))
         began, done = time.perf_counter(), 0
         while time.perf_counter() - began < LEAST_SECONDS:
