@@ -6,11 +6,12 @@ Written against flwr 1.41.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Message, Metadata, RecordDict
+from flwr.app import Error, Message, Metadata, RecordDict
 
 if TYPE_CHECKING:
     from flwr.supercore.run import Run
@@ -18,10 +19,38 @@ if TYPE_CHECKING:
 # Flower's codes for an error reply (flwr.common.constant.ErrorCode).
 CLIENT_APP_RAISED_EXCEPTION = 2
 MESSAGE_UNAVAILABLE = 3
+REPLY_UNAVAILABLE = 4
 NODE_UNAVAILABLE = 5
+
+# The codes that say that a client's reply will not come, and why.
+NO_REPLY = {
+    MESSAGE_UNAVAILABLE: "no reply: the message expired before the node answered it",
+    REPLY_UNAVAILABLE: "no reply: it expired before it was fetched",
+    NODE_UNAVAILABLE: "no reply: the node is not connected any more",
+}
+
+# How a node words an exception of its ClientApp.
+_RAISED = re.compile(r"<class '(?:\w+\.)*(?P<kind>\w+)'>:<'(?P<text>.*)'>", re.DOTALL)
 
 # The SuperLink's own node id; a client may not have it.
 SERVER_NODE_ID = 1
+
+
+def reason_of(error: Error) -> str:
+    """Return why a client failed, as one would say it.
+
+    Examples
+    --------
+    >>> reason_of(Error(code=2, reason="<class 'ValueError'>:<'no such column'>"))
+    'ValueError: no such column'
+    >>> reason_of(Error(code=5, reason="Error: Node Unavailable"))
+    'no reply: the node is not connected any more'
+    """
+    if error.code in NO_REPLY:
+        return NO_REPLY[error.code]
+    reason = error.reason or "an error without a reason"
+    raised = _RAISED.fullmatch(reason.strip())
+    return f"{raised['kind']}: {raised['text']}" if raised else reason
 
 
 @contextmanager

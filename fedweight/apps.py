@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from .errors import AggregationError, ConfigurationError
+from .texts import plain
 
 if TYPE_CHECKING:
     from .studies.configuration import Configuration
@@ -35,6 +36,10 @@ NUM_CLASSES = "num-classes"
 
 # What the nodes are asked once, and the record they answer with.
 IDENTITY = "identity"
+
+# The key of a node's config that names it, and how much of that is shown.
+CLIENT_NAME = "client-name"
+NAME_LENGTH = 60
 ANSWER_SECONDS = 120
 
 Frozen = tuple[tuple[str, bool | float | int | str], ...]
@@ -102,6 +107,7 @@ class NumberedGrid(Grid):
         self.grid = grid
         self.identities: dict[int, ConfigRecord] = {}  # in the order nodes came
         self._numbers: dict[int, int] = {}
+        self._names: dict[int, str] = {}
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes that are connected, and ask new ones who they are."""
@@ -125,11 +131,20 @@ class NumberedGrid(Grid):
                     number,
                 )
         self._numbers = numbers
+        self._names = {
+            numbers.get(node, node): plain(str(identity[CLIENT_NAME]), NAME_LENGTH)
+            for node, identity in self.identities.items()
+            if CLIENT_NAME in identity
+        }
         return nodes
 
     def client_of(self, node: int) -> int:
         """Return a node's client number."""
         return self._numbers.get(node, node)
+
+    def name_of(self, client: int) -> str:
+        """Return what a node calls itself, or its client number."""
+        return self._names.get(client, str(client))
 
     def _ask(self, nodes: list[int]) -> None:
         messages = [
@@ -247,6 +262,8 @@ def _identity(message: Message, context: Context) -> Message:
     told = context.node_config
     names = ("partition-id", "num-partitions")
     identity = ConfigRecord({name: int(told[name]) for name in names if name in told})
+    if CLIENT_NAME in told:
+        identity[CLIENT_NAME] = str(told[CLIENT_NAME])
     return Message(RecordDict({IDENTITY: identity}), reply_to=message)
 
 

@@ -25,10 +25,11 @@ from flwr.app import (
 )
 
 from . import keys
-from ._flower import CLIENT_APP_RAISED_EXCEPTION
+from ._flower import CLIENT_APP_RAISED_EXCEPTION, NO_REPLY, reason_of
 from .errors import AggregationError, ClientError, EngineError
 from .local_models import HeldModels, LocalModels, ModelSum, SummedModels
 from .parameters import FlatModel, FlatRecord, Layout, flatten, is_finite
+from .updates import changed_tensors
 
 
 def only_arrays(content: RecordDict) -> ArrayRecord:
@@ -173,6 +174,8 @@ class Reply:
         Whether all values of the model are; ``None`` if nobody has looked.
     summed : bool
         Whether the model went into the cohort's sum, and was not kept.
+    lost : bool
+        Whether the client did not answer, and the error is the SuperLink's.
     """
 
     node: int
@@ -182,6 +185,7 @@ class Reply:
     error: str | None = None
     finite: bool | None = None
     summed: bool = False
+    lost: bool = False
 
     @classmethod
     def of(cls, message: Message, layout: Layout, arrays_key: str) -> Reply:
@@ -191,11 +195,23 @@ class Reply:
         ------
         AggregationError
             If it is not an error, and not one metric record with, for a reply to a
-            train message, a model of the layout.
+            train message, a model of the layout; and whatever else it may be.
         """
+        try:
+            return cls._of(message, layout, arrays_key)
+        except AggregationError:
+            raise
+        except Exception as error:  # Its bytes are a stranger's.
+            raise AggregationError(
+                f"its reply cannot be read: {type(error).__name__}: {error}"
+            ) from error
+
+    @classmethod
+    def _of(cls, message: Message, layout: Layout, arrays_key: str) -> Reply:
         node = message.metadata.src_node_id
         if message.has_error():
-            return cls(node, error=message.error.reason or "an error without a reason")
+            reason, lost = reason_of(message.error), message.error.code in NO_REPLY
+            return cls(node, error=reason, lost=lost)
         content = message.content
         if len(content.metric_records) != 1:
             raise AggregationError(
@@ -206,7 +222,10 @@ class Reply:
         record = records.get(arrays_key)
         if record is None and len(records) == 1:  # Flower takes it by any name.
             record = next(iter(records.values()))
-        model = None if record is None else flatten(record, layout)
+        model = None
+        if record is not None:
+            whose = {"given": "its model", "expected": "the global model"}
+            model = flatten(record, layout, **whose)
         profile = content.config_records.get(keys.PROFILE) or ConfigRecord()
         return cls(node, model, metrics, profile)
 
@@ -252,24 +271,53 @@ class Answers:
     total: ModelSum = field(default_factory=ModelSum)
 
     def sum_up(self, cohort: Cohort) -> None:
-        """Add up the models, and let go of them."""
+        """Add up the models of those who trained, and let go of all."""
         assert cohort.summed_by is not None
         models = {
-            reply.node: (reply.model, float(reply.metrics[cohort.summed_by]))
-            for reply in self.replies
-            if isinstance(reply.model, FlatModel)
+            reply.node: (model, float(reply.metrics[cohort.summed_by]))
+            for reply, model in _trained(self.replies)
         }
-        wanted = [node for node in models if node not in cohort.left_out]
-        self.total = ModelSum.of({node: models[node] for node in wanted})
+        good = {
+            reply.node: models[reply.node]
+            for reply, _ in _trained(self.replies)
+            if reply.node not in cohort.left_out
+            and reply.metrics.get(keys.NUM_STEPS) != 0
+        }
+        self.total = ModelSum.of(good)
         if not self.total.is_finite():  # Some model is not, or their sum is too large.
-            finite = {r.node for r in self.replies if r.is_finite()}
-            good = {node: models[node] for node in wanted if node in finite}
+            finite = {reply.node for reply in self.replies if reply.is_finite()}
+            good = {node: own for node, own in good.items() if node in finite}
             self.total = ModelSum.of(good, torch.float64)
+        if good:
+            rows = [model.parameters for model, _ in good.values()]
+            layout = next(model.layout for model, _ in good.values())
+            start = flatten(cohort.arrays, layout).parameters
+            self.total.changed = changed_tensors(rows, start, layout.offsets)
         for reply in self.replies:
             if reply.node in models:
-                if reply.node in cohort.left_out:
+                if reply.node not in good:
                     reply.is_finite()
                 reply.model, reply.summed = None, True
+
+
+def _trained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, FlatModel]]:
+    """Yield the replies that hold a model, with it."""
+    for reply in replies:
+        if isinstance(reply.model, FlatModel):
+            yield reply, reply.model
+
+
+def lay_out_as_sent(record: ArrayRecord, replies: Sequence[Reply]) -> None:
+    """Bring trained models into the layout of the record that they began with.
+
+    A server that was not told what is frozen, or a buffer, lays the tensors out
+    otherwise than the clients' module; what it adds up must be in its own layout.
+    """
+    flat = record.flat if isinstance(record, FlatRecord) else None
+    for reply, model in _trained(replies):
+        if flat is None or model.layout == flat.layout:
+            return
+        reply.model = model.laid_out(flat.layout)
 
 
 class Replies(_Messages):

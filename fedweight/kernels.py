@@ -179,20 +179,26 @@ def _products(rows, origin, vector):  # type: ignore[no-untyped-def]
 
 
 @inlined(ANY_ORDER)
-def _products_and_squares(rows, origin, vector):  # type: ignore[no-untyped-def]
+def _products_of_rest(rows, origin, vector, wa, wb, wc, wd):  # type: ignore[no-untyped-def]
     a, b, c, d = rows
-    sa = sb = sc = sd = qa = qb = qc = qd = origin.dtype.type(0)
+    ia = ib = ic = id = qa = qb = qc = qd = ra = rb = rc = rd = origin.dtype.type(0)
     for j in range(len(origin)):
         o, v = origin[j], vector[j]
-        sa += (a[j] - o) * v
-        sb += (b[j] - o) * v
-        sc += (c[j] - o) * v
-        sd += (d[j] - o) * v
-        qa += (a[j] - o) * (a[j] - o)
-        qb += (b[j] - o) * (b[j] - o)
-        qc += (c[j] - o) * (c[j] - o)
-        qd += (d[j] - o) * (d[j] - o)
-    return (sa, sb, sc, sd), (qa, qb, qc, qd)
+        ua, ub, uc, ud = a[j] - o, b[j] - o, c[j] - o, d[j] - o
+        la, lb, lc, ld = v - wa * ua, v - wb * ub, v - wc * uc, v - wd * ud
+        ia += ua * la
+        ib += ub * lb
+        ic += uc * lc
+        id += ud * ld
+        qa += ua * ua
+        qb += ub * ub
+        qc += uc * uc
+        qd += ud * ud
+        ra += la * la
+        rb += lb * lb
+        rc += lc * lc
+        rd += ld * ld
+    return (ia, ib, ic, id), (qa, qb, qc, qd), (ra, rb, rc, rd)
 
 
 @inlined(ANY_ORDER)
@@ -231,13 +237,13 @@ def _make_point(vector, tiles, matrix, start, origin, weights, total_weight):  #
 
 
 @kernel
-def project(products, matrix, start, origin, vector, weights, total_weight, norms):  # type: ignore[no-untyped-def]
-    """Add the products of ``row - origin`` with a vector, and with itself.
+def project(products, matrix, start, origin, vector, weights, total_weight):  # type: ignore[no-untyped-def]
+    """Add the products of ``row - origin`` with a vector.
 
     Parameters
     ----------
     products : ndarray
-        Shape ``[2, k]``, float64.
+        Shape ``[k]``, float64.
     matrix, start
         As for :func:`combine`.
     origin : ndarray
@@ -249,8 +255,6 @@ def project(products, matrix, start, origin, vector, weights, total_weight, norm
         Shape ``[k]``, or empty.
     total_weight : float
         The sum of the weights.
-    norms : bool
-        Whether the second product is asked for.
     """
     rows, parts, like, _ = matrix
     at_once = STEP if len(weights) else LONG_STEP
@@ -269,12 +273,48 @@ def project(products, matrix, start, origin, vector, weights, total_weight, norm
                 for i in range(0, len(o), STEP):
                     oi, vi = o[i : i + STEP], v[i : i + STEP]
                     four = _four(rows, k, stop - 1, place + i, len(oi), like)
-                    if norms:
-                        inner, squares = _products_and_squares(four, oi, vi)
-                        _add_up(products[0], k, stop, inner)
-                        _add_up(products[1], k, stop, squares)
-                    else:
-                        _add_up(products[0], k, stop, _products(four, oi, vi))
+                    _add_up(products, k, stop, _products(four, oi, vi))
+
+
+@kernel
+def project_rest(products, matrix, start, origin, vector, weights, total_weight, own):  # type: ignore[no-untyped-def]
+    """Add products of the updates, and of a vector less a multiple of each.
+
+    Parameters
+    ----------
+    products : ndarray
+        Shape ``[3, k]``, float64. With the update ``u = row - origin`` and the rest
+        ``r = vector - own * u``: ``u r``, ``u u`` and ``r r``.
+    matrix, start, origin, vector, weights, total_weight
+        As for :func:`project`.
+    own : ndarray
+        Shape ``[k]``.
+    """
+    rows, parts, like, _ = matrix
+    at_once = STEP if len(weights) else LONG_STEP
+    tile, made = np.empty(at_once, vector.dtype), np.empty(STEP, vector.dtype)
+    tiles = np.empty(STEP, weights.dtype), np.empty(STEP), np.empty(STEP)
+    for first in range(0, len(origin), at_once):
+        here, place = origin[first : first + at_once], start + first
+        o, v = tile[: len(here)], vector[first : first + at_once]
+        o[:] = here
+        if len(weights):
+            v = made[: len(here)]
+            _make_point(v, tiles, matrix, place, here, weights, total_weight)
+        for part in range(len(parts) - 1):
+            last = parts[part + 1] - 1
+            for k in range(parts[part], last + 1, 4):
+                wa, wb = own[k], own[min(k + 1, last)]
+                wc, wd = own[min(k + 2, last)], own[min(k + 3, last)]
+                for i in range(0, len(o), STEP):
+                    oi, vi = o[i : i + STEP], v[i : i + STEP]
+                    four = _four(rows, k, last, place + i, len(oi), like)
+                    inner, square, rest = _products_of_rest(
+                        four, oi, vi, wa, wb, wc, wd
+                    )
+                    _add_up(products[0], k, last + 1, inner)
+                    _add_up(products[1], k, last + 1, square)
+                    _add_up(products[2], k, last + 1, rest)
 
 
 @kernel

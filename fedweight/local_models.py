@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .errors import AggregationError
-from .parameters import FlatModel, as_tensor, is_finite
+from .parameters import FlatModel, Integers, as_tensor, is_finite
 from .threads import one_thread
 from .updates import TILE_ROWS, Accumulate, StackedUpdates, Updates
 
@@ -51,8 +52,8 @@ class LocalModels(ABC):
         """Return the updates of some clients' buffers, in the order of the nodes."""
 
     @abstractmethod
-    def integers(self, node: int) -> dict[str, npt.NDArray[Any]]:
-        """Return the integer tensors of one client's model."""
+    def integers(self, nodes: Sequence[int]) -> list[Integers]:
+        """Return the integer tensors of some clients' models, by name."""
 
 
 class HeldModels(LocalModels):
@@ -97,8 +98,8 @@ class HeldModels(LocalModels):
             [self.models[node].buffers for node in nodes], start.buffers
         )
 
-    def integers(self, node: int) -> dict[str, npt.NDArray[Any]]:  # noqa: D102
-        return self.models[node].integers
+    def integers(self, nodes: Sequence[int]) -> list[Integers]:  # noqa: D102
+        return [self.models[node].integers for node in nodes]
 
 
 @dataclass
@@ -114,17 +115,18 @@ class ModelSum:
         ``c_k`` by node, 0 or more.
     parameters, buffers : Tensor, optional
         The sums, ``[P]`` and ``[B]``; ``None`` as long as there is nothing in them.
-    integers : dict[str, ndarray]
-        The integer tensors of the lowest node's model.
-    lowest : int
-        That node.
+    integers : dict[int, dict[str, ndarray]]
+        Each model's integer tensors, by node.
+    changed : Tensor, optional
+        Which named tensors of the parameters any model changed, ``[T]``, bool; as far
+        as somebody has looked.
     """
 
     coefficients: dict[int, float] = field(default_factory=dict)
     parameters: Tensor | None = None
     buffers: Tensor | None = None
-    integers: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    lowest: int = -1
+    integers: dict[int, Integers] = field(default_factory=dict)
+    changed: Tensor | None = None
 
     @classmethod
     def of(
@@ -142,8 +144,7 @@ class ModelSum:
             total.parameters = _sum([m.parameters for m in own], coefficients, dtype)
             total.buffers = _sum([m.buffers for m in own], coefficients, dtype)
             total.coefficients = dict(zip(models, coefficients, strict=True))
-            total.lowest = min(models)
-            total.integers = models[total.lowest][0].integers
+            total.integers = {n: m.integers for n, (m, _) in models.items()}
         return total
 
     def is_finite(self) -> bool:
@@ -155,6 +156,9 @@ class ModelSum:
         """Add what was added up elsewhere, of other clients."""
         if other.parameters is None or other.buffers is None:
             return
+        if other.changed is not None:
+            before = self.changed
+            self.changed = other.changed if before is None else before | other.changed
         if self.parameters is None or self.buffers is None:
             # A copy: what came from another process may be read-only.
             self.parameters = other.parameters.to(torch.float64, copy=True)
@@ -162,27 +166,25 @@ class ModelSum:
         else:
             self.parameters.add_(other.parameters)
             self.buffers.add_(other.buffers)
-        if not self.coefficients or other.lowest < self.lowest:
-            self.lowest, self.integers = other.lowest, other.integers
+        self.integers |= other.integers
         self.coefficients |= other.coefficients
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as NumPy arrays, which Ray shares between processes."""
-        vectors = [self.parameters, self.buffers]
+        vectors = [self.parameters, self.buffers, self.changed]
         arrays = [None if v is None else v.detach().cpu().numpy() for v in vectors]
-        rest = self.integers, self.lowest
-        return _model_sum, (self.coefficients, *arrays, *rest)
+        return _model_sum, (self.coefficients, self.integers, *arrays)
 
 
 def _model_sum(
     coefficients: dict[int, float],
-    parameters: npt.NDArray[Any] | None,
-    buffers: npt.NDArray[Any] | None,
-    integers: dict[str, npt.NDArray[Any]],
-    lowest: int,
+    integers: dict[int, Integers],
+    *arrays: npt.NDArray[Any] | None,
 ) -> ModelSum:
-    vectors = [None if v is None else as_tensor(v) for v in (parameters, buffers)]
-    return ModelSum(coefficients, vectors[0], vectors[1], integers, lowest)
+    parameters, buffers, changed = (
+        None if array is None else as_tensor(array) for array in arrays
+    )
+    return ModelSum(coefficients, parameters, buffers, integers, changed)
 
 
 def _sum(
@@ -249,16 +251,19 @@ class SummedModels(LocalModels):
         threads: int | None = None,
     ) -> Updates:
         assert self.total.parameters is not None
-        return self._updates(
+        updates = self._updates(
             nodes, start.parameters, self.total.parameters, start.layout.offsets
         )
+        if self.total.changed is not None:
+            updates.changed = self.total.changed
+        return updates
 
     def buffers(self, nodes: Sequence[int], start: FlatModel) -> Updates:  # noqa: D102
         assert self.total.buffers is not None
         return self._updates(nodes, start.buffers, self.total.buffers)
 
-    def integers(self, node: int) -> dict[str, npt.NDArray[Any]]:  # noqa: D102
-        return self.total.integers
+    def integers(self, nodes: Sequence[int]) -> list[Integers]:  # noqa: D102
+        return [self.total.integers[node] for node in nodes]
 
     def _updates(
         self,
@@ -330,6 +335,24 @@ class SummedUpdates(Updates):
             f"the clients' models were added up as they came, by data size, which does "
             f"not allow {what}"
         )
+
+
+def middle(several: Sequence[Integers]) -> Integers:
+    """Return the integer tensors in the middle of some clients', element by element.
+
+    Integers are never averaged. Of an even number of values it is the lower one of the
+    two in the middle: a single client does not decide.
+
+    Examples
+    --------
+    >>> middle([{"n": np.array(k)} for k in (7, 8, 900)])
+    {'n': array(8)}
+    """
+    found = {}
+    for name in several[0]:
+        ordered = np.sort(np.stack([one[name] for one in several]), axis=0)
+        found[name] = np.asarray(ordered[(len(several) - 1) // 2])
+    return found
 
 
 def members(parts: Iterable[Sequence[int]], nodes: Sequence[int]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""A model as vectors: one for its parameters, one for its floating buffers.
+"""A model as vectors: one for its trained parameters, one for its floating buffers.
 
 A method of this library reads and writes whole vectors. The names and shapes that
 a state dict needs live in a :class:`Layout`; :class:`FlatRecord` is Flower's
@@ -17,13 +17,13 @@ from collections.abc import (
     Iterator,
     KeysView,
     Mapping,
+    Sequence,
     ValuesView,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
-from tokenize import TokenError
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,10 @@ from torch import Tensor, nn
 
 from .errors import AggregationError, ConfigurationError
 
-Kind = Literal["parameter", "buffer", "integer"]
+Kind = Literal["parameter", "frozen", "buffer", "integer"]
+
+# Integer tensors by name.
+Integers = dict[str, npt.NDArray[Any]]
 
 # How BatchNorm and its kin name the running statistics in a state dict. A record
 # that came by wire does not say what is trained, so the names have to.
@@ -68,25 +71,31 @@ class Entry:
 class Layout:
     """Names, shapes and places of a model's tensors, in state-dict order.
 
-    Floating tensors that are trained are *parameters*; floating tensors that are
-    not (running statistics) are *buffers*; everything else is *integer*.
+    Floating tensors that are trained are *parameters*; those that never change are
+    *frozen*; those that change without being trained (running statistics) are
+    *buffers*; everything else is *integer*.
     """
 
     entries: tuple[Entry, ...]
 
     @classmethod
     def of(
-        cls, shapes: Mapping[str, tuple[tuple[int, ...], str]], buffers: Collection[str]
+        cls,
+        shapes: Mapping[str, tuple[tuple[int, ...], str]],
+        buffers: Collection[str],
+        frozen: Collection[str] = (),
     ) -> Self:
         """Lay out tensors given as ``name -> (shape, dtype)``."""
         entries = []
-        ends: dict[Kind, int] = {"parameter": 0, "buffer": 0, "integer": 0}
+        ends: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
         for name, (shape, dtype) in shapes.items():
             kind: Kind = "parameter"
             if not np.issubdtype(np.dtype(dtype), np.floating):
                 kind = "integer"
             elif name in buffers:
                 kind = "buffer"
+            elif name in frozen:
+                kind = "frozen"
             start = ends[kind]
             if kind != "integer":
                 ends[kind] += int(np.prod(shape, dtype=np.int64))
@@ -95,7 +104,10 @@ class Layout:
 
     @classmethod
     def of_record(
-        cls, record: ArrayRecord, buffers: Collection[str] | None = None
+        cls,
+        record: ArrayRecord,
+        buffers: Collection[str] | None = None,
+        frozen: Collection[str] | None = None,
     ) -> Layout:
         """Lay out a record of arrays.
 
@@ -104,19 +116,23 @@ class Layout:
         record : ArrayRecord
             Named arrays, as a state dict gives them.
         buffers : Collection[str], optional
-            Names of the floating arrays that are not trained. By default those
-            whose last part is ``running_mean`` or ``running_var``.
+            Names of the floating arrays that change without being trained. By default
+            those whose last part is ``running_mean`` or ``running_var``.
+        frozen : Collection[str], optional
+            Names of the floating arrays that never change; none by default.
         """
         if isinstance(record, FlatRecord) and record.flat is not None:
             return record.flat.layout
         if buffers is None:
             buffers = {n for n in record if n.rsplit(".", 1)[-1] in BUFFER_NAMES}
-        return cls.of({n: (a.shape, a.dtype) for n, a in record.items()}, buffers)
+        shapes = {n: (a.shape, a.dtype) for n, a in record.items()}
+        return cls.of(shapes, buffers, frozen or ())
 
     @classmethod
     def of_module(cls, module: nn.Module) -> Self:
         """Lay out a module's state dict."""
         buffers = {name for name, _ in module.named_buffers()}
+        frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
         shapes = {
             name: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
             for name, t in module.state_dict().items()
@@ -127,7 +143,7 @@ class Layout:
                 f"model: '{unfit[0]}' is bfloat16, which Flower's records do not "
                 "carry. Keep the weights in float32 and use autocast for compute."
             )
-        return cls.of(shapes, buffers)
+        return cls.of(shapes, buffers, frozen)
 
     @cached_property
     def parameters(self) -> tuple[Entry, ...]:
@@ -137,12 +153,20 @@ class Layout:
     @cached_property
     def num_parameters(self) -> int:
         """P, the length of the parameter vector."""
-        return max((e.stop for e in self.parameters), default=0)
+        return self._length("parameter")
+
+    @cached_property
+    def num_frozen(self) -> int:
+        """F, the length of the vector of frozen values."""
+        return self._length("frozen")
 
     @cached_property
     def num_buffers(self) -> int:
         """B, the length of the buffer vector."""
-        return max((e.stop for e in self.entries if e.kind == "buffer"), default=0)
+        return self._length("buffer")
+
+    def _length(self, kind: Kind) -> int:
+        return max((e.stop for e in self.entries if e.kind == kind), default=0)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -176,24 +200,35 @@ class FlatModel:
         Shape ``[B]``; empty for a model without running statistics.
     integers : dict[str, ndarray]
         Integer tensors by name, such as ``num_batches_tracked``.
+    frozen : Tensor
+        Shape ``[F]``; empty for a model of which everything is trained. All models
+        of a run share it.
     """
 
     layout: Layout
     parameters: Tensor
     buffers: Tensor
-    integers: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    integers: Integers = field(default_factory=dict)
+    frozen: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def named_arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """Yield every tensor by name, in state-dict order, in its own dtype."""
-        parameters = self.parameters.detach().cpu().numpy()
-        buffers = self.buffers.detach().cpu().numpy()
+        vectors = {
+            kind: vector.detach().cpu().numpy() for kind, vector in self._vectors()
+        }
         for e in self.layout.entries:
             if e.kind == "integer":
                 yield e.name, self.integers[e.name]
             else:
-                vector = parameters if e.kind == "parameter" else buffers
-                values = vector[e.start : e.stop].reshape(e.shape)
+                values = vectors[e.kind][e.start : e.stop].reshape(e.shape)
                 yield e.name, values.astype(e.dtype, copy=False)
+
+    def _vectors(self) -> tuple[tuple[Kind, Tensor], ...]:
+        return (
+            ("parameter", self.parameters),
+            ("buffer", self.buffers),
+            ("frozen", self.frozen),
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy as a PyTorch state dict."""
@@ -206,16 +241,22 @@ class FlatModel:
             self.parameters.detach().cpu().numpy(),
             self.buffers.detach().cpu().numpy(),
             self.integers,
+            self.frozen.detach().cpu().numpy(),
         )
 
     def with_parameters(self, parameters: Tensor) -> FlatModel:
         """Return the same model with other parameters, of the layout's dtype."""
-        return FlatModel(
-            self.layout,
-            parameters.to(self.layout.dtype),
-            self.buffers,
-            self.integers,
-        )
+        return replace(self, parameters=parameters.to(self.layout.dtype))
+
+    def laid_out(self, layout: Layout) -> FlatModel:
+        """Return the same model in another layout of the same tensors.
+
+        Raises
+        ------
+        AggregationError
+            If it has other tensors.
+        """
+        return flatten(FlatRecord(self), layout)
 
 
 def view(array: Array) -> npt.NDArray[Any]:
@@ -235,9 +276,12 @@ def view(array: Array) -> npt.NDArray[Any]:
         count = int(np.prod(shape, dtype=np.int64))
         flat = np.frombuffer(array.data, dtype, count, start)
         values: npt.NDArray[Any] = flat.reshape(shape, order="F" if fortran else "C")
-    # NumPy's reader lets Python's tokenizer look at the header: its errors get out.
-    except (ValueError, TypeError, OverflowError, SyntaxError, TokenError) as error:
-        raise AggregationError(f"an array cannot be read: {error}.") from error
+    # NumPy lets Python's parser look at the header, which anybody may have written:
+    # any error gets out, RecursionError and MemoryError too.
+    except Exception as error:
+        raise AggregationError(
+            f"an array cannot be read: {type(error).__name__}: {error}."
+        ) from error
     return values
 
 
@@ -264,7 +308,13 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int
         return *read(stream), stream.tell()
 
 
-def flatten(record: ArrayRecord, layout: Layout) -> FlatModel:
+def flatten(
+    record: ArrayRecord,
+    layout: Layout,
+    *,
+    given: str = "the record",
+    expected: str = "the model",
+) -> FlatModel:
     """Read a record's arrays into vectors.
 
     Parameters
@@ -273,6 +323,8 @@ def flatten(record: ArrayRecord, layout: Layout) -> FlatModel:
         Has the layout's names and shapes, in any order.
     layout : Layout
         What is expected.
+    given, expected : str
+        What an error calls the two.
 
     Raises
     ------
@@ -287,34 +339,42 @@ def flatten(record: ArrayRecord, layout: Layout) -> FlatModel:
     unexpected = set(record) - {e.name for e in layout.entries}
     if missing or unexpected:
         raise AggregationError(
-            f"the arrays differ from the model: missing {missing or 'none'}, "
-            f"unexpected {sorted(unexpected) or 'none'}."
+            f"{given} has other tensors than {expected}: missing {_some(missing)}, "
+            f"unexpected {_some(sorted(unexpected))}."
         )
     numpy_dtype = np.float64 if layout.dtype == torch.float64 else np.float32
-    parameters = np.empty(layout.num_parameters, numpy_dtype)
-    buffers = np.empty(layout.num_buffers, numpy_dtype)
+    vectors = {
+        "parameter": np.empty(layout.num_parameters, numpy_dtype),
+        "frozen": np.empty(layout.num_frozen, numpy_dtype),
+        "buffer": np.empty(layout.num_buffers, numpy_dtype),
+    }
     integers = {}
     for e in layout.entries:
         values = view(record[e.name])
         if values.shape != e.shape:
             raise AggregationError(
-                f"'{e.name}' has shape {list(values.shape)}, the model has "
-                f"{list(e.shape)}."
+                f"'{e.name}' has shape {list(values.shape)} in {given}, and "
+                f"{list(e.shape)} in {expected}."
             )
         number = e.kind != "integer" and values.dtype.kind in "iuf"
         if not number and values.dtype != e.dtype:
             raise AggregationError(
-                f"'{e.name}' has dtype {values.dtype}, the model has {e.dtype}."
+                f"'{e.name}' has dtype {values.dtype} in {given}, and {e.dtype} in "
+                f"{expected}."
             )
         if e.kind == "integer":
             integers[e.name] = np.array(values)
         else:
-            vector = parameters if e.kind == "parameter" else buffers
             with np.errstate(over="ignore"):  # infinity is found by whoever checks
-                vector[e.start : e.stop] = values.reshape(-1)
-    return FlatModel(
-        layout, torch.from_numpy(parameters), torch.from_numpy(buffers), integers
-    )
+                vectors[e.kind][e.start : e.stop] = values.reshape(-1)
+    parameters, frozen, buffers = map(torch.from_numpy, vectors.values())
+    return FlatModel(layout, parameters, buffers, integers, frozen)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    """Return a list of names as a message shows it: the first few."""
+    others = f" and {len(names) - most} others" if len(names) > most else ""
+    return f"{list(names[:most])}{others}" if names else "none"
 
 
 class FlatRecord(ArrayRecord):
@@ -424,9 +484,11 @@ def _flat_model(
     layout: Layout,
     parameters: npt.NDArray[Any],
     buffers: npt.NDArray[Any],
-    integers: dict[str, npt.NDArray[Any]],
+    integers: Integers,
+    frozen: npt.NDArray[Any],
 ) -> FlatModel:
-    return FlatModel(layout, as_tensor(parameters), as_tensor(buffers), integers)
+    vectors = as_tensor(parameters), as_tensor(buffers)
+    return FlatModel(layout, *vectors, integers, as_tensor(frozen))
 
 
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -449,7 +511,7 @@ class FlatModule:
     Parameters
     ----------
     module : nn.Module
-        Its floating tensors become views; frozen parameters stay as loaded.
+        Its floating tensors become views.
     device : torch.device or str
         Where the vectors live.
 
@@ -457,6 +519,8 @@ class FlatModule:
     ----------
     parameters, gradients : Tensor
         Shape ``[P]``; ``gradients`` is filled by ``backward``.
+    frozen : Tensor
+        Shape ``[F]``; parameters that ask for no gradient.
     buffers : Tensor
         Shape ``[B]``.
     """
@@ -466,14 +530,22 @@ class FlatModule:
         self._training: bool | None = None
         self.layout = Layout.of_module(module)
         dtype = self.layout.dtype
-        self.parameters = torch.empty(
-            self.layout.num_parameters, dtype=dtype, device=device
+        sizes = (
+            self.layout.num_parameters,
+            self.layout.num_frozen,
+            self.layout.num_buffers,
+        )
+        self.parameters, self.frozen, self.buffers = (
+            torch.empty(size, dtype=dtype, device=device) for size in sizes
         )
         self.gradients = torch.zeros_like(self.parameters)
-        self.buffers = torch.empty(self.layout.num_buffers, dtype=dtype, device=device)
         self._integers: dict[str, Tensor] = {}
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.frozen: list[slice] = []
+        vectors = {
+            "parameter": self.parameters,
+            "frozen": self.frozen,
+            "buffer": self.buffers,
+        }
         for e in self.layout.entries:
             tensor = tensors.get(e.name)
             if tensor is None:
@@ -490,14 +562,11 @@ class FlatModule:
                     "All floating tensors must share one dtype."
                 )
             place = slice(e.start, e.stop)
-            vector = self.parameters if e.kind == "parameter" else self.buffers
-            vector[place].copy_(tensor.detach().reshape(-1))
-            tensor.data = vector[place].view(e.shape)
+            values = vectors[e.kind][place]
+            values.copy_(tensor.detach().reshape(-1))
+            tensor.data = values.view(e.shape)
             if e.kind == "parameter":
-                if tensor.requires_grad:
-                    tensor.grad = self.gradients[place].view(e.shape)
-                else:
-                    self.frozen.append(place)
+                tensor.grad = self.gradients[place].view(e.shape)
 
     def train(self, mode: bool = True) -> None:
         """Let all layers train, or evaluate.
@@ -512,17 +581,26 @@ class FlatModule:
     def load(self, model: FlatModel) -> None:
         """Copy a model's values in."""
         self.parameters.copy_(model.parameters)
+        self.frozen.copy_(model.frozen)
         self.buffers.copy_(model.buffers)
         for name, tensor in self._integers.items():
             tensor.copy_(torch.from_numpy(np.asarray(model.integers[name])))
 
-    def save(self) -> FlatModel:
-        """Copy the values out, to the CPU."""
+    def save(self, loaded: FlatModel | None = None) -> FlatModel:
+        """Copy the values out, to the CPU.
+
+        Parameters
+        ----------
+        loaded : FlatModel, optional
+            The model that was loaded; the result shares its frozen values.
+        """
+        frozen = self.frozen.to("cpu", copy=True) if loaded is None else loaded.frozen
         return FlatModel(
             self.layout,
             self.parameters.detach().to("cpu", copy=True),
             self.buffers.detach().to("cpu", copy=True),
             {n: t.detach().cpu().numpy().copy() for n, t in self._integers.items()},
+            frozen,
         )
 
 

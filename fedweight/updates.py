@@ -19,6 +19,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -154,12 +155,11 @@ class Rows:
         self,
         vector: Tensor | Sum,
         origin: Tensor,
-        norms: bool,
         blocks: Sequence[Block],
         dtype: torch.dtype,
         threads: int = 1,
     ) -> Tensor:
-        """Return the updates' products with a vector, and with themselves.
+        """Return the updates' products with a vector.
 
         Parameters
         ----------
@@ -168,30 +168,50 @@ class Rows:
             is, if all of them are here.
         origin : Tensor
             The global model in the blocks' columns.
-        norms : bool
-            Whether the second product is asked for; it is 0 otherwise.
         blocks, dtype, threads
             As for :meth:`combine`.
 
         Returns
         -------
         Tensor
-            Shape ``[blocks, 2, k]``, a block's own sums, float64.
+            Shape ``[blocks, k]``, a block's own sums, float64.
         """
-        from . import kernels
+        from .kernels import project
 
-        first = blocks[0].start
-        vector, *given = _given(vector, dtype)
-        products = np.zeros((len(blocks), 2, self.num_rows))
+        sums = np.zeros((len(blocks), self.num_rows))
+        return self._add_up(project, sums, vector, origin, blocks, dtype, threads)
 
-        def multiply(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
-            (start, stop, _), sums = item
-            here = slice(start - first, stop - first)
-            o, v = origin[here].numpy(), _plain(vector[here], dtype).numpy()
-            kernels.project(sums, self._matrix, start, o, v, *given, norms)
+    def project_rest(
+        self,
+        vector: Tensor | Sum,
+        origin: Tensor,
+        own: Tensor,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        threads: int = 1,
+    ) -> Tensor:
+        """Return products of the updates, and of a vector less a multiple of each.
 
-        map_in_order(multiply, zip(blocks, products, strict=True), threads)
-        return torch.from_numpy(products)
+        Parameters
+        ----------
+        vector, origin, blocks, dtype, threads
+            As for :meth:`project`.
+        own : Tensor
+            Shape ``[k]``: the multiples.
+
+        Returns
+        -------
+        Tensor
+            Shape ``[blocks, 3, k]``: with the update u and the rest ``r = vector - own
+            u`` the sums of ``u r``, ``u u`` and ``r r``; a block's own, float64.
+        """
+        from .kernels import project_rest
+
+        sums = np.zeros((len(blocks), 3, self.num_rows))
+        more = _plain(own, dtype).numpy()
+        return self._add_up(
+            project_rest, sums, vector, origin, blocks, dtype, threads, more
+        )
 
     def distances(
         self,
@@ -221,26 +241,46 @@ class Rows:
         Tensor
             Shape ``[blocks, k]``, a block's own sums, float64.
         """
-        from . import kernels
+        from .kernels import distances
 
+        sums = np.zeros((len(blocks), self.num_rows))
+        return self._add_up(
+            distances, sums, point, origin, blocks, dtype, threads, order
+        )
+
+    def _add_up(
+        self,
+        kernel: Callable[..., None],
+        sums: npt.NDArray[np.float64],
+        vector: Tensor | Sum | None,
+        origin: Tensor,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        threads: int,
+        *more: Any,
+    ) -> Tensor:
+        """Let a kernel add to each block's sums, ``[blocks, ...]``; return them."""
         first = blocks[0].start
-        point, *given = _given(point, dtype)
-        sizes = np.zeros((len(blocks), self.num_rows))
+        vector, *given = _given(vector, dtype)
 
-        def measure(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
-            (start, stop, _), sums = item
+        def add(item: tuple[Block, npt.NDArray[np.float64]]) -> None:
+            (start, stop, _), own = item
             here = slice(start - first, stop - first)
-            o, p = origin[here].numpy(), _plain(point[here], dtype).numpy()
-            kernels.distances(sums, self._matrix, start, o, p, *given, order)
+            o, v = origin[here].numpy(), _plain(vector[here], dtype).numpy()
+            kernel(own, self._matrix, start, o, v, *given, *more)
 
-        map_in_order(measure, zip(blocks, sizes, strict=True), threads)
-        return torch.from_numpy(sizes)
+        map_in_order(add, zip(blocks, sums, strict=True), threads)
+        return torch.from_numpy(sums)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Return some columns of the models, ``[k, stop - start]``."""
         if not self.models:
             return torch.empty(0, stop - start)
         return torch.stack([model[start:stop] for model in self.models])
+
+    def changed(self, origin: Tensor, offsets: Sequence[int]) -> Tensor:
+        """Return which named tensors differ from the origin in any model, ``[T]``."""
+        return changed_tensors(self.models, origin, offsets)
 
 
 class Updates(ABC):
@@ -371,17 +411,36 @@ class Updates(ABC):
             the vector. Cheaper where the rows are in one place: memory is read once,
             as long as 32 KB of each row fit into a cache together.
         """
-        return self._inner(self._point(vector, weights), norms=False)[0]
+        return self._products("project", self._point(vector, weights), ())
 
-    def project_and_norms(
-        self, vector: Tensor | None = None, *, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return :meth:`project` and the Euclidean :meth:`norms`, cheaper together.
+    def project_rest(
+        self,
+        vector: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        own: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hold each row against what a vector has besides a multiple of the row.
 
-        The last bits may be others than alone.
+        With ``r_k = vector - own[k] * row_k``, which is formed before it is measured.
+
+        Parameters
+        ----------
+        vector, weights : Tensor
+            As for :meth:`project`.
+        own : Tensor
+            Shape ``[K]``.
+
+        Returns
+        -------
+        tuple of Tensor
+            ``<row_k, r_k>``, ``|row_k|`` and ``|r_k|``, each ``[K]``.
         """
-        inner, squares = self._inner(self._point(vector, weights), norms=True)
-        return inner, squares.sqrt()
+        _check_shape("own", own, self.num_clients, "row")
+        shares = [own[rows] for rows in self.members]
+        point = self._point(vector, weights)
+        inner, squares, rest = self._products("project_rest", point, (3,), shares)
+        return inner, squares.sqrt(), rest.sqrt()
 
     def distances(
         self,
@@ -418,7 +477,8 @@ class Updates(ABC):
             here = slice(span[0].start, span[-1].stop)
             near = given[here] if isinstance(given, Tensor) else given
             one = (near, self.origin[here], order, span, self.dtype)
-            return self._gather("distances", one, (len(span),))
+            arguments = [one] * len(self.members)
+            return self._gather("distances", arguments, (len(span),))
 
         totals = np.zeros((self.num_tensors if per_tensor else 1, self.num_clients))
         for span, sizes in zip(spans, self._map(measure, spans), strict=True):
@@ -431,6 +491,15 @@ class Updates(ABC):
     def norms(self, *, order: Literal[1, 2] = 2, per_tensor: bool = False) -> Tensor:
         """Return the norm of each row: the distance from the origin."""
         return self.distances(order=order, per_tensor=per_tensor)
+
+    @cached_property
+    def changed(self) -> Tensor:
+        """Which named tensors any row changes: ``[T]``, bool."""
+        arguments = [(self.origin, self.offsets)] * len(self.members)
+        found = torch.zeros(self.num_tensors, dtype=torch.bool)
+        for answer in self._ask("changed", arguments):
+            found |= answer
+        return found
 
     def gram(self) -> Tensor:
         """Return the inner products of all pairs of rows: ``[K, K]``."""
@@ -468,27 +537,40 @@ class Updates(ABC):
         [total] = weights[:, None].double().sum(0).tolist()  # As combine adds them up.
         return Sum(weights[self.members[0]], total)
 
-    def _inner(self, vector: Tensor | Sum, *, norms: bool) -> Tensor:
-        """Return the rows' products with a vector, and with themselves: ``[2, K]``."""
+    def _products(
+        self,
+        method: str,
+        vector: Tensor | Sum,
+        shape: tuple[int, ...],
+        shares: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return sums over all columns, ``[*shape, K]``, of products with a vector.
+
+        ``shares`` are one more argument, of each part's own.
+        """
 
         def multiply(span: Sequence[Block]) -> npt.NDArray[np.float64]:
             here = slice(span[0].start, span[-1].stop)
             near = vector[here] if isinstance(vector, Tensor) else vector
-            one = (near, self.origin[here], norms, span, self.dtype)
-            return self._gather("project", one, (len(span), 2))
+            rest = (span, self.dtype)
+            arguments = [
+                (near, self.origin[here], *own, *rest)
+                for own in ([()] * len(self.members) if shares is None else zip(shares))
+            ]
+            return self._gather(method, arguments, (len(span), *shape))
 
-        total = np.zeros((2, self.num_clients))
+        total = np.zeros((*shape, self.num_clients))
         for answer in self._map(multiply, self._spans()):
             for block in answer:
                 total += block
         return torch.from_numpy(total)
 
     def _gather(
-        self, method: str, arguments: tuple[Any, ...], shape: tuple[int, ...]
+        self, method: str, arguments: Sequence[tuple[Any, ...]], shape: tuple[int, ...]
     ) -> npt.NDArray[np.float64]:
-        """Ask the same of every part; return the answers by row: ``[*shape, K]``."""
+        """Ask every part; return the answers by row: ``[*shape, K]``."""
         found = np.empty((*shape, self.num_clients))
-        answers = self._ask(method, [arguments] * len(self.members))
+        answers = self._ask(method, arguments)
         for rows, answer in zip(self.members, answers, strict=True):
             found[..., rows.numpy()] = answer.numpy()
         return found
@@ -559,6 +641,8 @@ class StackedUpdates(Updates):
         self.models = list(models)
         if len(self.models) != self.num_clients:
             raise ValueError("every row must be in one part")
+        for model in self.models:
+            _check_shape("a model", model, self.num_parameters, "parameter")
         self.parts = parts
         self.rows = Rows([self.models[k] for k in in_order], [*map(len, parts)])
         if threads is None:
@@ -588,6 +672,46 @@ def _given(
     if isinstance(vector, Sum):
         return nothing, _plain(vector.weights, dtype).numpy(), vector.total_weight
     return nothing if vector is None else vector, nothing.numpy(), 0.0
+
+
+def changed_tensors(
+    models: Sequence[Tensor], origin: Tensor, offsets: Sequence[int]
+) -> Tensor:
+    """Return which named tensors differ from the origin in any model.
+
+    Parameters
+    ----------
+    models : Sequence[Tensor]
+        k vectors ``[P]``.
+    origin : Tensor
+        ``[P]``.
+    offsets : Sequence[int]
+        ``T + 1`` places where the named tensors begin and end.
+
+    Returns
+    -------
+    Tensor
+        Shape ``[T]``, bool; False for a tensor without values.
+
+    Examples
+    --------
+    >>> origin = torch.tensor([1.0, 2.0, 3.0])
+    >>> changed_tensors([torch.tensor([1.0, 5.0, 3.0])], origin, [0, 2, 3]).tolist()
+    [True, False]
+    """
+    places = torch.tensor(offsets)
+    starts, stops = places[:-1], places[1:]
+    found = torch.zeros(len(starts), dtype=torch.bool)
+    # One value of a tensor tells, nearly always, that a model has changed it.
+    full = torch.nonzero(stops > starts)[:, 0]
+    middles = (starts[full] + stops[full]) // 2
+    for model in models[:1]:
+        found[full] = model[middles] != origin[middles]
+    for tensor in full[~found[full]].tolist():
+        here = slice(offsets[tensor], offsets[tensor + 1])
+        same = (torch.equal(model[here], origin[here]) for model in models)
+        found[tensor] = not all(same)
+    return found
 
 
 def _check_shape(name: str, given: Tensor, size: int, what: str) -> None:

@@ -63,7 +63,9 @@ def test_who_compiled_a_kernel_does_not_change_a_bit(tmp_path):
         "updates = StackedUpdates(rows, origin)\n"
         "for order in (1, 2):\n"
         "    print(updates.distances(point, order=order).tolist())\n"
-        "print([part.tolist() for part in updates.project_and_norms(point)])\n"
+        "own = torch.linspace(0, 2, 10)\n"
+        "print(updates.project(point).tolist())\n"
+        "print([x.tolist() for x in updates.project_rest(point, own=own)])\n"
         "print(updates.distances(weights=torch.linspace(0, 1, 10)).tolist())\n"
         "print(updates.combine(torch.linspace(0, 1, 10)).tolist())\n"
     )

@@ -13,7 +13,13 @@ from fedweight import _flower
 from fedweight.clients import TrainingApp, TrainingSettings
 from fedweight.data import ClientData, Examples
 from fedweight.errors import AggregationError, EngineError
-from fedweight.local_models import HeldModels, ModelSum, SummedModels, members
+from fedweight.local_models import (
+    HeldModels,
+    ModelSum,
+    SummedModels,
+    members,
+    middle,
+)
 from fedweight.parameters import FlatModel, FlatModule, FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.local import LocalGrid
@@ -299,14 +305,17 @@ def test_parts_change_only_the_order_of_sums():
         torch.testing.assert_close(step, steps[0])
 
 
-def test_the_lowest_nodes_integers_stand_for_all():
+def test_the_integers_in_the_middle_stand_for_all():
+    """A single client does not decide, whatever it sends."""
     counted = FlatRecord(FlatModule(network()).save()).flat
     models = {}
-    for node in (8, 4, 6):
+    for node, number in ((8, 8), (4, 4), (6, 900)):
         models[node] = counted.with_parameters(counted.parameters)
-        models[node].integers = {"1.num_batches_tracked": np.array(node)}
-    parts = [ModelSum.of({node: (models[node], 1.0)}) for node in (8, 4, 6)]
+        models[node].integers = {"1.num_batches_tracked": np.array(number)}
+    parts = [ModelSum.of({node: (models[node], 1.0)}) for node in models]
     whole = ModelSum()
     for part in parts:
         whole.join(part)
-    assert SummedModels(whole).integers(4) == {"1.num_batches_tracked": 4}
+    for kept in (SummedModels(whole), HeldModels(models)):
+        assert middle(kept.integers([4, 6, 8])) == {"1.num_batches_tracked": 8}
+        assert middle(kept.integers([6, 4])) == {"1.num_batches_tracked": 4}

@@ -1,4 +1,5 @@
 import pickle
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -150,15 +151,16 @@ def results(updates):
     w = torch.rand(k, generator=stream, dtype=torch.float64)
     each = torch.rand(k, tensors, generator=stream, dtype=torch.float64)
     v = torch.rand(p, generator=stream, dtype=torch.float64)
+    c = torch.rand(k, generator=stream, dtype=torch.float64)
     return [
         updates.combine(w),
         updates.combine(each),
         updates.project(v),
         updates.project(weights=w),
-        *updates.project_and_norms(v),
+        *updates.project_rest(v, own=c),
         updates.distances(v, order=1),
         updates.distances(v, order=2, per_tensor=True),
-        *updates.project_and_norms(weights=w),
+        *updates.project_rest(weights=w, own=c),
         updates.distances(weights=w, order=1),
         updates.distances(weights=w, order=2, per_tensor=True),
         updates.norms(),
@@ -215,14 +217,44 @@ def test_where_the_rows_lie_never_changes_a_bit(accumulate, dtype, shape):
 
 
 @every_dtype
-def test_a_projection_with_the_norms_is_both(dtype):
-    updates, _, _ = draw(*LARGE, 2, 5, dtype=dtype)
-    v = torch.linspace(-1, 1, LARGE[1])
-    inner, norms = updates.project_and_norms(v)
-    near = 1e-6 if dtype == np.float32 else 1e-14
-    torch.testing.assert_close(norms, updates.norms(), rtol=near, atol=0)
-    off = (inner - updates.project(v)).abs() / (norms * v.norm())
-    assert off.max() < near
+def test_what_is_left_of_a_vector_without_a_share_of_each_row(dtype):
+    updates, matrix, _ = draw(*LARGE, 2, 5, dtype=dtype)
+    v = np.linspace(-1, 1, LARGE[1])
+    own = np.linspace(-0.5, 2, LARGE[0])
+    rest = v - own[:, None] * matrix
+    inner, norms, lengths = updates.project_rest(torch.tensor(v), own=torch.tensor(own))
+    near = {"rtol": 2e-6 if dtype == np.float32 else 1e-13}
+    np.testing.assert_allclose(norms, np.linalg.norm(matrix, axis=1), **near)
+    np.testing.assert_allclose(lengths, np.linalg.norm(rest, axis=1), **near)
+    exact = (matrix * rest).sum(1)
+    scale = np.linalg.norm(matrix, axis=1) * np.linalg.norm(rest, axis=1)
+    assert (np.abs(inner.numpy() - exact) / scale).max() < near["rtol"]
+
+
+def test_what_is_left_is_formed_before_it_is_measured():
+    """Where one row is 100,000 times as long its square has no digit of the rest."""
+    rows = [torch.tensor([1e5, 0.0]), torch.tensor([1.0, 1.0])]
+    half = torch.tensor([0.5, 0.5])
+    updates = StackedUpdates(rows, torch.zeros(2))
+    assert updates.dtype == torch.float32
+    inner, norms, lengths = updates.project_rest(weights=half, own=half)
+    cosines = inner / (norms * lengths)
+    np.testing.assert_allclose(cosines, [0.5**0.5] * 2, rtol=1e-6)
+
+
+@given(shapes, st.integers(0, 1000), st.data())
+@settings(max_examples=60)
+def test_which_tensors_any_row_changes(shape, seed, data):
+    updates, _, offsets = draw(*shape, seed)
+    kept = data.draw(st.sets(st.integers(0, len(offsets) - 2)))
+    models = [model.clone() for model in updates.models]
+    for tensor in kept:
+        here = slice(offsets[tensor], offsets[tensor + 1])
+        for model in models:
+            model[here] = updates.origin[here]
+    found = StackedUpdates(models, updates.origin, offsets).changed.tolist()
+    empty = {t for t in range(len(found)) if offsets[t] == offsets[t + 1]}
+    assert found == [t not in kept | empty for t in range(len(found))]
 
 
 @every_precision
@@ -232,8 +264,8 @@ def test_what_is_made_on_the_way_is_what_was_made_before(accumulate, dtype):
     w = torch.linspace(-1, 2, LARGE[0], dtype=torch.float64)
     point = updates.combine(w)
     assert torch.equal(updates.project(weights=w), updates.project(point))
-    once = updates.project_and_norms(weights=w)
-    for one, two in zip(once, updates.project_and_norms(point), strict=True):
+    once = updates.project_rest(weights=w, own=w)
+    for one, two in zip(once, updates.project_rest(point, own=w), strict=True):
         assert torch.equal(one, two)
     for options in ({"order": 1}, {"order": 2}, {"order": 2, "per_tensor": True}):
         far = updates.distances(weights=w, **options)
@@ -242,7 +274,8 @@ def test_what_is_made_on_the_way_is_what_was_made_before(accumulate, dtype):
 
 def test_a_point_is_given_in_one_way():
     updates, _, _ = draw(3, 4)
-    for ask in (updates.project, updates.project_and_norms, updates.distances):
+    rest = partial(updates.project_rest, own=torch.ones(3))
+    for ask in (updates.project, rest, updates.distances):
         with pytest.raises(ValueError, match="either a vector of parameters or wei"):
             ask(torch.ones(4), weights=torch.ones(3))
         with pytest.raises(
@@ -254,7 +287,9 @@ def test_a_point_is_given_in_one_way():
         ):
             ask(weights=torch.ones(4))
     with pytest.raises(ValueError, match="either a vector of parameters or weights"):
-        updates.project_and_norms()
+        rest()
+    with pytest.raises(ValueError, match=r"own must have shape \[3\].*got \[2\]"):
+        updates.project_rest(torch.ones(4), own=torch.ones(2))
 
 
 def test_no_rows_are_no_obstacle():
@@ -345,7 +380,7 @@ def test_nothing_that_was_given_is_changed():
     origin, point = torch.full((5,), 0.5), torch.arange(5.0)
     updates = StackedUpdates(models, origin)
     updates.combine(torch.ones(2)).add_(1)
-    updates.project_and_norms(point)
+    updates.project_rest(point, own=torch.ones(2))
     for order in (1, 2):
         updates.distances(point, order=order)
         updates.norms(order=order)
@@ -394,7 +429,8 @@ def test_nan_and_infinity_stay_in_their_row_and_column(dtype):
     assert combined[5].isnan()
     assert combined[7] == np.inf
     assert combined.isfinite().sum() == p - 2
-    for found in (*updates.project_and_norms(torch.ones(p)), updates.norms(order=1)):
+    rest = updates.project_rest(torch.ones(p), own=torch.ones(k))[1:]
+    for found in (updates.project(torch.ones(p)), *rest, updates.norms(order=1)):
         assert found[2].isnan()
         assert found[4] == np.inf
         assert found.isfinite().sum() == k - 2

@@ -31,7 +31,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from .. import keys
-from ..cohort import Answers, Cohort, Reply, only_arrays
+from ..cohort import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
 from ..data.federated import ClientData
 from ..errors import ClientError, check_range, describe_failure
 from ..parameters import FlatModel, FlatModule, FlatRecord, flatten
@@ -53,6 +53,9 @@ log = logging.getLogger("fedweight")
 # Where a client keeps what it needs in later rounds, in Flower's Context.state.
 PERSONAL_MODEL = "personal-model"
 PERSONAL_METRICS = "personal-metrics"
+
+# What an error calls the global model, and the client's own.
+RECEIVED = {"given": "the received model", "expected": "this client's model"}
 
 # What an app does not take along to another process.
 OF_A_PROCESS = {
@@ -86,6 +89,8 @@ class TrainingApp(ClientApp):
     sizes : Sequence[int], optional
         How many training examples client k has; a simulation then trains clients of
         like size together, the largest first.
+    name_of : Callable[[int], str], optional
+        What client k is called in records and messages; by default its number.
     mods : list, optional
         Flower client mods, applied to every message.
 
@@ -112,10 +117,12 @@ class TrainingApp(ClientApp):
         seed: int = 0,
         device: str = "cpu",
         sizes: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        name_of: Callable[[int], str] = str,
         mods: list[Any] | None = None,
     ) -> None:
         super().__init__(mods=mods)
         self.sizes = sizes
+        self.name_of = name_of
         self.mods = list(mods or [])
         self._has_lifespan = False
         self.model = model
@@ -210,6 +217,7 @@ class TrainingApp(ClientApp):
             ``error``. The models are added up where the cohort allows it.
         """
         replies = self._answer(cohort, nodes, context_of, batched=batched)
+        lay_out_as_sent(cohort.arrays, replies)
         answers = Answers(replies)
         if cohort.summed_by is not None:
             answers.sum_up(cohort)
@@ -293,7 +301,7 @@ class TrainingApp(ClientApp):
     ) -> list[Reply]:
         """Train some clients from the same global model."""
         with self._module() as module:
-            start = flatten(record, module.layout)
+            start = flatten(record, module.layout, **RECEIVED)
             measured = [self._before(module, start, visit) for visit in visits]
             batched = batched and len({(v.told.round, v.told.mu) for v in visits}) == 1
             batched = batched and not self._draws_out_of_reach(module)
@@ -422,7 +430,7 @@ class TrainingApp(ClientApp):
         """Evaluate the global model on some clients' held-out data."""
         parts = [visit.data.held_out for visit in visits]
         with self._module() as module:
-            model = flatten(record, module.layout)
+            model = flatten(record, module.layout, **RECEIVED)
             measured = evaluate_each(module, model, parts)
         return [
             Reply(
@@ -496,10 +504,11 @@ class TrainingApp(ClientApp):
             return [0.0]
         before = flatten(own, module.layout)  # type: ignore[arg-type]
         c = min(told, 0.999)
+        # Buffers stay the global model's: they were averaged by data size, and what
+        # is left of a variance without another share of it may be negative.
         minus = start.with_parameters(
             (start.parameters - c * before.parameters) / (1 - c)
         )
-        minus.buffers = (start.buffers - c * before.buffers) / (1 - c)
         part = visit.data.held_out if len(visit.data.held_out) else visit.data.train
         _, accuracy = evaluate(module, minus, part)
         past = visit.context.state[PERSONAL_METRICS]["minus-scores"]

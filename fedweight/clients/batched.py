@@ -121,9 +121,8 @@ class BatchedTrainer:
         self.settings = settings
         self.device = module.parameters.device
         layout = module.layout
-        trained = {n for n, p in module.module.named_parameters() if p.requires_grad}
-        self.parameters = [e for e in layout.parameters if e.name in trained]
-        self.frozen = [e for e in layout.parameters if e.name not in trained]
+        self.parameters = list(layout.parameters)
+        self.frozen = [e for e in layout.entries if e.kind == "frozen"]
         self.buffers = [e for e in layout.entries if e.kind == "buffer"]
         self.integers = [e for e in layout.entries if e.kind == "integer"]
         # Whether a step is w - rate * gradient, which needs no optimiser's state.
@@ -183,7 +182,9 @@ class BatchedTrainer:
         for k, task in enumerate(tasks):
             seen = len(task.examples) * task.epochs
             own = {name: values[k] for name, values in integers.items()}
-            model = FlatModel(self.module.layout, rows[k], buffer_rows[k], own)
+            model = FlatModel(
+                self.module.layout, rows[k], buffer_rows[k], own, start.frozen
+            )
             loss, accuracy = losses[k] / seen, correct[k] / seen
             results.append(LocalResult(model, loss, accuracy, num_steps[k]))
         return results
@@ -238,7 +239,7 @@ class BatchedTrainer:
         parameters = _views(trained.rows, self.parameters)
         buffers = _views(trained.buffer_rows, self.buffers)
         counters = [trained.integers[e.name] for e in self.integers]
-        frozen = [own.received[e.start : e.stop].view(e.shape) for e in self.frozen]
+        frozen = [own.frozen[e.start : e.stop].view(e.shape) for e in self.frozen]
         optimizer = None
         if not self._descends:
             optimizer = LocalOptimizer(self.settings, learning_rate, parameters)
@@ -488,8 +489,8 @@ class _State:
 
     Attributes
     ----------
-    received : Tensor
-        ``[P]``: the global model's parameters.
+    received, frozen : Tensor
+        ``[P]`` and ``[F]``: the global model's parameters, trained and frozen.
     rate : Tensor
         0-d: the learning rate.
     trained : TrainedRows
@@ -497,6 +498,7 @@ class _State:
     """
 
     received: Tensor
+    frozen: Tensor
     rate: Tensor
     trained: TrainedRows
 
@@ -515,12 +517,14 @@ class _State:
             np.zeros(clients, np.int64),
         )
         own_rate = torch.tensor(rate, dtype=received.dtype, device=device)
-        return cls(received, own_rate, trained)
+        frozen = start.frozen.to(device, copy=True)
+        return cls(received, frozen, own_rate, trained)
 
     def begin(self, start: FlatModel, rate: float) -> None:
         """Do the same again, in the same memory."""
         received, buffers, integers = _on(self.received.device, start)
         self.received.copy_(received)
+        self.frozen.copy_(start.frozen)
         self.rate.fill_(rate)
         self.trained.rows.copy_(received)
         self.trained.buffer_rows.copy_(buffers)

@@ -238,11 +238,7 @@ def train(
             penalty = objective.penalty_gradient(module.parameters, received)
             if penalty is not None:
                 module.gradients.add_(penalty)
-            for place in module.frozen:
-                module.gradients[place] = 0
             optimizer.step([module.parameters], [module.gradients])
-            for place in module.frozen:
-                module.parameters[place] = received[place]
             losses.append(loss.detach())
             sizes.append(last - first)
             outputs.append(logits.detach())
@@ -252,7 +248,7 @@ def train(
     correct = torch.cat(outputs).argmax(1) == torch.cat(labels)
     seen = n * task.epochs
     return LocalResult(
-        module.save(),
+        module.save(start),
         loss=sum(loss * size for loss, size in means) / seen,
         accuracy=int(correct.count_nonzero()) / seen,
         num_steps=len(losses),

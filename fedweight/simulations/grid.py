@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from flwr.app import (
@@ -27,6 +27,7 @@ from flwr.serverapp import Grid
 from .. import _flower
 from ..cohort import Cohort
 from ..errors import EngineError, check_range, describe_failure
+from .plan import sizes_of
 
 FIRST_NODE = 1000
 
@@ -51,6 +52,7 @@ class SimulationGrid(Grid):
 
     complete = True
     sums_models = True
+    client_app: ClientApp
 
     def __init__(self, num_clients: int) -> None:
         check_range("num_clients", num_clients, 1)
@@ -62,6 +64,15 @@ class SimulationGrid(Grid):
     def client_of(node_id: int) -> int:
         """Return the number of the client behind a node."""
         return node_id - FIRST_NODE
+
+    def name_of(self, client: int) -> str:
+        """Return a client's name, which is its number where the app knows no other."""
+        names: Callable[[int], str] = getattr(self.client_app, "name_of", str)
+        return names(client)
+
+    def sizes_of(self, clients: Sequence[int]) -> list[int] | None:
+        """Return how many examples some clients have, where the app knows."""
+        return sizes_of(self.client_app, clients)
 
     def close(self) -> None:
         """Give back what the grid holds; it cannot be used afterwards."""

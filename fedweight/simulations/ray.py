@@ -169,7 +169,7 @@ class RayGrid(SimulationGrid):
             work = [1.0 + sum(map(size_of.__getitem__, nodes)) for nodes in lists]
         batched = self.plan.chunk > 1
         gathered = Gathered(cohort, lists)
-        models = ShardedModels(lists, self._pool)
+        models = ShardedModels(cohort, lists, self._pool)
         pushed = self._pool.push_cohort(cohort, lists, work, batched=batched)
         with one_thread():  # PyTorch's threads wait busily: on the workers' cores.
             for answers, shard in self._pool.take(pushed, deadline):

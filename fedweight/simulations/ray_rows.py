@@ -20,10 +20,10 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError
 from torch import Tensor
 
-from ..cohort import Reply
+from ..cohort import Cohort, Reply
 from ..errors import AggregationError
 from ..local_models import LocalModels, members
-from ..parameters import FlatModel, as_tensor
+from ..parameters import FlatModel, Integers, as_tensor, flatten
 from ..updates import Accumulate, StackedUpdates, Updates
 from .ray_worker import Place, Side, Value, as_array
 
@@ -84,6 +84,8 @@ class ShardedModels(LocalModels):
 
     Parameters
     ----------
+    cohort : Cohort
+        What was asked.
     lists : Sequence[Sequence[int]]
         The cohort's nodes, in the lists whose rows are added up first among
         themselves.
@@ -91,7 +93,10 @@ class ShardedModels(LocalModels):
         Whom to ask.
     """
 
-    def __init__(self, lists: Sequence[Sequence[int]], workers: Workers) -> None:
+    def __init__(
+        self, cohort: Cohort, lists: Sequence[Sequence[int]], workers: Workers
+    ) -> None:
+        self.cohort = cohort
         self.lists = lists
         self.workers = workers
         self._found: dict[int, tuple[Shard, int]] = {}
@@ -112,14 +117,16 @@ class ShardedModels(LocalModels):
             If it is lost.
         """
         shard, k = self._found[node]
-        assert shard.side.layout is not None
+        layout = shard.side.layout
+        assert layout is not None
         try:
             vector = ray.get(shard.rows)[k]
         except RayError as error:
             raise _lost([shard], error) from error
         buffers = as_tensor(shard.side.buffers[k])
         integers = shard.side.integers[k]
-        return FlatModel(shard.side.layout, as_tensor(vector), buffers, integers)
+        frozen = flatten(self.cohort.arrays, layout).frozen  # Nobody trained it.
+        return FlatModel(layout, as_tensor(vector), buffers, integers, frozen)
 
     def updates(  # noqa: D102
         self,
@@ -154,9 +161,9 @@ class ShardedModels(LocalModels):
         rows = [as_tensor(shard.side.buffers[k]) for shard, k in found]
         return StackedUpdates(rows, start.buffers)
 
-    def integers(self, node: int) -> dict[str, npt.NDArray[Any]]:  # noqa: D102
-        shard, k = self._found[node]
-        return shard.side.integers[k]
+    def integers(self, nodes: Sequence[int]) -> list[Integers]:  # noqa: D102
+        found = [self._found[node] for node in nodes]
+        return [shard.side.integers[k] for shard, k in found]
 
     def _are_here(self, shards: Sequence[Shard]) -> bool:
         """Tell whether all rows are on this node, and may be mapped at once."""

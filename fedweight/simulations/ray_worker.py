@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _flower
 from ..cohort import Cohort, Reply
 from ..local_models import ModelSum
-from ..parameters import FlatModel, Layout, as_tensor
+from ..parameters import FlatModel, Integers, Layout, as_tensor
 from ..updates import Rows
 from .grid import FIRST_NODE, RunConfig, execute, make_context
 from .memory import keep_freed_memory
@@ -120,7 +120,7 @@ class Side:
     layout: Layout | None = None
     nodes: list[int] = field(default_factory=list)
     buffers: list[npt.NDArray[Any]] = field(default_factory=list)
-    integers: list[dict[str, npt.NDArray[Any]]] = field(default_factory=list)
+    integers: list[Integers] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

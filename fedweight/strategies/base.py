@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -32,15 +32,41 @@ from torch import Tensor
 from .. import keys
 from ..cohort import Cohort, Replies, Reply, held_models
 from ..errors import AggregationError, ConfigurationError, check_range
-from ..local_models import LocalModels
+from ..local_models import LocalModels, middle
 from ..parameters import FlatModel, FlatRecord, Layout, flatten, is_finite
 from ..rng import Purpose, generator
+from ..texts import plain
 from ..threads import one_thread
 from ..updates import Accumulate, Updates
-from .round import ClientRecord, Round, RoundRecord
+from .admission import (
+    NO_EXAMPLES,
+    Unfit,
+    check_asked,
+    check_model,
+    check_trained,
+    far_longer,
+    size_of,
+    update_norm,
+)
+from .reported import Good, mean_metrics, recorded_metrics, sort_metrics
+from .round import TIMES_MEDIAN, ClientRecord, Round, RoundRecord, Status
 from .server_optimizers import ServerOptimizer
+from .weights import cap
 
 log = logging.getLogger("fedweight")
+
+# A model with larger values is no model to start training from: a few layers multiply
+# them beyond what float32 holds.
+LARGEST_VALUE = 2.0**32
+
+# A reason, with its traceback, is kept up to so many characters.
+REASON_LENGTH = 20_000
+
+# So many different errors are said; all are in the record.
+ERRORS_SAID = 20
+
+# So many names does a list of clients have before it is cut short.
+CLIENTS_NAMED = 5
 
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -67,6 +93,9 @@ class StrategyArguments(TypedDict, total=False):
     server_optimizer: ServerOptimizer | None
     accumulate: Accumulate | None
     buffers: Collection[str] | None
+    frozen: Collection[str] | None
+    max_share: float
+    max_update_norm: float | None
     threads: int | None
 
 
@@ -101,8 +130,20 @@ class WeightingStrategy(Strategy):
         What sums over clients and parameters are made in; by default what the model
         is in. See :class:`~fedweight.updates.StackedUpdates` for the precision.
     buffers : Collection[str], optional
-        Names of floating tensors that are not trained (running statistics). Known
-        BatchNorm names are recognised by default.
+        Names of floating tensors that change without being trained (running
+        statistics). Known BatchNorm names are recognised by default.
+    frozen : Collection[str], optional
+        Names of floating tensors that nobody trains: they keep their bits, and no
+        distance sees them. Where the first model comes as a
+        :class:`~fedweight.parameters.FlatRecord` it says so itself, of the buffers too.
+        Whatever is told, a tensor that no client of a round changed keeps its bits.
+    max_share : float
+        In (0, 1]; no client's weight is more than this share of the weights' sum. What
+        is cut goes to the others in proportion. With ``K`` clients and ``1 / K`` or
+        less the weights are uniform; 1 limits nothing.
+    max_update_norm : float, optional
+        Above 0; a client whose update is longer (Euclidean, trained parameters) is
+        rejected.
     threads : int, optional
         Threads for the arithmetic over the updates; by default as many as there are
         cores where there is enough to do. It never changes the result.
@@ -118,6 +159,9 @@ class WeightingStrategy(Strategy):
 
     needs: ClassVar[tuple[str, ...]] = ()
     """What of the server's the constructor takes: "model", "proxy"."""
+
+    caps_weights: ClassVar[bool] = False
+    """Whether an :meth:`aggregate` of the class's own observes ``max_share``."""
 
     def __init__(self, **arguments: Unpack[StrategyArguments]) -> None:
         unknown = sorted(set(arguments) - set(StrategyArguments.__annotations__))
@@ -142,6 +186,9 @@ class WeightingStrategy(Strategy):
         self.server_optimizer = arguments.get("server_optimizer")
         self.accumulate: Accumulate | None = arguments.get("accumulate")
         self.buffers = arguments.get("buffers")
+        self.frozen = arguments.get("frozen")
+        self.max_share = float(arguments.get("max_share", 1.0))
+        self.max_update_norm = arguments.get("max_update_norm")
         self.threads = arguments.get("threads")
         check_range("fraction_train", self.fraction_train, 0, 1)
         check_range("fraction_evaluate", self.fraction_evaluate, 0, 1)
@@ -150,12 +197,26 @@ class WeightingStrategy(Strategy):
         check_range("min_train_nodes", self.min_train_nodes, 0)
         check_range("min_evaluate_nodes", self.min_evaluate_nodes, 0)
         check_range("min_available_nodes", self.min_available_nodes, 0)
+        check_range("max_share", self.max_share, 0, 1, low_open=True)
+        own = type(self).aggregate is not WeightingStrategy.aggregate
+        if self.max_share < 1 and own and not self.caps_weights:
+            raise ConfigurationError(
+                f"max_share is {self.max_share:g}, but {type(self).__name__} makes the "
+                "model in an aggregate(round) of its own, which does not use it. Leave "
+                "it out, or define weights(round) instead."
+            )
+        if self.max_update_norm is not None:
+            check_range("max_update_norm", self.max_update_norm, 0, low_open=True)
         if self.threads is not None:
             check_range("threads", self.threads, 1)
         check_range("seed", self.seed, 0)
         self.history: list[RoundRecord] = []
         self._model: FlatModel | None = None
         self._asked: dict[int, _Asked] = {}
+        self._not_asked: list[int] = []
+        self._without_examples: set[int] = set()
+        self._said: set[tuple[Status, str]] = set()
+        self._name_of: Callable[[int], str] = str
         self._cohort: Cohort | None = None
         self._outermost = False
 
@@ -186,7 +247,7 @@ class WeightingStrategy(Strategy):
         w_k`` where the weights sum to one. A method that overrides this logs the
         weights that it used: ``round.log("weight", weights)``.
         """
-        weights = _as_weights(self, self.weights(round), round)
+        weights = cap(_as_weights(self, self.weights(round), round), self.max_share)
         round.log("weight", weights if weights.ndim == 1 else weights.mean(1))
         step = round.updates.combine(weights)
         return step.add_(round.model.parameters)
@@ -209,8 +270,17 @@ class WeightingStrategy(Strategy):
         """Look at one client's reply before the round is aggregated.
 
         Clients come in the order of their numbers, whatever order they answered in.
-        Raise :class:`AggregationError` to reject the reply, with the reason.
+        Raise :class:`AggregationError` to reject the reply, with the reason. Whatever
+        else this raises rejects it, too: a client may have sent anything.
         """
+
+    def screen(self, clients: Sequence[int]) -> Mapping[int, str]:
+        """Return why to reject some of the clients whose replies were received.
+
+        For what shows only where replies are compared with each other. Nobody by
+        default.
+        """
+        return {}
 
     def aggregate_buffers(self, round: Round, buffers: Updates) -> Tensor:
         """Return the next global buffers, ``[B]``; by default averaged by data size.
@@ -239,10 +309,12 @@ class WeightingStrategy(Strategy):
         A strategy that is given this by :meth:`load_state` goes on as this one would.
         """
         optimizer = self.server_optimizer
-        return {} if optimizer is None else {"server-optimizer": optimizer.state()}
+        own = {} if optimizer is None else {"server-optimizer": optimizer.state()}
+        return own | {"without-examples": sorted(self._without_examples)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
+        self._without_examples = set(state["without-examples"])
         if self.server_optimizer is not None:
             self.server_optimizer.load_state(state["server-optimizer"])
 
@@ -263,7 +335,7 @@ class WeightingStrategy(Strategy):
         """Choose the round's clients and write them their messages."""
         layout = self._model.layout if self._model else None
         if layout is None or len(arrays) != len(layout.entries):
-            layout = Layout.of_record(arrays, self.buffers)
+            layout = Layout.of_record(arrays, self.buffers, self.frozen)
         self._model = flatten(arrays, layout)
         # It counts as failed until it is aggregated: a wrapper may never get there.
         unfinished = RoundRecord(server_round, "failed", "its replies did not arrive")
@@ -279,11 +351,15 @@ class WeightingStrategy(Strategy):
         for key, value in self.train_config(server_round).items():
             config[key] = value
         epochs = self._straggler_epochs(server_round, len(nodes), config)
-        self._asked = {}
+        self._asked, self._not_asked = {}, []
+        empty = self._empty([client for client, _ in nodes], grid)
         own = {}
         # Clients that are told the same share one record.
         records: dict[tuple[tuple[str, Any], ...], ConfigRecord] = {}
         for (client, node), part in zip(nodes, epochs, strict=True):
+            if client in empty:
+                self._not_asked.append(client)
+                continue
             asks = self.asks(server_round, client)
             self._asked[node] = _Asked(client, part is not None, asks)
             told: dict[str, Any] = dict(self.client_config(server_round, client))
@@ -297,14 +373,20 @@ class WeightingStrategy(Strategy):
                     told |= _request(config, asks)
                     records[same] = ConfigRecord({**dict(config), **told})
                 own[node] = records[same]
+        # As vectors, so that clients of ours answer in this layout.
         content = RecordDict(
-            {self.arrayrecord_key: arrays, self.configrecord_key: config}
+            {
+                self.arrayrecord_key: _flat(arrays, self._model),
+                self.configrecord_key: config,
+            }
         )
         sums = (
             self._outermost
             and self.weighs_by_size
             and self.weighted_by_key == keys.NUM_EXAMPLES  # always there, and finite
             and self.accumulate is None
+            and self.max_share == 1
+            and self.max_update_norm is None
             and getattr(grid, "sums_models", False)
         )
         left_out = [
@@ -343,42 +425,41 @@ class WeightingStrategy(Strategy):
                 "is not known. Let Strategy.start run both."
             )
         record = self.history[-1]
-        if not self._asked and self.fraction_train == 0:
+        if not (self._asked or self._not_asked) and self.fraction_train == 0:
             record.status, record.reason = "ok", ""
             return None, None
         good, models = self._sort(server_round, replies, record)
+        good = self._short_enough(good, models, record)
+        self._say(record)
         if len(good) < self.min_replies:
-            return self._fail(
-                record,
-                f"{len(good)} good replies of {len(record.clients)} clients asked, "
-                f"min_replies is {self.min_replies}",
-            )
+            return self._fail(record, self._too_few(good, record))
         saved = self.state()
         try:
             round = self._round(server_round, good, models)
             parameters = self.aggregate(round)
+            for place in round.still:
+                parameters[place] = self._model.parameters[place]
             self._check(round, parameters)
             if self.server_optimizer is not None:
                 before = self._model.parameters.to(parameters.dtype)
                 parameters = before + self.server_optimizer.step(parameters - before)
                 self._check(round, parameters)
+            model = self._next_model(parameters, round, good, models)
         except AggregationError as error:
             self.load_state(saved)  # A failed round leaves the method as it was.
             return self._fail(record, str(error))
         self._record(record, round)
         record.status, record.reason = "ok", ""
-        metrics = self._mean_metrics(good, self.train_metrics_aggr_fn)
-        record.metrics.update(
-            {k: float(v) for k, v in metrics.items() if not isinstance(v, list)}
-        )
-        record.metrics.update(round.logged)
-        return FlatRecord(self._next_model(parameters, round, good, models)), metrics
+        metrics = self._metrics(good, self.train_metrics_aggr_fn)
+        record.metrics |= recorded_metrics(metrics)
+        record.metrics |= round.logged
+        return FlatRecord(model), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Choose the clients that evaluate the global model on their held-out data."""
-        self._asked = {}
+        self._asked, self._not_asked = {}, []
         if self.fraction_evaluate == 0:
             return []
         nodes = self._sample(
@@ -392,7 +473,12 @@ class WeightingStrategy(Strategy):
         content = RecordDict(
             {self.arrayrecord_key: arrays, self.configrecord_key: config}
         )
-        self._asked = {node: _Asked(client, False, ()) for client, node in nodes}
+        empty = self._empty([client for client, _ in nodes], grid)
+        self._asked = {
+            node: _Asked(client, False, ())
+            for client, node in nodes
+            if client not in empty
+        }
         self._cohort = Cohort(
             content,
             list(self._asked),
@@ -407,14 +493,17 @@ class WeightingStrategy(Strategy):
         """Average the clients' evaluation metrics by data size; record them."""
         record = self.history[-1] if self.history else RoundRecord(server_round)
         entries = {c.client: c for c in record.clients}
+        nbytes = self._model.layout.num_bytes if self._model else 0
         answered = set()
         good = []
+        bad = []
         anybody = not self._asked
         for client, sent, reply in self._read(replies)[0]:
             entry = entries.get(client)
             if entry is None:
-                entry = entries[client] = ClientRecord(client, "evaluated")
+                entry = entries[client] = self._entry(client, "evaluated")
                 record.clients.append(entry)
+            entry.bytes_down += nbytes if sent else 0
             try:
                 if isinstance(reply, AggregationError):
                     raise AggregationError(str(reply))
@@ -424,24 +513,23 @@ class WeightingStrategy(Strategy):
                     raise AggregationError("it was not asked")
                 if client in answered:
                     raise AggregationError("it replied twice")
-                size = self._size(reply)
+                size = size_of(reply.metrics, self.weighted_by_key)
             except AggregationError as error:
-                note = f"evaluation failed: {error}"
+                note = plain(f"evaluation failed: {error}", REASON_LENGTH)
                 entry.reason = f"{entry.reason}; {note}" if entry.reason else note
-                log.warning("round %d: client %d: %s", server_round, client, note)
+                bad.append(self._entry(client, "failed", note))
                 continue
             answered.add(client)
-            good.append(_Good(client, reply, size))
-            for name, value in reply.metrics.items():
-                if not isinstance(value, list):
-                    entry.metrics[f"evaluate-{name}"] = float(value)
+            good.append(Good(client, reply, size))
+            known, own = sort_metrics(reply.metrics)
+            entry.metrics |= {f"evaluate-{name}": known[name] for name in known}
+            entry.own_metrics |= {f"evaluate-{name}": own[name] for name in own}
         record.clients.sort(key=lambda c: c.client)
+        self._say(RoundRecord(server_round, clients=bad))
         if not good:
             return None
-        result = self._mean_metrics(good, self.evaluate_metrics_aggr_fn)
-        for name, value in result.items():
-            if not isinstance(value, list):
-                record.metrics[f"evaluate-{name}"] = float(value)
+        result = self._metrics(good, self.evaluate_metrics_aggr_fn)
+        record.metrics |= recorded_metrics(result, "evaluate-")
         return result
 
     def summary(self) -> None:
@@ -457,6 +545,7 @@ class WeightingStrategy(Strategy):
         if fraction == 0:
             return []
         number = getattr(grid, "client_of", int)
+        self._name_of = getattr(grid, "name_of", str)
         complete = getattr(grid, "complete", False)
         nodes = grid.get_node_ids()
         # A simulation's range is in the clients' order: a million cost nothing.
@@ -481,6 +570,18 @@ class WeightingStrategy(Strategy):
             chosen = np.sort(stream.choice(len(nodes), size, replace=False))
             nodes = [nodes[i] for i in chosen.tolist()]
         return [(number(node), node) for node in nodes]
+
+    def _empty(self, clients: Sequence[int], grid: Grid) -> set[int]:
+        """Return which clients are known to have no examples.
+
+        A simulation knows; of others, those whose reply has said so.
+        """
+        sizes_of = getattr(grid, "sizes_of", None)
+        sizes = None if sizes_of is None else sizes_of(clients)
+        empty = self._without_examples.intersection(clients)
+        if sizes is not None:
+            empty |= {c for c, size in zip(clients, sizes, strict=True) if size == 0}
+        return empty
 
     def _straggler_epochs(
         self, round: int, cohort: int, config: ConfigRecord
@@ -545,102 +646,141 @@ class WeightingStrategy(Strategy):
         known = {client for client, _, _ in read}
         for sent in asked.values():
             if sent.client not in known:
-                read.append((sent.client, sent, MISSING))
+                read.append((sent.client, sent, Unfit("missing", "no reply in time")))
         return sorted(read, key=lambda row: row[0]), models
 
     def _sort(
         self, round: int, replies: Iterable[Message], record: RoundRecord
-    ) -> tuple[list[_Good], LocalModels]:
+    ) -> tuple[list[Good], LocalModels]:
         """Tell good replies from bad ones, in the order of the clients' numbers."""
         assert self._model is not None
         nbytes = self._model.layout.num_bytes
-        anybody = not self._asked
-        good: dict[int, _Good] = {}
-        answered = set()
+        anybody = not (self._asked or self._not_asked)
+        entries = {c: self._entry(c, "dropped", NO_EXAMPLES) for c in self._not_asked}
+        record.clients += entries.values()
+        good: dict[int, Good] = {}
+        lengths: dict[int, float] = {}
+        answered = set(self._not_asked)
         read, models = self._read(replies)
+        arrived = models is None  # As messages, perhaps from another machine.
         for client, sent, reply in read:
-            entry = ClientRecord(client, "ok", bytes_down=nbytes if sent else 0)
+            entry = self._entry(client, "ok")
             record.clients.append(entry)
-            if reply is MISSING:
-                entry.status, entry.reason = "missing", str(reply)
-            elif isinstance(reply, Reply) and reply.error is not None:
-                entry.status, entry.reason = "failed", reply.error
-            elif client in answered:
-                entry.status, entry.reason = "rejected", "it replied twice"
-            elif sent is None and not anybody:
-                entry.status, entry.reason = "rejected", "it was not asked"
-            else:
-                try:
-                    if isinstance(reply, AggregationError):
-                        raise AggregationError(str(reply))
-                    fit = self._fit(client, reply, sent.asks if sent else self.request)
-                    entry.metrics = fit.scalars()
+            entry.bytes_down = nbytes if sent else 0
+            try:
+                if client in answered:
+                    raise AggregationError("it replied twice")
+                if sent is None and not anybody:
+                    raise AggregationError("it was not asked")
+                answered.add(client)
+                if isinstance(reply, AggregationError):
+                    raise reply
+                if reply.model is not None or reply.summed:
                     entry.bytes_up = nbytes
-                    if self.keeps(round, client, sent is not None and sent.straggler):
-                        good[client] = fit
-                    else:
-                        entry.status, entry.reason = "dropped", "straggler"
-                except AggregationError as error:
-                    entry.status, entry.reason = "rejected", str(error)
-                    if isinstance(reply, Reply) and self._has_no_data(reply):
-                        # What it was asked for cannot be measured without data.
-                        entry.status = "dropped"
-            answered.add(client)
-            if entry.status in ("rejected", "failed", "missing"):
-                log.warning(
-                    "round %d: client %d %s: %s",
-                    round,
-                    client,
-                    entry.status,
-                    entry.reason,
-                )
-        fit_replies = list(good.values())
-        if models is None:
-            models = held_models([one.reply for one in fit_replies])
-        return fit_replies, models
-
-    def _fit(self, client: int, reply: Reply, asks: tuple[str, ...]) -> _Good:
-        """Check a reply; raise ``AggregationError`` with the reason if it is unfit."""
-        size = self._size(reply)
-        if reply.model is None and not reply.summed:
-            raise AggregationError(f"its reply has no '{self.arrayrecord_key}'")
-        if not reply.is_finite():
-            raise AggregationError("its model has NaN or infinite values")
-        for name in asks:
-            if name not in reply.metrics and name not in reply.profile:
-                raise AggregationError(f"it was asked for '{name}', which is missing")
-            value = reply.metrics.get(name, 0.0)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise AggregationError(f"its '{name}' is {value!r}, not a number")
-        self.receive(client, reply.metrics, reply.profile)
-        return _Good(client, reply, size)
-
-    def _has_no_data(self, reply: Reply) -> bool:
-        return reply.metrics.get(self.weighted_by_key) == 0
-
-    def _size(self, reply: Reply) -> float:
-        """Return how much data a client has; raise if it does not say."""
-        size = reply.metrics.get(self.weighted_by_key)
-        if not isinstance(size, int | float) or not 0 <= size < math.inf:
-            raise AggregationError(
-                f"its '{self.weighted_by_key}' must be a number of 0 or more, "
-                f"got {size!r}"
+                sent = sent or _Asked(client, False, self.request)
+                good[client] = self._admit(round, sent, reply, entry)
+                entries[client] = entry
+                if arrived and isinstance(reply.model, FlatModel):
+                    lengths[client] = update_norm(reply.model, self._model)
+            except Unfit as error:
+                entry.status, entry.reason = error.status, str(error)
+            except AggregationError as error:
+                entry.status, entry.reason = "rejected", str(error)
+            if entry.reason == NO_EXAMPLES:
+                self._without_examples.add(client)
+        for client, reason in self.screen(list(good)).items():
+            entries[client].status, entries[client].reason = "rejected", reason
+            del good[client]
+        for client, times in far_longer(lengths).items():
+            entries[client].metrics[TIMES_MEDIAN] = times
+            log.warning(
+                "round %d: the update of %s is %.3g times as long as the median; "
+                "max_update_norm would reject it",
+                round,
+                self._called([client]),
+                times,
             )
-        return float(size)
+        record.clients.sort(key=lambda entry: entry.client)
+        if models is None:
+            models = held_models([one.reply for one in good.values()])
+        return list(good.values()), models
 
-    def _round(self, number: int, good: list[_Good], models: LocalModels) -> Round:
+    def _admit(
+        self, round: int, sent: _Asked, reply: Reply, entry: ClientRecord
+    ) -> Good:
+        """Check a reply, and record what it reports.
+
+        Raises
+        ------
+        AggregationError
+            With the reason, if it is not to be aggregated.
+        """
         assert self._model is not None
-        updates = models.updates(
-            [one.reply.node for one in good],
-            self._model,
-            accumulate=self.accumulate,
-            threads=self.threads,
+        if reply.error is not None:
+            raise Unfit("missing" if reply.lost else "failed", reply.error)
+        entry.metrics, entry.own_metrics = sort_metrics(reply.metrics)
+        size = size_of(reply.metrics, self.weighted_by_key)
+        check_trained(reply.metrics, self.weighted_by_key)
+        check_model(reply, self.arrayrecord_key)
+        check_asked(reply, sent.asks)
+        self._received(sent.client, reply)
+        if not self.keeps(round, sent.client, sent.straggler):
+            raise Unfit("dropped", "straggler")
+        return Good(sent.client, reply, size)
+
+    def _received(self, client: int, reply: Reply) -> None:
+        """Let the method look at a reply; what it cannot take rejects the reply."""
+        try:
+            self.receive(client, reply.metrics, reply.profile)
+        except AggregationError:
+            raise
+        except Exception as error:
+            log.debug("client %d", client, exc_info=True)
+            raise AggregationError(
+                f"{type(self).__name__}.receive cannot take it: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _entry(self, client: int, status: Status, reason: str = "") -> ClientRecord:
+        name = self._name_of(client)
+        return ClientRecord(
+            client, status, reason, name="" if name == str(client) else name
         )
+
+    def _short_enough(
+        self, good: list[Good], models: LocalModels, record: RoundRecord
+    ) -> list[Good]:
+        """Return the clients whose updates are not too long, if there is a limit."""
+        if self.max_update_norm is None or not good:
+            return good
+        entries = {c.client: c for c in record.clients if c.status == "ok"}
+        norms = self._updates(good, models).norms()
+        for one, norm in zip(good, norms.tolist(), strict=True):
+            entry = entries[one.client]
+            if not norm <= self.max_update_norm:
+                entry.status = "rejected"
+                entry.reason = (
+                    f"its update has norm {norm:.4g}, above max_update_norm "
+                    f"{self.max_update_norm:g}"
+                )
+        return [one for one in good if entries[one.client].status == "ok"]
+
+    def _too_few(self, good: list[Good], record: RoundRecord) -> str:
+        if all(c.reason == NO_EXAMPLES for c in record.clients) and record.clients:
+            return f"none of the {len(record.clients)} clients drawn has examples"
+        asked = len(record.clients) - len(self._not_asked)
+        return (
+            f"{len(good)} good replies of {asked} clients asked, "
+            f"min_replies is {self.min_replies}"
+        )
+
+    def _round(self, number: int, good: list[Good], models: LocalModels) -> Round:
+        assert self._model is not None
         return Round(
             number=number,
             clients=tuple(one.client for one in good),
             model=self._model,
-            updates=updates,
+            updates=self._updates(good, models),
             num_examples=torch.tensor(
                 [one.num_examples for one in good], dtype=torch.float64
             ),
@@ -648,21 +788,52 @@ class WeightingStrategy(Strategy):
             profiles=tuple(one.reply.profile for one in good),
         )
 
+    def _updates(self, good: list[Good], models: LocalModels) -> Updates:
+        assert self._model is not None
+        return models.updates(
+            [one.reply.node for one in good],
+            self._model,
+            accumulate=self.accumulate,
+            threads=self.threads,
+        )
+
     def _check(self, round: Round, parameters: Tensor) -> None:
         """Refuse weights and models that are not finite or do not fit."""
+        name = type(self).__name__
         weights = round.logged_clients.get("weight")
         if weights is None:
             raise ConfigurationError(
-                f"{type(self).__name__}.aggregate must record the weights it used: "
+                f"{name}.aggregate must record the weights it used: "
                 'round.log("weight", weights), one for each client.'
             )
         if len(weights) != round.num_clients or not weights.isfinite().all():
             raise AggregationError(
-                f"{type(self).__name__} gave weights {weights.tolist()} for "
-                f"{round.num_clients} clients; they must be finite, one each"
+                f"{name} gave weights {_shortened(weights)} for {round.num_clients} "
+                "clients; they must be finite, one each"
             )
-        if not is_finite(parameters):
+        if not weights.any():
+            raise AggregationError(f"{name} gave every client the weight 0")
+        largest = _largest(parameters)
+        if not math.isfinite(largest):
             raise AggregationError("the aggregated model has NaN or infinite values")
+        if largest > max(LARGEST_VALUE, _largest(round.model.parameters)):
+            raise AggregationError(
+                f"the aggregated model has values of up to {largest:.3g}, from which "
+                f"training cannot start (at most {LARGEST_VALUE:.3g})"
+                f"{self._longest(round)}"
+            )
+
+    def _longest(self, round: Round) -> str:
+        """Say whose update is the longest, where the updates are at hand."""
+        try:
+            norms = round.updates.norms()
+        except AggregationError:  # They were added up as they came.
+            return ""
+        k = int(norms.argmax())
+        return (
+            f"; {self._called([round.clients[k]])} has the longest update, of norm "
+            f"{float(norms[k]):.3g} where the median is {float(norms.median()):.3g}"
+        )
 
     def _record(self, record: RoundRecord, round: Round) -> None:
         """Write down the weights and what else the method logged."""
@@ -680,18 +851,59 @@ class WeightingStrategy(Strategy):
         record.metrics["effective-clients"] = total**2 / squares if squares else 0.0
 
     def _next_model(
-        self, parameters: Tensor, round: Round, good: list[_Good], models: LocalModels
+        self, parameters: Tensor, round: Round, good: list[Good], models: LocalModels
     ) -> FlatModel:
-        """Round to the model's dtype; average its buffers, copy its integers."""
+        """Round to the model's dtype; average its buffers, take its integers."""
         assert self._model is not None
         model = self._model.with_parameters(parameters)
         nodes = [one.reply.node for one in good]
         if model.buffers.numel():
             rows = models.buffers(nodes, self._model)
             model.buffers = self.aggregate_buffers(round, rows).to(model.buffers.dtype)
+            if not is_finite(model.buffers):
+                raise AggregationError("the aggregated buffers are not finite")
         if model.integers:
-            model.integers = models.integers(nodes[0])
+            model.integers = middle(models.integers(nodes))
         return model
+
+    def _say(self, record: RoundRecord) -> None:
+        """Log each different error once; the record has them all."""
+        found: dict[tuple[Status, str], list[int]] = {}
+        for entry in record.clients:
+            entry.reason = plain(entry.reason, REASON_LENGTH)
+            if entry.status in ("rejected", "failed", "missing"):
+                what = (entry.status, _cause(entry.reason))
+                found.setdefault(what, []).append(entry.client)
+        for (status, reason), clients in found.items():
+            if (status, reason) in self._said or len(self._said) > ERRORS_SAID:
+                continue
+            self._said.add((status, reason))
+            log.warning(
+                "round %d: %s %s: %s",
+                record.number,
+                self._called(clients),
+                status,
+                reason,
+            )
+            if len(self._said) > ERRORS_SAID:
+                log.warning("further errors are not shown; the record has them")
+
+    def _called(self, clients: Sequence[int]) -> str:
+        """Return how a message calls some clients.
+
+        Examples
+        --------
+        >>> from fedweight.strategies.fedavg import FedAvg
+        >>> FedAvg()._called([3]), FedAvg()._called(range(8))
+        ('client 3', 'clients 0, 1, 2, 3, 4 and 3 others')
+        """
+        names = []
+        for client in clients[:CLIENTS_NAMED]:
+            name = self._name_of(client)
+            names.append(str(client) if name == str(client) else f"{client} ({name})")
+        more = len(clients) - len(names)
+        rest = f" and {more} others" if more else ""
+        return f"client{'s' * (len(clients) > 1)} {', '.join(names)}{rest}"
 
     def _fail(self, record: RoundRecord, reason: str) -> tuple[None, None]:
         """Keep the global model, and say so."""
@@ -706,32 +918,44 @@ class WeightingStrategy(Strategy):
         )
         return None, None
 
-    def _mean_metrics(
-        self, good: list[_Good], custom: MetricsFn | None
-    ) -> MetricRecord:
-        """Average the clients' metrics by data size; NaN means a client has none."""
-        if custom is not None:
-            contents = [
-                RecordDict({keys.METRICS: MetricRecord(dict(one.reply.metrics))})
-                for one in good
-            ]
-            return custom(contents, self.weighted_by_key)
-        metrics = [one.reply.metrics for one in good]
-        names = [
-            name
-            for name in metrics[0]
-            if name != self.weighted_by_key
-            and all(isinstance(m.get(name), int | float) for m in metrics)
+    def _metrics(self, good: list[Good], custom: MetricsFn | None) -> MetricRecord:
+        """Make the round's metrics of the clients'.
+
+        A function of the user's is given what clients report, which may be anything:
+        an error of it costs the round its metrics, and not the run.
+        """
+        if custom is None:
+            return mean_metrics(good, self.weighted_by_key)
+        contents = [
+            RecordDict({keys.METRICS: MetricRecord(dict(one.reply.metrics))})
+            for one in good
         ]
-        values = np.array([[m[name] for m in metrics] for name in names], np.float64)
-        values = values.reshape(len(names), len(good))
-        known = ~np.isnan(values)
-        p = known * np.array([one.num_examples for one in good])
-        some = p.any(1, keepdims=True)
-        p = np.where(some, p, known)  # Alike, if those who know have no data.
-        sums, totals = (np.where(known, values, 0) * p).sum(1), p.sum(1)
-        pairs = zip(names, sums.tolist(), totals.tolist(), strict=True)
-        return MetricRecord({name: s / total for name, s, total in pairs if total})
+        try:
+            return custom(contents, self.weighted_by_key)
+        except Exception as error:
+            name = getattr(custom, "__name__", str(custom))
+            log.exception(
+                "a round has no metrics: %s raised %s", name, type(error).__name__
+            )
+            return MetricRecord()
+
+
+def _flat(arrays: ArrayRecord, model: FlatModel) -> ArrayRecord:
+    """Return arrays as a record that says how they are laid out."""
+    known = isinstance(arrays, FlatRecord) and arrays.flat is model
+    return arrays if known else FlatRecord(model)
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is one, 0 if there is none."""
+    if not values.numel():
+        return 0.0
+    return float(torch.linalg.vector_norm(values, math.inf))
+
+
+def _shortened(values: Tensor, most: int = 5) -> str:
+    shown = ", ".join(f"{value:.4g}" for value in values.tolist()[:most])
+    return f"[{shown}, ...]" if len(values) > most else f"[{shown}]"
 
 
 def _as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tensor:
@@ -753,37 +977,12 @@ def _as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tens
     return tensor
 
 
-def check_fraction(metrics: Mapping[str, Any], name: str) -> None:
-    """Raise ``AggregationError`` unless a client reports a number in [0, 1]."""
-    value = metrics.get(name)
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise AggregationError(f"its '{name}' must be in [0, 1], got {value!r}")
-
-
-MISSING = AggregationError("no reply in time")
-
-
 class _Asked(NamedTuple):
     """A client that was asked, by its node."""
 
     client: int
     straggler: bool
     asks: tuple[str, ...]
-
-
-class _Good(NamedTuple):
-    """A reply that is fit to be used."""
-
-    client: int
-    reply: Reply
-    num_examples: float
-
-    def scalars(self) -> dict[str, float]:
-        return {
-            name: float(value)
-            for name, value in self.reply.metrics.items()
-            if not isinstance(value, list)
-        }
 
 
 def _cause(reason: str) -> str:

@@ -21,6 +21,7 @@ _RULE = (
     "request",
     "asks",
     "receive",
+    "screen",
     "keeps",
     "configure_train",
     "aggregate_train",

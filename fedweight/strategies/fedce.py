@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import keys
 from ..errors import check_choice, check_range
-from .base import StrategyArguments, WeightingStrategy, check_fraction
+from .admission import check_fraction
+from .base import StrategyArguments, WeightingStrategy
 from .round import Round
 
 
@@ -34,7 +35,8 @@ class FedCE(WeightingStrategy):
 
     Each client is told its ``c_k``. From its second round on it evaluates the minus
     model ``(w - c_k w_k) / (1 - c_k)``, with ``w_k`` the model it sent last, on its
-    held-out data, and reports the error in [0, 1], averaged over its rounds.
+    held-out data, and reports the error in [0, 1], averaged over its rounds. The minus
+    model's buffers, such as running statistics, are those of ``w``.
 
     Parameters
     ----------
@@ -156,17 +158,16 @@ class FedCE(WeightingStrategy):
 def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:
     """Return ``cos(update_k, G - c_k update_k)``, ``G = sum_j c_j update_j``: ``[K]``.
 
-    Only inner products with ``G`` and norms are needed, never the K differences. The
-    cosine is 0 where either vector is 0.
+    The difference is formed before it is measured: in the digits of ``|G|^2`` it is
+    lost where one update is far longer than the others. The cosine is 0 where either
+    vector is, up to rounding.
     """
-    inner, norms = round.updates.project_and_norms(weights=coefficients)
-    squares = norms.square()
-    whole = coefficients @ inner  # <G, G>
-    rest = whole - 2 * coefficients * inner + coefficients.square() * squares
-    # The difference of nearly equal numbers: what rounding leaves of 0 is 0.
-    rounding = 1e-12 if round.updates.dtype == torch.float64 else 1e-6
-    noise = rounding * (whole + coefficients.square() * squares)
-    rest = torch.where(rest > noise, rest, 0.0)
-    lengths = norms * rest.sqrt()
-    cosines = (inner - coefficients * squares) / lengths.clamp(min=1e-300)
-    return torch.where(lengths > 0, cosines.clamp(-1, 1), 0.0)
+    updates, start = round.updates, round.model.parameters
+    inner, norms, rest = updates.project_rest(weights=coefficients, own=coefficients)
+    # G is summed from the models, so that its digits end where theirs do.
+    last_digits = torch.finfo(updates.dtype).eps * (
+        torch.linalg.vector_norm(start.double()) + coefficients * norms
+    )
+    product = norms * torch.where(rest > 4 * last_digits, rest, 0.0)
+    cosines = inner / product.clamp(min=1e-300)
+    return torch.where(product > 0, cosines.clamp(-1, 1), 0.0)

@@ -9,6 +9,7 @@ code, and so does that only the Kullback-Leibler one is rescaled over the cohort
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack
 
@@ -17,11 +18,16 @@ from torch import Tensor
 
 from .. import keys
 from ..errors import AggregationError, ConfigurationError, check_choice, check_range
+from ..texts import plain
 from .base import StrategyArguments, WeightingStrategy
+from .reported import as_number
 from .round import Round
 from .weights import normalise
 
 Metric = Literal["kl", "l2", "l1", "cosine"]
+
+# More examples of a class than this are not believed; sums of them are exact.
+MOST_EXAMPLES = 1e15
 
 # How many clients took part where the authors tuned a and b.
 REFERENCE_COHORT = 10
@@ -51,15 +57,16 @@ class FedDisco(WeightingStrategy):
         ``a = 0.5`` and ``b = 0.1`` were tuned where 10 clients took part. True
         multiplies ``b`` by ``10 / K``, and ``a`` too unless the metric is ``kl``,
         whose rescaled values shrink with K on their own.
+    num_classes : int, optional
+        C, if there is no target; by default what most clients say. A run of this
+        library tells it.
     **arguments
         Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
 
     Notes
     -----
     Label counts do not change, so each client is asked for them until it has given
-    them once, and not again. Counts of another length than the first ones (or than
-    the target) reject the reply. A client without examples counts as the most
-    discrepant one of its round; the paper leaves that open.
+    them once, and not again. Counts of another length than C reject the reply.
     """
 
     request = (keys.LABEL_COUNTS,)
@@ -71,6 +78,7 @@ class FedDisco(WeightingStrategy):
         b: float = 0.1,
         target: Sequence[float] | None = None,
         scale_with_cohort: bool = False,
+        num_classes: int | None = None,
         **arguments: Unpack[StrategyArguments],
     ) -> None:
         super().__init__(**arguments)
@@ -82,6 +90,9 @@ class FedDisco(WeightingStrategy):
         self.b = b
         self.target = None if target is None else _distribution(target, metric)
         self.scale_with_cohort = scale_with_cohort
+        if num_classes is not None:
+            check_range("num_classes", num_classes, 1)
+        self.num_classes = num_classes
         self.label_counts: dict[int, list[float]] = {}
 
     def asks(self, round: int, client: int) -> tuple[str, ...]:
@@ -95,21 +106,38 @@ class FedDisco(WeightingStrategy):
         if client in self.label_counts:
             return
         counts = profile.get(keys.LABEL_COUNTS)
-        if not isinstance(counts, list) or not all(
-            isinstance(n, int | float) and 0 <= n < math.inf for n in counts
-        ):
+        numbers = [as_number(n) for n in counts] if isinstance(counts, list) else []
+        usable = [n for n in numbers if n is not None and 0 <= n <= MOST_EXAMPLES]
+        if not usable or len(usable) < len(numbers) or not any(usable):
             raise AggregationError(
                 f"its '{keys.LABEL_COUNTS}' must be a list of numbers of 0 or more, "
-                f"got {counts!r}"
+                f"one of them above 0, got {plain(repr(counts), 60)}"
             )
-        known = next(iter(self.label_counts.values()), counts)
-        classes = len(known if self.target is None else self.target)
-        if len(counts) != classes:
-            raise AggregationError(
-                f"its '{keys.LABEL_COUNTS}' has {len(counts)} entries for {classes} "
-                "classes"
-            )
-        self.label_counts[client] = [float(n) for n in counts]
+        classes = self.num_classes if self.target is None else len(self.target)
+        if classes is not None and len(usable) != classes:
+            raise AggregationError(self._odd(len(usable), classes))
+        self.label_counts[client] = usable
+
+    def screen(self, clients: Sequence[int]) -> Mapping[int, str]:
+        """Reject counts of another length than most clients', if C was not told."""
+        lengths = Counter(map(len, self.label_counts.values()))
+        if len(lengths) <= 1:
+            return {}
+        (classes, most), (_, next_most) = lengths.most_common(2)
+        if most == next_most:
+            why = f"as many clients count {min(lengths)} classes as {max(lengths)}"
+            why += "; tell FedDisco num_classes"
+            odd = dict.fromkeys(clients, why)
+        else:
+            counts = {c: len(self.label_counts[c]) for c in clients}
+            odd = {c: self._odd(n, classes) for c, n in counts.items() if n != classes}
+        for client in odd:
+            del self.label_counts[client]
+        return odd
+
+    @staticmethod
+    def _odd(entries: int, classes: int) -> str:
+        return f"its '{keys.LABEL_COUNTS}' has {entries} entries for {classes} classes"
 
     def weights(self, round: Round) -> Tensor:
         """Return ``ReLU(p - a d + b)``, made to sum to one."""

@@ -25,6 +25,7 @@ from ..rng import Purpose, generator, torch_seed
 from ..updates import Updates
 from .base import StrategyArguments, WeightingStrategy
 from .round import Round
+from .weights import cap
 
 # The two-stage variant averages theta from this epoch on, at this learning rate.
 SWA_START, SWA_RATE = 5, 0.05
@@ -99,6 +100,7 @@ class FedLAW(WeightingStrategy):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("model", "proxy")
+    caps_weights: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -141,6 +143,9 @@ class FedLAW(WeightingStrategy):
         self.device = device
         if self.buffers is None:
             self.buffers = {name for name, _ in model.named_buffers()}
+        if self.frozen is None:
+            named = model.named_parameters()
+            self.frozen = {name for name, p in named if not p.requires_grad}
         self._module = FlatModule(copy.deepcopy(model), device)
         self._x = _tensor(proxy.x).to(device)
         self._y = _tensor(proxy.y).to(device, torch.int64)
@@ -156,11 +161,12 @@ class FedLAW(WeightingStrategy):
     def aggregate(self, round: Round) -> Tensor:
         """Return ``gamma * sum_k lambda_k w_k``."""
         self._begin(round)
-        origin, p = round.model.parameters, round.size_weights
-        average = round.updates.combine(p).add_(origin)
+        p = cap(round.size_weights, self.max_share)
+        average = self._shrunk(round, p, 1.0)
         before = self._loss(average)
         weights, gamma = self._learn(round) if self.shrink is None else (p, self.shrink)
-        parameters = gamma * round.updates.combine(weights).add_(origin)
+        weights = cap(weights, self.max_share)
+        parameters = self._shrunk(round, weights, gamma)
         after = self._loss(parameters)
         worse = not after <= before  # NaN is worse
         reverted = worse and self.revert_if_worse and self.shrink is None
@@ -174,6 +180,14 @@ class FedLAW(WeightingStrategy):
         if self.coherence:
             round.log("coherence", coherence(round.updates, p))
         return parameters
+
+    def _shrunk(self, round: Round, weights: Tensor, gamma: float) -> Tensor:
+        """Return ``gamma * sum_k weights_k w_k``; what nobody changed stays."""
+        origin = round.model.parameters
+        model = round.updates.combine(weights).add_(origin).mul_(gamma)
+        for place in round.still:
+            model[place] = origin[place]
+        return model
 
     def aggregate_buffers(self, round: Round, buffers: Updates) -> Tensor:
         """Return the clients' mean, or what the proxy batches left."""
@@ -242,10 +256,14 @@ class FedLAW(WeightingStrategy):
         weights, gamma = split(x, self.form)
         mean = round.updates.combine(weights).add_(round.model.parameters)
         self._module.parameters.copy_(mean).mul_(gamma)
+        for place in round.still:
+            self._module.parameters[place] = round.model.parameters[place]
         self._module.gradients.zero_()
         loss = self._cross_entropy(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         g = self._module.gradients.cpu()
+        for place in round.still:
+            g[place] = 0.0  # Neither lambda nor gamma moves it.
         inner = round.updates.project(g)
         return chain(x, self.form, inner, torch.dot(g.to(mean.dtype), mean))
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import keys
 from ..errors import AggregationError, check_choice, check_range
-from .base import StrategyArguments, WeightingStrategy, check_fraction
+from .admission import check_fraction
+from .base import StrategyArguments, WeightingStrategy
 from .round import Round
 
 

@@ -11,11 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import keys
+from ..errors import AggregationError, ConfigurationError, closest
 from ..parameters import FlatModel
 from ..updates import Updates
 from .weights import size_weights
 
 Status = Literal["ok", "rejected", "failed", "missing", "dropped", "evaluated"]
+
+# What every reply reports, and what a strategy may request besides.
+REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
+REQUESTED = (keys.LOSS_BEFORE, keys.ACCURACY_AFTER, keys.MINUS_ERROR, keys.LABEL_COUNTS)
+
+# Recorded of a client whose update is far longer than others': how many times as long.
+TIMES_MEDIAN = "update-times-median"
+
+# Names in the record that are not a method's to log; nor is what begins like these.
+TAKEN = frozenset(
+    {
+        *("round", "client", "name", "status", "reason", "bytes-down", "bytes-up"),
+        *("asked", "ok", "rejected", "failed", "missing", "dropped", "evaluated"),
+        *("examples", "steps", "held-out-examples", "loss", "accuracy"),
+        *("effective-clients", TIMES_MEDIAN, *REPORTED, *REQUESTED),
+    }
+)
+TAKEN_PREFIXES = ("evaluate-", "test-", "client-accuracy-", "own-")
 
 
 @dataclass(frozen=True)
@@ -60,19 +80,82 @@ class Round:
         """``[K]``; each client's share of the cohort's examples (FedAvg's weights)."""
         return size_weights(self.num_examples)
 
+    @cached_property
+    def still(self) -> list[slice]:
+        """Places of the tensors that no client changed; they keep their bits."""
+        changed = self.updates.changed.tolist()
+        places = zip(self.updates.offsets, self.updates.offsets[1:], strict=False)
+        return [
+            slice(*place) for place, c in zip(places, changed, strict=True) if not c
+        ]
+
     def metric(self, name: str) -> Tensor:
-        """Return one reported scalar of every client, ``[K]``, float64."""
-        return torch.tensor([float(m[name]) for m in self.metrics], dtype=torch.float64)
+        """Return one reported scalar of every client, ``[K]``, float64.
+
+        Raises
+        ------
+        ConfigurationError
+            If no client reports it.
+        AggregationError
+            If some do not. A strategy that has the name in its ``request`` gets only
+            clients that do.
+        """
+        values = [m.get(name) for m in self.metrics]
+        without = [
+            client
+            for client, value in zip(self.clients, values, strict=True)
+            if not isinstance(value, int | float)
+        ]
+        if len(without) == self.num_clients:
+            near = closest(name, (*REPORTED, *REQUESTED))
+            there_are = sorted({key for m in self.metrics for key in m})[:20]
+            raise ConfigurationError(
+                f"round.metric('{name}'): no client reports it.{near} They report "
+                f"{', '.join(there_are) or 'nothing'}; a strategy's `request` may name "
+                f"{', '.join(REQUESTED)}, or what your own ClientApp knows."
+            )
+        if without:
+            raise AggregationError(
+                f"round.metric('{name}'): {len(without)} of {self.num_clients} clients "
+                f"do not report it, such as client {without[0]}. Name it in the "
+                "strategy's `request`: then their replies are rejected."
+            )
+        return torch.tensor([float(v) for v in values], dtype=torch.float64)  # type: ignore[arg-type]
 
     def profile(self, name: str) -> Tensor:
-        """Return one vector of side data of every client, ``[K, n]``, float64."""
-        return torch.tensor([p[name] for p in self.profiles], dtype=torch.float64)
+        """Return one vector of side data of every client, ``[K, n]``, float64.
+
+        Raises
+        ------
+        AggregationError
+            If some clients do not give one, or one of another length than most.
+        """
+        given = [p.get(name) for p in self.profiles]
+        lengths = [len(v) if isinstance(v, list) else -1 for v in given]
+        usual = max(sorted(set(lengths)), key=lengths.count)
+        odd = [c for c, n in zip(self.clients, lengths, strict=True) if n != usual]
+        if odd or usual < 0:
+            raise AggregationError(
+                f"round.profile('{name}'): client {(odd or self.clients)[0]} gives "
+                f"no list of {max(usual, 0)} numbers, as most do. Name it in the "
+                "strategy's `request`, and check it in `receive` or `screen`."
+            )
+        return torch.tensor(given, dtype=torch.float64)
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Put a number, or a number for each client ``[K]``, in the round's record.
 
         The name ``weight`` is special: it is the clients' weights in the weight log.
+
+        Raises
+        ------
+        ConfigurationError
+            If the record uses the name for something else.
         """
+        if name.replace("_", "-") in TAKEN or name.startswith(TAKEN_PREFIXES):
+            raise ConfigurationError(
+                f"round.log: the record uses the name '{name}' itself. Choose another."
+            )
         if isinstance(value, Tensor) and value.ndim == 1:
             self.logged_clients[name] = value.detach().double()
         else:
@@ -85,7 +168,10 @@ class ClientRecord:
 
     ``status`` is ``ok`` (aggregated), ``rejected`` (its reply was unfit),
     ``failed`` (it answered with an error), ``missing`` (it did not answer),
-    ``dropped`` (the method leaves it out) or ``evaluated`` (it only evaluated).
+    ``dropped`` (it has nothing to count for, or the method leaves it out) or
+    ``evaluated`` (it only evaluated). ``name`` is the client's, where it has one
+    besides its number; ``own_metrics`` are those that the server does not know.
+    Bytes are those of the models in the messages, down also for evaluation.
     """
 
     client: int
@@ -95,6 +181,8 @@ class ClientRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+    name: str = ""
+    own_metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -27,7 +27,52 @@ def size_weights(num_examples: Tensor) -> Tensor:
     """
     n = num_examples.double()
     total = n.sum()
+    if total.isinf():
+        n = n / n.max()
+        total = n.sum()
     return n / total if total > 0 else torch.full_like(n, 1 / max(len(n), 1))
+
+
+def cap(weights: Tensor, most: float) -> Tensor:
+    """Return weights of which none is more than a share of their sum.
+
+    Parameters
+    ----------
+    weights : Tensor
+        Shape ``[K]``, or ``[K, T]`` for weights per tensor; 0 or more.
+    most : float
+        In (0, 1]. What is cut goes to the others in proportion; with ``1 / K`` or less
+        all weights become equal, and 1 changes nothing.
+
+    Examples
+    --------
+    >>> cap(torch.tensor([0.8, 0.15, 0.05], dtype=torch.float64), 0.5).tolist()
+    [0.5, 0.375, 0.125]
+    >>> cap(torch.tensor([0.8, 0.15, 0.05], dtype=torch.float64), 0.25).tolist()
+    [0.3333333333333333, 0.3333333333333333, 0.3333333333333333]
+    """
+    if most >= 1:
+        return weights
+    k = len(weights)
+    total = weights.sum(0)
+    if most * k <= 1:
+        return (total / k).expand_as(weights).clone()
+    capped = torch.zeros_like(weights, dtype=torch.bool)
+    result = weights
+    for _ in range(k):
+        over = (result > most * total) & ~capped
+        if not over.any():
+            break
+        capped |= over
+        left = total * (1 - most * capped.sum(0))
+        free = torch.where(capped, 0.0, weights)
+        share = free.sum(0)
+        others = (~capped).sum(0)
+        spread = torch.where(
+            share > 0, free * (left / share.clamp(min=1e-300)), left / others
+        )
+        result = torch.where(capped, most * total, spread)
+    return result
 
 
 def normalise(raw: Tensor, fallback: Tensor, *, smallest: float = 0.0) -> Tensor:

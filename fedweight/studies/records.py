@@ -71,7 +71,7 @@ def client_row(number: int, record: ClientRecord) -> Row:
         column = CLIENT_NAMES.get(name, snake_case(name))
         whole = column in COUNTS and math.isfinite(value)
         row[column] = int(value) if whole else value
-    # Whatever a client calls its metrics, these columns say what the server saw.
+    row |= {f"own_{snake_case(name)}": v for name, v in record.own_metrics.items()}
     return row | {
         "round": number,
         "client": record.client,

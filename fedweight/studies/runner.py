@@ -234,6 +234,7 @@ class Components:
                 ),
             ),
             "device": self.device,
+            "num_classes": self.data.num_classes,
             "min_train_nodes": 1,
             "min_evaluate_nodes": 1,
             "min_available_nodes": 1,

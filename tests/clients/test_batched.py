@@ -219,19 +219,17 @@ def test_frozen_parameters_are_the_received_ones(optimizer):
         module.layers[0].requires_grad_(False)
         return module
 
-    module = made(make)
-    start = module.save()
+    own = made(make).save()
     # The server's model is another than the one that the client built.
-    start = start.with_parameters(start.parameters + 0.05)
-    results = both_ways(
-        make, tasks_of(SIZES), settings_of(optimizer), Proximal(0.1), start=start
-    )
+    start = replace(own, frozen=own.frozen + 0.05)
+    options = tasks_of(SIZES), settings_of(optimizer), Proximal(0.1)
+    results = both_ways(make, *options, start=start)
     assert_same(*results)
-    for result in results[1]:
-        (place, *_) = module.frozen
-        after, before = result.model.parameters, start.parameters
-        assert torch.equal(after[place], before[place])
-        assert not torch.equal(after, before)
+    others = both_ways(make, *options, start=own)
+    for result, other in zip(results[1], others[1], strict=True):
+        assert torch.equal(result.model.frozen, start.frozen)
+        assert not torch.equal(result.model.parameters, start.parameters)
+        assert not torch.equal(result.model.parameters, other.model.parameters)
 
 
 class CallsDropout(nn.Module):

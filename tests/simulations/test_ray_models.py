@@ -55,6 +55,13 @@ def with_buffers() -> nn.Module:
     )
 
 
+def half_frozen() -> nn.Module:
+    model = with_buffers()
+    for parameter in model[0].parameters():  # type: ignore[index]
+        parameter.requires_grad_(False)
+    return model
+
+
 def app_of(
     model: Callable[[], nn.Module] = plain,
     *,
@@ -172,6 +179,29 @@ def test_buffers_and_integers(name: str, read: Any, everywhere: Any) -> None:
         return play(grid, STRATEGIES[name](with_buffers), with_buffers)
 
     everywhere(run, app_of(with_buffers))
+
+
+@pytest.mark.parametrize("who", ["server", "workers"])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_frozen_tensors_keep_their_bits(
+    name: str, told: bool, who: str, read: Any, everywhere: Any
+) -> None:
+    """Whether the server is told what is frozen or knows names only."""
+    read(who)
+    base = {n: half_frozen().state_dict()[n].numpy() for n in ("0.weight", "0.bias")}
+
+    def run(grid: Any) -> list[bytes]:
+        initial = FlatRecord(FlatModule(half_frozen()).save())
+        strategy = STRATEGIES[name](half_frozen)
+        start = initial if told else initial.plain()
+        arrays = strategy.start(grid, start, num_rounds=2).arrays
+        for tensor, values in base.items():
+            np.testing.assert_array_equal(arrays[tensor].numpy(), values)
+        assert (arrays["3.weight"].numpy() != initial["3.weight"].numpy()).any()
+        return [a.tobytes() for a in arrays.to_numpy_ndarrays()]
+
+    everywhere(run, app_of(half_frozen))
 
 
 @pytest.mark.parametrize(("who", "chunk"), WAYS)

@@ -128,7 +128,8 @@ def answer(client: Client, message: Message) -> Message:
             metrics[name] = client.metrics[name]
         if name in client.profile:
             profile[name] = client.profile[name]
-    metrics.update({n: v for n, v in client.metrics.items() if n == keys.LOSS})
+    always = (keys.LOSS, keys.NUM_STEPS)
+    metrics.update({n: v for n, v in client.metrics.items() if n in always})
     record = ArrayRecord({n: Array(np.asarray(a)) for n, a in arrays.items()})
     content = RecordDict({"arrays": record, "metrics": MetricRecord(metrics)})
     if profile:

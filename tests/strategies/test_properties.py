@@ -129,7 +129,7 @@ def test_describes_itself(name, caplog):
 def test_identical_clients_give_what_each_has(kit, name, data):
     k = data.draw(st.integers(fewest(name), 5))
     model = np.array(data.draw(st.lists(values, min_size=SIZE, max_size=SIZE)))
-    sizes = data.draw(st.lists(st.integers(0, 50), min_size=k, max_size=k))
+    sizes = data.draw(st.lists(st.integers(1, 50), min_size=k, max_size=k))
     run = federation(kit, build(name, **CONVEX.get(name, {})), [model] * k, sizes)
     assert run.round().status == "ok"
     np.testing.assert_allclose(run.vector, model, rtol=1e-12, atol=1e-12)
@@ -146,8 +146,13 @@ def test_weights_are_a_share_of_one(kit, name, options, data):
     run = federation(kit, build(name, **options), np.array(models), sizes)
     for _ in range(2):
         record = run.round()
+        counted = [c for c, n in zip(record.clients, sizes, strict=True) if n]
+        assert sum(c.status == "dropped" for c in record.clients) == sizes.count(0)
+        if len(counted) < fewest(name):
+            assert record.status == "failed"
+            continue
         assert record.status == "ok"
-        weights = np.array([c.weight for c in record.clients])
+        weights = np.array([c.weight for c in counted])
         assert np.isfinite(weights).all()
         assert (weights >= 0).all()
         assert weights.sum() == pytest.approx(1, abs=1e-9)
@@ -207,21 +212,77 @@ def test_one_client_alone(kit, name, options):
 
 
 @every_variant
-def test_no_client_has_data(kit, name, options):
+def test_no_client_has_data(kit, name, options, caplog):
     run = federation(kit, build(name, **options), random_models(4), [0] * 4)
-    record = run.round()
-    assert record.status == "ok"
-    assert sum(c.weight for c in record.clients) == pytest.approx(1)
+    before = run.vector
+    for _ in range(2):
+        record = run.round()
+        assert record.status == "failed"
+        assert record.reason == "none of the 4 clients drawn has examples"
+        assert record.count("dropped") == 4
+        np.testing.assert_array_equal(run.vector, before)
+    assert "none of the 4 clients drawn has examples" in caplog.text
 
 
 @every_variant
-def test_some_clients_have_no_data(kit, name, options):
-    run = federation(kit, build(name, **options), random_models(4), [0, 5, 0, 3])
-    for k in (0, 2):
-        run.clients[k].profile[keys.LABEL_COUNTS] = [0] * CLASSES
+def test_clients_without_examples_never_count(kit, name, options):
+    """The run is that of the others alone, to the bit, in every round."""
+    run = federation(kit, build(name, **options), random_models(6), [0, 5, 0, 3, 2, 0])
+    others = federation(kit, build(name, **options), random_models(6), [9] * 6)
+    for k, c in list(run.clients.items()):
+        if c.num_examples:
+            others.clients[k].num_examples = c.num_examples
+        else:
+            c.profile[keys.LABEL_COUNTS] = [0] * CLASSES
+            c.metrics = dict.fromkeys(c.metrics, float("nan"))
+            del others.clients[k]
+    for number in range(3):
+        for k, model in enumerate(random_models(6, seed=number)):
+            for some in (run.clients, others.clients):
+                if k in some:
+                    some[k].model = model
+        record, alone = run.round(), others.round()
+        assert [c.client for c in record.clients] == list(range(6))
+        for c in record.clients:
+            if c.client in (0, 2, 5):
+                assert (c.status, c.reason) == ("dropped", "it has no examples")
+                assert np.isnan(c.weight)
+                assert c.bytes_down == (0 if number else 8 * SIZE)
+        weights = {c.client: c.weight for c in record.clients if c.status == "ok"}
+        assert weights == {c.client: c.weight for c in alone.clients}
+        np.testing.assert_array_equal(run.vector, others.vector)
+        own = {k: v for k, v in run.strategy.state().items() if "without" not in k}
+        assert own.items() <= others.strategy.state().items()
+    for k in (0, 2, 5):
+        assert len(run.clients[k].told) == 1  # Its first reply tells: not asked again.
+
+
+@every_method
+def test_where_the_sizes_are_known_nobody_without_examples_is_asked(kit, name):
+    sizes = [0, 5, 4, 3]
+    run = federation(kit, build(name), random_models(4), sizes)
+    run.grid.sizes_of = lambda clients: [sizes[c] for c in clients]
     record = run.round()
-    assert record.status == "ok"
-    assert sum(c.weight for c in record.clients) == pytest.approx(1)
+    assert not run.clients[0].told
+    assert record.clients[0].reason == "it has no examples"
+    assert record.clients[0].bytes_down == 0
+    assert record.count("ok") == 3
+
+
+@every_method
+def test_a_client_that_made_no_step_does_not_count(kit, name):
+    """As where the model cannot train on what it has."""
+    run = federation(kit, build(name), random_models(4))
+    run.clients[1].metrics[keys.NUM_STEPS] = 0
+    clean = federation(kit, build(name), random_models(4))
+    del clean.clients[1]
+    record = run.round()
+    clean.round()
+    reason = "the model could not train on its 10 examples"
+    assert (record.clients[1].status, record.clients[1].reason) == ("dropped", reason)
+    np.testing.assert_array_equal(run.vector, clean.vector)
+    run.round()
+    assert len(run.clients[1].told) == 2  # It may have more the next time.
 
 
 @every_method

@@ -1,0 +1,144 @@
+"""What clients report: their metrics, one by one and as the round's.
+
+They are numbers of a client, not of the server. Those that the server knows by name
+have ranges; all others are kept apart as the client's own, and there are not many.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import MetricRecord
+
+from .. import keys
+from ..cohort import Reply
+from ..texts import plain
+
+# The metrics that the server knows by name, and between which values they lie.
+RANGES: dict[str, tuple[float, float]] = {
+    keys.NUM_EXAMPLES: (0, math.inf),
+    keys.NUM_STEPS: (0, math.inf),
+    keys.TRAIN_LOSS: (-math.inf, math.inf),
+    keys.TRAIN_ACCURACY: (0, 1),
+    keys.LOSS: (-math.inf, math.inf),
+    keys.ACCURACY: (0, 1),
+    keys.LOSS_BEFORE: (-math.inf, math.inf),
+    keys.ACCURACY_AFTER: (0, 1),
+    keys.MINUS_ERROR: (0, 1),
+}
+
+# Sizes beyond this are scaled before they are added up.
+LARGE = 1e300
+
+# So many metrics of its own may a client report, with names of so many characters.
+OWN_METRICS = 32
+NAME_LENGTH = 64
+
+
+class Good(NamedTuple):
+    """A reply that is fit to be used."""
+
+    client: int
+    reply: Reply
+    num_examples: float
+
+
+def as_number(value: Any) -> float | None:
+    """Return a metric as a float; ``None`` if it is no number.
+
+    Examples
+    --------
+    >>> as_number(3), as_number(10**400), as_number([3.0])
+    (3.0, inf, None)
+    """
+    if not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def sort_metrics(
+    metrics: Mapping[str, Any],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the metrics that the server knows by name, and the client's own.
+
+    A known one whose value is out of its range is among the client's own. Lists are
+    left out, and so are names beyond the first :data:`OWN_METRICS`, by the alphabet.
+
+    Examples
+    --------
+    >>> sort_metrics({"train-loss": 2.0, "train-accuracy": 87.5, "f1": 0.5})
+    ({'train-loss': 2.0}, {'f1': 0.5, 'train-accuracy': 87.5})
+    """
+    known: dict[str, float] = {}
+    own: dict[str, float] = {}
+    for name, value in metrics.items():
+        number = as_number(value)
+        if number is None:
+            continue
+        low, high = RANGES.get(name, (math.inf, -math.inf))
+        fits = low <= number <= high or (math.isnan(number) and name in RANGES)
+        (known if fits else own)[name] = number
+    if own:
+        names = heapq.nsmallest(OWN_METRICS, own)
+        own = {plain(name, NAME_LENGTH): own[name] for name in names}
+    return known, own
+
+
+def mean_metrics(good: Sequence[Good], key: str) -> MetricRecord:
+    """Average each metric by data size over the clients that report a finite number.
+
+    Parameters
+    ----------
+    good : Sequence[Good]
+        The clients.
+    key : str
+        The metric that says how much data a client has, which is left out.
+    """
+    sorted_ones = [sort_metrics(one.reply.metrics) for one in good]
+    reported = [own | known for known, own in sorted_ones]
+    counts = Counter(n for one in reported for n in one if math.isfinite(one[n]))
+    del counts[key]
+    names = [name for name in counts if name in RANGES]
+    others = sorted(counts.keys() - names, key=lambda name: (-counts[name], name))
+    names += others[:OWN_METRICS]
+    values = np.array([[one.get(name, math.nan) for one in reported] for name in names])
+    values = values.reshape(len(names), len(good))
+    known = np.isfinite(values)
+    values = np.where(known, values, 0)
+    sizes = np.array([one.num_examples for one in good])
+    if sizes.max() > LARGE:
+        sizes /= sizes.max()
+    p = known * sizes
+    p = np.where(p.any(1, keepdims=True), p, known)  # Alike, if none of them has data.
+    totals = p.sum(1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        means = (values * p).sum(1) / np.where(totals > 0, totals, 1)
+        large = ~np.isfinite(means)
+        # What is too large to be added up is weighed first.
+        means[large] = (values[large] * (p[large] / totals[large, None])).sum(1)
+    pairs = zip(names, means.tolist(), totals.tolist(), strict=True)
+    return MetricRecord({name: mean for name, mean, total in pairs if total})
+
+
+def recorded_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return a round's metrics by the names of the record: others' begin with "own".
+
+    Examples
+    --------
+    >>> recorded_metrics({"loss": 2.0, "f1": 0.5}, "evaluate-")
+    {'evaluate-loss': 2.0, 'own-evaluate-f1': 0.5}
+    """
+    numbers = {name: as_number(value) for name, value in metrics.items()}
+    return {
+        f"{'' if name in RANGES else 'own-'}{prefix}{name}": number
+        for name, number in numbers.items()
+        if number is not None
+    }
