@@ -8,6 +8,7 @@ are ours, from knowledge of the paper and unverified, so what is unsure is a par
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Literal, Unpack
 
 import torch
@@ -119,11 +120,25 @@ class IDA(WeightingStrategy):
             weights = torch.full((k,), 1 / k, dtype=torch.float64)
         elif self.base == "sample":
             weights = round.size_weights
-        return round.updates.distances(
+        distances = round.updates.distances(
             weights=weights,
             order=1 if self.distance == "l1" else 2,
             per_tensor=self.per_tensor,
         )
+        # Of equal models only the rounding of their mean would be measured.
+        return torch.where(distances > self._rounding(round), distances, 0.0)
+
+    def _rounding(self, round: Round) -> Tensor:
+        """Return how far rounding may move a mean of models, as distances are."""
+        order = 1 if self.distance == "l1" else 2
+        places = round.updates.offsets if self.per_tensor else (0, None)
+        start = round.model.parameters.double()
+        lengths = [
+            torch.linalg.vector_norm(start[first:last], order)
+            for first, last in pairwise(places)
+        ]
+        rounding = torch.stack(lengths) * 4 * torch.finfo(round.updates.dtype).eps
+        return rounding if self.per_tensor else rounding[0]
 
 
 def inverse(distances: Tensor, epsilon: float = 1e-8) -> Tensor:

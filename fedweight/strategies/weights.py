@@ -68,9 +68,9 @@ def cap(weights: Tensor, most: float) -> Tensor:
         free = torch.where(capped, 0.0, weights)
         share = free.sum(0)
         others = (~capped).sum(0)
-        spread = torch.where(
-            share > 0, free * (left / share.clamp(min=1e-300)), left / others
-        )
+        # In proportion; alike where nobody else has any.
+        of_rest = free / torch.where(share > 0, share, 1.0)
+        spread = left * torch.where(share > 0, of_rest, 1 / others)
         result = torch.where(capped, most * total, spread)
     return result
 
