@@ -509,6 +509,20 @@ class Updates(ABC):
                 total += sheet @ sheet.T
         return total
 
+    def pairwise_distances(self) -> Tensor:
+        """Return the Euclidean distances between all pairs of rows: ``[K, K]``.
+
+        Of differences, so that near rows are told apart however long they are.
+        """
+        total = torch.zeros(self.num_clients, self.num_clients, dtype=torch.float64)
+        with one_thread():
+            for _, sheet in self.column_blocks():
+                between = torch.cdist(
+                    sheet, sheet, compute_mode="donot_use_mm_for_euclid_dist"
+                )
+                total += between.double().square()
+        return total.sqrt()
+
     def column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the matrix some columns at a time, as ``(columns, [K, block])``.
 

@@ -165,6 +165,7 @@ def results(updates):
         updates.distances(weights=w, order=2, per_tensor=True),
         updates.norms(),
         updates.gram(),
+        updates.pairwise_distances(),
     ]
 
 
@@ -240,6 +241,18 @@ def test_what_is_left_is_formed_before_it_is_measured():
     inner, norms, lengths = updates.project_rest(weights=half, own=half)
     cosines = inner / (norms * lengths)
     np.testing.assert_allclose(cosines, [0.5**0.5] * 2, rtol=1e-6)
+
+
+@every_dtype
+def test_distances_between_rows_are_formed_of_differences(dtype):
+    updates, matrix, _ = draw(*LARGE, 3, 5, dtype=dtype)
+    found = updates.pairwise_distances().numpy()
+    exact = np.linalg.norm(matrix[:, None] - matrix[None], axis=2)
+    np.testing.assert_allclose(
+        found, exact, rtol=1e-5 if dtype == np.float32 else 1e-12
+    )
+    rows = [torch.full((3,), 1e4), torch.full((3,), 1e4) + torch.tensor([1.0, 0, 0])]
+    assert StackedUpdates(rows, torch.zeros(3)).pairwise_distances()[0, 1] == 1
 
 
 @given(shapes, st.integers(0, 1000), st.data())

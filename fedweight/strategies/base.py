@@ -51,7 +51,7 @@ from .admission import (
 from .reported import Good, mean_metrics, recorded_metrics, sort_metrics
 from .round import TIMES_MEDIAN, ClientRecord, Round, RoundRecord, Status
 from .server_optimizers import ServerOptimizer
-from .weights import cap
+from .weights import cap, effective_clients
 
 log = logging.getLogger("fedweight")
 
@@ -844,11 +844,9 @@ class WeightingStrategy(Strategy):
                     entries[client].weight = value
                 else:
                     entries[client].metrics[name] = value
-        weights = round.logged_clients["weight"]
-        # Kish's effective sample size: how many equally weighted clients count as much.
-        squares = float(weights.square().sum())
-        total = float(weights.sum())
-        record.metrics["effective-clients"] = total**2 / squares if squares else 0.0
+        record.metrics["effective-clients"] = effective_clients(
+            round.logged_clients["weight"]
+        )
 
     def _next_model(
         self, parameters: Tensor, round: Round, good: list[Good], models: LocalModels

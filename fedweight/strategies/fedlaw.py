@@ -62,8 +62,8 @@ class FedLAW(WeightingStrategy):
         ``exp``: ``lambda = softmax(theta)``, ``gamma = exp(phi)``. ``quad``:
         ``lambda = theta^2 / sum theta^2``, ``gamma = phi^2``.
     server_epochs : int
-        Passes over the proxy set; 0 is FedAvg (``exp``). Every step moves ``phi`` by
-        about the learning rate at most, so more epochs let gamma go farther.
+        Passes over the proxy set; 0 is FedAvg (``exp``). With more of them weights and
+        gamma go farther from where they start.
     batch_size : int
         Proxy examples a step.
     optimizer : {"adam", "sgd"}
@@ -77,7 +77,9 @@ class FedLAW(WeightingStrategy):
         Above 0: learn nothing, use ``gamma = shrink`` and ``lambda = p`` (the paper's
         analysis of a fixed gamma). 1 is FedAvg.
     max_log_shrink : float
-        Above 0; gamma stays between ``exp(-max_log_shrink)`` and its inverse.
+        Above 0; gamma stays between ``exp(-max_log_shrink)`` and its inverse. Nothing
+        else bounds it: a step of Adam may be longer than the learning rate while the
+        gradient grows, as it does in deep networks.
     revert_if_worse : bool
         Use FedAvg where the learned model has a higher proxy loss than FedAvg's. Ours.
     coherence : bool

@@ -85,7 +85,9 @@ class ServerAdam(ServerOptimizer):
     beta_1, beta_2 : float
         In [0, 1).
     tau : float
-        Above 0; the degree of adaptivity. Large values make it momentum SGD.
+        Above 0; the degree of adaptivity. Where it is far above the update's
+        coordinates nothing is adapted: the step is ``learning_rate / tau`` times the
+        momentum, over ``1 + beta_2^(t / 2)`` in round t.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor
@@ -46,9 +47,9 @@ def cap(weights: Tensor, most: float) -> Tensor:
 
     Examples
     --------
-    >>> cap(torch.tensor([0.8, 0.15, 0.05], dtype=torch.float64), 0.5).tolist()
-    [0.5, 0.375, 0.125]
-    >>> cap(torch.tensor([0.8, 0.15, 0.05], dtype=torch.float64), 0.25).tolist()
+    >>> cap(torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64), 0.5).tolist()
+    [0.5, 0.25, 0.25]
+    >>> cap(torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64), 0.25).tolist()
     [0.3333333333333333, 0.3333333333333333, 0.3333333333333333]
     """
     if most >= 1:
@@ -73,6 +74,25 @@ def cap(weights: Tensor, most: float) -> Tensor:
         spread = left * torch.where(share > 0, of_rest, 1 / others)
         result = torch.where(capped, most * total, spread)
     return result
+
+
+def effective_clients(weights: Tensor) -> float:
+    """Return how many equally weighted clients would count as much.
+
+    Leslie Kish, "Survey Sampling", 1965: ``(sum_k w_k)^2 / sum_k w_k^2``, from 1 to K
+    for weights of 0 or more that are not all 0.
+
+    Examples
+    --------
+    >>> effective_clients(torch.tensor([0.5, 0.5, 0.0]))
+    2.0
+    """
+    largest = float(weights.abs().max())
+    if largest == 0:
+        return 0.0
+    # By a power of 2, which changes no digit, so that no square is too large.
+    scaled = weights.double() / 2.0 ** math.frexp(largest)[1]
+    return float(scaled.sum()) ** 2 / float(scaled.square().sum())
 
 
 def normalise(raw: Tensor, fallback: Tensor, *, smallest: float = 0.0) -> Tensor:

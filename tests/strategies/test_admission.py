@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -452,6 +454,81 @@ def test_weights_that_are_all_zero_fail_the_round(kit):
     record = federation(kit, Nothing(), [[1.0]] * 3).round()
     assert record.status == "failed"
     assert "Nothing gave every client the weight 0" in record.reason
+
+
+# What the methods do and do not stand against, as their table of it says.
+
+
+def shares_of_an_odd_client(kit, odd, **options):
+    """The share of one client of ten by method; the others go one way, more or less."""
+    rng = np.random.default_rng(0)
+    model = torch.nn.Linear(2, 3, bias=False).double()
+    x = rng.normal(size=(30, 2))
+    direction = np.array([3.0, 0, -3, 3, 0, -3])
+    y = (x @ direction.reshape(3, 2).T).argmax(1)
+    proxy = SimpleNamespace(x=x, y=y)
+    found = {}
+    for name, strategy in {
+        "fedavg": FedAvg(**options),
+        "feddisco": FedDisco(**options),
+        "fedlaw": FedLAW(model, proxy, **options),
+        "fedce": FedCE(**options),
+        "ida": IDA(**options),
+    }.items():
+        rows = [direction + 0.3 * rng.normal(size=6) for _ in range(9)]
+        clients = {
+            k: kit.Client(
+                row,
+                10,
+                {keys.MINUS_ERROR: 0.3},
+                {keys.LABEL_COUNTS: [4, 3, 3]},
+            )
+            for k, row in enumerate([*rows, odd(direction)])
+        }
+        start = kit.record({"weight": np.zeros((3, 2))})
+        record = kit.Federation(strategy, clients, start).round()
+        found[name] = record.clients[9].weight
+    return found
+
+
+def test_what_a_huge_model_counts(kit):
+    found = shares_of_an_odd_client(kit, lambda direction: 100 * direction[::-1])
+    assert found["fedavg"] == found["feddisco"] == pytest.approx(0.1)
+    assert found["ida"] < 0.02
+    assert found["fedlaw"] < 0.08
+    # It is what the others are held against, too: then it counts about as they do.
+    assert 0.05 < found["fedce"] < 0.2
+
+
+def test_what_a_reversed_model_counts(kit):
+    found = shares_of_an_odd_client(kit, lambda direction: -direction)
+    assert found["fedavg"] == found["feddisco"] == pytest.approx(0.1)
+    assert found["ida"] < 0.05
+    assert found["fedlaw"] < 0.09
+    assert found["fedce"] > 0.3
+
+
+def test_who_believes_a_claim_of_many_examples(kit):
+    rows = [[1.0, 0], [0, 1.0], [9, 9], [1, 1]]
+    claims = [10, 10, 10**6, 10]
+    for strategy, believes in (
+        (FedAvg(), True),
+        (FedDisco(), True),
+        (FedCE(), False),
+        (IDA(), False),
+        (IDA(fedavg=True), True),
+    ):
+        honest, lying = (
+            federation(kit, copy.deepcopy(strategy), rows, sizes)
+            for sizes in ([10] * 4, claims)
+        )
+        for run in (honest, lying):
+            for client in run.clients.values():
+                client.metrics[keys.MINUS_ERROR] = 0.5
+                client.profile[keys.LABEL_COUNTS] = [5, 5]
+        before, after = (run.round().clients[2].weight for run in (honest, lying))
+        assert (after > 1.5 * before) == believes
+        assert believes or after == before
 
 
 # FedCE.

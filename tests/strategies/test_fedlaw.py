@@ -308,3 +308,29 @@ def test_another_model_than_the_clients_is_an_error(kit, toy):
     )
     with pytest.raises(ConfigurationError, match=r"'weight' \[3, 2\] float64 where"):
         run.round()
+
+
+@pytest.mark.parametrize(
+    ("depth", "scale", "reached"), [(1, 1.0, 1.49), (10, 0.5, 2.0)]
+)
+def test_only_its_bound_bounds_gamma(kit, depth, scale, reached):
+    """Steps of Adam grow with the gradient, the more the deeper the network is."""
+    layers = [nn.Linear(2, 2, bias=False) for _ in range(depth)]
+    model = nn.Sequential(*layers).double()
+    arrays = {n: scale * np.eye(2) for n in model.state_dict()}
+    stream = np.random.default_rng(0)
+    y = stream.integers(0, 2, 200)
+    x = np.eye(2)[y] + 0.1 * stream.normal(size=(200, 2))
+
+    def gamma(**options):
+        strategy = FedLAW(model, SimpleNamespace(x=x, y=y), **options)
+        clients = {k: kit.Client(arrays) for k in range(2)}
+        zeros = {n: np.zeros((2, 2)) for n in arrays}
+        return (
+            kit.Federation(strategy, clients, kit.record(zeros))
+            .round()
+            .metrics["gamma"]
+        )
+
+    assert reached < gamma() < np.exp(1)
+    assert gamma(max_log_shrink=0.2) == pytest.approx(np.exp(0.2))
