@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from .errors import AggregationError, ConfigurationError
-from .texts import plain
+from .texts import plain, shown
 
 if TYPE_CHECKING:
     from .studies.configuration import Configuration
@@ -120,16 +120,18 @@ class NumberedGrid(Grid):
         connected = set(nodes)
         for node, identity in self.identities.items():
             number = identity.get("partition-id")
-            if node in connected and isinstance(number, int) and number not in taken:
+            if node not in connected or number is None:
+                continue
+            if isinstance(number, int) and number >= 0 and number not in taken:
                 numbers[node] = number
                 taken.add(number)
-            elif node in connected and number is not None:
-                log.warning(
-                    "node %d says that it is client %s, which is still connected as "
-                    "another node; it goes by its node id while that lasts",
-                    node,
-                    number,
-                )
+                continue
+            log.warning(
+                "node %d says that it is client %s, which is none, or is still "
+                "connected as another node; it goes by its node id while that lasts",
+                node,
+                shown(number),
+            )
         self._numbers = numbers
         self._names = {
             numbers.get(node, node): plain(str(identity[CLIENT_NAME]), NAME_LENGTH)
@@ -152,7 +154,7 @@ class NumberedGrid(Grid):
             for node in nodes
         ]
         replies = {
-            reply.metadata.src_node_id: reply.content[IDENTITY]
+            reply.metadata.src_node_id: reply.content.get(IDENTITY)
             for reply in self.grid.send_and_receive(messages, timeout=ANSWER_SECONDS)
             if not reply.has_error()
         }
@@ -202,13 +204,21 @@ def _num_partitions(grid: Grid) -> int | None:
         nodes = list(grid.get_node_ids())
     if not isinstance(grid, NumberedGrid):
         return len(nodes)
-    told = {i.get("num-partitions") for i in grid.identities.values()} - {None}
+    told: dict[int, list[int]] = {}
+    for node, identity in grid.identities.items():
+        number = identity.get("num-partitions")
+        if isinstance(number, int):
+            told.setdefault(number, []).append(node)
     if len(told) > 1:
-        raise ConfigurationError(
-            f"the nodes disagree on num-partitions: {sorted(map(str, told))}. Start "
-            "every SuperNode with the same."
+        each = "; ".join(
+            f"{number} on {len(told[number])}, such as {told[number][0]}"
+            for number in sorted(told)
         )
-    return int(told.pop()) if told else None  # type: ignore[arg-type]
+        raise ConfigurationError(
+            f"the nodes disagree on num-partitions ({each}). Start every SuperNode "
+            "with the same."
+        )
+    return next(iter(told), None)
 
 
 def _folder(run_config: Frozen, run_id: int) -> Path:

@@ -174,6 +174,12 @@ class Layout:
         return (0, *(e.stop for e in self.parameters))
 
     @cached_property
+    def variances(self) -> tuple[Entry, ...]:
+        """The buffers that hold variances, which no value below 0 may enter."""
+        buffers = (e for e in self.entries if e.kind == "buffer")
+        return tuple(e for e in buffers if e.name.rsplit(".", 1)[-1] == "running_var")
+
+    @cached_property
     def num_bytes(self) -> int:
         """The size of a model on the wire, without headers."""
         sizes = (math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in self.entries)

@@ -15,3 +15,18 @@ def plain(text: str, limit: int = 500) -> str:
     """
     shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return a value as a message shows it.
+
+    Examples
+    --------
+    >>> shown([1.5, "a"]), shown(10**5000)
+    ("[1.5, 'a']", 'a int')
+    """
+    try:
+        text = repr(value)
+    except Exception:  # An integer of too many digits, and whatever else may come.
+        text = f"a {type(value).__name__}"
+    return plain(text, limit)

@@ -117,7 +117,7 @@ class TrainingApp(ClientApp):
         seed: int = 0,
         device: str = "cpu",
         sizes: Sequence[int] | npt.NDArray[np.int64] | None = None,
-        name_of: Callable[[int], str] = str,
+        name_of: Callable[[int], str] | None = None,
         mods: list[Any] | None = None,
     ) -> None:
         super().__init__(mods=mods)

@@ -65,10 +65,10 @@ class SimulationGrid(Grid):
         """Return the number of the client behind a node."""
         return node_id - FIRST_NODE
 
-    def name_of(self, client: int) -> str:
-        """Return a client's name, which is its number where the app knows no other."""
-        names: Callable[[int], str] = getattr(self.client_app, "name_of", str)
-        return names(client)
+    @property
+    def name_of(self) -> Callable[[int], str] | None:
+        """What gives a client's name; ``None`` where clients have only numbers."""
+        return getattr(self.client_app, "name_of", None)
 
     def sizes_of(self, clients: Sequence[int]) -> list[int] | None:
         """Return how many examples some clients have, where the app knows."""

@@ -15,7 +15,7 @@ from .. import keys
 from ..cohort import Reply
 from ..errors import AggregationError
 from ..parameters import FlatModel
-from ..texts import plain
+from ..texts import shown
 from .reported import as_number
 from .round import Status
 
@@ -39,23 +39,30 @@ def size_of(metrics: Mapping[str, Any], key: str) -> float:
     size = as_number(metrics.get(key))
     if size is None or not 0 <= size < math.inf:
         raise AggregationError(
-            f"its '{key}' must be a number of 0 or more, got "
-            f"{plain(repr(metrics.get(key)), 60)}"
+            f"its '{key}' must be a number of 0 or more, got {shown(metrics.get(key))}"
         )
     return size
 
 
-def check_trained(metrics: Mapping[str, Any], key: str) -> None:
+def check_trained(size: float, known: Mapping[str, float]) -> None:
     """Raise :class:`Unfit` if a client has nothing to count for.
 
     One without examples never counts, whatever the method. One that made no step, as
     where the model cannot train on what it has, would hold the others back.
+
+    Parameters
+    ----------
+    size : float
+        How much data it has.
+    known : Mapping[str, float]
+        The metrics that the server knows by name.
     """
-    if 0 in (as_number(metrics.get(key)), as_number(metrics.get(keys.NUM_EXAMPLES))):
+    examples = known.get(keys.NUM_EXAMPLES)
+    if size == 0 or examples == 0:
         raise Unfit("dropped", NO_EXAMPLES)
-    if as_number(metrics.get(keys.NUM_STEPS)) == 0:
-        size = as_number(metrics.get(keys.NUM_EXAMPLES))
-        has = "" if size is None else f" on its {size:g} example{'s' * (size != 1)}"
+    if known.get(keys.NUM_STEPS) == 0:
+        several = "s" * (examples != 1)
+        has = "" if examples is None else f" on its {examples:g} example{several}"
         raise Unfit("dropped", f"the model could not train{has}")
 
 
@@ -70,13 +77,9 @@ def check_model(reply: Reply, arrays_key: str) -> None:
         raise AggregationError("its model has NaN or infinite values")
     if not isinstance(reply.model, FlatModel):
         return
-    for e in reply.model.layout.entries:
-        if e.kind == "buffer" and e.name.rsplit(".", 1)[-1] == "running_var":
-            values = reply.model.buffers[e.start : e.stop]
-            if bool((values < 0).any()):
-                raise AggregationError(
-                    f"its '{e.name}', a variance, has negative values"
-                )
+    for e in reply.model.layout.variances:
+        if bool((reply.model.buffers[e.start : e.stop] < 0).any()):
+            raise AggregationError(f"its '{e.name}', a variance, has negative values")
 
 
 def check_asked(reply: Reply, asks: tuple[str, ...]) -> None:
@@ -87,18 +90,14 @@ def check_asked(reply: Reply, asks: tuple[str, ...]) -> None:
         value = reply.metrics.get(name, 0.0)
         number = as_number(value)
         if number is None or not math.isfinite(number):
-            raise AggregationError(
-                f"its '{name}' is {plain(repr(value), 60)}, not a number"
-            )
+            raise AggregationError(f"its '{name}' is {shown(value)}, not a number")
 
 
 def check_fraction(metrics: Mapping[str, Any], name: str) -> None:
     """Raise ``AggregationError`` unless a client reports a number in [0, 1]."""
     value = metrics.get(name)
     if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise AggregationError(
-            f"its '{name}' must be in [0, 1], got {plain(repr(value), 60)}"
-        )
+        raise AggregationError(f"its '{name}' must be in [0, 1], got {shown(value)}")
 
 
 def update_norm(model: FlatModel, start: FlatModel) -> float:

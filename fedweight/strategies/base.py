@@ -448,10 +448,10 @@ class WeightingStrategy(Strategy):
         except AggregationError as error:
             self.load_state(saved)  # A failed round leaves the method as it was.
             return self._fail(record, str(error))
-        self._record(record, round)
-        record.status, record.reason = "ok", ""
         metrics = self._metrics(good, self.train_metrics_aggr_fn)
+        record.status, record.reason = "ok", ""
         record.metrics |= recorded_metrics(metrics)
+        self._record(record, round)
         record.metrics |= round.logged
         return FlatRecord(model), metrics
 
@@ -520,10 +520,12 @@ class WeightingStrategy(Strategy):
                 bad.append(self._entry(client, "failed", note))
                 continue
             answered.add(client)
-            good.append(Good(client, reply, size))
             known, own = sort_metrics(reply.metrics)
+            good.append(Good(client, reply, size, known, own))
             entry.metrics |= {f"evaluate-{name}": known[name] for name in known}
-            entry.own_metrics |= {f"evaluate-{name}": own[name] for name in own}
+            if own:
+                named = {f"evaluate-{name}": own[name] for name in own}
+                entry.own_metrics = {**entry.own_metrics, **named}
         record.clients.sort(key=lambda c: c.client)
         self._say(RoundRecord(server_round, clients=bad))
         if not good:
@@ -545,7 +547,7 @@ class WeightingStrategy(Strategy):
         if fraction == 0:
             return []
         number = getattr(grid, "client_of", int)
-        self._name_of = getattr(grid, "name_of", str)
+        self._name_of = getattr(grid, "name_of", None) or str
         complete = getattr(grid, "complete", False)
         nodes = grid.get_node_ids()
         # A simulation's range is in the clients' order: a million cost nothing.
@@ -692,7 +694,8 @@ class WeightingStrategy(Strategy):
             entries[client].status, entries[client].reason = "rejected", reason
             del good[client]
         for client, times in far_longer(lengths).items():
-            entries[client].metrics[TIMES_MEDIAN] = times
+            entry = entries[client]
+            entry.metrics = {**entry.metrics, TIMES_MEDIAN: times}
             log.warning(
                 "round %d: the update of %s is %.3g times as long as the median; "
                 "max_update_norm would reject it",
@@ -718,15 +721,16 @@ class WeightingStrategy(Strategy):
         assert self._model is not None
         if reply.error is not None:
             raise Unfit("missing" if reply.lost else "failed", reply.error)
-        entry.metrics, entry.own_metrics = sort_metrics(reply.metrics)
+        known, own = sort_metrics(reply.metrics)
+        entry.metrics, entry.own_metrics = known, own
         size = size_of(reply.metrics, self.weighted_by_key)
-        check_trained(reply.metrics, self.weighted_by_key)
+        check_trained(size, known)
         check_model(reply, self.arrayrecord_key)
         check_asked(reply, sent.asks)
         self._received(sent.client, reply)
         if not self.keeps(round, sent.client, sent.straggler):
             raise Unfit("dropped", "straggler")
-        return Good(sent.client, reply, size)
+        return Good(sent.client, reply, size, known, own)
 
     def _received(self, client: int, reply: Reply) -> None:
         """Let the method look at a reply; what it cannot take rejects the reply."""
@@ -742,10 +746,11 @@ class WeightingStrategy(Strategy):
             ) from error
 
     def _entry(self, client: int, status: Status, reason: str = "") -> ClientRecord:
+        if self._name_of is str:
+            return ClientRecord(client, status, reason)
         name = self._name_of(client)
-        return ClientRecord(
-            client, status, reason, name="" if name == str(client) else name
-        )
+        own = "" if name == str(client) else name
+        return ClientRecord(client, status, reason, name=own)
 
     def _short_enough(
         self, good: list[Good], models: LocalModels, record: RoundRecord
@@ -868,6 +873,8 @@ class WeightingStrategy(Strategy):
         """Log each different error once; the record has them all."""
         found: dict[tuple[Status, str], list[int]] = {}
         for entry in record.clients:
+            if not entry.reason:
+                continue
             entry.reason = plain(entry.reason, REASON_LENGTH)
             if entry.status in ("rejected", "failed", "missing"):
                 what = (entry.status, _cause(entry.reason))

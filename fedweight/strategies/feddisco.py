@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import keys
 from ..errors import AggregationError, ConfigurationError, check_choice, check_range
-from ..texts import plain
+from ..texts import shown
 from .base import StrategyArguments, WeightingStrategy
 from .reported import as_number
 from .round import Round
@@ -111,7 +111,7 @@ class FedDisco(WeightingStrategy):
         if not usable or len(usable) < len(numbers) or not any(usable):
             raise AggregationError(
                 f"its '{keys.LABEL_COUNTS}' must be a list of numbers of 0 or more, "
-                f"one of them above 0, got {plain(repr(counts), 60)}"
+                f"one of them above 0, got {shown(counts)}"
             )
         classes = self.num_classes if self.target is None else len(self.target)
         if classes is not None and len(usable) != classes:

@@ -18,6 +18,7 @@ from flwr.app import MetricRecord
 from .. import keys
 from ..cohort import Reply
 from ..texts import plain
+from .round import NOTHING
 
 # The metrics that the server knows by name, and between which values they lie.
 RANGES: dict[str, tuple[float, float]] = {
@@ -41,11 +42,13 @@ NAME_LENGTH = 64
 
 
 class Good(NamedTuple):
-    """A reply that is fit to be used."""
+    """A reply that is fit to be used; ``known`` and ``own`` are its metrics, sorted."""
 
     client: int
     reply: Reply
     num_examples: float
+    known: dict[str, float]
+    own: Mapping[str, float]
 
 
 def as_number(value: Any) -> float | None:
@@ -56,7 +59,7 @@ def as_number(value: Any) -> float | None:
     >>> as_number(3), as_number(10**400), as_number([3.0])
     (3.0, inf, None)
     """
-    if not isinstance(value, int | float):
+    if not isinstance(value, (int, float)):
         return None
     try:
         return float(value)
@@ -66,7 +69,7 @@ def as_number(value: Any) -> float | None:
 
 def sort_metrics(
     metrics: Mapping[str, Any],
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[dict[str, float], Mapping[str, float]]:
     """Return the metrics that the server knows by name, and the client's own.
 
     A known one whose value is out of its range is among the client's own. Lists are
@@ -78,18 +81,22 @@ def sort_metrics(
     ({'train-loss': 2.0}, {'f1': 0.5, 'train-accuracy': 87.5})
     """
     known: dict[str, float] = {}
-    own: dict[str, float] = {}
+    own: dict[str, float] | None = None
     for name, value in metrics.items():
-        number = as_number(value)
+        number = value if type(value) is float else as_number(value)
         if number is None:
             continue
-        low, high = RANGES.get(name, (math.inf, -math.inf))
-        fits = low <= number <= high or (math.isnan(number) and name in RANGES)
-        (known if fits else own)[name] = number
-    if own:
-        names = heapq.nsmallest(OWN_METRICS, own)
-        own = {plain(name, NAME_LENGTH): own[name] for name in names}
-    return known, own
+        limits = RANGES.get(name)
+        if limits and (limits[0] <= number <= limits[1] or math.isnan(number)):
+            known[name] = number
+        elif own is None:
+            own = {name: number}
+        else:
+            own[name] = number
+    if own is None:
+        return known, NOTHING
+    names = heapq.nsmallest(OWN_METRICS, own)
+    return known, {plain(name, NAME_LENGTH): own[name] for name in names}
 
 
 def mean_metrics(good: Sequence[Good], key: str) -> MetricRecord:
@@ -102,15 +109,14 @@ def mean_metrics(good: Sequence[Good], key: str) -> MetricRecord:
     key : str
         The metric that says how much data a client has, which is left out.
     """
-    sorted_ones = [sort_metrics(one.reply.metrics) for one in good]
-    reported = [own | known for known, own in sorted_ones]
-    counts = Counter(n for one in reported for n in one if math.isfinite(one[n]))
-    del counts[key]
-    names = [name for name in counts if name in RANGES]
-    others = sorted(counts.keys() - names, key=lambda name: (-counts[name], name))
-    names += others[:OWN_METRICS]
-    values = np.array([[one.get(name, math.nan) for one in reported] for name in names])
-    values = values.reshape(len(names), len(good))
+    names = dict.fromkeys(name for one in good for name in one.known)
+    names.pop(key, None)
+    own = Counter(n for one in good for n in one.own if math.isfinite(one.own[n]))
+    del own[key]
+    others = sorted(own, key=lambda name: (-own[name], name))[:OWN_METRICS]
+    columns = [[one.known.get(name, math.nan) for one in good] for name in names]
+    columns += [[one.own.get(name, math.nan) for one in good] for name in others]
+    values = np.array(columns).reshape(len(columns), len(good))
     known = np.isfinite(values)
     values = np.where(known, values, 0)
     sizes = np.array([one.num_examples for one in good])
@@ -124,7 +130,7 @@ def mean_metrics(good: Sequence[Good], key: str) -> MetricRecord:
         large = ~np.isfinite(means)
         # What is too large to be added up is weighed first.
         means[large] = (values[large] * (p[large] / totals[large, None])).sum(1)
-    pairs = zip(names, means.tolist(), totals.tolist(), strict=True)
+    pairs = zip([*names, *others], means.tolist(), totals.tolist(), strict=True)
     return MetricRecord({name: mean for name, mean, total in pairs if total})
 
 

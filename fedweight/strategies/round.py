@@ -19,6 +19,9 @@ from .weights import size_weights
 
 Status = Literal["ok", "rejected", "failed", "missing", "dropped", "evaluated"]
 
+# No metrics, for everybody who has none; nobody changes it.
+NOTHING: Mapping[str, float] = {}
+
 # What every reply reports, and what a strategy may request besides.
 REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
 REQUESTED = (keys.LOSS_BEFORE, keys.ACCURACY_AFTER, keys.MINUS_ERROR, keys.LABEL_COUNTS)
@@ -182,7 +185,7 @@ class ClientRecord:
     bytes_down: int = 0
     bytes_up: int = 0
     name: str = ""
-    own_metrics: dict[str, float] = field(default_factory=dict)
+    own_metrics: Mapping[str, float] = field(default_factory=lambda: NOTHING)
 
 
 @dataclass

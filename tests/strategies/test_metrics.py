@@ -1,7 +1,6 @@
 """The round's metrics: the clients' means, by data size."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedweight.cohort import Reply
 from fedweight.strategies.reported import (
     OWN_METRICS,
+    Good,
     mean_metrics,
     recorded_metrics,
     sort_metrics,
@@ -21,18 +22,11 @@ VALUES = st.one_of(st.just(float("nan")), st.floats(-1e6, 1e6), st.integers(-9, 
 
 
 def mean(sizes: Any, **columns: Any) -> dict[str, Any]:
-    good: Any = [
-        SimpleNamespace(
-            num_examples=size,
-            reply=SimpleNamespace(
-                metrics={
-                    "num-examples": size,
-                    **{name: column[k] for name, column in columns.items()},
-                }
-            ),
-        )
-        for k, size in enumerate(sizes)
-    ]
+    good = []
+    for k, size in enumerate(sizes):
+        metrics = {name: column[k] for name, column in columns.items()}
+        sorted_ones = sort_metrics({"num-examples": size, **metrics})
+        good.append(Good(k, Reply(k), size, *sorted_ones))
     return dict(mean_metrics(good, "num-examples"))
 
 
