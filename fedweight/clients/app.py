@@ -59,7 +59,8 @@ RECEIVED = {"given": "the received model", "expected": "this client's model"}
 
 # What an app does not take along to another process.
 OF_A_PROCESS = {
-    *("_idle", "_cancelled", "_making", "_trainers", "_prepared", "_streams", "_draws")
+    *("_idle", "_cancelled", "_making", "_trainers", "_prepared", "_streams"),
+    *("_draws", "_warned"),
 }
 
 
@@ -146,6 +147,7 @@ class TrainingApp(ClientApp):
         self._prepared: Callable[[], Cohort | None] = lambda: None
         self._streams: dict[tuple[int, int], tuple[int, int]] = {}
         self._draws: bool | None = None
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
@@ -478,6 +480,15 @@ class TrainingApp(ClientApp):
     def _objective(self, told: _Told) -> Objective:
         if told.mu is None:
             return self.objective
+        if told.mu >= self.settings.diverging_mu and not self._warned:
+            self._warned = True
+            log.warning(
+                "the server tells %s = %g: from %g on, with this learning rate, local "
+                "training diverges",
+                keys.PROXIMAL_MU,
+                told.mu,
+                self.settings.diverging_mu,
+            )
         inner = self.objective
         if isinstance(inner, Proximal):
             inner = inner.inner

@@ -73,6 +73,23 @@ class TrainingSettings:
         """Return the learning rate of a round, which count from 1."""
         return float(self.learning_rate * self.learning_rate_decay ** (round - 1))
 
+    @property
+    def diverging_mu(self) -> float:
+        """From which ``mu`` on a proximal term alone makes training diverge.
+
+        A step of SGD multiplies the distance from the received model by ``1 -
+        learning_rate * mu``, so it grows from ``2 / learning_rate`` on; with momentum
+        from ``2 * (1 + momentum) / learning_rate`` on. Adam's steps do not grow.
+
+        Examples
+        --------
+        >>> TrainingSettings(learning_rate=0.1).diverging_mu
+        20.0
+        """
+        if self.optimizer != "sgd" or not self.learning_rate:
+            return math.inf
+        return 2 * (1 + self.momentum) / self.learning_rate
+
 
 @dataclass(frozen=True)
 class Task:

@@ -25,9 +25,12 @@ class FedProx(FedAvg):
     Parameters
     ----------
     proximal_mu : float
-        0 or more; 0 is FedAvg with its stragglers kept. Large values hold the clients
-        at the global model. The authors tune over 0.001, 0.01, 0.1, 0.5 and 1; 0.01
-        is this library's default, as in FedDisco's experiments.
+        0 or more; 0 is FedAvg with its stragglers kept. The larger, the nearer the
+        clients stay to the global model, as long as ``learning_rate * mu`` of a
+        client's SGD is below 2 (with momentum below ``2 * (1 + momentum)``): from
+        there on the term makes local training diverge. The authors tune over 0.001,
+        0.01, 0.1, 0.5 and 1; 0.01 is this library's default, as in FedDisco's
+        experiments.
     drop_stragglers : bool
         True leaves out partial work, which is what the paper argues against.
     **arguments

@@ -25,6 +25,7 @@ from torch import nn
 
 from .. import keys, models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
+from ..clients.objectives import Proximal
 from ..clients.training import evaluate
 from ..data import ClientData, DataSet, FederatedData, federate, load, load_client
 from ..data import check as check_data
@@ -157,8 +158,23 @@ class Components:
                 f"training.epochs of 2 or more, got {epochs}: a straggler does fewer "
                 "epochs than the others, but at least one."
             )
+        self._check_proximal(strategy)
         check_engine(self.engine())
         self._check_model()
+
+    def _check_proximal(self, strategy: Strategy) -> None:
+        """Refuse a proximal term that makes local training diverge."""
+        chosen = self.client_app()
+        key, mu = "strategy.proximal-mu", getattr(strategy, "proximal_mu", None)
+        if mu is None and isinstance(chosen.objective, Proximal):
+            key, mu = "objective.mu", chosen.objective.mu
+        limit = chosen.settings.diverging_mu
+        if mu is not None and mu >= limit:
+            raise ConfigurationError(
+                f"{key} must be below {limit:g}, got {mu:g}: from 2 (1 + momentum) / "
+                "learning-rate on, the proximal term alone makes sgd diverge. Lower it "
+                "or training.learning-rate."
+            )
 
     def _check_model(self) -> None:
         """Refuse a model that cannot take the data or gives no logits for them."""

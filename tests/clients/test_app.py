@@ -128,6 +128,17 @@ def test_the_servers_mu_takes_the_place_of_the_clients_own(kit):
         np.testing.assert_array_equal(kit.vector(reply.content["arrays"]), expected)
 
 
+def test_a_mu_that_makes_training_diverge_is_told_once(kit, caplog):
+    app = kit.app()
+    limit = app.settings.diverging_mu
+    app(kit.message(kit.start(), proximal_mu=0.99 * limit), kit.context(1))
+    assert not caplog.text
+    for _ in range(2):
+        app(kit.message(kit.start(), proximal_mu=limit), kit.context(1))
+    assert len(caplog.records) == 1
+    assert "local training diverges" in caplog.text
+
+
 class Frozen(nn.Module):
     """Its statistics stay as they are, by the usual idiom."""
 

@@ -1,5 +1,6 @@
 """One client's training against PyTorch's own optimisers, on the same batches."""
 
+import math
 import tomllib
 from pathlib import Path
 
@@ -461,3 +462,28 @@ def test_batches_are_all_rows_in_their_order(sizes, size):
     assert torch.equal(torch.cat([rows[:0], *(b for _, b in met)]), rows)
     assert [first for first, _ in met] == list(range(0, len(rows), size))
     assert all(len(batch) == size for _, batch in met[:-1])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("rate", [0.05, 0.4])
+def test_from_where_a_proximal_term_diverges(momentum, rate):
+    """The term alone: without a gradient of the loss, from a small way off."""
+    settings = TrainingSettings(learning_rate=rate, momentum=momentum)
+
+    def distance(mu):
+        goal, received = Proximal(mu), torch.zeros(1, dtype=torch.float64)
+        w = torch.ones(1, dtype=torch.float64)
+        optimizer = torch.optim.SGD([w], lr=rate, momentum=momentum)
+        for _ in range(2000):
+            w.grad = goal.penalty_gradient(w, received)
+            optimizer.step()
+        return abs(float(w))
+
+    limit = settings.diverging_mu
+    assert distance(0.99 * limit) < 1e-3
+    assert distance(1.01 * limit) > 1e3
+
+
+def test_adam_and_a_rate_of_nothing_never_diverge_by_a_proximal_term():
+    assert TrainingSettings(optimizer="adam").diverging_mu == math.inf
+    assert TrainingSettings(learning_rate=0.0).diverging_mu == math.inf

@@ -628,6 +628,14 @@ def test_the_servers_own_arithmetic_does_not_depend_on_threads(quick):
         ({"strategy.min-train-nodes": -3}, "min_train_nodes must be in"),
         ({"model.name": "char-gru"}, "model.name: 'char-gru' cannot take an example"),
         ({"server.name": "adam", "server.learning-rate": 0.0}, r"\[server\]: learning"),
+        (
+            {"strategy.name": "fedprox", "strategy.proximal-mu": 38.0},
+            r"strategy\.proximal-mu must be below 38, got 38",
+        ),
+        (
+            {"objective.name": "proximal", "objective.mu": 500.0},
+            r"objective\.mu must be below 38, got 500",
+        ),
     ],
 )
 def test_what_could_only_fail_later_is_refused_first(quick, tmp_path, settings, key):

@@ -20,7 +20,8 @@ class Proximal(Objective):
     ----------
     mu : float
         0 or more; 0 is the other objective alone. The term joins the gradient
-        before momentum does, as a term of the loss would.
+        before momentum does, as a term of the loss would. From
+        :attr:`~fedweight.clients.TrainingSettings.diverging_mu` on SGD diverges.
     inner : Objective, optional
         The other objective; :class:`Plain` by default.
     """
