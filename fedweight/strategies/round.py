@@ -86,6 +86,7 @@ class ClientRecord:
     ``status`` is ``ok`` (aggregated), ``rejected`` (its reply was unfit),
     ``failed`` (it answered with an error), ``missing`` (it did not answer),
     ``dropped`` (the method leaves it out) or ``evaluated`` (it only evaluated).
+    ``name`` is what the client is called; empty where that is its number.
     """
 
     client: int
@@ -95,6 +96,7 @@ class ClientRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+    name: str = ""
 
 
 @dataclass
