@@ -717,6 +717,7 @@ caption{text-align:left;white-space:nowrap;padding:10px 14px;
 font-weight:600;font-size:.93rem}
 th,td{padding:5px 14px;text-align:left;vertical-align:top;overflow-wrap:anywhere}
 .scroll th,.scroll .n{white-space:nowrap}
+.scroll td{overflow-wrap:break-word}
 .n{text-align:right!important;font-variant-numeric:tabular-nums}
 thead th{position:sticky;top:0;background:var(--fw-paper);color:var(--fw-muted);
 box-shadow:inset 0 -1px var(--line)}
