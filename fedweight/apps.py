@@ -63,25 +63,32 @@ def main(grid: Grid, context: Context) -> None:
         components = _shared_components(run_config, _num_partitions(numbered))
 
     from .parameters import FlatModule, FlatRecord
-    from .studies.folder import new_folder
+    from .studies.folder import cannot_repeat, new_folder
     from .studies.result import Run
     from .studies.runner import Recorder, serve
 
+    own_data, preface = bool(_num_classes(run_config)), ""
+    if own_data:
+        preface = cannot_repeat(
+            "every node has data of its own",
+            "run the app on the nodes (docs/flower.md)",
+        )
     strategy = components.strategy()
+    components.check_feasible(strategy, simulated=False)
     initial = FlatRecord(FlatModule(components.make_model()).save())
-    recorder = Recorder(new_folder(folder, folder.name), components, strategy)
-    recorder.begin({"name": "flower"}, own_data=bool(_num_classes(run_config)))
-    print(f"results go to {folder}", flush=True)
-    try:
-        serve(numbered, components, strategy, initial, recorder)
-    finally:
-        recorder.end()
-    run = Run(folder)
-    run.report()
+    with new_folder(folder, folder.name):
+        recorder = Recorder(folder, components, strategy)
+        print(f"results go to {folder}", flush=True)
+        with recorder.recording({"name": "flower"}, own_data=own_data, preface=preface):
+            serve(numbered, components, strategy, initial, recorder)
+        run = Run(folder)
+        run.report()
     summary = run.summary()
     if summary["test_accuracy"] is not None:
         print(f"test accuracy {summary['test_accuracy']:.4f}")
     print(f"results in {folder}", flush=True)
+    for warning in summary["warnings"]:
+        print(f"warning: {warning}", flush=True)
     if summary["failed_rounds"]:
         raise AggregationError(
             f"{summary['failed_rounds']} of {summary['rounds']} rounds failed; "
@@ -147,6 +154,12 @@ class NumberedGrid(Grid):
     def name_of(self, client: int) -> str:
         """Return what a node calls itself, or its client number."""
         return self._names.get(client, str(client))
+
+    @property
+    def connected(self) -> set[int]:
+        """The client numbers of all nodes that were ever connected."""
+        told = {node: i.get("partition-id") for node, i in self.identities.items()}
+        return {n if isinstance(n, int) else node for node, n in told.items()}
 
     def _ask(self, nodes: list[int]) -> None:
         messages = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,8 +16,8 @@ if TYPE_CHECKING:
     from .studies.result import Run
     from .studies.runner import Progress, Report
 
-# The exit status of a program that Ctrl-C has ended, by convention.
-INTERRUPTED = 130
+# A program that a signal has ended has this exit status, plus the signal's number.
+SIGNALLED = 128
 
 EXAMPLES = """examples:
   fedweight run                                         the quick start
@@ -67,6 +69,11 @@ def parser() -> argparse.ArgumentParser:
         dest="settings",
         help="override a key of the simulation file; may be repeated",
     )
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run that is in the folder already, as after a crash",
+    )
     command(
         "list",
         "list the strategies, objectives, data sets, partitions and models",
@@ -90,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
     0 is success; 1, something went wrong in the run; 2, what was asked for is not
-    allowed or not there; 130, Ctrl-C.
+    allowed or not there; 130, Ctrl-C; 143, SIGTERM; 129, the terminal was closed.
     """
     # Flower reports usage and looks for updates unless told before its import.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -105,26 +112,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().print_help()
         return 2
     from .errors import ConfigurationError, DataError, FedweightError
+    from .signals import interruptible
 
     try:
-        status: int = COMMANDS[given.command](given)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # Here, where a reader that has gone is noticed.
+        with interruptible():
+            try:
+                status: int = COMMANDS[given.command](given)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # Here, where a reader that has gone is noticed.
+            except KeyboardInterrupt as stop:
+                return _interrupted(stop)
     except FedweightError as error:
-        print(f"fedweight: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"fedweight: {' '.join(str(error).split())}")
         return 2 if isinstance(error, ConfigurationError | DataError) else 1
-    except KeyboardInterrupt as stop:
-        said = "\nfedweight: interrupted"
-        for folder in getattr(stop, "__notes__", ()):
-            said += f"; what was recorded is in {folder}. It shows with:"
-            said += f" fedweight report {folder}"
-        print(said, file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # Where the reader of our output has gone there is nobody left to tell.
+        if not isinstance(error, BrokenPipeError):
+            what = error.filename or "the output"
+            _say(f"fedweight: {what} cannot be used: {error.strerror or error}")
+        _drop_output()
         return 1
     return status
+
+
+def _interrupted(stop: KeyboardInterrupt) -> int:
+    """Say what was recorded when a signal came; return the exit status."""
+    number = getattr(stop, "number", signal.SIGINT)
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    said = f"\nfedweight: interrupted{by}"
+    for folder in getattr(stop, "__notes__", ()):
+        said += f"; what was recorded is in {folder}. It shows with:"
+        said += f" fedweight report {folder}"
+    _say(said)
+    return SIGNALLED + number
+
+
+def _say(text: str) -> None:
+    """Print to a terminal that may be closed by now, or a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Let go of what cannot be written, which the interpreter would try at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -140,6 +175,7 @@ def _run(given: argparse.Namespace) -> int:
             out=given.out,
             settings=given.settings,
             progress=progress,
+            overwrite=given.overwrite,
         )
     summary = result.summary()
     if given.json:
@@ -271,13 +307,20 @@ def _terminal_bar(rounds: int) -> Any:
 
 
 def _print_summary(result: Run, summary: dict[str, Any]) -> None:
+    warnings = summary.pop("warnings")
+    averaged = summary.pop("test_accuracies_in_mean")
     for name, value in summary.items():
+        label = name.replace("_", " ")
+        if name == "mean_test_accuracy_last_10":
+            label = f"mean test accuracy last {averaged}"
         if isinstance(value, float):
-            print(f"{name.replace('_', ' '):<24} {value:.4f}")
+            print(f"{label:<24} {value:.4f}")
         elif value is not None:
-            print(f"{name.replace('_', ' '):<24} {value}")
+            print(f"{label:<24} {value}")
     print(f"{'results':<24} {result.folder}")
     print(f"{'report':<24} {result.folder / 'report.html'}")
+    for warning in warnings:
+        print(f"warning: {warning}")
 
 
 def _no_nan(values: dict[str, Any]) -> dict[str, Any]:
@@ -288,15 +331,15 @@ def _no_nan(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def console() -> None:
-    """Run the command line as a program; after a Ctrl-C, end at once.
+    """Run the command line as a program; after a signal, end at once.
 
     By then everything is written and no worker is left; taking PyTorch and Ray apart
     piece by piece would only keep the user waiting for another second.
     """
     status = main()
-    if status == INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if status > SIGNALLED:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 

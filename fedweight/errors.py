@@ -34,6 +34,10 @@ class EngineError(FedweightError):
     """A grid or one of its workers cannot do what was asked."""
 
 
+class OutputError(FedweightError, OSError):
+    """A file of a run cannot be written: a full disk, or no permission."""
+
+
 def closest(name: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest allowed name, or ``""``.
 

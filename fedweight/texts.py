@@ -1,20 +1,60 @@
-"""Texts from outside, such as a client's error, made fit to be shown."""
+"""Texts from outside, such as names and reasons, made fit to be shown anywhere."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable, Sequence
 
-def plain(text: str, limit: int = 500) -> str:
-    r"""Return a text without what a terminal would obey, and not longer than a limit.
+NAME_LENGTH = 60  # characters of a client's name that are shown
+REASON_LENGTH = 300  # and of a reason
+TRACEBACK_LENGTH = 20_000  # of a reason with its traceback, which is kept
+
+# Joiners that scripts and emojis need; every other invisible character is written out.
+_JOINERS = "\u200c\u200d"
+
+# What begins a formula in a spreadsheet, in either width, unless it is a number.
+_FORMULA = tuple("=+-@＝＋－＠")  # noqa: RUF001
+_NUMBER = re.compile(r"[+-]?(\d[\d.,]*(e[+-]?\d+)?|inf|nan)", re.IGNORECASE | re.ASCII)
+
+
+def plain(text: object, limit: int = REASON_LENGTH) -> str:
+    r"""Return a text from outside as one harmless line.
+
+    It can be printed on a terminal, written to a CSV file that a spreadsheet opens,
+    and drawn. (In HTML it still has to be escaped, as every text has.) What is
+    harmless already stays as it is, so it does not matter how often it is done.
+
+    Parameters
+    ----------
+    text : object
+        A name, a reason, a label; anything else as ``str`` gives it.
+    limit : int
+        The most characters of the result, 2 or more; a longer one ends with ``…``.
+
+    Returns
+    -------
+    str
+        White space has become single spaces. Control characters, marks that change
+        the direction of writing and other invisible characters are written out
+        (``\x1b``). What a spreadsheet would take for a formula begins with ``'``.
 
     Examples
     --------
-    >>> plain("no power\x1b[2J")
-    'no power?[2J'
-    >>> plain("abcdef", limit=4)
-    'abc…'
+    >>> plain("site A\n\x1b[31mred")
+    'site A \\x1b[31mred'
+    >>> plain("=HYPERLINK(A1)"), plain("-0.5")
+    ("'=HYPERLINK(A1)", '-0.5')
+    >>> plain("a" * 5000, limit=5)
+    'aaaa…'
     """
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    # However long it is, only its beginning is looked at.
+    whole = str(text).strip()
+    line = _visible(" ".join(whole[: 16 * limit].split()))
+    if line.startswith(_FORMULA) and not _NUMBER.fullmatch(line):
+        line = f"'{line}"
+    if len(line) <= limit and len(whole) <= 16 * limit:
+        return line
+    return f"{line[: limit - 1]}…"
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -30,3 +70,101 @@ def shown(value: object, limit: int = 60) -> str:
     except Exception:  # An integer of too many digits, and whatever else may come.
         text = f"a {type(value).__name__}"
     return plain(text, limit)
+
+
+def plain_lines(text: str, limit: int) -> str:
+    r"""Return a text of several lines, such as a traceback, harmless on a terminal.
+
+    Examples
+    --------
+    >>> plain_lines("Traceback:\r\n  File \x07", limit=100)
+    'Traceback:\n  File \\x07'
+    """
+    lines = text.strip("\n")[:limit].expandtabs(4).splitlines()
+    return "\n".join(_visible(line.rstrip()) for line in lines)
+
+
+def _visible(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(
+        char
+        if char.isprintable() or char in _JOINERS
+        else char.encode("unicode_escape").decode("ascii")
+        for char in line
+    )
+
+
+def cause(reason: str) -> str:
+    r"""Return what went wrong, as one line, without whose fault it was.
+
+    Clients that failed alike have the same cause, whatever their numbers.
+
+    Examples
+    --------
+    >>> cause("client 3, train: ValueError: no data\nTraceback: ...")
+    'train: ValueError: no data'
+    """
+    return plain(anybodys(reason.strip().split("\n", 1)[0]))
+
+
+def anybodys(reason: str) -> str:
+    """Return a reason without the number of the client that gave it."""
+    return _WHOSE.sub(r"\1", reason, count=1)
+
+
+_WHOSE = re.compile(r"(^|: )client \d+, ", re.ASCII)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return names as a list in words, a long one shortened.
+
+    Examples
+    --------
+    >>> listed(["3"]), listed(["3", "7"]), listed(["3", "7", "12", "15"])
+    ('3', '3 and 7', '3, 7, 12 and 15')
+    >>> listed([str(n) for n in range(12)])
+    '0, 1, 2 and 9 others'
+    """
+    if len(names) > most + 1:
+        names = [*names[:most], f"{len(names) - most} others"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
+def rounds_listed(rounds: Iterable[int], most: int = 4) -> str:
+    """Return the numbers of rounds in words: those in sequence as one span.
+
+    Examples
+    --------
+    >>> rounds_listed([4])
+    'round 4'
+    >>> rounds_listed([9, 1, 2, 3, 5])
+    'rounds 1 to 3, 5 and 9'
+    """
+    numbers = sorted(set(rounds))
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    words: list[str] = []
+    for span in spans:
+        words += [f"{span[0]} to {span[-1]}"] if len(span) > 2 else map(str, span)
+    return f"round{'s' if len(numbers) > 1 else ''} {listed(words, most)}"
+
+
+def clients_called(clients: Sequence[int], name_of: Callable[[int], str] = str) -> str:
+    """Return how a message calls some clients: by number, and by name if they have one.
+
+    Examples
+    --------
+    >>> clients_called([3]), clients_called([0, 1], ["Bern", "Genf"].__getitem__)
+    ('client 3', 'clients 0 (Bern) and 1 (Genf)')
+    """
+    words = []
+    for client in clients:
+        name = name_of(client)
+        own = "" if name == str(client) else f" ({plain(name, NAME_LENGTH)})"
+        words.append(f"{client}{own}")
+    return f"client{'s' * (len(words) > 1)} {listed(words)}"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from importlib.util import find_spec
 
@@ -32,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_homes] = home
     os.environ["FLWR_HOME"] = os.path.join(home, "flwr")
     os.environ["XDG_CACHE_HOME"] = os.path.join(home, "cache")
+    # A script's background job ignores Ctrl-C, and so would all that tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -239,6 +239,48 @@ def test_failed_rounds_fail_the_run(start: Start, tmp_path: Path) -> None:
     assert (tmp_path / "flower" / "report.html").exists()
 
 
+def test_what_a_reader_must_know_is_said_last(
+    start: Start, sites: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = OWN | {"data.path": sites["test.csv"]}
+    nodes = [{"data-path": sites["a.csv"]}, {"data-path": "/no/such.csv"}]
+    folder = start(FlowerLikeGrid(DeviceGrid(nodes, config)), config)
+    run = fedweight.Run(folder)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-len(run.warnings) :] == [f"warning: {w}" for w in run.warnings]
+    node = run.clients["client"].max()
+    assert run.warnings[0].startswith(f"client {node} failed in every round it was")
+    assert "/no/such.csv" in run.warnings[0]
+    assert run.environment["data"]["connected"] == sorted(set(run.clients["client"]))
+    # The nodes' data are not here: nothing can be simulated with the server's alone.
+    with pytest.raises(ConfigurationError, match="every node has data of its own"):
+        fedweight.run(folder / "config.toml")
+
+
+def test_a_node_that_comes_when_all_is_over_is_named(
+    start: Start, sites: dict[str, str]
+) -> None:
+    class Late(FlowerLikeGrid):
+        """A second node connects, and nobody asks it anything but who it is."""
+
+        def get_node_ids(self) -> Iterable[int]:
+            first, second = sorted(self.inner.get_node_ids())
+            return [first, second] if self.asked.count("train") > 1 else [first]
+
+    config = OWN | {"data.path": sites["test.csv"]}
+    nodes = [{"data-path": sites["a.csv"]}, {"data-path": sites["b.npz"]}]
+    folder = start(Late(DeviceGrid(nodes, config)), config)
+    (line,) = fedweight.Run(folder).warnings
+    assert "never took part: connected, but asked in no round" in line
+
+
+def test_nothing_is_written_for_what_is_refused(start: Start, tmp_path: Path) -> None:
+    config = QUICK | {"settings": "strategy.stragglers=0.5"}
+    with pytest.raises(ConfigurationError, match=r"training\.epochs of 2 or more"):
+        start(LocalGrid(apps.client_app, 2, config), config)
+    assert not (tmp_path / "flower").exists()
+
+
 def test_a_flat_record_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through Ray by pickle, over HTTP by Flower's own serialisation."""
     from torch import nn

@@ -154,6 +154,7 @@ def test_help_and_version(capsys):
         (["run", "--out", "full"], "is not an empty folder"),
         (["run", "--out", "full/file/x"], "cannot be made"),
         (["run", "--set", "engine.device=gpu"], "engine.device must be one of"),
+        (["run", "--out", "full", "--overwrite"], "has file. Nothing was removed."),
         (["run", *("--set", "data.name=csv"), *("--set", "data.path=bad.csv")], "bad"),
         (["report", "nowhere"], "nowhere is not a folder"),
         (["report", "full"], "config.toml is missing"),
@@ -188,6 +189,63 @@ def test_a_run_whose_rounds_fail_has_status_1(here, capsys):
     assert "global model is kept" in err
     assert (here / "x" / "model.safetensors").is_file()
     sys.modules.pop("own_cli_nan", None)
+
+
+FAILING = """
+from fedweight.clients.objectives import Plain
+
+class Failing(Plain):
+    def loss(self, outputs, batch):
+        if len(batch.y) % 2:
+            raise ValueError("=1+1 is \\x1b[31modd")
+        return super().loss(outputs, batch)
+"""
+
+
+def test_what_a_reader_must_know_is_said_last(here, capsys):
+    (here / "own_cli_failing.py").write_text(FAILING)
+    arguments = ["run", *QUICK, "--set", "run.rounds=2", "--set", "data.proxy=0"]
+    arguments += ["--set", "objective.name=own_cli_failing:Failing"]
+    arguments += ["--set", "partition.clients=40", "--set", "training.batch-size=500"]
+    status = main([*arguments, "--out", "x"])
+    assert status == 0  # There are warnings, but no round has failed.
+    out, _ = capsys.readouterr()
+    lines = out.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert lines[-len(warnings) :] == warnings
+    assert len(warnings) == 3
+    assert "failed in every round they were asked (2 rounds): " in warnings[0]
+    assert "ValueError: =1+1 is \\x1b[31modd" in warnings[0]
+    assert "a tenth or more of the clients failed in 2 of 2 rounds" in warnings[1]
+    assert warnings[2].startswith("warning: errors.log")
+    assert "\x1b" not in out
+    assert main([*arguments, "--out", "y", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [f"warning: {line}" for line in printed["warnings"]] == warnings
+    errors = (here / "x" / "errors.log").read_text()
+    assert errors.count("Traceback (most recent call last)") == 1
+    assert "rounds 1 and 2, clients " in errors
+    assert "\x1b" not in errors
+    with (here / "x" / "clients.csv").open(newline="") as file:
+        reasons = {row["reason"] for row in csv.DictReader(file)} - {""}
+    assert all("\x1b" not in reason for reason in reasons)
+    sys.modules.pop("own_cli_failing", None)
+
+
+def test_few_rounds_are_no_ten(here, capsys):
+    assert main(["run", *QUICK, "--set", "run.rounds=2", "--out", "x"]) == 0
+    out = capsys.readouterr().out
+    assert "mean test accuracy last 2" in out
+    assert "warning" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "fedprox", "feddisco", "fedlaw", "fedce", "ida"]
+)
+def test_the_quick_start_gives_no_cause_for_a_line(here, capsys, strategy):
+    assert main(["run", "--strategy", strategy, "--out", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
 
 
 def test_an_error_of_a_process_has_no_traceback(tmp_path):
@@ -242,30 +300,52 @@ class Slow(nn.Module):
 """
 
 
+SLOW_RUN = [
+    *("run", "--out", "x"),
+    *("--set", "model.name=own_slow:Slow"),
+    *("--set", "run.rounds=1000"),
+    *("--set", "partition.clients=6"),
+    *("--set", "training.batch-size=4"),
+]
+
+
+def ignore_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-@pytest.mark.parametrize("threads", [1, 2])
-def test_ctrl_c_ends_a_run_at_once_and_keeps_what_was_recorded(tmp_path, threads):
+@pytest.mark.parametrize(
+    ("threads", "number", "background", "said"),
+    [
+        (1, signal.SIGINT, False, "interrupted; what"),
+        (2, signal.SIGINT, False, "interrupted; what"),
+        (1, signal.SIGINT, True, "interrupted; what"),  # as a script's `... &` is
+        (1, signal.SIGTERM, False, "interrupted by SIGTERM; what"),
+        (2, signal.SIGTERM, True, "interrupted by SIGTERM; what"),
+        (1, signal.SIGHUP, False, "interrupted by SIGHUP; what"),
+    ],
+)
+def test_a_signal_ends_a_run_at_once_and_keeps_what_was_recorded(
+    tmp_path, threads, number, background, said
+):
     (tmp_path / "own_slow.py").write_text(SLOW)
-    arguments = [
-        *("run", "--out", "x"),
-        *("--set", "model.name=own_slow:Slow"),
-        *("--set", "run.rounds=1000"),
-        *("--set", "partition.clients=6"),
-        *("--set", "training.batch-size=4"),
-        *("--set", f"engine.threads={threads}"),
-    ]
-    with process(*arguments, cwd=tmp_path, start_new_session=True) as child:
+    with process(
+        *(*SLOW_RUN, "--set", f"engine.threads={threads}"),
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=ignore_interrupts if background else None,
+    ) as child:
         for line in child.stderr:
             if line.startswith("round 1/"):
                 break
         # The next round has begun, or is about to: both must end.
         began = time.monotonic()
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         out, err = child.communicate(timeout=60)
         seconds = time.monotonic() - began
-    assert child.returncode == 130
+    assert child.returncode == 128 + number
     assert "Traceback" not in err
-    assert "interrupted; what was recorded is in x." in err
+    assert f"{said} was recorded is in x." in err
     assert "fedweight report x" in err
     assert out == ""
     assert seconds < 2
@@ -275,9 +355,89 @@ def test_ctrl_c_ends_a_run_at_once_and_keeps_what_was_recorded(tmp_path, threads
     assert stopped.rounds_done >= 1
     assert not stopped.rounds["test_accuracy"].isna().any()
     assert stopped.model()["layer.weight"].shape == (10, 64)
+    assert [path for path in stopped.folder.iterdir() if path.name[0] == "."] == []
     with (tmp_path / "x" / "clients.csv").open(newline="") as file:
         rounds = {row["round"] for row in csv.DictReader(file)}
     assert len(rounds) == stopped.rounds_done
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_a_killed_run_can_be_replaced_and_a_running_one_cannot(here, capsys):
+    (here / "own_slow.py").write_text(SLOW)
+    again = ["run", *QUICK, "--set", "run.rounds=1", "--out", "x"]
+    with process(*SLOW_RUN, cwd=here) as child:
+        for line in child.stderr:
+            if line.startswith("round 1/"):
+                break
+        assert main([*again, "--overwrite"]) == 2
+        assert "another run is writing to 'x'" in capsys.readouterr().err
+        assert child.poll() is None
+        child.kill()
+    assert Run("x").rounds_done >= 1
+    assert main(again) == 2
+    assert "say --overwrite" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0
+    assert "removing the run in x: clients.csv, " in capsys.readouterr().err
+    assert Run("x").complete
+    assert not Path("x", ".lock").exists()
+
+
+FULL = pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="needs a device that is always full"
+)
+
+
+@FULL
+@pytest.mark.parametrize("command", ["list", "run"])
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, command):
+    more = [*QUICK, "--set", "run.rounds=1", "--json"] if command == "run" else []
+    with (
+        open("/dev/full", "w") as full,
+        process(command, *more, cwd=tmp_path, stdout=full) as child,
+    ):
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 1
+    lines = [line for line in err.splitlines() if not line.startswith("round ")]
+    assert lines == ["fedweight: the output cannot be used: No space left on device"]
+
+
+def limit_files(size):
+    """Let a process write files of so many bytes: then the disk is full."""
+
+    def limit():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
+@pytest.mark.parametrize(
+    ("size", "file"), [(1500, "clients.csv"), (20_000, "report.html")]
+)
+def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path, size, file):
+    arguments = ["run", *QUICK, "--set", "run.rounds=2", "--out", "x"]
+    arguments += ["--set", "partition.clients=12"]
+    with process(*arguments, cwd=tmp_path, preexec_fn=limit_files(size)) as child:
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if not line.startswith("round ")]
+    assert line.startswith(f"fedweight: x/{file} cannot be written: File too large.")
+    left = {path.name for path in (tmp_path / "x").iterdir()}
+    assert not [name for name in left if name.startswith(".")]
+    if file == "clients.csv":
+        assert Run(tmp_path / "x").clients.empty  # as it was before the first round
+    else:
+        assert file not in left
+        with process(
+            *("report", "x"), cwd=tmp_path, preexec_fn=limit_files(size)
+        ) as child:
+            _, err = child.communicate(timeout=60)
+        assert child.returncode == 1
+        assert err.count("\n") == 1
+        assert main(["report", str(tmp_path / "x")]) == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="terminals are POSIX's")

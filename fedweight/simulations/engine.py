@@ -13,6 +13,7 @@ from flwr.serverapp import ServerApp
 
 from .. import _flower
 from ..errors import ConfigurationError, EngineError, check_choice, check_range
+from ..signals import interruptible
 from .grid import RunConfig, SimulationGrid
 from .local import LocalGrid
 from .plan import Plan
@@ -118,8 +119,13 @@ def make_grid(
     threads: int | None = None,
     plan: Plan | str | None = None,
 ) -> Iterator[SimulationGrid]:
-    """Make a grid, for the time of a ``with`` block; see :func:`simulate`."""
+    """Make a grid, for the time of a ``with`` block; see :func:`simulate`.
+
+    Meanwhile SIGTERM ends what is done as Ctrl-C does
+    (:func:`~fedweight.signals.interruptible`).
+    """
     check_choice("engine", engine, ENGINES)
+    check_local(engine, workers, gpus_per_worker, address)
     check_range("num_clients", num_clients, 1)
     check_range("gpus_per_worker", gpus_per_worker, 0)
     if workers is not None:
@@ -132,12 +138,7 @@ def make_grid(
         )
     if engine == "auto":
         engine = choose_engine(workers, gpus_per_worker, address)
-    if engine == "local" and address is not None:
-        raise ConfigurationError(
-            f"address is {address!r}, a Ray cluster to join, but the engine is "
-            "'local'. Leave the address out, or choose engine = 'ray'."
-        )
-    with _flower.task_identity(run_id=0):
+    with interruptible(), _flower.task_identity(run_id=0):
         grid: SimulationGrid
         if engine == "local":
             grid = LocalGrid(
@@ -160,6 +161,30 @@ def make_grid(
             yield grid
         finally:
             grid.close()
+
+
+def check_local(
+    engine: str,
+    workers: int | None,
+    gpus_per_worker: float,
+    address: str | None,
+    table: str = "",
+) -> None:
+    """Refuse, for the local engine, what only Ray has; ``table`` has the keys."""
+    if engine != "local":
+        return
+    only_rays = {
+        "workers": workers,
+        "gpus_per_worker": gpus_per_worker,
+        "address": address,
+    }
+    for name, value in only_rays.items():
+        if value:
+            key = f"{table}.{name.replace('_', '-')}" if table else name
+            raise ConfigurationError(
+                f"{key} is {value!r}, which is for Ray, but the engine is 'local'. "
+                "Leave it out, or choose the engine 'ray'."
+            )
 
 
 def check_engine(engine: str) -> None:

@@ -156,8 +156,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, plans: Mapping[str, Any]) -> None:
     """Keep the plans, if there is a place for them."""
+    aside = path.with_suffix(f".{os.getpid()}.part")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}.part")
-        aside.write_text(json.dumps(plans, indent=1))
-        aside.replace(path)
+        try:
+            aside.write_text(json.dumps(plans, indent=1))
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)

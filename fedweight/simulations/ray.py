@@ -13,10 +13,13 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
+import sys
 import time
+import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import ray
@@ -25,7 +28,9 @@ from flwr.clientapp import ClientApp
 
 from ..cohort import Cohort, Gathered, Replies
 from ..errors import ConfigurationError, EngineError, check_range
+from ..signals import own_handlers
 from ..threads import one_thread
+from . import ray_watch
 from .grid import RunConfig, SimulationGrid, answers_cohort
 from .plan import Plan, sizes_of
 from .ray_pool import Pool
@@ -34,6 +39,9 @@ from .ray_rows import ShardedModels
 log = logging.getLogger("fedweight")
 
 NAMESPACE = "fedweight"
+
+# Begins the name of a variable that is in the environment of one Ray's processes only.
+MARK = "FEDWEIGHT_RAY_"
 
 
 class RayGrid(SimulationGrid):
@@ -83,16 +91,15 @@ class RayGrid(SimulationGrid):
         if workers is not None:
             check_range("workers", workers, 1)
         check_range("gpus_per_worker", gpus_per_worker, 0)
-        owns_ray = _start_ray(workers, address)
+        ours = _start_ray(workers, address)
         try:
             self._pool = Pool(*_room(workers, gpus_per_worker))
         except BaseException:
-            if owns_ray:
-                ray.shutdown()
+            ours.close()
             raise
         # Whatever becomes of the grid, no process may outlive it. When the interpreter
         # ends it has to be closed before Ray is: what is registered last runs first.
-        self._guard = weakref.finalize(self, _end, self._pool, owns_ray)
+        self._guard = weakref.finalize(self, _end, self._pool, ours)
         self._guard.atexit = False
         atexit.register(self._guard)
         try:
@@ -179,48 +186,83 @@ class RayGrid(SimulationGrid):
         return gathered.replies(models)
 
 
-def _end(pool: Pool, owns_ray: bool) -> None:
+def _end(pool: Pool, ours: contextlib.ExitStack) -> None:
     """End a grid's workers, and Ray if it is the grid's own."""
     pool.close()
-    if owns_ray and ray.is_initialized():
-        ray.shutdown()
+    ours.close()
 
 
 # Starting Ray.
 
 
-def _start_ray(workers: int | None, address: str | None) -> bool:
-    """Make sure that Ray runs; return whether it is ours to end."""
+def _start_ray(workers: int | None, address: str | None) -> contextlib.ExitStack:
+    """Make sure that Ray runs; return what ends as much of it as is ours."""
+    ours = contextlib.ExitStack()
     if ray.is_initialized():
         if address is not None:
             raise EngineError(
                 f"address is {address!r}, but Ray is initialised already. Leave the "
                 "address out to use that Ray, or call ray.shutdown() first."
             )
-        return False
+        return ours
     show = log.isEnabledFor(logging.DEBUG)
     options: dict[str, Any] = {
         "namespace": NAMESPACE,
         "log_to_driver": show,
         "logging_level": logging.INFO if show else logging.ERROR,
     }
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
     if address is None:
         options |= {"include_dashboard": False, "num_cpus": workers}
+        mark = MARK + uuid.uuid4().hex
+        settings[mark] = "1"
+        ours.enter_context(_watched(f"{mark}=1"))
     else:
         _check_address(address)
         options["address"] = address
+    ours.callback(_shut_down)
     try:
-        with _quiet():
+        with _quiet(settings), own_handlers():
             context: Any = ray.init(**options)
     except BaseException as error:
         ray.shutdown()
+        ours.close()
         if isinstance(error, Exception):
             where = "start Ray" if address is None else f"join Ray at {address!r}"
             raise EngineError(f"cannot {where}: {error}") from error
         raise
     folder = context.address_info.get("session_dir") if context.address_info else None
     log.debug("Ray has started; what clients print is under %s/logs", folder)
-    return True
+    return ours
+
+
+def _shut_down() -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _watched(mark: str) -> Iterator[None]:
+    """Have the processes with a mark ended if this one is killed meanwhile."""
+    if not sys.platform.startswith("linux"):  # Elsewhere Ray does it itself.
+        yield
+        return
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", ray_watch.__file__, mark],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # What is sent to the driver's group is not for it.
+        cwd="/",
+    ) as process:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate(b"closed")
 
 
 def _check_address(address: str) -> None:
@@ -243,12 +285,8 @@ def _check_address(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Ray from telling others, from hints, and from environments of its own."""
-    settings = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    }
+def _quiet(settings: Mapping[str, str]) -> Iterator[None]:
+    """Keep Ray from hints, and start it with some settings in the environment."""
     added = [name for name in settings if name not in os.environ]
     os.environ.update({name: settings[name] for name in added})
     try:

@@ -35,7 +35,7 @@ from ..errors import AggregationError, ConfigurationError, check_range
 from ..local_models import LocalModels, middle
 from ..parameters import FlatModel, FlatRecord, Layout, flatten, is_finite
 from ..rng import Purpose, generator
-from ..texts import plain
+from ..texts import TRACEBACK_LENGTH, cause, clients_called, plain_lines
 from ..threads import one_thread
 from ..updates import Accumulate, Updates
 from .admission import (
@@ -48,6 +48,7 @@ from .admission import (
     size_of,
     update_norm,
 )
+from .known_errors import KnownErrors
 from .reported import Good, mean_metrics, recorded_metrics, sort_metrics
 from .round import TIMES_MEDIAN, ClientRecord, Round, RoundRecord, Status
 from .server_optimizers import ServerOptimizer
@@ -59,14 +60,6 @@ log = logging.getLogger("fedweight")
 # them beyond what float32 holds.
 LARGEST_VALUE = 2.0**32
 
-# A reason, with its traceback, is kept up to so many characters.
-REASON_LENGTH = 20_000
-
-# So many different errors are said; all are in the record.
-ERRORS_SAID = 20
-
-# So many names does a list of clients have before it is cut short.
-CLIENTS_NAMED = 5
 
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -215,7 +208,7 @@ class WeightingStrategy(Strategy):
         self._asked: dict[int, _Asked] = {}
         self._not_asked: list[int] = []
         self._without_examples: set[int] = set()
-        self._said: set[tuple[Status, str]] = set()
+        self._errors = KnownErrors()
         self._name_of: Callable[[int], str] = str
         self._cohort: Cohort | None = None
         self._outermost = False
@@ -430,7 +423,7 @@ class WeightingStrategy(Strategy):
             return None, None
         good, models = self._sort(server_round, replies, record)
         good = self._short_enough(good, models, record)
-        self._say(record)
+        self._errors.tell(server_round, record.clients)
         if len(good) < self.min_replies:
             return self._fail(record, self._too_few(good, record))
         saved = self.state()
@@ -515,7 +508,7 @@ class WeightingStrategy(Strategy):
                     raise AggregationError("it replied twice")
                 size = size_of(reply.metrics, self.weighted_by_key)
             except AggregationError as error:
-                note = plain(f"evaluation failed: {error}", REASON_LENGTH)
+                note = f"evaluation failed: {_reason(error)}"
                 entry.reason = f"{entry.reason}; {note}" if entry.reason else note
                 bad.append(self._entry(client, "failed", note))
                 continue
@@ -527,7 +520,7 @@ class WeightingStrategy(Strategy):
                 named = {f"evaluate-{name}": own[name] for name in own}
                 entry.own_metrics = {**entry.own_metrics, **named}
         record.clients.sort(key=lambda c: c.client)
-        self._say(RoundRecord(server_round, clients=bad))
+        self._errors.tell(server_round, bad)
         if not good:
             return None
         result = self._metrics(good, self.evaluate_metrics_aggr_fn)
@@ -685,9 +678,9 @@ class WeightingStrategy(Strategy):
                 if arrived and isinstance(reply.model, FlatModel):
                     lengths[client] = update_norm(reply.model, self._model)
             except Unfit as error:
-                entry.status, entry.reason = error.status, str(error)
+                entry.status, entry.reason = error.status, _reason(error)
             except AggregationError as error:
-                entry.status, entry.reason = "rejected", str(error)
+                entry.status, entry.reason = "rejected", _reason(error)
             if entry.reason == NO_EXAMPLES:
                 self._without_examples.add(client)
         for client, reason in self.screen(list(good)).items():
@@ -700,7 +693,7 @@ class WeightingStrategy(Strategy):
                 "round %d: the update of %s is %.3g times as long as the median; "
                 "max_update_norm would reject it",
                 round,
-                self._called([client]),
+                clients_called([client], self._name_of),
                 times,
             )
         record.clients.sort(key=lambda entry: entry.client)
@@ -835,9 +828,10 @@ class WeightingStrategy(Strategy):
         except AggregationError:  # They were added up as they came.
             return ""
         k = int(norms.argmax())
+        whose = clients_called([round.clients[k]], self._name_of)
         return (
-            f"; {self._called([round.clients[k]])} has the longest update, of norm "
-            f"{float(norms[k]):.3g} where the median is {float(norms.median()):.3g}"
+            f"; {whose} has the longest update, of norm {float(norms[k]):.3g} where "
+            f"the median is {float(norms.median()):.3g}"
         )
 
     def _record(self, record: RoundRecord, round: Round) -> None:
@@ -869,51 +863,10 @@ class WeightingStrategy(Strategy):
             model.integers = middle(models.integers(nodes))
         return model
 
-    def _say(self, record: RoundRecord) -> None:
-        """Log each different error once; the record has them all."""
-        found: dict[tuple[Status, str], list[int]] = {}
-        for entry in record.clients:
-            if not entry.reason:
-                continue
-            entry.reason = plain(entry.reason, REASON_LENGTH)
-            if entry.status in ("rejected", "failed", "missing"):
-                what = (entry.status, _cause(entry.reason))
-                found.setdefault(what, []).append(entry.client)
-        for (status, reason), clients in found.items():
-            if (status, reason) in self._said or len(self._said) > ERRORS_SAID:
-                continue
-            self._said.add((status, reason))
-            log.warning(
-                "round %d: %s %s: %s",
-                record.number,
-                self._called(clients),
-                status,
-                reason,
-            )
-            if len(self._said) > ERRORS_SAID:
-                log.warning("further errors are not shown; the record has them")
-
-    def _called(self, clients: Sequence[int]) -> str:
-        """Return how a message calls some clients.
-
-        Examples
-        --------
-        >>> from fedweight.strategies.fedavg import FedAvg
-        >>> FedAvg()._called([3]), FedAvg()._called(range(8))
-        ('client 3', 'clients 0, 1, 2, 3, 4 and 3 others')
-        """
-        names = []
-        for client in clients[:CLIENTS_NAMED]:
-            name = self._name_of(client)
-            names.append(str(client) if name == str(client) else f"{client} ({name})")
-        more = len(clients) - len(names)
-        rest = f" and {more} others" if more else ""
-        return f"client{'s' * (len(clients) > 1)} {', '.join(names)}{rest}"
-
     def _fail(self, record: RoundRecord, reason: str) -> tuple[None, None]:
         """Keep the global model, and say so."""
         record.status, record.reason = "failed", reason
-        counts = Counter(_cause(c.reason) for c in record.clients if c.status != "ok")
+        counts = Counter(cause(c.reason) for c in record.clients if c.status != "ok")
         causes = "; ".join(f"{n} x {why}" for why, n in counts.most_common(3))
         log.error(
             "round %d failed, the global model is kept: %s%s",
@@ -990,10 +943,8 @@ class _Asked(NamedTuple):
     asks: tuple[str, ...]
 
 
-def _cause(reason: str) -> str:
-    """Return the first line of a reason, without whose it was."""
-    line = reason.strip().split("\n", 1)[0]
-    return line.split(", ", 1)[-1] if line.startswith("client ") else line
+def _reason(error: AggregationError) -> str:
+    return plain_lines(str(error), TRACEBACK_LENGTH)
 
 
 def _request(config: ConfigRecord, asks: tuple[str, ...]) -> dict[str, list[str]]:

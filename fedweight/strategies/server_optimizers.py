@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import check_range
+from ..errors import ConfigurationError, check_range
 from ..registry import Registry
 
 
@@ -140,10 +140,20 @@ def no_optimizer() -> None:
 def server_optimizer(name: str, **options: float) -> ServerOptimizer | None:
     """Make a server optimiser by name, or the user's own by ``"module:Class"``.
 
+    Raises
+    ------
+    ConfigurationError
+        If there is none, or if it is no :class:`ServerOptimizer`.
+
     Examples
     --------
     >>> server_optimizer("adam", learning_rate=0.1).learning_rate
     0.1
     """
-    made: ServerOptimizer | None = SERVER_OPTIMIZERS.resolve(name)(**options)
+    made = SERVER_OPTIMIZERS.resolve(name)(**options)
+    if made is not None and not isinstance(made, ServerOptimizer):
+        raise ConfigurationError(
+            f"server optimiser '{name}' is {type(made).__name__}, which is not derived "
+            "from fedweight.strategies.server_optimizers.ServerOptimizer."
+        )
     return made

@@ -1,26 +1,65 @@
-"""A run's folder: files that are whole or not there."""
+"""A run's folder: one run's at a time, with files that are whole or not there."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import logging
 import math
 import os
 import re
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import tomllib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, OutputError
+from ..texts import listed, plain
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger("fedweight")
+
+# All that a run writes.
+FILES = (
+    "config.toml",
+    "environment.json",
+    "rounds.csv",
+    "clients.csv",
+    "partition.csv",
+    "timings.csv",
+    "errors.log",
+    "model.safetensors",
+    "report.html",
+)
+
+# Held by the run that writes to the folder, and removed when it ends.
+LOCK = ".lock"
 
 # Tables grow by a few rows a round but are written whole. So that writing stays a
 # small share of the time, a table rests this many times as long as it took to write.
 REST = 20
 
 
-def new_folder(out: str | Path | None, name: str) -> Path:
-    """Make the folder of a new run.
+def check_free(out: str | Path | None, overwrite: bool = False) -> None:
+    """Refuse early a folder that :func:`new_folder` would refuse; write nothing."""
+    if out is not None:
+        with _refusals(out):
+            _check_content(Path(out), overwrite)
+
+
+@contextmanager
+def new_folder(
+    out: str | Path | None, name: str, overwrite: bool = False
+) -> Iterator[Path]:
+    """Take the folder of a new run, for the time of a ``with`` block.
+
+    Meanwhile no other run can take it.
 
     Parameters
     ----------
@@ -29,32 +68,47 @@ def new_folder(out: str | Path | None, name: str) -> Path:
         with a number added if that is taken.
     name : str
         What the run is called.
+    overwrite : bool
+        Remove a run that is in the folder already, and is not running. Anything else
+        that is there is left alone, and refused.
 
     Raises
     ------
     ConfigurationError
         If the folder is taken or cannot be made.
     """
+    with _refusals(f"runs/{name}" if out is None else out):
+        folder = _make_folder(out, name, overwrite)
+        lock = _take(folder, overwrite)
     try:
-        return _make_folder(out, name)
-    except OSError as error:
+        yield folder
+    finally:
+        _give_back(folder, lock)
+
+
+@contextmanager
+def _refusals(folder: str | Path) -> Iterator[None]:
+    """Say of any folder that cannot be made which one it is."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: no path has a NUL in it.
         raise ConfigurationError(
-            f"the run's folder '{error.filename}' cannot be made: {error.strerror}. "
-            "Choose another with --out."
+            f"the run's folder '{plain(folder)}' cannot be made: "
+            f"{getattr(error, 'strerror', None) or error}. Choose another with --out."
         ) from error
 
 
-def _make_folder(out: str | Path | None, name: str) -> Path:
+def _make_folder(out: str | Path | None, name: str, overwrite: bool) -> Path:
     if out is not None:
         folder = Path(out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigurationError(
-                f"--out '{folder}' exists and is not an empty folder. Name another, or "
-                "remove it first: a run never writes over another's results."
-            )
+        _check_content(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = re.sub(r"[/\\]+", "-", name)
+    if overwrite:
+        return _make_folder(Path("runs") / name, name, overwrite)
     for number in range(1, 1_000_000):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:
@@ -65,15 +119,153 @@ def _make_folder(out: str | Path | None, name: str) -> Path:
     raise ConfigurationError("runs/ is full; choose a folder with --out.")
 
 
+def _check_content(folder: Path, overwrite: bool) -> list[str]:
+    """Return what a run that may be removed has written to a folder; or refuse it."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(
+            f"--out '{folder}' exists and is not an empty folder. Name another."
+        )
+    names = sorted(os.listdir(folder)) if folder.exists() else []
+    names = [name for name in names if name != LOCK]
+    if names and not overwrite:
+        raise ConfigurationError(
+            f"--out '{folder}' exists and is not an empty folder. Name another, or "
+            "remove it first: a run never writes over another's results. To replace "
+            "a run that is there say --overwrite (in Python overwrite=True)."
+        )
+    if names:
+        _check_is_run(folder, names)
+    return names
+
+
+def _check_is_run(folder: Path, names: Sequence[str]) -> None:
+    """Refuse to remove anything but a run."""
+    ours = {*FILES, *(f".{name}.part" for name in FILES)}
+    others = [n for n in names if n not in ours or (folder / n).is_dir()]
+    if not others and set(FILES).isdisjoint(names):
+        return  # It ended before its first file was whole.
+    try:
+        tables = tomllib.loads((folder / "config.toml").read_text("utf-8"))
+    except (OSError, ValueError):
+        tables = {}
+    if others or not {"run", "strategy"} <= set(tables):
+        what = plain(listed(others)) if others else "no config.toml of a run"
+        raise ConfigurationError(
+            f"--overwrite removes a run and nothing else, but '{folder}' has {what}. "
+            "Nothing was removed. Name another folder with --out."
+        )
+
+
+def _take(folder: Path, overwrite: bool) -> int:
+    """Lock a folder for this run; remove the run that is there, if it may be."""
+    lock = _lock(folder / LOCK)
+    if lock is None:
+        raise ConfigurationError(
+            f"another run is writing to '{folder}'. Wait for its end, or name another "
+            "folder with --out."
+        )
+    try:
+        # Another run may have come and gone since it was looked at.
+        names = _check_content(folder, overwrite)
+        if names:
+            log.warning("removing the run in %s: %s", folder, listed(names, most=12))
+        # The last one says that it is a run's folder, if not all can be removed.
+        for name in sorted(names, key=lambda name: name == "config.toml"):
+            (folder / name).unlink()
+    except BaseException:
+        _give_back(folder, lock)
+        raise
+    return lock
+
+
+def _lock(path: Path) -> int | None:
+    """Return an open file that nobody else has locked; ``None`` where somebody has.
+
+    The lock ends with the process, however that ends.
+    """
+    if sys.platform == "win32":
+        try:
+            path.unlink(missing_ok=True)  # An open file cannot be removed there.
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except (PermissionError, FileExistsError):
+            return None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            return descriptor  # A file system without locks: nobody can tell.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)  # Its run has removed it, in between.
+
+
+def _give_back(folder: Path, lock: int) -> None:
+    if sys.platform == "win32":
+        os.close(lock)
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+    if sys.platform != "win32":
+        os.close(lock)
+
+
+# Begins a config.toml that is not enough to repeat its run.
+_CANNOT_REPEAT = "# This file alone does not repeat its run: "
+
+
+def cannot_repeat(why: str, instead: str) -> str:
+    """Return the comments that a ``config.toml`` begins with that is not enough.
+
+    Examples
+    --------
+    >>> print(cannot_repeat("its data are gone", "bring them"), end="")
+    # This file alone does not repeat its run: its data are gone.
+    # To repeat it, bring them.
+    """
+    return f"{_CANNOT_REPEAT}{why}.\n# To repeat it, {instead}.\n"
+
+
+def check_repeats(path: Path) -> None:
+    """Refuse a ``config.toml`` that says that it does not repeat its run."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            why, how = file.readline(1000), file.readline(1000)
+    except (OSError, ValueError):
+        return  # Whoever reads it says so.
+    if why.startswith(_CANNOT_REPEAT):
+        said = plain(f"{why.removeprefix('# ')} {how.removeprefix('# ')}")
+        raise ConfigurationError(f"{path}: {said}")
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file aside and rename it, so that nobody ever meets half of it."""
+    """Write a file aside and rename it, so that nobody ever meets half of it.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; the file that was there before still is, and nothing
+        is left aside.
+    """
     aside = path.with_name(f".{path.name}.part")
     data = content.encode() if isinstance(content, str) else content
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}. Make room, or name "
+            "another folder; what was written before is whole."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 class Table:
@@ -85,21 +277,37 @@ class Table:
         The file.
     columns : Sequence[str]
         Columns that it always has; others are added at the end as rows bring them.
+    optional : Collection[str]
+        Those of ``columns`` that are there, in their place, once a row brings them.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], optional: Collection[str] = ()
+    ) -> None:
         self.path = path
-        self.columns = list(columns)
+        self.columns = [name for name in columns if name not in optional]
+        self._order = list(columns)
         self._lines: list[str] = []
         self._rest_until = 0.0
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows; write the file unless it was written a moment ago."""
         for row in rows:
-            self.columns += [name for name in row if name not in self.columns]
+            for name in row:
+                if name not in self.columns:
+                    self._add_column(name)
             self._lines.append(_line(row.get(name) for name in self.columns))
         if time.monotonic() >= self._rest_until:
             self.write()
+
+    def _add_column(self, name: str) -> None:
+        if name not in self._order:
+            self.columns.append(name)
+            return
+        place = sum(n in self.columns for n in self._order[: self._order.index(name)])
+        self.columns.insert(place, name)
+        for number, cells in enumerate(csv.reader(self._lines)):
+            self._lines[number] = _line([*cells[:place], "", *cells[place:]])
 
     def write(self) -> None:
         """Write the file."""

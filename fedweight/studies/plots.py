@@ -8,6 +8,7 @@ itself in a notebook. Nothing here touches pyplot or matplotlib's global setting
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, check_choice
-from .records import ROUND_COLUMNS
+from ..texts import plain
+from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .result import Run, label_columns
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from matplotlib.transforms import Transform
 
 Array = npt.NDArray[np.float64]
 
@@ -39,6 +42,10 @@ VERMILION = "#cc4e0c"
 GREEN = "#0b8468"
 
 HALF, FULL = 5.3, 10.8  # widths in inches: half of the report's page, and all of it
+
+FEW = 10  # of so many clients a tenth is one client, and is called so
+
+_MOST_PANELS = 12  # of what a method recorded
 
 # No screen shows more cells than this one by one; what exceeds it is averaged.
 _MAX_ROWS, _MAX_COLUMNS = 400, 400
@@ -109,7 +116,8 @@ def loss(run: Run, ax: Axes | None = None) -> Axes:
 def client_accuracies_by_round(run: Run, ax: Axes | None = None) -> Axes:
     """Draw how the clients' accuracies spread, round by round.
 
-    The line is the median client; the bands hold half, and four fifths, of them.
+    The line is the median client; the bands hold half, and four fifths, of them (all
+    where they are ten or fewer).
 
     Parameters
     ----------
@@ -125,9 +133,8 @@ def client_accuracies_by_round(run: Run, ax: Axes | None = None) -> Axes:
     """
     frame = _clients_accuracy(run)
     rounds = frame.index.to_numpy()
-    low, quarter, median, three, high = np.nanquantile(
-        frame.to_numpy(), [0.1, 0.25, 0.5, 0.75, 0.9], axis=1
-    )
+    few = int(frame.count(axis=1).max()) <= FEW
+    low, quarter, median, three, high = _quantiles(frame.to_numpy(), few)
     ax = ax or _new_axes(HALF, 3.1)
     marker = "o" if len(rounds) < 3 else ""
     ax.fill_between(rounds, low, high, color=BLUE, alpha=0.16, linewidth=0)
@@ -140,9 +147,9 @@ def client_accuracies_by_round(run: Run, ax: Axes | None = None) -> Axes:
     _label_ends(
         ax,
         [
-            (low[-1], "worst 10 %", MUTED),
+            (low[-1], "worst client" if few else "worst 10 %", MUTED),
             (median[-1], "median client", BLUE),
-            (high[-1], "best 10 %", MUTED),
+            (high[-1], "best client" if few else "best 10 %", MUTED),
         ],
     )
     _style(ax)
@@ -208,7 +215,7 @@ def weights_heatmap(run: Run, ax: Axes | None = None, order: str = "number") -> 
         + _averaged(rows, "clients"),
     )
     _round_axis(ax, 0.5, weights.shape[0] + 0.5, margin=0)
-    _client_ticks(ax.yaxis, clients, order)
+    _client_ticks(ax.yaxis, run, clients, order)
     _style(ax, grid=None)
     _cell_lines(ax, *relative.shape)
 
@@ -228,7 +235,7 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
     """Draw the clients' weights against their shares of the data in one round.
 
     On the diagonal a client counts by its data, as in FedAvg; on the horizontal line
-    all clients count the same. The clients farthest from the diagonal are numbered.
+    all clients count the same. The clients farthest from the diagonal are named.
 
     Parameters
     ----------
@@ -242,7 +249,8 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
     Raises
     ------
     DataError
-        The run holds no weights, or none in that round.
+        The run holds no weights, or none in that round; or it is not known how much
+        data the clients hold.
     """
     weights = _weights(run)
     number = int(weights.index.max()) if round is None else round
@@ -251,6 +259,8 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
     row = weights.loc[number].dropna()
     clients, weight = row.index.to_numpy(), row.to_numpy(dtype=float)
     share = data_shares(run, number, clients)
+    if np.isnan(share).any():
+        raise DataError(f"{run.folder} does not say how much data the clients hold.")
 
     ax = ax or _new_axes(HALF, 3.9)
     top = 1.08 * max(float(share.max()), float(weight.max()), 1 / len(weight))
@@ -292,6 +302,7 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
             markeredgewidth=0.5 if len(weight) <= 300 else 0,
             alpha=0.85,
             label=label,
+            clip_on=False,  # A dot at zero is a whole dot.
         )
     ax.set_xlim(0, top)
     ax.set_ylim(bottom, top)
@@ -308,7 +319,7 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
         named.append(index)
         above = weight[index] > share[index]
         ax.annotate(
-            f"client {clients[index]}",
+            f"client {_shortened(run.name_of(clients[index]))}",
             (share[index], weight[index]),
             xytext=(-5, 3) if above else (5, -3),
             textcoords="offset points",
@@ -367,8 +378,8 @@ def client_accuracies(run: Run, ax: Axes | None = None) -> Axes:
     ax.axvspan(0.5, tenth + 0.5, color=VERMILION, alpha=0.12, linewidth=0)
     ax.axhline(values.mean(), color=MUTED, linewidth=1, dashes=(5, 3))
     many = count > 400  # dots would merge into a line, and cost a lot of space
-    worst = ranks <= tenth
-    for mask, colour in ((worst, VERMILION), (~worst, BLUE)):
+    last = ranks <= tenth
+    for mask, colour in ((last, VERMILION), (~last, BLUE)):
         ax.plot(
             ranks[mask],
             values[mask],
@@ -382,8 +393,9 @@ def client_accuracies(run: Run, ax: Axes | None = None) -> Axes:
     _limits(ax, values, (0.0, 1.0))
     ax.set_xlim(0.5 - 0.02 * count, count + 0.5 + 0.02 * count)
     low, _ = ax.get_ylim()
+    worst = _per_cent(_recorded(run, number, "worst10", values[:tenth]))
     ax.annotate(
-        f"worst 10 %: {_per_cent(_recorded(run, number, 'worst10', values[:tenth]))}",
+        f"worst {'client' if count <= FEW else '10 %'}: {worst}",
         (tenth + 0.5, low),
         xytext=(5, 6),
         textcoords="offset points",
@@ -467,7 +479,7 @@ def labels(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
         + _averaged(merged, "clients"),
         "Class" + _averaged(rows, "classes"),
     )
-    _client_ticks(ax.xaxis, clients, order)
+    _client_ticks(ax.xaxis, run, clients, order)
     if len(names) <= 20:
         ax.set_yticks(range(len(names)), [_shortened(name) for name in names])
     else:
@@ -475,7 +487,7 @@ def labels(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
     _style(ax, grid=None)
     _cell_lines(ax, *blocks.shape)
 
-    bars = ax.inset_axes((0.0, 1.03, 1.0, 0.9 / (0.8 + len(columns) ** 0.5)))
+    bars = ax.inset_axes((0.0, 0.06, 1.0, 0.5), transform=_above(ax))
     edges = np.arange(len(clients) + 1) - 0.5
     bars.stairs(sizes, edges, fill=True, color=MUTED, alpha=0.55, linewidth=0)
     bars.set_xlim(ax.get_xlim())
@@ -506,48 +518,74 @@ def labels(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
 def recorded(run: Run) -> Figure:
     """Draw what the method itself recorded of each round, a panel a number.
 
+    A number of the round is a line. Of a number of each client the line is the median
+    client, and the band holds four fifths of them (all where they are ten or fewer).
+
     Parameters
     ----------
     run : Run
-        What to draw; the first eight of its numbers.
+        What to draw; the first twelve of its numbers.
 
     Raises
     ------
     DataError
         The method recorded nothing of its own.
     """
-    names = [name for name in run.rounds if name not in ROUND_COLUMNS]
-    frame = run.rounds.set_index("round")[names].select_dtypes("number")
-    frame = frame.astype(float)
-    frame = frame.where(np.isfinite(frame)).dropna(axis=1, how="all").iloc[:, :8]
-    if frame.empty:
+    frames = _own_numbers(run)
+    if not frames:
         raise DataError(f"the strategy '{run.strategy}' recorded nothing of its own.")
-    across = min(max(frame.shape[1], 2), 4)
-    lines = math.ceil(frame.shape[1] / across)
+    shown = dict(list(frames.items())[:_MOST_PANELS])
+    across = min(max(len(shown), 2), 4)
+    lines = math.ceil(len(shown) / across)
     figure = _figure_class()(
         figsize=(FULL, 2.1 * lines), layout="constrained", facecolor=PAPER
     )
     panels = figure.subplots(lines, across, squeeze=False).ravel()
-    for panel in panels[frame.shape[1] :]:
+    for panel in panels[len(shown) :]:
         panel.set_visible(False)
-    for panel, name in zip(panels, frame, strict=False):
-        values = frame[name].dropna()
-        marker = "o" if len(values) < 3 else ""
-        panel.set_facecolor("none")
-        panel.plot(
-            values.index,
-            values.to_numpy(),
-            color=BLUE,
-            linewidth=1.6,
-            marker=marker,
-            markersize=4,
+    for panel, (name, frame) in zip(panels, shown.items(), strict=False):
+        low, _, middle, _, high = _quantiles(
+            frame.to_numpy(dtype=float), frame.shape[1] <= FEW
         )
-        _limits(panel, values.to_numpy(), (-math.inf, math.inf))
-        _round_axis(panel, float(values.index.min()), float(values.index.max()))
-        panel.set_title(_readable(name), loc="left", fontsize=9.5, color=INK)
+        rounds = frame.index.to_numpy()
+        marker = "o" if len(rounds) < 3 else ""
+        panel.set_facecolor("none")
+        panel.fill_between(rounds, low, high, color=BLUE, alpha=0.2, linewidth=0)
+        panel.plot(
+            rounds, middle, color=BLUE, linewidth=1.6, marker=marker, markersize=4
+        )
+        _limits(panel, np.concatenate([low, high]), (-math.inf, math.inf))
+        _round_axis(panel, float(rounds.min()), float(rounds.max()))
+        whose = " of a client" if frame.shape[1] > 1 else ""
+        panel.set_title(
+            f"{_readable(name)}{whose}", loc="left", fontsize=9.5, color=INK
+        )
         panel.set_xlabel("Round", fontsize=9, color=INK)
         _style(panel)
+    if len(frames) > len(shown):
+        figure.supxlabel(
+            f"{len(frames) - len(shown)} more in rounds.csv and clients.csv",
+            fontsize=8.5,
+            color=MUTED,
+        )
     return figure
+
+
+def _own_numbers(run: Run) -> dict[str, Any]:
+    """Return the method's numbers as frames ``[rounds, 1 or clients]``, by column."""
+    rounds = run.rounds.set_index("round").select_dtypes("number")
+    frames = {name: rounds[[name]] for name in rounds if name not in ROUND_COLUMNS}
+    if (run.folder / "clients.csv").is_file():
+        numbers = run.clients.select_dtypes("number")
+        own = [name for name in numbers if name not in CLIENT_COLUMNS]
+        # What all clients have says more than the mean of it.
+        frames |= {name: run.by_number(str(name)) for name in own}
+    finite = {
+        str(name): frame.astype(float).where(np.isfinite(frame.astype(float)))
+        for name, frame in frames.items()
+    }
+    known = {name: frame.dropna(how="all") for name, frame in finite.items()}
+    return {name: frame for name, frame in known.items() if not frame.empty}
 
 
 # -------------------------------------------------------------------- what they share
@@ -583,7 +621,9 @@ def _figure_class() -> type[Figure]:
 
         def _repr_png_(self) -> bytes:
             buffer = BytesIO()
-            self.savefig(buffer, format="png", dpi=144, facecolor=PAPER)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing from")
+                self.savefig(buffer, format="png", dpi=144, facecolor=PAPER)
             return buffer.getvalue()
 
     return NotebookFigure
@@ -608,6 +648,18 @@ def _style(ax: Axes, grid: str | None = "y") -> None:
     if grid == "y":
         ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
+
+
+def _above(ax: Axes) -> Transform:
+    """Return coordinates above axes: 0 to 1 from left to right, inches from their top.
+
+    What is measured in shares of the axes' height is cut off where they are low: the
+    layout makes room for it before it knows how high they are.
+    """
+    from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+
+    top = ScaledTranslation(0, 1, ax.transAxes)  # type: ignore[arg-type]
+    return blended_transform_factory(ax.transAxes, figure_of(ax).dpi_scale_trans + top)
 
 
 def _titles(ax: Axes, title: str, x: str, y: str) -> None:
@@ -739,7 +791,7 @@ def _label_ends(ax: Axes, lines: Sequence[tuple[float, str, str]]) -> None:
 
 
 def _weights(run: Run) -> Any:
-    weights = run.weights
+    weights = run.weights_by_number
     if weights.empty:
         raise DataError(
             f"{run.folder / 'clients.csv'} holds no weights: no round succeeded, or "
@@ -749,10 +801,17 @@ def _weights(run: Run) -> Any:
 
 
 def _clients_accuracy(run: Run) -> Any:
-    frame = run.by_client("accuracy")
+    frame = run.by_number("accuracy")
     if frame.empty:
         raise DataError(f"{run.folder / 'clients.csv'} holds no client's accuracy.")
     return frame
+
+
+def _quantiles(values: Array, few: bool) -> Array:
+    """Return what bounds the bands over clients, ``[5, rounds]``, the median third."""
+    ends = (0.0, 1.0) if few else (0.1, 0.9)
+    shares = [ends[0], 0.25, 0.5, 0.75, ends[1]]
+    return np.asarray(np.nanquantile(values, shares, axis=1))
 
 
 def _recorded(run: Run, number: int, statistic: str, values: Array) -> float:
@@ -768,18 +827,25 @@ def _recorded(run: Run, number: int, statistic: str, values: Array) -> float:
 def _ordered_clients(run: Run, order: str) -> list[int]:
     """Return every client's number, by number or by falling size of its data."""
     path = run.folder / "partition.csv"
-    if not path.is_file():
-        if order == "size":
-            raise DataError(f"{path} is missing, which holds the clients' data sizes.")
-        return sorted(int(client) for client in run.clients["client"].unique())
-    frame = run.partition.sort_values("client", kind="stable")
+    sizes: dict[int, float] = {}
+    if path.is_file() and "train_examples" in run.partition:
+        known = run.partition["train_examples"].fillna(0).tolist()
+        sizes = dict(zip(run.partition["client"].tolist(), known, strict=True))
+    elif order == "size":
+        raise DataError(f"{path} is missing, which holds the clients' data sizes.")
+    clients = set(sizes)
+    if (run.folder / "clients.csv").is_file():
+        took_part = run.clients["status"].isin(["ok", "dropped"]) | (not sizes)
+        clients |= set(run.clients["client"][took_part].tolist())
     if order == "size":
-        frame = frame.sort_values("train_examples", ascending=False, kind="stable")
-    return [int(client) for client in frame["client"]]
+        return sorted(clients, key=lambda client: (-sizes.get(client, 0), client))
+    return sorted(clients)
 
 
 def data_shares(run: Run, number: int, clients: Iterable[int]) -> Array:
     """Return the share of the round's data that each of its clients holds, ``[K]``.
+
+    All NaN where it is not known of some client how much it holds.
 
     Parameters
     ----------
@@ -797,11 +863,11 @@ def data_shares(run: Run, number: int, clients: Iterable[int]) -> Array:
         known = rows.dropna(subset=["weight"]).drop_duplicates("client")
         examples = known.set_index("client")["examples"].reindex(clients)
         sizes = examples.to_numpy(dtype="float64", na_value=np.nan)
-    if np.isnan(sizes).any():
-        table = run.partition.set_index("client")["train_examples"].reindex(clients)
-        sizes = np.where(
-            np.isnan(sizes), table.to_numpy(dtype=float, na_value=0.0), sizes
-        )
+    if np.isnan(sizes).any() and (run.folder / "partition.csv").is_file():
+        table = run.partition.set_index("client").get("train_examples")
+        if table is not None:
+            told = table.reindex(clients).to_numpy(dtype=float, na_value=np.nan)
+            sizes = np.where(np.isnan(sizes), told, sizes)
     return np.asarray(sizes / max(float(sizes.sum()), 1.0))
 
 
@@ -873,15 +939,18 @@ def _cell_lines(ax: Axes, rows: int, columns: int) -> None:
         ax.axvline(left + column, color=PAPER, linewidth=1)
 
 
-def _client_ticks(axis: Any, clients: Sequence[int], order: str) -> None:
-    if len(clients) <= 20:
-        axis.set_ticks(range(len(clients)), [str(client) for client in clients])
-    elif order == "number" and clients == list(range(len(clients))):
+def _client_ticks(axis: Any, run: Run, clients: Sequence[int], order: str) -> None:
+    numbered = order == "number" and clients == list(range(len(clients)))
+    if len(clients) > 20 and numbered and not run.names:
         _integer(axis)
-    else:
-        step = math.ceil(len(clients) / 20)
-        places = range(0, len(clients), step)
-        axis.set_ticks(places, [str(clients[place]) for place in places])
+        return
+    step = math.ceil(len(clients) / 20)
+    names = [_shortened(run.name_of(client)) for client in clients[::step]]
+    axis.set_ticks(range(0, len(clients), step), names)
+    if axis.axis_name == "x" and sum(map(len, names)) > 90:
+        axis.set_tick_params(labelrotation=45)
+        for label in axis.get_ticklabels():
+            label.set(ha="right", rotation_mode="anchor")
 
 
 def _scale_limit(logs: Array) -> float:
@@ -1008,5 +1077,4 @@ def _readable(name: object) -> str:
 
 def _shortened(name: str, length: int = 16) -> str:
     """Return a name that fits, with no dollar that would begin a formula."""
-    short = name if len(name) <= length else name[: length - 1] + "…"
-    return short.replace("$", r"\$")
+    return plain(name, length).replace("$", r"\$")

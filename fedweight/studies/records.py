@@ -1,77 +1,44 @@
-"""From what a strategy recorded to the rows of ``rounds.csv`` and ``clients.csv``."""
+"""From what a strategy recorded to the rows of ``rounds.csv`` and ``clients.csv``.
+
+And to ``errors.log``, where what went wrong is told in full.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ..metrics import client_spread
 from ..strategies import ClientRecord, RoundRecord
+from ..texts import (
+    NAME_LENGTH,
+    REASON_LENGTH,
+    anybodys,
+    listed,
+    plain,
+    plain_lines,
+    rounds_listed,
+)
+from .columns import CLIENT_NAMES, COUNTS
+from .folder import write_whole
 
 Row = dict[str, Any]
-
-ROUND_COLUMNS = (
-    "round",
-    "status",
-    "reason",
-    "asked",
-    "ok",
-    "rejected",
-    "failed",
-    "missing",
-    "dropped",
-    "effective_clients",
-    "train_loss",
-    "train_accuracy",
-    "evaluate_loss",
-    "evaluate_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "client_accuracy_mean",
-    "client_accuracy_std",
-    "client_accuracy_worst10",
-    "client_accuracy_best10",
-    "bytes_down",
-    "bytes_up",
-)
-
-CLIENT_COLUMNS = (
-    "round",
-    "client",
-    "status",
-    "reason",
-    "weight",
-    "examples",
-    "steps",
-    "train_loss",
-    "train_accuracy",
-    "held_out_examples",
-    "loss",
-    "accuracy",
-    "bytes_down",
-    "bytes_up",
-)
-
-# A client's metrics whose column is not simply the name in snake_case.
-CLIENT_NAMES = {
-    "num-examples": "examples",
-    "num-steps": "steps",
-    "evaluate-num-examples": "held_out_examples",
-    "evaluate-loss": "loss",
-    "evaluate-accuracy": "accuracy",
-}
-
-COUNTS = {"examples", "steps", "held_out_examples"}
 
 
 def client_row(number: int, record: ClientRecord) -> Row:
     """Return one client's row of a round."""
     row: Row = {}
     for name, value in record.metrics.items():
-        column = CLIENT_NAMES.get(name, snake_case(name))
+        column = CLIENT_NAMES.get(name) or snake_case(name)
         whole = column in COUNTS and math.isfinite(value)
         row[column] = int(value) if whole else value
     row |= {f"own_{snake_case(name)}": v for name, v in record.own_metrics.items()}
+    named = plain(record.name, NAME_LENGTH) if record.name else ""
+    if named not in ("", str(record.client)):
+        row["name"] = named
     return row | {
         "round": number,
         "client": record.client,
@@ -108,6 +75,7 @@ def round_row(record: RoundRecord, test: dict[str, float]) -> Row:
     }
 
 
+@lru_cache(maxsize=4096)
 def snake_case(name: str) -> str:
     """Return a metric's name as a column's.
 
@@ -116,9 +84,84 @@ def snake_case(name: str) -> str:
     >>> snake_case("proxy-loss")
     'proxy_loss'
     """
-    return name.replace("-", "_")
+    return plain(name, NAME_LENGTH).replace("-", "_")
 
 
 def first_line(text: str) -> str:
-    """Return the first line of a reason; a traceback is for the log."""
-    return text.strip().split("\n", 1)[0]
+    """Return the first line of a reason; a traceback is for ``errors.log``."""
+    return plain(text.strip().split("\n", 1)[0]) if text else ""
+
+
+@dataclass
+class Error:
+    """One error, and whom it happened to."""
+
+    text: str
+    rounds: set[int] = field(default_factory=set)
+    clients: dict[int, str] = field(default_factory=dict)
+    times: int = 0
+
+
+class ErrorLog:
+    """``errors.log``: each distinct error once, in full, with its rounds and clients.
+
+    What one line says in full is in ``clients.csv`` and not here.
+
+    Parameters
+    ----------
+    path : Path
+        The file; there is none until there is an error.
+    """
+
+    MOST = 100  # different errors, and characters of each
+    LENGTH = 20_000
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._errors: dict[str, Error] = {}
+        self._left_out = 0
+        self._new = False
+
+    def add(self, record: RoundRecord) -> None:
+        """Take in what went wrong in a round; write the file if some of it is new."""
+        for client in record.clients:
+            if client.reason:
+                self._add(record.number, client)
+        if self._new:
+            self.write()
+
+    def _add(self, number: int, client: ClientRecord) -> None:
+        reason = client.reason.strip()
+        if "\n" not in reason and len(reason) <= REASON_LENGTH:
+            return
+        key = anybodys(reason[: self.LENGTH])
+        error = self._errors.get(key)
+        if error is None:
+            if len(self._errors) == self.MOST:
+                self._left_out += 1
+                return
+            error = self._errors[key] = Error(plain_lines(key, self.LENGTH))
+            self._new = True
+        error.rounds.add(number)
+        error.clients[client.client] = client.name or str(client.client)
+        error.times += 1
+
+    def write(self) -> None:
+        """Write the file, with what has come together since."""
+        if not self._errors:
+            return
+        parts = [_told(error) for error in self._errors.values()]
+        if self._left_out:
+            parts.append(
+                f"{self._left_out} times other errors, after {self.MOST} different "
+                "ones; clients.csv has their first lines.\n"
+            )
+        write_whole(self.path, "\n".join(parts))
+        self._new = False
+
+
+def _told(error: Error) -> str:
+    names = [plain(error.clients[c], NAME_LENGTH) for c in sorted(error.clients)]
+    whom = f"client{'s' if len(names) > 1 else ''} {listed(names, most=20)}"
+    rounds = rounds_listed(error.rounds, most=20)
+    return f"{error.times} x, {rounds}, {whom}:\n{error.text}\n"

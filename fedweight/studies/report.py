@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..errors import DataError
+from ..texts import listed, plain
+from .folder import write_whole
 from .result import Run
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ def write_report(run: Run) -> Path:
     -------
     Path
         The file.
+
+    Raises
+    ------
+    OutputError
+        It cannot be written; one that was there still is.
     """
     path = run.folder / "report.html"
-    aside = path.with_name(".report.html.part")
-    try:
-        aside.write_text(render(run), encoding="utf-8", newline="\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, render(run))
     return path
 
 
@@ -68,8 +69,8 @@ def render(run: Run) -> str:
         title=title,
         style=_STYLE,
         lead=_lead(run, summary),
-        notice=_notice(run, summary),
-        tiles=_tiles(summary),
+        notice=_notice(summary),
+        tiles=_tiles(run, summary),
         sections="\n".join(_sections(run)),
     )
 
@@ -88,7 +89,7 @@ def notebook_summary(run: Run) -> str:
     rows = "".join(
         f"<tr><th scope='row' style='text-align:left'>{escape(label)}</th>"
         f"<td style='text-align:right'>{value}</td></tr>"
-        for label, value, _ in _key_numbers(summary)
+        for label, value, _ in _key_numbers(run, summary)
     )
     try:
         figure = plots.figure_of(plots.accuracy(run))
@@ -100,6 +101,7 @@ def notebook_summary(run: Run) -> str:
         "background:#fff;color:#1f2933;padding:12px;border-radius:8px'>"
         f"<table><caption style='text-align:left'><b>{escape(run.name)}</b>: "
         f"{escape(run.strategy)} on {escape(run.data_set)}</caption>{rows}</table>"
+        f"{_warnings(summary)}"
         f"<div style='flex:1 1 340px;max-width:480px'>{curve}</div></div>"
     )
 
@@ -129,30 +131,43 @@ def _name(run: Run, table: str, key: str = "name") -> str:
     return str(content.get(key, "")) if isinstance(content, dict) else ""
 
 
-def _notice(run: Run, summary: Mapping[str, Any]) -> str:
+def _notice(summary: Mapping[str, Any]) -> str:
     done, asked = summary["rounds"], summary["rounds_asked"]
+    parts = _warnings(summary)
     if asked is not None and done < asked:
-        return (
+        parts = (
             f"<p class='notice'>This run stands at round {done} of {asked}. "
             "It was interrupted; what follows is of the rounds that ended.</p>"
-        )
-    return ""
+        ) + parts
+    return parts
 
 
-def _key_numbers(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _warnings(summary: Mapping[str, Any]) -> str:
+    """Return what a reader must know first, as a list."""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in summary["warnings"])
+    return f"<ul class='notice' role='note'>{lines}</ul>" if lines else ""
+
+
+def _key_numbers(run: Run, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return label, value and remark of what a reader wants to know first."""
+    from . import plots
+
     numbers: list[tuple[str, str, str]] = []
 
     def add(label: str, value: Any, remark: str = "") -> None:
         if value is not None:
             numbers.append((label, value, remark))
 
-    add("Test accuracy", _percent(summary["test_accuracy"]), "after the last round")
-    add(
-        "Mean of the last 10 rounds",
-        _percent(summary["mean_test_accuracy_last_10"]),
-        "test accuracy",
-    )
+    when = _when(run, "test_accuracy")
+    add("Test accuracy", _percent(summary["test_accuracy"]), f"after {when}")
+    averaged = summary["test_accuracies_in_mean"]
+    if averaged > 1:
+        every = averaged == min(10, summary["rounds"])
+        add(
+            f"Mean of the last {averaged} {'rounds' if every else 'tests'}",
+            _percent(summary["mean_test_accuracy_last_10"]),
+            "test accuracy" if every else "test accuracy, in the last 10 rounds",
+        )
     spread = _percent(summary["client_accuracy_std"])
     add(
         "Clients’ mean accuracy",
@@ -160,16 +175,19 @@ def _key_numbers(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         f"standard deviation {spread}" if spread else "",
     )
     highest = _percent(summary["client_accuracy_best10"])
+    tenth = "10 %"
+    if _num_evaluated(run) <= plots.FEW:
+        tenth = "client"
     add(
-        "Worst 10 % of clients",
+        "Worst client" if tenth == "client" else "Worst 10 % of clients",
         _percent(summary["client_accuracy_worst10"]),
-        f"best 10 %: {highest}" if highest else "",
+        f"best {tenth}: {highest}" if highest else "",
     )
     effective = summary["effective_clients"]
     add(
         "Effective clients",
         None if effective is None else f"{effective:.1f}",
-        "in the last round",
+        f"in {_when(run, 'effective_clients')}",
     )
     asked = summary["rounds_asked"]
     add(
@@ -187,11 +205,27 @@ def _key_numbers(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return numbers
 
 
-def _tiles(summary: Mapping[str, Any]) -> str:
+def _when(run: Run, column: str) -> str:
+    """Say in which round something was last measured."""
+    measured = run.measured(column)
+    if not len(measured) or measured.index[-1] == run.rounds_done:
+        return "the last round"
+    return f"round {measured.index[-1]}"
+
+
+def _num_evaluated(run: Run) -> int:
+    """Return how many clients the last evaluation was of."""
+    if not _has(run, "clients.csv"):
+        return 0
+    accuracies = run.by_number("accuracy")
+    return int(accuracies.iloc[-1].count()) if len(accuracies) else 0
+
+
+def _tiles(run: Run, summary: Mapping[str, Any]) -> str:
     return "".join(
         f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd>"
         f"<dd class='remark'>{escape(remark)}</dd></div>"
-        for label, value, remark in _key_numbers(summary)
+        for label, value, remark in _key_numbers(run, summary)
     )
 
 
@@ -201,6 +235,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
 def _sections(run: Run) -> Iterable[str]:
     from . import plots
 
+    few = _num_evaluated(run) <= plots.FEW
     yield _section(
         "How much each client counts",
         _weights_in_words(run),
@@ -216,7 +251,7 @@ def _sections(run: Run) -> Iterable[str]:
             lambda: plots.client_accuracies_by_round(run),
             "spread",
             caption="The dark band holds the middle half of the clients, the light "
-            "one the middle four fifths.",
+            f"one {'all of them' if few else 'the middle four fifths'}.",
         ),
     )
     yield _section(
@@ -260,29 +295,41 @@ def _section(title: str, text: str, *content: str) -> str:
 
 
 def _weights_in_words(run: Run) -> str:
-    if not _has(run, "clients.csv") or run.weights.empty:
+    if not _has(run, "clients.csv") or run.weights_by_number.empty:
         return ""
-    number = int(run.weights.index.max())
-    row = run.weights.loc[number].dropna()
-    uniform = 1 / len(row)
-    values = row.to_numpy(dtype=float)
-    most, least = int(values.argmax()), int(values.argmin())
-    return (
-        f"In round {number}, {_plural(len(row), 'client')} counted. "
-        f"Client {row.index[most]} counted most, with a weight of {values[most]:.4g}, "
-        f"{values[most] / uniform:.2f} times the uniform weight {uniform:.4g}; "
-        f"client {row.index[least]} least, with {values[least]:.4g}."
+    number = int(run.weights_by_number.index.max())
+    row = pd.Series(run.weights_by_number.loc[number]).dropna()
+    some = row[row != 0].sort_values(kind="stable")
+    without = [escape(run.name_of(int(client))) for client in row[row == 0].index]
+    zero = (
+        f"client{'s' if len(without) > 1 else ''} {listed(without)} had a weight of 0"
     )
+    if some.empty:
+        return f"In round {number}, no client counted: {zero}."
+    names = [escape(run.name_of(int(client))) for client in some.index]
+    most, least, uniform = some.iloc[-1], some.iloc[0], 1 / len(row)
+    counted = f"In round {number}, {_plural(len(some), 'client')} counted"
+    if len(some) == 1:
+        said = f"In round {number}, client {names[0]} alone counted, with {most:.4g}"
+    elif most - least <= 1e-6 * abs(most):
+        said = f"{counted}, all alike, with a weight of {most:.4g}"
+    else:
+        said = (
+            f"{counted}. Client {names[-1]} counted most, with a weight of "
+            f"{most:.4g}, {most / uniform:.2f} times the uniform weight "
+            f"{uniform:.4g}; client {names[0]} least, with {least:.4g}"
+        )
+    return f"{said}; {zero}." if without else f"{said}."
 
 
 def _extremes(run: Run) -> str:
     """Return a table of the clients that count most and least."""
     from . import plots
 
-    if not _has(run, "clients.csv") or run.weights.empty:
+    if not _has(run, "clients.csv") or run.weights_by_number.empty:
         return ""
-    number = int(run.weights.index.max())
-    row = pd.Series(run.weights.loc[number]).dropna()
+    number = int(run.weights_by_number.index.max())
+    row = pd.Series(run.weights_by_number.loc[number]).dropna()
     row = row.sort_values(ascending=False, kind="stable")
     shares = pd.Series(plots.data_shares(run, number, row.index), index=row.index)
     frame = pd.DataFrame(
@@ -294,6 +341,7 @@ def _extremes(run: Run) -> str:
             "÷ share": (row / shares.where(shares > 0)).to_numpy(),
         }
     )
+    frame = _with_names(run, frame)
     if len(frame) <= 10:
         parts = [(f"Weights in round {number}", frame)]
     else:
@@ -302,6 +350,15 @@ def _extremes(run: Run) -> str:
             (f"The five that count least, round {number}", frame.tail(5)),
         ]
     return "<div>" + "".join(_table(name, part) for name, part in parts) + "</div>"
+
+
+def _with_names(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """Put the clients' names beside their numbers, where they have names."""
+    rows = rows.drop(columns="name", errors="ignore")
+    if run.names:
+        names = [run.names.get(int(client), "") for client in rows["client"]]
+        rows.insert(list(rows.columns).index("client") + 1, "name", names)
+    return rows
 
 
 def _course(run: Run, what: str) -> str:
@@ -341,7 +398,7 @@ def _troubles(run: Run) -> str:
         parts.append(
             _table(
                 f"Bad replies: {len(bad)}, none of them in the model",
-                bad[columns].head(_MOST_BAD_REPLIES),
+                _with_names(run, bad[columns].head(_MOST_BAD_REPLIES)),
                 more=len(bad) - _MOST_BAD_REPLIES,
             )
         )
@@ -359,7 +416,7 @@ def _clients_table(run: Run) -> str:
     return _table(
         f"Round {number}; accuracy and loss are those of its new global model on "
         "the clients’ held-out data",
-        rows.head(_MOST_CLIENTS),
+        _with_names(run, rows.head(_MOST_CLIENTS)),
         more=len(rows) - _MOST_CLIENTS,
     )
 
@@ -393,7 +450,7 @@ def _table(
     )
     columns = []
     for name, number in zip(frame.columns, numeric, strict=True):
-        show = _show_number if number else escape
+        show = _show_number if number else _show_text
         mark = _NUMBER if number else ""
         columns.append([f"<td{mark}>{show(value)}</td>" for value in frame[name]])
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*columns, strict=True))
@@ -443,6 +500,10 @@ def _show_number(value: Any) -> str:
         return ""
     number = float(value)
     return f"{number:.0f}" if number.is_integer() else f"{number:.4g}"
+
+
+def _show_text(value: Any) -> str:
+    return "" if value is None or value != value else escape(plain(value))
 
 
 def _percent(value: float | None) -> str | None:
@@ -624,6 +685,7 @@ dl,dd,figure,p{margin:0}
 .facts div{display:flex;gap:6px}
 .facts dd{color:var(--fw-ink);font-weight:600}
 .notice{background:var(--notice);padding:10px 16px;border-radius:8px;margin-top:20px}
+ul.notice{margin-bottom:0;padding-left:36px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(220px,100%),1fr));
 gap:12px;margin-top:24px}
 .tiles div,figure,.scroll,.settings{background:var(--fw-paper);
@@ -655,6 +717,7 @@ caption{text-align:left;white-space:nowrap;padding:10px 14px;
 font-weight:600;font-size:.93rem}
 th,td{padding:5px 14px;text-align:left;vertical-align:top;overflow-wrap:anywhere}
 .scroll th,.scroll .n{white-space:nowrap}
+.scroll td{overflow-wrap:break-word}
 .n{text-align:right!important;font-variant-numeric:tabular-nums}
 thead th{position:sticky;top:0;background:var(--fw-paper);color:var(--fw-muted);
 box-shadow:inset 0 -1px var(--line)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..errors import DataError
+from ..texts import NAME_LENGTH, plain
+from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 # What makes a folder a run; the rest may be missing where a run was stopped early.
 _REQUIRED = ("config.toml", "rounds.csv")
 
-_TEXT = frozenset({"status", "reason"})
+_TEXT = frozenset({"name", "status", "reason"})
 _KEYS = frozenset({"round", "client"})
 _COUNTS = frozenset(
     {
@@ -40,6 +43,9 @@ _COUNTS = frozenset(
         "train_examples",
         "held_out_examples",
     }
+)
+_NUMBERS = frozenset(
+    {*ROUND_COLUMNS, *CLIENT_COLUMNS, "seconds", "elapsed", "update_norm"}
 )
 _EMPTY = ["", "nan", "NaN", "None"]
 
@@ -103,7 +109,7 @@ class Run:
     @cached_property
     def rounds(self) -> pd.DataFrame:
         """``rounds.csv``: a row per round; round 0 is before training."""
-        return self._frame("rounds.csv", ("round",))
+        return self._frame("rounds.csv", ("round",), unique="round")
 
     @cached_property
     def clients(self) -> pd.DataFrame:
@@ -113,7 +119,7 @@ class Run:
     @cached_property
     def partition(self) -> pd.DataFrame:
         """``partition.csv``: a row per client, with its count of each class."""
-        return self._frame("partition.csv", ("client",))
+        return self._frame("partition.csv", ("client",), unique="client")
 
     @cached_property
     def timings(self) -> pd.DataFrame:
@@ -159,8 +165,7 @@ class Run:
     @property
     def class_names(self) -> list[str]:
         """The classes' names, or their numbers where the data set names none."""
-        names = self.environment.get("data", {})
-        names = names.get("class_names") if isinstance(names, dict) else None
+        names = _table(self.environment, "data").get("class_names")
         columns = label_columns(self.partition)
         if isinstance(names, list) and len(names) >= len(columns):
             return [str(name) for name in names[: len(columns)]]
@@ -185,13 +190,50 @@ class Run:
         return all_rounds and (self.folder / "model.safetensors").is_file()
 
     @cached_property
+    def names(self) -> dict[int, str]:
+        """The clients' names by their numbers, of those that have one.
+
+        A name that several clients share is followed by their numbers.
+        """
+        found: dict[int, str] = {}
+        for table in ("clients", "partition"):
+            if (self.folder / f"{table}.csv").is_file():
+                frame = getattr(self, table)
+                if "name" in frame:
+                    named = frame[["client", "name"]].drop_duplicates(
+                        "client", keep="last"
+                    )
+                    pairs = zip(named["client"].tolist(), named["name"], strict=True)
+                    found |= {client: name for client, name in pairs if name}
+        shown = {c: plain(name, NAME_LENGTH) for c, name in found.items()}
+        shared = Counter(shown.values())
+        return {
+            client: f"{name} ({client})" if shared[name] > 1 else name
+            for client, name in sorted(shown.items())
+            if name != str(client)
+        }
+
+    def name_of(self, client: int) -> str:
+        """Return what a client is called: its name, or else its number."""
+        return self.names.get(client, str(client))
+
+    @cached_property
     def weights(self) -> pd.DataFrame:
         """How much each client counted: ``[rounds, clients]``.
 
-        Index and columns are the numbers of rounds and clients. NaN is a client that
-        took no part, or whose reply was not used.
+        The index is the rounds' numbers; the columns are the clients', or their names
+        (see :meth:`by_client`). NaN is a client that took no part, or whose reply was
+        not used.
         """
-        return self.by_client("weight")
+        return self._named(self.weights_by_number)
+
+    @cached_property
+    def weights_by_number(self) -> pd.DataFrame:
+        """As :attr:`weights`, with the clients' numbers whether they have names or not.
+
+        Only clients that took part have a weight, if one of 0.
+        """
+        return self._pivot(self.clients[self.clients["status"] == "ok"], "weight")
 
     @property
     def accuracy(self) -> pd.Series[float]:
@@ -213,16 +255,54 @@ class Run:
     def by_client(self, column: str) -> pd.DataFrame:
         """Return one column of ``clients.csv`` as ``[rounds, clients]``.
 
+        Its columns are the clients' numbers; where clients have names, the names, and
+        the numbers as texts of those that have none.
+
         Parameters
         ----------
         column : str
             A column with numbers. NaN stands where a client has none in a round.
         """
-        if column not in self.clients:
+        return self._named(self.by_number(column))
+
+    def by_number(self, column: str) -> pd.DataFrame:
+        """As :meth:`by_client`, with the clients' numbers also where they have names.
+
+        Parameters
+        ----------
+        column : str
+            A column with numbers.
+        """
+        return self._pivot(self.clients, column)
+
+    @staticmethod
+    def _pivot(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+        if column not in rows:
             return pd.DataFrame(dtype=float)
-        rows = self.clients.dropna(subset=[column])
-        rows = rows.drop_duplicates(["round", "client"])
+        rows = rows.dropna(subset=[column]).drop_duplicates(["round", "client"])
         return rows.pivot(index="round", columns="client", values=column).astype(float)
+
+    def _named(self, frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.rename(columns=self.name_of) if self.names else frame
+
+    def measured(self, column: str) -> pd.Series[float]:
+        """Return one column of ``rounds`` by round, without gaps and infinities."""
+        if column not in self.rounds:
+            return pd.Series(dtype=float)
+        values = self.rounds.set_index("round")[column].astype(float)
+        return values[np.isfinite(values)]
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting the run, one line each.
+
+        Clients that failed in every round they were asked, or never took part; rounds
+        in which many did; a loss that exploded, an accuracy at chance, one client that
+        decided alone; and what was noticed of the data. Empty if all is well.
+        """
+        from .endings import warnings_of
+
+        return warnings_of(self)
 
     def summary(self) -> dict[str, Any]:
         """Return the run in numbers, ready for JSON; None is what was not measured.
@@ -233,33 +313,35 @@ class Run:
             ``name``, ``strategy``, ``data``, ``seed``, ``rounds``, ``rounds_asked``,
             ``complete``, ``clients``; accuracies in [0, 1]: ``test_accuracy`` (the
             last),
-            ``mean_test_accuracy_last_10`` (rounds), ``held_out_accuracy``, and over
+            ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
+            many of them there are), ``held_out_accuracy``, and over
             the clients in the last evaluated round ``client_accuracy_mean``,
             ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
             round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
-            ``bytes_up`` and ``seconds``, the last being the only one that depends on
-            the clock.
+            ``bytes_up`` and ``seconds``, the only one that depends on the clock; and
+            :attr:`warnings`.
         """
         trained = self.rounds[self.rounds["round"] > 0]
-        test = self._measured("test_accuracy")
+        test = self.measured("test_accuracy")
         last_ten = test[(test.index > 0) & (test.index > self.rounds_done - 10)]
         result: dict[str, Any] = {
             "name": self.name,
             "strategy": self.strategy,
             "data": self.data_set,
-            "seed": _table(self.config, "run").get("seed"),
+            "seed": self._seed(),
             "rounds": self.rounds_done,
             "rounds_asked": self.rounds_asked,
             "complete": self.complete,
             "clients": self._num_clients(),
             "test_accuracy": _last(test),
             "mean_test_accuracy_last_10": _number(last_ten.mean()),
-            "held_out_accuracy": _last(self._measured("evaluate_accuracy")),
+            "test_accuracies_in_mean": len(last_ten),
+            "held_out_accuracy": _last(self.measured("evaluate_accuracy")),
         }
         for statistic in ("mean", "std", "worst10", "best10"):
             column = f"client_accuracy_{statistic}"
-            result[column] = _last(self._measured(column))
-        result["effective_clients"] = _last(self._measured("effective_clients"))
+            result[column] = _last(self.measured(column))
+        result["effective_clients"] = _last(self.measured("effective_clients"))
         failed = trained["status"] == "failed" if "status" in trained else None
         result["failed_rounds"] = int(failed.sum()) if failed is not None else 0
         result["bad_replies"] = self._num_bad_replies(trained)
@@ -267,6 +349,7 @@ class Run:
             total = self.rounds[column].sum() if column in self.rounds else 0
             result[column] = int(total)
         result["seconds"] = self._seconds()
+        result["warnings"] = list(self.warnings)
         return result
 
     # ------------------------------------------------------------------- figures
@@ -364,53 +447,51 @@ class Run:
             raise DataError(f"{path} is missing. {_WHAT_A_RUN_IS}")
         return path
 
-    def _frame(self, name: str, required: tuple[str, ...]) -> pd.DataFrame:
+    def _frame(
+        self, name: str, required: tuple[str, ...], unique: str = ""
+    ) -> pd.DataFrame:
+        """Read a table; what is not one of a run's is refused here, once for all."""
         path = self._file(name)
-        with path.open(encoding="utf-8", newline="") as lines:
-            header = next(csv.reader(lines), [])
-        for column in required:
-            if column not in header:
-                raise DataError(f"{path} has no column '{column}'. {_WHAT_A_RUN_IS}")
-        numbers = [column for column in header if column not in _TEXT]
         try:
+            with path.open(encoding="utf-8", newline="") as lines:
+                header = next(csv.reader(lines), [])
+            for column in required:
+                if column not in header:
+                    raise DataError(
+                        f"{path} has no column '{column}'. {_WHAT_A_RUN_IS}"
+                    )
+            text = [column for column in header if column in _TEXT]
+            others = [column for column in header if column not in _TEXT]
             # A reason may well read "NaN": text columns are never taken for empty.
             frame = pd.read_csv(
                 path,
-                dtype={column: "str" for column in header if column in _TEXT},
+                dtype=dict.fromkeys(text, "str"),
                 keep_default_na=False,
-                na_values=dict.fromkeys(numbers, _EMPTY),
+                na_values=dict.fromkeys(others, _EMPTY),
                 encoding="utf-8",
             )
-            for column in numbers:
-                if column in _KEYS:
-                    # A real node's number may need all 64 bits.
-                    if frame[column].dtype != "uint64":
-                        frame[column] = frame[column].astype("int64")
-                elif column in _COUNTS or column.startswith("label_"):
-                    frame[column] = frame[column].astype("Int64")
-                elif frame[column].isna().all() or pd.api.types.is_integer_dtype(
-                    frame[column]
-                ):
-                    frame[column] = frame[column].astype("float64")
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path} cannot be read: {error}.") from error
+            for column in map(str, frame.columns):
+                frame[column] = _typed(column, frame[column])
+        except (ValueError, TypeError, OverflowError, csv.Error) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise DataError(f"{path} cannot be read: {plain(reason)}.") from error
+        if unique and frame[unique].duplicated().any():
+            twice = frame[unique][frame[unique].duplicated()].iloc[0]
+            raise DataError(f"{path} has {unique} {twice} more than once.")
         return frame
 
     def _setting(self, table: str, key: str) -> str:
         return str(_table(self.config, table).get(key, ""))
 
-    def _measured(self, column: str) -> pd.Series[float]:
-        """Return one column of ``rounds`` by round, without gaps and infinities."""
-        if column not in self.rounds:
-            return pd.Series(dtype=float)
-        values = self.rounds.set_index("round")[column].astype(float)
-        return values[np.isfinite(values)]
+    def _seed(self) -> int | None:
+        seed = _table(self.config, "run").get("seed")
+        return seed if isinstance(seed, int) else None
 
     def _num_clients(self) -> int | None:
         # A partition that is computed lazily lists only who took part.
-        known = self.environment.get("data", {}).get("clients")
-        if known is not None:
-            return int(known)
+        known = _table(self.environment, "data").get("clients")
+        if isinstance(known, int):
+            return known
         for name in ("partition", "clients"):
             if (self.folder / f"{name}.csv").is_file():
                 return int(getattr(self, name)["client"].nunique())
@@ -426,6 +507,24 @@ class Run:
         timings = self.timings
         # Not the last "elapsed": a resumed run may have counted from anew.
         return _number(timings["seconds"].sum()) if "seconds" in timings else None
+
+
+def _typed(name: str, column: pd.Series[Any]) -> pd.Series[Any]:
+    """Return a column of a table in the type that its name promises."""
+    if name in _TEXT:
+        return column.fillna("").astype("str")
+    if name in _KEYS:
+        # A real node's number may need all 64 bits.
+        keys = column if column.dtype == "uint64" else column.astype("int64")
+        if name == "round" and len(keys) and not 0 <= keys.min() <= keys.max() < 10**6:
+            raise ValueError(f"a round is {keys.min()} or {keys.max()}")
+        return keys
+    if name in _COUNTS or name.startswith("label_"):
+        return column.astype("Int64")
+    if name in _NUMBERS or column.isna().all():
+        return column.astype("float64")
+    integers = pd.api.types.is_integer_dtype(column)
+    return column.astype("float64") if integers else column
 
 
 def label_columns(partition: pd.DataFrame) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save as safetensors_bytes
@@ -30,10 +30,11 @@ from ..clients.training import evaluate
 from ..data import ClientData, DataSet, FederatedData, federate, load, load_client
 from ..data import check as check_data
 from ..data.files import load_one_csv
-from ..errors import ConfigurationError, check_choice
+from ..errors import ConfigurationError, OutputError, check_choice
 from ..parameters import FlatModule, FlatRecord, Layout, as_tensor, flatten
+from ..signals import interruptible
 from ..simulations import Plan, simulate
-from ..simulations.engine import check_engine, choose_engine
+from ..simulations.engine import check_engine, check_local, choose_engine
 from ..simulations.planner import (
     SAMPLE,
     WORTH_MEASURING,
@@ -41,12 +42,21 @@ from ..simulations.planner import (
     estimated_seconds,
     machine,
 )
-from ..strategies import ClientRecord, RoundRecord, strategy_class
+from ..strategies import RoundRecord, strategy_class
 from ..strategies.server_optimizers import server_optimizer
 from ..threads import one_thread
+from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .configuration import Configuration, options_of, parse_setting
-from .folder import Table, new_folder, write_whole
-from .records import CLIENT_COLUMNS, ROUND_COLUMNS, client_row, round_row
+from .folder import (
+    Table,
+    cannot_repeat,
+    check_free,
+    check_repeats,
+    new_folder,
+    write_whole,
+)
+from .listener import Listener
+from .records import ErrorLog, client_row, round_row
 from .result import Run
 
 log = logging.getLogger("fedweight")
@@ -66,6 +76,11 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+
+GIVEN_IN_PYTHON = cannot_repeat(
+    "its data were given in Python",
+    "give them again: fedweight.run(file, dataset=...)",
+)
 
 
 @dataclass
@@ -141,16 +156,11 @@ class Components:
             return told
         return min(1.0, torch.cuda.device_count() / (table["workers"] or 1))
 
-    def check_feasible(self, strategy: Strategy) -> None:
-        """Refuse, before anything is written, what could only fail later."""
-        clients = self.data.num_clients
-        for name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
-            least = getattr(strategy, name, 0)
-            if least > clients:
-                raise ConfigurationError(
-                    f"strategy.{name.replace('_', '-')} is {least}, but there are "
-                    f"{clients} clients (partition.clients)."
-                )
+    def check_feasible(self, strategy: Strategy, *, simulated: bool = True) -> None:
+        """Refuse, before anything is written, what could only fail later.
+
+        Where the run is not ``simulated``, who takes part is not known before.
+        """
         epochs = self.configuration["training"]["epochs"]
         if getattr(strategy, "stragglers", 0) and epochs < 2:
             raise ConfigurationError(
@@ -159,8 +169,26 @@ class Components:
                 "epochs than the others, but at least one."
             )
         self._check_proximal(strategy)
-        check_engine(self.engine())
         self._check_model()
+        if simulated:
+            self._check_clients(strategy)
+            check_engine(self.engine())
+
+    def _check_clients(self, strategy: Strategy) -> None:
+        """Refuse a strategy that waits for more clients than there are."""
+        clients = self.data.num_clients
+        for name in (
+            "min_train_nodes",
+            "min_evaluate_nodes",
+            "min_available_nodes",
+            "min_replies",
+        ):
+            least = getattr(strategy, name, 0)
+            if least > clients:
+                raise ConfigurationError(
+                    f"strategy.{name.replace('_', '-')} is {least}, but there are "
+                    f"{clients} clients (partition.clients)."
+                )
 
     def _check_proximal(self, strategy: Strategy) -> None:
         """Refuse a proximal term that makes local training diverge."""
@@ -178,7 +206,12 @@ class Components:
 
     def _check_model(self) -> None:
         """Refuse a model that cannot take the data or gives no logits for them."""
-        x = as_tensor(self.data.client(int(self.data.sizes.argmax())).train.x[:2])
+        some = self.data.client(int(self.data.sizes.argmax())).train
+        if not len(some):
+            some = self.data.test
+        x = as_tensor(some.x[:2])
+        if not len(x):
+            return
         name, data = self.configuration["model"]["name"], self.data.name
         module = self.make_model().eval()
         takes = f"[{', '.join(map(str, x.shape[1:]))}] of {x.dtype}"
@@ -357,8 +390,11 @@ def run(
     dataset: DataSet | None = None,
     report: bool = True,
     progress: Report | None = None,
+    overwrite: bool = False,
 ) -> Run:
     """Run a simulation and write its folder.
+
+    Ctrl-C and SIGTERM end it early, with all that was recorded written.
 
     Parameters
     ----------
@@ -377,6 +413,10 @@ def run(
         Write ``report.html`` at the end.
     progress : Callable[[Progress], None], optional
         Called after every round.
+    overwrite : bool
+        Remove the run that is in the folder already, as one that crashed leaves it.
+        A folder that holds anything else, or a run that goes on, is refused all the
+        same.
 
     Returns
     -------
@@ -385,8 +425,10 @@ def run(
 
     Raises
     ------
-    ConfigurationError, DataError
+    ConfigurationError, DataError, EngineError
         Before anything is written.
+    OutputError
+        A file cannot be written. Those that were written before are whole.
 
     Examples
     --------
@@ -404,7 +446,12 @@ def run(
     short = {"strategy.name": strategy, "engine.name": engine, "run.seed": seed}
     given = {key: value for key, value in short.items() if value is not None}
     own = None if dataset is None else dataset.name
+    if file is not None and own is None and "data.name" not in settings:
+        check_repeats(Path(file))
     configuration = Configuration.read(file, {**settings, **given}, own)
+    on = _engine_arguments(configuration)
+    check_local(**on, table="engine")
+    check_free(out, overwrite)
     components = prepare(configuration, dataset)
     chosen = components.strategy()
     client_app = components.client_app()
@@ -416,39 +463,52 @@ def run(
     # What was measured is part of the configuration now: it repeats the run.
     configuration = configuration.having("engine", "plan", str(plan))
     components.configuration = configuration
-    folder = new_folder(out, label)
-    recorder = Recorder(folder, components, chosen, progress)
-    recorder.begin({"plan": str(plan)})
-
+    began = time.perf_counter()
+    folder: Path | None = None
     server_app = ServerApp()
 
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        serve(grid, components, chosen, initial, recorder)
+    with interruptible(), ExitStack() as stack:
 
-    engine_table = configuration["engine"]
-    try:
-        with quiet_flower():
-            simulate(
-                server_app,
-                client_app,
-                num_clients=components.data.num_clients,
-                engine=engine_table["name"],
-                workers=engine_table["workers"] or None,
-                gpus_per_worker=components.gpus_per_worker(),
-                address=engine_table["address"] or None,
-                threads=engine_table["threads"] or None,
-                plan=plan,
-            )
-    except KeyboardInterrupt as stop:
-        stop.add_note(str(folder))  # Who catches it can say where the records are.
-        raise
-    finally:
-        recorder.end()
-    result = Run(folder)
-    if report:
-        result.report()
+        @server_app.main()
+        def main(grid: Grid, context: Context) -> None:
+            nonlocal folder
+            # The clients' engine is there: nothing is left that could be refused.
+            folder = stack.enter_context(new_folder(out, label, overwrite))
+            recorder = Recorder(folder, components, chosen, progress, began)
+            preface = "" if dataset is None else GIVEN_IN_PYTHON
+            with recorder.recording({"plan": str(plan)}, preface=preface):
+                serve(grid, components, chosen, initial, recorder)
+
+        try:
+            with quiet_flower():
+                simulate(
+                    server_app,
+                    client_app,
+                    num_clients=components.data.num_clients,
+                    threads=configuration["engine"]["threads"] or None,
+                    plan=plan,
+                    **on | {"gpus_per_worker": components.gpus_per_worker()},
+                )
+            assert folder is not None
+            result = Run(folder)
+            if report:
+                result.report()
+        except KeyboardInterrupt as stop:
+            if folder is not None:
+                stop.add_note(str(folder))  # Who catches it can say where it is.
+            raise
     return result
+
+
+def _engine_arguments(configuration: Configuration) -> dict[str, Any]:
+    """Return what [engine] says of where clients run, as :func:`simulate` takes it."""
+    table = configuration["engine"]
+    return {
+        "engine": table["name"],
+        "workers": table["workers"] or None,
+        "gpus_per_worker": table["gpus-per-worker"],
+        "address": table["address"] or None,
+    }
 
 
 @contextmanager
@@ -472,7 +532,7 @@ def serve(
 ) -> None:
     """Be the server: let the strategy run its rounds, and record them."""
     configuration = components.configuration
-    recorder.client_of = getattr(grid, "client_of", int)
+    recorder.grid = grid
     with one_thread():
         strategy.start(
             grid,
@@ -499,6 +559,8 @@ class Recorder:
         Its ``history`` is what is recorded, if it keeps one.
     progress : Callable, optional
         Called after every round.
+    began : float, optional
+        When the run began, by ``time.perf_counter``; by default now.
     """
 
     def __init__(
@@ -507,78 +569,84 @@ class Recorder:
         components: Components,
         strategy: Strategy,
         progress: Report | None = None,
+        began: float | None = None,
     ) -> None:
         self.folder = folder
         self.components = components
         self.strategy = strategy
         self.progress = progress
         self.rounds = Table(folder / "rounds.csv", ROUND_COLUMNS)
-        self.clients = Table(folder / "clients.csv", CLIENT_COLUMNS)
+        self.clients = Table(folder / "clients.csv", CLIENT_COLUMNS, ["name"])
+        self.errors = ErrorLog(folder / "errors.log")
         self.timings = Table(folder / "timings.csv", ("round", "seconds", "elapsed"))
         self.partition: Table | None = None
         self._described: set[int] = set()
         self._module: FlatModule | None = None
         self._arrays: ArrayRecord | None = None
-        self._began = self._last = time.perf_counter()
+        self._began = self._last = time.perf_counter() if began is None else began
         self._heard: list[RoundRecord] = []
-        self.client_of: Callable[[int], int] = int
+        self._environment: dict[str, Any] = {}
+        self.grid: Grid | None = None
         if not hasattr(strategy, "history"):
             self._listen(strategy)
 
     def _listen(self, strategy: Strategy) -> None:
         """Record what clients answer to a strategy that keeps no history itself."""
-        aggregate = strategy.aggregate_train
+        listener = Listener(self._heard, self._client_of, self._name_of)
+        strategy.configure_train = listener.asks(strategy.configure_train)  # type: ignore[method-assign]
+        strategy.aggregate_train = listener.hears(strategy.aggregate_train)  # type: ignore[method-assign]
 
-        def heard(
-            server_round: int, replies: Iterable[Message]
-        ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-            answers = list(replies)
-            record = RoundRecord(server_round)
-            self._heard.append(record)
-            for reply in answers:
-                client = self.client_of(reply.metadata.src_node_id)
-                entry = ClientRecord(client, "ok")
-                if reply.has_error():
-                    entry.status, entry.reason = "failed", reply.error.reason or ""
-                    log.warning(
-                        "round %d: client %d failed: %s",
-                        server_round,
-                        client,
-                        entry.reason,
-                    )
-                else:
-                    for metrics in reply.content.metric_records.values():
-                        entry.metrics |= {
-                            name: float(value)
-                            for name, value in metrics.items()
-                            if not isinstance(value, list)
-                        }
-                record.clients.append(entry)
-            result = aggregate(server_round, answers)
-            if result[0] is None:
-                record.status = "failed"
-                record.reason = "the strategy kept the global model"
-            return result
+    def _client_of(self, node: int) -> int:
+        number: Callable[[int], int] = getattr(self.grid, "client_of", int)
+        return number(node)
 
-        strategy.aggregate_train = heard  # type: ignore[method-assign]
+    def _name_of(self, client: int) -> str:
+        name: Callable[[int], str] = getattr(self.grid, "name_of", None) or str
+        return name(client)
 
-    def begin(
-        self, engine: Mapping[str, Any] | None = None, *, own_data: bool = False
-    ) -> None:
-        """Write what is known before the first round, also of the engine.
+    @contextmanager
+    def recording(
+        self,
+        engine: Mapping[str, Any] | None = None,
+        *,
+        own_data: bool = False,
+        preface: str = "",
+    ) -> Iterator[None]:
+        """Write the folder while rounds are run in a ``with`` block.
 
-        With ``own_data`` the clients have data of their own: how those are spread is
-        theirs to know.
+        However the block ends, what was recorded in it is written.
+
+        Parameters
+        ----------
+        engine : Mapping, optional
+            What else is known of the engine.
+        own_data : bool
+            Clients have data of their own: how those are spread is theirs to know.
+        preface : str
+            Comments that ``config.toml`` begins with.
         """
+        try:
+            self._begin(dict(engine or {}), own_data, preface)
+            yield
+        except BaseException as stop:
+            failure = self._end()
+            if failure is not None and not isinstance(stop, OutputError):
+                log.warning("%s", failure)  # Not instead of what stopped the run.
+            raise
+        failure = self._end()
+        if failure is not None:
+            raise failure
+
+    def _begin(self, engine: dict[str, Any], own_data: bool, preface: str) -> None:
+        """Write what is known before the first round."""
         components = self.components
-        write_whole(self.folder / "config.toml", components.configuration.to_toml())
-        environment = environment_of(components)
-        environment["engine"] |= dict(engine or {})
+        config = preface + components.configuration.to_toml()
+        write_whole(self.folder / "config.toml", config)
+        self._environment = environment_of(components)
+        self._environment["engine"] |= engine
         if own_data:
-            del environment["data"]["clients"]
-        text = json.dumps(environment, indent=2) + "\n"
-        write_whole(self.folder / "environment.json", text)
-        self._began = self._last = time.perf_counter()
+            del self._environment["data"]["clients"]
+        self._write_environment()
         if own_data:
             return
         classes = (f"label_{c}" for c in range(components.data.num_classes))
@@ -587,6 +655,10 @@ class Recorder:
         # Of clients that are computed when they are asked for, only those who are.
         lazy = components.data.is_lazy
         self._write_partition(() if lazy else range(components.data.num_clients))
+
+    def _write_environment(self) -> None:
+        text = json.dumps(self._environment, indent=2) + "\n"
+        write_whole(self.folder / "environment.json", text)
 
     def _write_partition(self, clients: Iterable[int]) -> None:
         """Add clients that are not there yet to ``partition.csv``."""
@@ -619,6 +691,7 @@ class Recorder:
         else:
             record = RoundRecord(number)
         self.clients.append(client_row(number, c) for c in record.clients)
+        self.errors.add(record)
         if self.components.data.is_lazy:
             self._write_partition(c.client for c in record.clients)
         self.rounds.append([round_row(record, test)])
@@ -639,11 +712,27 @@ class Recorder:
             )
         return MetricRecord(dict(test)) if test else None
 
-    def end(self) -> None:
-        """Write everything that is still to be written; also after a Ctrl-C."""
-        for table in (self.rounds, self.clients, self.timings, self.partition):
-            if table is not None:
-                table.write()
+    def _end(self) -> OutputError | None:
+        """Write all that is still to be written; return why some of it cannot be."""
+        tables = (self.rounds, self.clients, self.timings, self.partition)
+        jobs = [table.write for table in tables if table is not None]
+        jobs += [self.errors.write, self._write_connected, self._write_model]
+        failure = None
+        for write in jobs:
+            try:
+                write()
+            except OutputError as error:
+                failure = failure or error
+        return failure
+
+    def _write_connected(self) -> None:
+        """Write down which clients were there, where they come and go."""
+        connected = getattr(self.grid, "connected", None)
+        if connected is not None and self._environment:
+            self._environment["data"]["connected"] = sorted(connected)
+            self._write_environment()
+
+    def _write_model(self) -> None:
         if self._arrays is not None:
             layout = self._ready_module().layout
             state = flatten(self._arrays, layout).state_dict()
@@ -668,6 +757,7 @@ class Recorder:
 
 def environment_of(components: Components) -> dict[str, Any]:
     """Return what a run ran on: versions, machine, engine, data."""
+    test = components.data.test
     packages = ("fedweight", "flwr", "torch", "ray", "numpy", "pandas")
     name = components.engine()
     return {
@@ -690,11 +780,20 @@ def environment_of(components: Components) -> dict[str, Any]:
             "classes": components.data.num_classes,
             "class_names": list(components.data.class_names),
             "input_shape": list(components.data.input_shape),
+            "test_examples": len(test),
+            "largest_test_class": _largest_share(test.y),
         },
         "model": {
             "parameters": Layout.of_module(components.make_model()).num_parameters
         },
     }
+
+
+def _largest_share(labels: Any) -> float | None:
+    """Return the share of the most frequent class; None where there are no labels."""
+    if not len(labels):
+        return None
+    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
 
 
 def _version(package: str) -> str | None:

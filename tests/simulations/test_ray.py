@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +20,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.app import MetricRecord as Metrics
 from flwr.clientapp import ClientApp
 
-from fedweight import models
+from fedweight import Run, models
 from fedweight.clients import TrainingApp, TrainingSettings
 from fedweight.data import federate, load
 from fedweight.errors import ConfigurationError, EngineError
 from fedweight.parameters import FlatModel, FlatModule, FlatRecord, Layout
+from fedweight.simulations import ray_watch
 from fedweight.simulations.grid import FIRST_NODE
 from fedweight.strategies.fedavg import FedAvg
 
@@ -506,6 +510,62 @@ def test_grid_that_nobody_closes(script: Any, tmp_path: Path) -> None:
     assert "RuntimeError: as planned" in program.errors.read_text()
     assert "Warning" not in program.errors.read_text()
     assert program.left_behind() == []
+
+
+ENDLESS = """
+from fedweight import run
+
+run(
+    engine="ray",
+    out={folder!r},
+    settings={{
+        "run.rounds": 100_000,
+        "partition.clients": 4,
+        "training.epochs": 1,
+        "engine.workers": 2,
+    }},
+    progress=lambda progress: print("round", progress.round, flush=True),
+)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_no_process(
+    script: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    program = script(ENDLESS.format(folder=str(folder)))
+    program.wait_for("round 1")
+    os.kill(program.process.pid, number)
+    program.finish()
+    assert program.process.returncode == -number
+    assert program.left_behind() == []
+    said = program.errors.read_text()
+    assert "SIGTERM" not in said  # Ray would write where each thread was.
+    assert "Traceback" not in said
+    stopped = Run(folder)
+    assert stopped.rounds_done >= (number == signal.SIGTERM)
+    if number == signal.SIGTERM:
+        assert stopped.model()
+        assert not list(folder.glob(".*"))
+
+
+def test_processes_are_told_by_their_mark() -> None:
+    mark = f"FEDWEIGHT_TEST_{os.getpid()}=1"
+    program = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+    name, _, value = mark.partition("=")
+    with subprocess.Popen(
+        program, env={**os.environ, name: value}, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            assert ray_watch.marked(mark.encode()) == [process.pid]
+            assert ray_watch.marked(mark[:-1].encode()) == []
+            assert ray_watch.marked(name.encode()) == []
+        finally:
+            process.kill()
+    assert ray_watch.marked(mark.encode()) == []
 
 
 def test_cluster_that_is_joined_stays(

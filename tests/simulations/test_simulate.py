@@ -99,6 +99,8 @@ def test_auto(
         ({"plan": 5}, r"plan must be a Plan or its name, .* got 5"),
         ({"plan": "fast"}, r"engine\.plan must be 'auto', .* got 'fast'"),
         ({"engine": "local", "address": "a:1"}, "address is 'a:1', .* is 'local'"),
+        ({"engine": "local", "workers": 2}, "workers is 2, .* is 'local'"),
+        ({"engine": "local", "gpus_per_worker": 1}, "gpus_per_worker is 1, .* 'local'"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:

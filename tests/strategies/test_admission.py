@@ -180,7 +180,7 @@ def test_each_different_error_is_logged_once(kit, caplog):
         run.round()
     lines = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert lines == [
-        "round 1: clients 1, 2, 3, 4, 5 and 2 others failed: no power",
+        "round 1: clients 1, 2, 3 and 4 others failed: no power",
         "round 1: client 8 missing: no reply in time",
     ]
 

@@ -1,14 +1,16 @@
 import csv
 import math
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight.errors import ConfigurationError
+from fedweight.errors import ConfigurationError, OutputError
 from fedweight.studies import folder as folder_module
-from fedweight.studies.folder import Table, new_folder, write_whole
+from fedweight.studies.folder import LOCK, Table, check_free, new_folder, write_whole
 
 
 def read(path):
@@ -16,9 +18,19 @@ def read(path):
         return list(csv.reader(file))
 
 
+def take(*arguments, **options):
+    """Take a folder, and end at once as a run that leaves its configuration."""
+    with new_folder(*arguments, **options) as folder:
+        (folder / "config.toml").write_text(A_RUN)
+        return folder
+
+
+A_RUN = "[run]\nrounds = 1\n[strategy]\nname = 'ida'\n"
+
+
 def test_a_new_folder_has_a_free_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = [new_folder(None, "a").as_posix() for _ in range(3)]
+    made = [take(None, "a").as_posix() for _ in range(3)]
     assert made == ["runs/a", "runs/a-2", "runs/a-3"]
     assert all((tmp_path / name).is_dir() for name in made)
 
@@ -26,30 +38,150 @@ def test_a_new_folder_has_a_free_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["/etc/x", "../../x", "a/b", "a\\b"])
 def test_a_runs_name_never_leads_out_of_runs(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    made = new_folder(None, name)
+    made = take(None, name)
     assert made.resolve().parent == tmp_path / "runs"
 
 
 def test_a_folder_of_ones_own_must_be_empty(tmp_path):
-    assert new_folder(tmp_path / "x" / "y", "a") == tmp_path / "x" / "y"
-    assert new_folder(tmp_path / "x" / "y", "a").is_dir()
+    for _ in range(2):
+        with new_folder(tmp_path / "x" / "y", "a") as made:
+            assert made == tmp_path / "x" / "y"
+            assert made.is_dir()
+        assert list(made.iterdir()) == []
     (tmp_path / "x" / "y" / ".hidden").touch()
     with pytest.raises(ConfigurationError, match="not an empty folder"):
-        new_folder(tmp_path / "x" / "y", "a")
+        take(tmp_path / "x" / "y", "a")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="not an empty folder"):
-        new_folder(tmp_path / "file", "a")
+        take(tmp_path / "file", "a")
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path, monkeypatch):
+@pytest.mark.parametrize("out", ["file/run", "n" * 5000, "nul\0"], ids=len)
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="cannot be made") as caught:
-        new_folder(tmp_path / "file" / "run", "a")
-    assert str(tmp_path / "file") in str(caught.value)
+        take(out, "a")
+    assert out[:3] in str(caught.value)
+    assert len(str(caught.value)) < 500
+    if "/" not in out:
+        with pytest.raises(ConfigurationError, match="cannot be made"):
+            take(None, out)
+
+
+def test_no_run_can_be_in_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").touch()
     with pytest.raises(ConfigurationError, match="cannot be made"):
-        new_folder(None, "a")
+        take(None, "a")
+
+
+# One run at a time.
+
+
+def test_a_folder_is_taken_by_one_run_at_a_time(tmp_path):
+    with new_folder(tmp_path / "x", "a") as folder:
+        for overwrite in (False, True):
+            with pytest.raises(ConfigurationError, match="another run is writing"):
+                take(folder, "a", overwrite=overwrite)
+        (folder / "config.toml").write_text(A_RUN)
+        with pytest.raises(ConfigurationError, match="another run is writing"):
+            take(folder, "a", overwrite=True)
+        assert (folder / "config.toml").read_text() == A_RUN
+    assert [path.name for path in folder.iterdir()] == ["config.toml"]
+
+
+def test_of_many_that_begin_at_once_one_has_the_folder(tmp_path):
+    """Threads lock as processes do: each has a file of its own."""
+    start = threading.Barrier(8)
+    ended = threading.Barrier(8)
+
+    def begin(folder):
+        start.wait()
+        try:
+            with new_folder(folder, "a"):
+                ended.wait()
+                return 1
+        except ConfigurationError:
+            ended.wait()
+            return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(20):
+            assert sum(pool.map(begin, [tmp_path / f"run-{turn}"] * 8)) == 1
+
+
+def test_what_a_crashed_run_left_can_be_replaced(tmp_path, caplog):
+    folder = take(tmp_path / "x", "a")
+    for name in ("clients.csv", "rounds.csv", ".rounds.csv.part", LOCK):
+        (folder / name).write_text("half")
+    with pytest.raises(ConfigurationError, match="say --overwrite"):
+        take(folder, "a")
+    assert (folder / "clients.csv").exists()
+    with new_folder(folder, "a", overwrite=True):
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    assert "removing the run in" in caplog.text
+    for name in ("clients.csv", "config.toml", "rounds.csv"):
+        assert name in caplog.text
+    assert take(folder, "a") == folder  # It is empty now.
+
+
+def test_a_run_that_crashed_before_its_first_file_blocks_nothing(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / LOCK).touch()
+    take(tmp_path / "x", "a")
+
+
+def test_the_default_folder_can_be_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [take(None, "a", overwrite=True).as_posix() for _ in range(2)]
+    assert made == ["runs/a", "runs/a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"notes.txt": "mine"}, "has notes.txt."),
+        ({"config.toml": A_RUN, "notes.txt": ""}, "has notes.txt."),
+        ({"config.toml": A_RUN, "model.safetensors/part": ""}, "model.safetensors"),
+        ({"config.toml": "[tool]\n"}, "has no config.toml of a run."),
+        ({"config.toml": "half of a [fi"}, "has no config.toml of a run."),
+        ({"report.html": "<html>"}, "has no config.toml of a run."),
+        ({".git/HEAD": ""}, "has .git."),
+    ],
+)
+def test_only_a_run_is_ever_removed(tmp_path, content, said):
+    for name, text in content.items():
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigurationError, match="Nothing was removed") as caught:
+        take(tmp_path / "x", "a", overwrite=True)
+    assert said in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "mine.html").write_text("mine")
+    folder = take(tmp_path / "x", "a")
+    (folder / "report.html").symlink_to(tmp_path / "mine.html")
+    with new_folder(folder, "a", overwrite=True):
+        pass
+    assert (tmp_path / "mine.html").read_text() == "mine"
+
+
+def test_what_would_be_refused_is_told_before_anything_is_made(tmp_path):
+    check_free(None)
+    check_free(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    folder = take(tmp_path / "x", "a")
+    check_free(folder, overwrite=True)
+    assert (folder / "config.toml").exists()
+    with pytest.raises(ConfigurationError, match="not an empty folder"):
+        check_free(folder)
+
+
+# Whole files.
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
@@ -70,11 +202,26 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
             write_whole(tmp_path / "new.csv", "half")
     assert path.read_bytes() == b"bytes"
     assert not (tmp_path / "new.csv").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]  # Nothing is left aside.
     write_whole(path, "after")
-    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == [
-        "a.csv"
-    ]
     assert path.read_text() == "after"
+
+
+def test_an_interrupt_leaves_nothing_aside(tmp_path, monkeypatch):
+    def stop(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder_module.os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "a.csv", "half")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    with pytest.raises(OutputError, match="No such file or directory") as caught:
+        write_whole(tmp_path / "no" / "a.csv", "x")
+    assert str(tmp_path / "no" / "a.csv") in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_whoever_reads_while_it_is_written_sees_a_whole_file(tmp_path, monkeypatch):
@@ -104,6 +251,22 @@ def test_a_table_grows_by_rows_and_columns(tmp_path):
         ["1", 'said "no, never"', "", ""],
         ["2", "", "0.5", ""],
         ["3", "two\nlines", "", "x,y"],
+    ]
+
+
+def test_an_optional_column_has_its_place_once_it_is_needed(tmp_path):
+    table = Table(tmp_path / "t.csv", ["a", "name", "b"], optional=["name"])
+    table.append([{"a": 'x, "y"', "b": 1}, {"a": "two\nlines", "more": 2}])
+    assert read(tmp_path / "t.csv")[0] == ["a", "b", "more"]
+    table.append([{"a": 3, "name": "site A"}])
+    table.append([{"a": 4, "b": 5}])
+    table.write()
+    assert read(tmp_path / "t.csv") == [
+        ["a", "name", "b", "more"],
+        ['x, "y"', "", "1", ""],
+        ["two\nlines", "", "", "2"],
+        ["3", "site A", "", ""],
+        ["4", "", "5", ""],
     ]
 
 
@@ -156,7 +319,7 @@ table_rows = st.lists(
 @given(rows=table_rows)
 def test_any_table_can_be_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("t") / "t.csv"
-    table = Table(path, ["first", "a"])
+    table = Table(path, ["first", "b", "a"], optional=["b"])
     for row in rows:
         table.append([row])
     table.write()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedweight.errors import ConfigurationError, DataError
@@ -111,9 +113,40 @@ def test_weight_vs_size_names_who_departs_from_the_diagonal(
         plots.weight_vs_size(Run(folder), round=3)
 
 
-def test_worst_tenth_is_the_recorded_one(make_run: MakeRun) -> None:
-    ax = plots.client_accuracies(Run(make_run()))
-    assert "worst 10 %: 40.0 %" in [text.get_text() for text in ax.texts]
+@pytest.mark.parametrize(("clients", "who"), [(4, "client"), (12, "10 %")])
+def test_worst_tenth_is_the_recorded_one_and_of_few_one_client(
+    make_run: MakeRun, clients: int, who: str
+) -> None:
+    run = Run(make_run(clients=clients))
+    ax = plots.client_accuracies(run)
+    assert f"worst {who}: 40.0 %" in [text.get_text() for text in ax.texts]
+    ax = plots.client_accuracies_by_round(run)
+    ends = {text.get_text() for text in ax.texts}
+    assert ends == {f"worst {who}", "median client", f"best {who}"}
+    low = min(path.vertices[:, 1].min() for path in ax.collections[0].get_paths())
+    worst = run.by_number("accuracy").min().min()
+    assert low == pytest.approx(worst) if clients == 4 else low > worst
+
+
+@pytest.mark.parametrize("clients", [3, 30])
+@pytest.mark.parametrize("order", ["number", "size"])
+def test_names_are_at_the_axes(make_run: MakeRun, clients: int, order: str) -> None:
+    run = Run(make_run(clients=clients))
+    names = {k: f"Ward {chr(65 + k % 26)}{k}" for k in range(clients)}
+    names[1] = "$x^2$ of a very long name\x1b[2J"
+    vars(run)["names"] = names
+    first = names[0] if order == "number" else names[clients - 1]
+    for axis in (
+        plots.weights_heatmap(run, order=order).yaxis,
+        plots.labels(run, order=order).xaxis,
+    ):
+        shown = [label.get_text() for label in axis.get_ticklabels()]
+        assert shown[0] == first
+        assert len(shown) <= 20
+        if clients == 3:
+            assert r"\$x^2\$ of a very…" in shown
+        figure = plots.figure_of(axis.axes)
+        figure.savefig(io.BytesIO())  # Nothing is taken for a formula.
 
 
 def test_what_is_not_there_is_said(make_run: MakeRun) -> None:
@@ -145,6 +178,61 @@ def test_labels_of_few_and_of_many(
     ax = plots.labels(Run(make_run(clients=clients, classes=classes, rounds=1)))
     plots.figure_of(ax).canvas.draw()
     assert ("mean of 2 clients" in ax.get_xlabel()) == (clients > 400)
+
+
+@pytest.mark.parametrize(("clients", "classes", "rounds"), [(1, 2, 1), (20, 3, 20)])
+@pytest.mark.parametrize("draw", [*DRAWN, plots.recorded])
+def test_nothing_is_cut_off(
+    make_run: MakeRun, draw: Any, clients: int, classes: int, rounds: int
+) -> None:
+    run = Run(make_run(clients=clients, classes=classes, rounds=rounds))
+    if clients == 20:
+        vars(run)["names"] = {k: f"Hospital {k}" for k in range(clients)}
+    drawn = draw(run)
+    figure = drawn if isinstance(drawn, Figure) else plots.figure_of(drawn)
+    canvas = FigureCanvasAgg(figure)
+    for _ in range(2):  # Drawn again, it is laid out again.
+        canvas.draw()
+        width, height = figure.get_size_inches()
+        box = figure.get_tightbbox(canvas.get_renderer())
+        assert min(box.x0, box.y0) > -0.03
+        assert box.x1 < width + 0.03
+        assert box.y1 < height + 0.03
+
+
+def test_what_a_method_recorded_of_clients_is_drawn(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    titles = [axes.get_title(loc="left") for axes in plots.recorded(run).axes]
+    assert titles == ["gamma", "discrepancy of a client"]
+    # Only the clients' numbers: most methods record no other.
+    del run.rounds["gamma"]
+    (axes, _) = plots.recorded(run).axes
+    assert axes.get_title(loc="left") == "discrepancy of a client"
+    (line,) = axes.get_lines()
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    # The clients' values are 0, 0.1, 0.2 and 0.3; in round 2 the first is missing.
+    assert line.get_ydata().tolist() == pytest.approx([0.15, 0.2, 0.15])
+
+
+def test_more_than_can_be_drawn_is_said(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    for number in range(20):
+        run.clients[f"own_{number}"] = 1.0
+    figure = plots.recorded(run)
+    assert sum(axes.get_visible() for axes in figure.axes) == 12
+    assert figure.get_supxlabel() == "10 more in rounds.csv and clients.csv"
+
+
+def test_shares_that_nobody_knows_are_said(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    del run.clients["examples"]
+    assert plots.weight_vs_size(run)  # The partition knows them.
+    (run.folder / "partition.csv").unlink()
+    run = Run(run.folder)
+    del run.clients["examples"]
+    with pytest.raises(DataError, match="does not say how much data"):
+        plots.weight_vs_size(run)
+    assert run.report().is_file()
 
 
 def test_names_at_line_ends_keep_apart(make_run: MakeRun) -> None:

@@ -3,9 +3,8 @@ import math
 import pytest
 
 from fedweight.strategies import ClientRecord, RoundRecord
+from fedweight.studies.columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from fedweight.studies.records import (
-    CLIENT_COLUMNS,
-    ROUND_COLUMNS,
     client_row,
     first_line,
     round_row,

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from fedweight.errors import OutputError
 from fedweight.studies import plots, report
 from fedweight.studies.result import Run
 
 MakeRun = Any
+NAN = float("nan")
 
 
 class Page(HTMLParser):
@@ -152,11 +154,77 @@ def test_failure_keeps_the_former_report(
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OutputError, match="no space left"):
         run.report()
     assert path.read_bytes() == before
     assert list(run.folder.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], "4 clients counted. Client 3 counted most, with a"),
+        ([0.1, 0.2, 0.3, 0.4], "; client 0 least, with 0.1."),
+        ([0.0, 0.5, 0.2, 0.3], "3 clients counted. Client 1 counted most"),
+        ([0.0, 0.5, 0.2, 0.3], "2 least, with 0.2; client 0 had a weight of 0."),
+        ([0.25] * 4, "4 clients counted, all alike, with a weight of 0.25."),
+        ([0.0, 1.0, 0.0, 0.0], "client 1 alone counted, with 1; clients 0, 2 and 3"),
+        ([0.0] * 4, "no client counted: clients 0, 1, 2 and 3 had a weight of 0."),
+        ([NAN, 0.5, NAN, 0.5], "2 clients counted, all alike, with a weight of 0.5."),
+    ],
+)
+def test_weights_in_words(make_run: MakeRun, weights: list[float], said: str) -> None:
+    run = Run(make_run(rounds=1))
+    run.clients.loc[run.clients["round"] == 1, "weight"] = weights
+    words = report._weights_in_words(run)
+    assert words.startswith("In round 1, ")
+    assert said in words
+
+
+def tiles(run: Run) -> str:
+    return report._tiles(run, run.summary())
+
+
+def test_what_is_said_of_few_is_true_of_few(make_run: MakeRun) -> None:
+    few = tiles(Run(make_run(clients=4, rounds=5)))
+    assert "Mean of the last 5 rounds" in few
+    assert "Worst client<" in few
+    assert "best client: " in few
+    many = tiles(Run(make_run("many", clients=30, rounds=12)))
+    assert "Mean of the last 10 rounds" in many
+    assert "Worst 10 % of clients" in many
+
+
+def test_what_is_said_of_the_last_round_is_of_the_last_round(make_run: MakeRun) -> None:
+    run = Run(make_run(rounds=4))
+    tested = run.rounds["round"].isin([0, 2])
+    run.rounds.loc[~tested, "test_accuracy"] = NAN
+    run.rounds.loc[run.rounds["round"] == 4, "effective_clients"] = NAN
+    text = tiles(run)
+    assert "after round 2" in text
+    assert "in round 3" in text
+    assert "Mean of the last" not in text  # One is no mean.
+    run = Run(run.folder)
+    run.rounds.loc[run.rounds["round"] == 3, "test_accuracy"] = NAN
+    assert "Mean of the last 3 tests" in tiles(run)
+
+
+def test_names_are_in_every_table(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    vars(run)["names"] = {0: "<i>North</i>", 3: "South"}
+    text = report.render(run)
+    Page(text)
+    assert "<i>" not in text
+    for caption, name in (
+        ("Weights in round", "South"),
+        ("Bad replies", "&lt;i&gt;North&lt;/i&gt;"),
+        ("Round 3; accuracy", "&lt;i&gt;North&lt;/i&gt;"),
+    ):
+        (table,) = re.findall(rf"<caption>{caption}.*?</table>", text)
+        assert "<th scope='col'>name</th>" in table
+        assert f"<td>{name}</td>" in table
+    assert "Client South counted most" in text
 
 
 def test_letters_that_matplotlib_lacks_are_no_warning(make_run: MakeRun) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,56 @@ def test_weights_are_rounds_by_clients(make_run: MakeRun) -> None:
     assert weights.loc[2].sum() == pytest.approx(1)
 
 
+def named(folder: Path, names: dict[int, str], table: str = "partition.csv") -> Run:
+    """Give clients of a made-up run names, in one of its tables."""
+    header, *lines = (folder / table).read_text().splitlines()
+    place = header.split(",").index("client")
+    told = []
+    for line in lines:
+        cells = next(csv.reader([line]))
+        cells.insert(place + 1, names.get(int(cells[place]), ""))
+        told.append(cells)
+    columns = header.split(",")
+    columns.insert(place + 1, "name")
+    with (folder / table).open("w", newline="") as out:
+        csv.writer(out).writerows([columns, *told])
+    return Run(folder)
+
+
+def test_names_stand_for_numbers_where_there_are_some(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    assert run.names == {}
+    assert run.name_of(2) == "2"
+    names = {0: "North", 2: "South", 3: "South", 1: "1"}
+    run = named(run.folder, names)
+    assert run.names == {0: "North", 2: "South (2)", 3: "South (3)"}
+    assert run.name_of(1) == "1"
+    assert list(run.weights.columns) == ["North", "1", "South (2)", "South (3)"]
+    assert list(run.by_client("accuracy").columns) == list(run.weights.columns)
+    assert list(run.by_number("accuracy").columns) == [0, 1, 2, 3]
+    assert list(run.weights_by_number.columns) == [0, 1, 2, 3]
+    assert run.weights.loc[1, "South (3)"] == pytest.approx(0.4)
+
+
+def test_names_come_from_the_weight_log_as_well(make_run: MakeRun) -> None:
+    folder = make_run()
+    (folder / "partition.csv").unlink()
+    run = named(folder, {0: "=cmd|'x'!A1", 1: "a" * 5000}, "clients.csv")
+    assert run.names[0] == "'=cmd|'x'!A1"
+    assert len(run.names[1]) == 60
+    assert run.clients["name"].dtype == "str" or run.clients["name"].dtype == object
+
+
+def test_only_clients_whose_reply_was_used_have_a_weight(make_run: MakeRun) -> None:
+    folder = make_run()
+    text = (folder / "clients.csv").read_text()
+    text = text.replace("1,3,ok,,0.4,40", "1,3,dropped,no examples,0.0,0")
+    (folder / "clients.csv").write_text(text)
+    weights = Run(folder).weights
+    assert math.isnan(weights.loc[1, 3])
+    assert weights.loc[1].notna().sum() == 3
+
+
 def test_client_that_answered_twice_counts_once(make_run: MakeRun) -> None:
     folder = make_run()
     with (folder / "clients.csv").open("a") as out:
@@ -73,6 +126,14 @@ def test_mean_of_the_last_ten_rounds_leaves_out_what_came_before(
     # Rounds 0, 1 and 2 are the only ones whose accuracy is not 0.7.
     summary = Run(make_run(rounds=12)).summary()
     assert summary["mean_test_accuracy_last_10"] == pytest.approx(0.7)
+    assert summary["test_accuracies_in_mean"] == 10
+
+
+@pytest.mark.parametrize(("rounds", "count"), [(0, 0), (1, 1), (5, 5), (10, 10)])
+def test_the_summary_says_of_how_many_rounds_its_mean_is(
+    make_run: MakeRun, rounds: int, count: int
+) -> None:
+    assert Run(make_run(rounds=rounds)).summary()["test_accuracies_in_mean"] == count
 
 
 def test_what_was_not_measured_is_none(make_run: MakeRun) -> None:
@@ -154,15 +215,80 @@ def test_no_folder(tmp_path: Path) -> None:
         ("environment.json", "[]", "must hold an object, got list"),
         ("rounds.csv", "a,b\n1,2\n", "no column 'round'"),
         ("rounds.csv", "round,ok\nx,2\n", "cannot be read"),
+        ("rounds.csv", "round,ok\n1,2\n1,2\n", "round 1 more than once"),
+        ("rounds.csv", "round,ok\n99999999999,2\n", "a round is 99999999999"),
+        ("rounds.csv", "round,ok\n99999999999999999999999,2\n", "cannot be read"),
+        ("rounds.csv", "round,test_loss\n1,high\n", "cannot be read"),
+        ("rounds.csv", "\xff\xfe", "cannot be read"),
+        ("rounds.csv", "", "no column 'round'"),
+        ("clients.csv", "round,client,status\n1,,ok\n", "cannot be read"),
+        ("clients.csv", "round,client\n1,2\n", "no column 'status'"),
+        ("partition.csv", "client,label_0\n1,2\n1,3\n", "client 1 more than once"),
+        ("partition.csv", "client,label_0\n1,many\n", "cannot be read"),
+        ("timings.csv", "round,seconds\n1,now\n", "cannot be read"),
     ],
 )
 def test_malformed_file_is_named(
     make_run: MakeRun, name: str, content: str, message: str
 ) -> None:
     folder = make_run()
-    (folder / name).write_text(content)
-    with pytest.raises(DataError, match=f"{name}.*{message}"):
+    (folder / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=f"{name}.*{message}") as caught:
         Run(folder).report()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("environment.json", '{"data": null}'),
+        ("environment.json", '{"data": {"clients": "x", "class_names": 3}}'),
+        ("environment.json", '{"data": {"notes": 3, "connected": "x"}}'),
+        ("config.toml", "run = 3\nstrategy = [1]\ndata = 'x'\n"),
+        ("config.toml", "[run]\nseed = 2026-01-01\nrounds = 'x'\n"),
+        ("partition.csv", "client\n"),
+        ("partition.csv", "client,train_examples,label_0\n"),
+        ("partition.csv", "client,train_examples,label_0\n9,,\n"),
+        ("clients.csv", "round,client,status\n1,2,ok\n"),
+        ("timings.csv", "round\n1\n"),
+    ],
+)
+def test_what_a_file_lacks_is_left_out(
+    make_run: MakeRun, name: str, content: str
+) -> None:
+    folder = make_run()
+    (folder / name).write_text(content)
+    run = Run(folder)
+    assert run.report().is_file()
+    assert run._repr_html_()
+    json.dumps(run.summary(), allow_nan=False)
+
+
+def test_half_of_a_file_is_read_or_named(make_run: MakeRun) -> None:
+    """Cut and spoilt files give a report or one line, whatever was hit."""
+    draw = random.Random(0)
+    whole = make_run()
+    names = ["rounds.csv", "clients.csv", "partition.csv", "environment.json"]
+    for turn in range(16):
+        folder = whole.with_name(f"spoilt-{turn}")
+        shutil.copytree(whole, folder)
+        path = folder / draw.choice([*names, "config.toml", "timings.csv"])
+        content = bytearray(path.read_bytes())
+        if turn % 2:
+            del content[draw.randrange(len(content)) :]
+        for _ in range(3 - 3 * (turn % 2)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(content)
+        said = ""
+        try:
+            run = Run(folder)
+            json.dumps(run.summary(), allow_nan=False)
+            for frame in (run.clients, run.partition, run.timings, run.weights):
+                assert len(frame.columns)
+        except DataError as error:
+            said = str(error)
+        assert not said or path.name in said
+        assert "\n" not in said
 
 
 def test_run_is_frozen_and_takes_text(make_run: MakeRun) -> None:

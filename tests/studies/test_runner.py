@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -13,16 +14,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from safetensors.torch import load_file
 
-from fedweight import Run, run
+from fedweight import Run, _flower, run
 from fedweight.clients import TrainingApp
 from fedweight.data import DataSet, Examples
-from fedweight.errors import ConfigurationError, DataError, FedweightError
+from fedweight.errors import (
+    ConfigurationError,
+    DataError,
+    EngineError,
+    FedweightError,
+    OutputError,
+)
 from fedweight.simulations import Plan
+from fedweight.studies import folder as folder_module
+from fedweight.studies import report as report_module
 from fedweight.studies import runner
 from fedweight.studies.configuration import Configuration
+from fedweight.studies.listener import Listener
 from fedweight.studies.runner import client_data, prepare
 
 QUICK: dict[str, Any] = {
@@ -177,7 +194,10 @@ def test_the_folder_has_what_the_design_says(quick):
 
 
 def test_the_report_is_written_where_it_is_wanted(quick):
-    assert (quick(report=True).folder / "report.html").stat().st_size > 1000
+    folder = quick(report=True).folder
+    assert (folder / "report.html").stat().st_size > 1000
+    # What may be removed to make room for another run.
+    assert {path.name for path in folder.iterdir()} <= set(folder_module.FILES)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(quick):
@@ -287,6 +307,90 @@ def test_a_folder_with_something_in_it_is_refused(quick, tmp_path):
     assert content(Run(tmp_path / "run")) == before
 
 
+def test_a_run_is_replaced_where_that_is_asked_for(quick, tmp_path):
+    before = content(quick())
+    (tmp_path / "run" / "errors.log").write_text("of the former run")
+    after = quick(seed=9, overwrite=True)
+    assert content(after) != before
+    assert not (tmp_path / "run" / "errors.log").exists()
+    assert content(quick(seed=9, out="other", overwrite=True)) == content(after)
+    (tmp_path / "run" / "mine.txt").touch()
+    with pytest.raises(
+        ConfigurationError, match=r"has mine\.txt\. Nothing was removed"
+    ):
+        quick(overwrite=True)
+    assert after.complete
+
+
+def test_a_refused_run_removes_nothing(quick, tmp_path):
+    before = content(quick())
+    with pytest.raises(ConfigurationError):
+        quick(overwrite=True, settings={"strategy.name": "nope"})
+    assert content(Run(tmp_path / "run")) == before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="looks at open files")
+@pytest.mark.parametrize("table", ["clients.csv", "environment.json", "config.toml"])
+def test_a_full_disk_leaves_whole_files(quick, tmp_path, monkeypatch, table):
+    sync, synced = os.fsync, []
+
+    def full(descriptor):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(name)
+        late = table != "clients.csv" or synced.count(name) > 1
+        if name == f".{table}.part" and late:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=f"{table} cannot be written: No space left"):
+        quick()
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not [name for name in left if name.startswith(".")]
+    if table == "clients.csv":
+        assert Run(tmp_path / "run").clients.empty  # as it was before
+        assert {"rounds.csv", "model.safetensors", "environment.json"} <= left
+
+
+def test_what_stopped_a_run_is_not_hidden_by_a_full_disk(
+    quick, tmp_path, monkeypatch, caplog
+):
+    def stop(progress):
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(progress=stop)
+    assert "cannot be written: No space left" in caplog.text
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_an_interrupt_at_any_time_leaves_a_folder_that_can_be_read(
+    quick, tmp_path, monkeypatch
+):
+    """Also before the first round, and while the report is written."""
+    whole = folder_module.write_whole
+    for number, name in enumerate(["environment.json", "partition.csv", "report.html"]):
+
+        def interrupted(path, data, name=name):
+            if path.name == name:
+                monkeypatch.setattr(folder_module, "write_whole", whole)
+                raise KeyboardInterrupt
+            whole(path, data)
+
+        for module in (folder_module, runner, report_module):
+            monkeypatch.setattr(module, "write_whole", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            quick(out=str(number), report=True)
+        assert caught.value.__notes__ == [str(tmp_path / str(number))]
+        for module in (runner, report_module):
+            monkeypatch.setattr(module, "write_whole", whole)
+        assert Run(tmp_path / str(number)).report().is_file()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -302,12 +406,19 @@ def test_a_folder_with_something_in_it_is_refused(quick, tmp_path):
         {"engine.device": "cuda:99"},
         {"server.name": "adam", "strategy.name": "flwr.serverapp.strategy:FedAvg"},
         {"server.name": "adam", "server.tau": 0.0},
+        {"server.name": "builtins:dict"},
+        {"server.name": "fedweight.clients.objectives:Plain"},
+        {"strategy.min-replies": 5000},
+        {"engine.address": "127.0.0.1:9"},
+        {"engine.workers": 3},
+        {"engine.gpus-per-worker": 0.5},
+        {"engine.name": "ray", "engine.address": "nowhere"},
         {"data.proxy": 0.0, "strategy.name": "fedlaw"},
     ],
     ids=str,
 )
 def test_nothing_is_written_for_what_is_refused(quick, tmp_path, settings):
-    with pytest.raises((ConfigurationError, DataError)):
+    with pytest.raises((ConfigurationError, DataError, EngineError)):
         quick(settings=settings)
     assert not (tmp_path / "run").exists()
 
@@ -337,6 +448,20 @@ def test_data_of_ones_own_are_named_in_what_is_written(quick):
     # What was written repeats the run, with the same data.
     again = quick("again", file=result.folder / "config.toml")
     assert content(again) == content(result)
+
+
+def test_a_file_that_cannot_repeat_its_run_says_so(quick, tmp_path):
+    file = quick().folder / "config.toml"
+    assert file.read_text().startswith("# This file alone does not repeat its run: ")
+    with pytest.raises(ConfigurationError, match="were given in Python") as caught:
+        run(file, out=tmp_path / "again")
+    assert "dataset=..." in str(caught.value)
+    assert not (tmp_path / "again").exists()
+    # With other data it is a simulation file like any other.
+    digits = {"data.name": "digits", "run.rounds": 1}
+    other = run(file, out=tmp_path / "digits", settings=digits, report=False)
+    assert other.config["data"]["name"] == "digits"
+    assert "#" not in (other.folder / "config.toml").read_text()
 
 
 # Clients that fail.
@@ -382,6 +507,16 @@ def test_a_client_that_fails_is_recorded_and_the_run_goes_on(
     assert all(row["weight"] == "" for row in bad)
     good = [row for row in clients if row["client"] != "0"]
     assert [row["weight"] for row in good] == ["0.5"] * 4
+    lost = result.warnings[0]
+    assert lost.startswith("client 0 failed in every round it was asked (2 rounds): ")
+    assert reason in lost
+    errors = result.folder / "errors.log"
+    assert errors.is_file() == (how == "raise")  # A line is no text of its own.
+    if how == "raise":
+        text = errors.read_text()
+        assert text.startswith("2 x, rounds 1 and 2, client 0:\n")
+        assert "and no second line" in text
+        assert text.count("Traceback (most recent call last)") == 1
     rounds = rows(result.folder / "rounds.csv")
     assert [row[status] for row in rounds] == ["0", "1", "1"]
     assert [row["status"] for row in rounds] == ["ok"] * 3
@@ -538,6 +673,69 @@ def test_ones_own_things_run(quick, own_things):
         report=False,
     )
     assert content(again) == content(result)
+
+
+def test_strategies_that_are_not_ours_lose_nobody_in_silence(
+    quick, rows, monkeypatch, caplog
+):
+    class Moody(TrainingApp):
+        answers_cohorts = False
+
+        def __call__(self, message, context):
+            client = context.node_config["partition-id"]
+            if message.metadata.message_type == "train" and client == 1:
+                raise ValueError("not today\n\x1b[2J")
+            return super().__call__(message, context)
+
+    monkeypatch.setattr(runner, "TrainingApp", Moody)
+    result = quick(settings={"strategy.name": "flwr.serverapp.strategy:FedAvg"})
+    clients = rows(result.folder / "clients.csv")
+    assert [row["status"] for row in clients] == ["ok", "failed", "ok", "ok"] * 2
+    assert clients[1]["reason"] == "client 1, train: ValueError: not today"
+    assert caplog.text.count("not today") == 1
+    text = (result.folder / "errors.log").read_text()
+    assert "2 x, rounds 1 and 2, client 1:" in text
+    assert "Traceback" in text
+    assert "\x1b" not in text
+    assert result.warnings[0].startswith("client 1 failed in every round it was asked")
+
+
+def test_what_a_strategy_that_is_not_ours_asks_and_gets_is_recorded():
+    records: list[Any] = []
+    names = ["Bern", "1", "2"]
+    listener = Listener(records, lambda node: node - 10, names.__getitem__)
+    with _flower.task_identity(run_id=0):
+        sent = RecordDict({"arrays": ArrayRecord([np.zeros(5, np.float32)])})
+        asked = [Message(sent, node, "train") for node in (10, 11, 12)]
+        for number, message in enumerate(asked):
+            _flower.set_message_id(message, f"message-{number}")
+        listener.asks(lambda *_: iter(asked))(1)
+        metrics = {"num-examples": 7, "train-accuracy": 87.5, "weight": 3.0}
+        told = RecordDict({**dict(sent), "metrics": MetricRecord(metrics)})
+        good = Message(told, reply_to=asked[0])
+        lost = Message(Error(5, "Node Unavailable"), reply_to=asked[1])
+    # The SuperLink answers in its place.
+    lost.metadata.__dict__["_src_node_id"] = 1
+    assert listener.hears(lambda *_: (None, None))(1, iter([good, lost])) == (
+        None,
+        None,
+    )
+    (record,) = records
+    assert [(c.client, c.name, c.status) for c in record.clients] == [
+        (0, "Bern", "ok"),
+        (1, "", "missing"),
+        (2, "", "missing"),
+    ]
+    assert record.clients[1].reason == "no reply: the node is not connected any more"
+    assert record.clients[0].metrics == {"num-examples": 7}
+    assert record.clients[0].own_metrics == {"train-accuracy": 87.5, "weight": 3.0}
+    one = len(sent["arrays"]["0"].data)
+    assert [(c.bytes_down, c.bytes_up) for c in record.clients] == [
+        (one, one),
+        (one, 0),
+        (one, 0),
+    ]
+    assert record.status == "failed"
 
 
 # A real node has its own file.

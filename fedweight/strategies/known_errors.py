@@ -1,0 +1,40 @@
+"""Clients' errors in the log: each different one once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from ..texts import cause, clients_called
+from .round import ClientRecord
+
+log = logging.getLogger("fedweight")
+
+# So many different errors are shown; the record has all.
+MOST = 20
+
+
+class KnownErrors:
+    """Logs what went wrong with clients, each different error once in a run."""
+
+    def __init__(self) -> None:
+        self._known: set[tuple[str, str]] = set()
+
+    def tell(self, round: int, entries: Iterable[ClientRecord]) -> None:
+        """Log the errors of a round that are new, with the clients they happened to."""
+        found: dict[tuple[str, str], dict[int, str]] = {}
+        for entry in entries:
+            if entry.status in ("rejected", "failed", "missing"):
+                one: tuple[str, str] = (entry.status, cause(entry.reason))
+                name = entry.name or str(entry.client)
+                found.setdefault(one, {})[entry.client] = name
+        for error, names in found.items():
+            if error in self._known or len(self._known) > MOST:
+                continue
+            self._known.add(error)
+            if len(self._known) > MOST:
+                log.warning("further errors are not shown; the record has them")
+                return
+            status, reason = error
+            whose = clients_called([*names], names.__getitem__)
+            log.warning("round %d: %s %s: %s", round, whose, status, reason)

@@ -1,0 +1,370 @@
+"""What is said at the end of a run: whatever a reader must know before trusting it.
+
+Each function looks for one kind of thing in a run's folder and yields a line for it.
+Nothing else is read, so the same lines come from a run that just ended and from one
+of last year.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import pandas as pd
+
+from ..texts import cause, listed, plain, rounds_listed
+from .result import BAD_REPLIES, Run
+
+LINE_LENGTH = 400  # characters of a line
+MOST_REASONS = 3  # lines for clients that always failed, each with its reason
+
+MANY = 0.1  # share of a cohort whose failing is worth a line
+EXPLODED = 1000  # times the lowest loss so far
+NOT_SMALL = 0.1  # of the first loss: what is less is no explosion, whatever came before
+ROUNDS_TO_LEARN = 10  # after so many an accuracy should be above chance
+DOMINANT = 0.5  # share of a round's weight
+DOMINANT_ROUNDS = 3  # in so many rounds, of as many clients or more
+
+
+def warnings_of(run: Run) -> list[str]:
+    """Return the lines that the end of a run shows; none if all is well.
+
+    Parameters
+    ----------
+    run : Run
+        Finished or not.
+    """
+    lines = [*_failed_rounds(run), *_losses(run), *_chance(run)]
+    if (run.folder / "clients.csv").is_file() and len(run.clients):
+        asked = _asked(run)
+        lines += [
+            *_always_failed(run, asked),
+            *_never_evaluated(run),
+            *_never_asked(run, asked),
+            *_many_failed(asked),
+            *_clients_losses(run, asked),
+            *_dominant(run, asked),
+            *_huge_updates(run, asked),
+        ]
+    lines += _notes(run)
+    if (run.folder / "errors.log").is_file():
+        lines.append("errors.log, in the run's folder, has the errors in full")
+    return [plain(line, LINE_LENGTH) for line in lines]
+
+
+# ------------------------------------------------------------------ clients that fail
+
+
+def _asked(run: Run) -> pd.DataFrame:
+    """Return the rows of clients that were asked to train, in the rounds' order.
+
+    ``lost`` says which of them are not in the model, other than for want of data, and
+    ``why`` what went wrong.
+    """
+    rows = run.clients[run.clients["status"] != "evaluated"]
+    rows = rows.sort_values("round", kind="stable")
+    reasons = rows["reason"] if "reason" in rows else pd.Series("", rows.index)
+    empty = [client for client, size in _sizes(run).items() if size == 0]
+    no_data = rows["client"].isin(empty) | reasons.str.contains(_NO_DATA, na=False)
+    if "examples" in rows:
+        no_data |= (rows["examples"] == 0).fillna(False).astype(bool)
+    dropped = (rows["status"] == "dropped") & ~no_data
+    pairs = zip(rows["status"], reasons, strict=True)
+    return rows.assign(
+        lost=rows["status"].isin(BAD_REPLIES) | dropped,
+        why=[_why(status, reason) for status, reason in pairs],
+    )
+
+
+_NO_DATA = re.compile(r"\b(?:no|without|0) (?:training )?(?:data|examples)\b")
+
+
+@lru_cache(maxsize=1024)
+def _why(status: str, reason: str) -> str:
+    """Return what went wrong with a client, as one line."""
+    reason = cause(reason)
+    if not reason or status in ("failed", "missing"):
+        return reason or status
+    return f"{status}, {reason}"
+
+
+@lru_cache(maxsize=1024)
+def _kind(why: str) -> str:
+    """Return a reason without its numbers: what they differ in is no other kind."""
+    return re.sub(r"\d+", "0", why)
+
+
+def _sizes(run: Run) -> Mapping[int, int]:
+    """Return how much each client trains on, as far as the partition tells."""
+    if not (run.folder / "partition.csv").is_file():
+        return {}
+    if "train_examples" not in run.partition:
+        return {}
+    known = run.partition.dropna(subset=["train_examples"])
+    clients, sizes = known["client"].tolist(), known["train_examples"].tolist()
+    return dict(zip(clients, sizes, strict=True))
+
+
+def _always_failed(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+    """Name clients that failed in every round they were asked, by what went wrong."""
+    rows = asked[asked.groupby("client")["lost"].transform("all")]
+    if rows.empty:
+        return
+    times = rows.groupby("client").size()
+    last = rows.drop_duplicates("client", keep="last")
+    groups = [group for _, group in last.groupby(last["why"].map(_kind), sort=False)]
+    groups.sort(key=len, reverse=True)
+    for group in groups[:MOST_REASONS]:
+        clients = group["client"].tolist()
+        few, many = times[clients].min(), times[clients].max()
+        count = f"{many}" if few == many else f"{few} to {many}"
+        yield (
+            f"{_named(run, clients)} failed in every round {_they(clients)} asked "
+            f"({count} round{'s' if many > 1 else ''}): {group['why'].iloc[-1]}"
+        )
+    others = [c for group in groups[MOST_REASONS:] for c in group["client"].tolist()]
+    if others:
+        yield (
+            f"{_named(run, others)} failed in every round {_they(others)} asked, for "
+            "other reasons; clients.csv has them"
+        )
+
+
+def _never_evaluated(run: Run) -> Iterator[str]:
+    """Name clients whose every evaluation failed."""
+    if not {"reason", "accuracy"} <= set(run.clients):
+        return
+    rows = run.clients[["client", "reason", "accuracy"]]
+    rows = rows.assign(failed=rows["reason"].str.contains(_EVALUATION, na=False))
+    by_client = rows.groupby("client")
+    never = by_client["failed"].any() & (by_client["accuracy"].count() == 0)
+    clients = never[never].index.tolist()
+    if clients:
+        failed = rows[rows["failed"] & rows["client"].isin(clients)]
+        reason = _EVALUATION.split(failed["reason"].iloc[-1])[-1]
+        yield f"every evaluation of {_named(run, clients)} failed: {cause(reason)}"
+
+
+_EVALUATION = re.compile("evaluation failed: ")
+
+
+def _never_asked(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+    """Name clients that were there and took no part, unless sampling is the reason."""
+    strategy = run.config.get("strategy")
+    share = strategy.get("fraction-train") if isinstance(strategy, Mapping) else None
+    if asked.empty or (isinstance(share, int | float) and share < 1):
+        return
+    took_part = set(asked["client"].tolist())
+    connected = _data(run).get("connected")
+    if isinstance(connected, list):
+        there = [client for client in connected if isinstance(client, int)]
+        what = "connected"
+    elif set(asked.groupby("round").size()) == {len(took_part)}:
+        there = [client for client, size in _sizes(run).items() if size > 0]
+        what = "there"
+    else:
+        return  # The strategy chooses: who was not asked yet may be asked later.
+    never = sorted(set(there) - took_part)
+    if never:
+        yield f"{_named(run, never)} never took part: {what}, but asked in no round"
+
+
+def _many_failed(asked: pd.DataFrame) -> Iterator[str]:
+    """Tell in how many rounds a large part of the clients failed."""
+    lost = asked[asked["status"].isin(BAD_REPLIES)]
+    sizes = asked.groupby("round").size()
+    counts = lost.groupby("round").size().reindex(sizes.index, fill_value=0)
+    bad = counts[counts >= MANY * sizes]
+    if bad.empty:
+        return
+    of = sizes.reindex(bad.index)
+    worst = int((bad / of).to_numpy().argmax())
+    kinds = lost["why"].map(_kind)
+    common = lost["why"][kinds == kinds.value_counts().index[0]].iloc[0]
+    yield (
+        f"a tenth or more of the clients failed in {len(bad)} of {len(sizes)} rounds "
+        f"({rounds_listed(bad.index.tolist())}), at worst {bad.iloc[worst]} of "
+        f"{of.iloc[worst]} in round {bad.index[worst]}; most often: {common}"
+    )
+
+
+def _failed_rounds(run: Run) -> Iterator[str]:
+    """Tell which rounds have left the global model as it was."""
+    if "status" not in run.rounds:
+        return
+    failed = run.rounds[run.rounds["status"] == "failed"]
+    if len(failed):
+        reason = plain(failed.iloc[-1].get("reason") or "no reason was recorded")
+        yield (
+            f"{rounds_listed(failed['round'].tolist())} failed, and the global model "
+            f"was kept: {reason}"
+        )
+
+
+# --------------------------------------------------------------- losses and accuracies
+
+
+def _losses(run: Run) -> Iterator[str]:
+    """Tell of a training loss that exploded, or became NaN."""
+    rounds = run.rounds
+    if "train_loss" not in rounds:
+        return
+    rounds = rounds[rounds["round"] > 0]
+    if "status" in rounds:
+        rounds = rounds[rounds["status"] == "ok"]
+    if "ok" in rounds:
+        rounds = rounds[rounds["ok"].fillna(1) > 0]
+    one = rounds.assign(client=0)
+    grown = _exploded(one, 0.0)
+    if len(grown):
+        yield f"the training loss {_growth(grown)}"
+    lost = _became_nan(one)
+    if len(lost):
+        yield f"the training loss became NaN in {rounds_listed(lost['round'].tolist())}"
+
+
+def _clients_losses(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+    """Name clients whose own training loss exploded or became NaN."""
+    rows = asked[asked["status"] == "ok"]
+    if "train_loss" not in rows or rows["train_loss"].isna().all():
+        return
+    if "steps" in rows:
+        rows = rows[rows["steps"].fillna(1) > 0]
+    first = rows[rows["round"] == rows["round"].min()]
+    grown = _exploded(rows, float(first["train_loss"].mean()))
+    if len(grown):
+        clients = sorted(set(grown["client"].tolist()))
+        whose = run.name_of(_worst(grown)["client"]) if clients[1:] else ""
+        yield (
+            f"the training loss of {_named(run, clients)} {_growth(grown)}"
+            f"{f' (client {whose})' if whose else ''}"
+        )
+    lost = _became_nan(rows)
+    if len(lost):
+        clients = sorted(set(lost["client"].tolist()))
+        yield (
+            f"the training loss of {_named(run, clients)} became NaN in "
+            f"{rounds_listed(lost['round'].tolist())}"
+        )
+
+
+def _exploded(rows: pd.DataFrame, first: float) -> pd.DataFrame:
+    """Return the rows whose loss is a thousandfold of their client's lowest so far.
+
+    What is still small beside where losses began has not exploded: a loss that falls
+    to 1e-6 may well be 1e-2 in a later round. ``first`` is where all clients' began.
+    """
+    known = rows[rows["train_loss"] >= 0]
+    loss = known["train_loss"].groupby(known["client"])
+    lowest, began = loss.cummin(), loss.transform("first").clip(lower=first)
+    known = known.assign(lowest=lowest)
+    large = known["train_loss"] > NOT_SMALL * began
+    return known[large & (known["train_loss"] > EXPLODED * lowest)]
+
+
+def _worst(grown: pd.DataFrame) -> Mapping[Any, Any]:
+    return grown.nlargest(1, "train_loss").to_dict("records")[0]
+
+
+def _growth(grown: pd.DataFrame) -> str:
+    worst = _worst(grown)
+    return (
+        f"grew to {worst['train_loss']:.4g} in round {worst['round']}, from "
+        f"{worst['lowest']:.4g} before"
+    )
+
+
+def _became_nan(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows without a loss of clients that have had one before."""
+    known = rows["train_loss"].notna()
+    before = known.groupby(rows["client"]).cummax()
+    return rows[before & ~known]
+
+
+def _chance(run: Run) -> Iterator[str]:
+    """Tell of an accuracy that guessing gives, after enough rounds to learn.
+
+    Chance is the share of the test set's most frequent class, which naming that class
+    always gives; within one standard error of it counts as chance. Where it is not
+    known it is one over the number of classes.
+    """
+    accuracy = run.accuracy
+    if accuracy.empty or int(accuracy.index[-1]) < ROUNDS_TO_LEARN:
+        return
+    data = _data(run)
+    share, size = data.get("largest_test_class"), data.get("test_examples")
+    classes = data.get("classes")
+    error = 0.0
+    if accuracy.name == "test_accuracy" and isinstance(share, float):
+        if isinstance(size, int) and size > 0:
+            error = math.sqrt(max(share * (1 - share), 0) / size)
+        what = f"always naming the test set's most frequent class gives {share:.3g}"
+    elif isinstance(classes, int) and classes > 1:
+        share = 1 / classes
+        what = f"guessing among {classes} classes gives {share:.3g}"
+    else:
+        return
+    value, number = float(accuracy.iloc[-1]), int(accuracy.index[-1])
+    if share < 1 and value <= share + error:
+        yield f"the accuracy after round {number}, {value:.3g}, is chance: {what}"
+
+
+# ------------------------------------------------------------------- clients that rule
+
+
+def _dominant(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+    """Name clients that had more than half of the weight, round after round."""
+    if "weight" not in asked:
+        return
+    rows = asked[(asked["status"] == "ok") & asked["weight"].notna()]
+    weight = rows["weight"].abs()
+    by_round = weight.groupby(rows["round"])
+    rows = rows.assign(share=weight / by_round.transform("sum"))
+    rows = rows[by_round.transform("size") >= DOMINANT_ROUNDS]
+    ruled = rows[rows["share"] > DOMINANT]
+    for client, theirs in ruled.groupby("client"):
+        if len(theirs) >= DOMINANT_ROUNDS:
+            yield (
+                f"{_named(run, [client])} had more than half of the weight in "
+                f"{len(theirs)} of {rows['round'].nunique()} rounds, up to "
+                f"{theirs['share'].max():.0%}"
+            )
+
+
+def _huge_updates(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+    """Name clients whose update was a thousand times as long as the median."""
+    if "update_times_median" not in asked:
+        return
+    huge = asked.dropna(subset=["update_times_median"])
+    if len(huge):
+        yield (
+            f"the update of {_named(run, sorted(set(huge['client'].tolist())))} was up "
+            f"to {huge['update_times_median'].max():,.0f} times as long as the median "
+            f"({rounds_listed(huge['round'].tolist())})"
+        )
+
+
+# ---------------------------------------------------------------------------- the rest
+
+
+def _notes(run: Run) -> list[str]:
+    """Return what was noticed of the data before the run."""
+    notes = _data(run).get("notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
+
+
+def _data(run: Run) -> Mapping[str, Any]:
+    data = run.environment.get("data")
+    return data if isinstance(data, Mapping) else {}
+
+
+def _named(run: Run, clients: Iterable[Any]) -> str:
+    names = [run.name_of(client) for client in clients]
+    return f"client{'s' if len(names) > 1 else ''} {listed(names)}"
+
+
+def _they(clients: list[int]) -> str:
+    return "they were" if len(clients) > 1 else "it was"
