@@ -1,4 +1,4 @@
-"""The errors fedweight raises, and the one helper that words them.
+"""The errors fedweight raises, and the helpers that word them.
 
 Every message names what was given, what is allowed, and what to do next.
 """
@@ -8,6 +8,11 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable
+from typing import Any
+
+# So much of a value, and so many names, are shown in a message, which is one line.
+SHOWN = 100
+LISTED = 20
 
 
 class FedweightError(Exception):
@@ -48,6 +53,39 @@ def closest(name: str, allowed: Iterable[str]) -> str:
     return f" Did you mean '{match[0]}'?" if match else ""
 
 
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: on one line, shortened if it is long.
+
+    Examples
+    --------
+    >>> shown("a")
+    "'a'"
+    >>> len(shown(10**400)) <= SHOWN
+    True
+    """
+    try:
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+            value = value.item()  # 3 is written 3, not np.int64(3).
+        text = repr(value)
+    except Exception:  # Too many digits, too deep, or a user's own __repr__.
+        text = f"a {type(value).__name__} that cannot be shown"
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def listed(names: Iterable[Any], most: int = LISTED) -> str:
+    """Return names with commas between them; of many, the first and how many.
+
+    Examples
+    --------
+    >>> listed("abc", most=2)
+    'a, b and 1 more'
+    """
+    every = [str(name) for name in names]
+    text = ", ".join(every[:most])
+    return text if len(every) <= most else f"{text} and {len(every) - most} more"
+
+
 def check_range(
     name: str,
     value: float,
@@ -85,7 +123,7 @@ def check_range(
         return
     left, right = "(" if low_open else "[", ")" if high_open else "]"
     raise ConfigurationError(
-        f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}."
+        f"{name} must be in {left}{low:g}, {high:g}{right}, got {shown(value)}."
     )
 
 
@@ -104,7 +142,7 @@ got 'expo'. Did you mean 'exp'?
     if value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ConfigurationError(
-            f"{name} must be one of {listed}, got {value!r}."
+            f"{name} must be one of {listed}, got {shown(value)}."
             f"{closest(str(value), options)}"
         )
 
