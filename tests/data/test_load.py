@@ -509,8 +509,8 @@ def test_take_gives_views_for_slices_and_checks_lengths():
     ("x", "y", "message"),
     [
         (np.zeros((0, 2), np.float32), np.zeros(0, np.int64), "no training examples"),
-        (np.zeros((2, 2)), np.zeros(2, np.int64), "inputs are float64"),
-        (np.zeros((2, 2), np.float32), np.zeros(2, np.int32), "labels are int32"),
+        (np.zeros((2, 2), complex), np.zeros(2, np.int64), "inputs are complex128"),
+        (np.zeros((2, 2), np.float32), np.zeros((2, 2)), "labels are float64"),
     ],
 )
 def test_check(x, y, message):
