@@ -132,11 +132,7 @@ def make_grid(
         )
     if engine == "auto":
         engine = choose_engine(workers, gpus_per_worker, address)
-    if engine == "local" and address is not None:
-        raise ConfigurationError(
-            f"address is {address!r}, a Ray cluster to join, but the engine is "
-            "'local'. Leave the address out, or choose engine = 'ray'."
-        )
+    check_engine(engine, address)
     with _flower.task_identity(run_id=0):
         grid: SimulationGrid
         if engine == "local":
@@ -144,7 +140,6 @@ def make_grid(
                 client_app, num_clients, run_config, threads=threads, plan=plan
             )
         else:
-            check_engine(engine)
             from .ray import RayGrid
 
             grid = RayGrid(
@@ -162,8 +157,13 @@ def make_grid(
             grid.close()
 
 
-def check_engine(engine: str) -> None:
-    """Raise :class:`EngineError` if an engine cannot be used here."""
+def check_engine(engine: str, address: str | None = None) -> None:
+    """Raise if an engine cannot be used here, or not with an address."""
+    if engine == "local" and address is not None:
+        raise ConfigurationError(
+            f"address is {address!r}, a Ray cluster to join, but the engine is "
+            "'local'. Leave the address out, or choose engine = 'ray'."
+        )
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise EngineError(
             "the Ray engine needs the package ray, which is not installed. "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..paths import clean_path
 
 # Tables grow by a few rows a round but are written whole. So that writing stays a
 # small share of the time, a table rests this many times as long as it took to write.
@@ -46,7 +47,7 @@ def new_folder(out: str | Path | None, name: str) -> Path:
 
 def _make_folder(out: str | Path | None, name: str) -> Path:
     if out is not None:
-        folder = Path(out)
+        folder = clean_path("--out", out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigurationError(
                 f"--out '{folder}' exists and is not an empty folder. Name another, or "
@@ -90,13 +91,16 @@ class Table:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path = path
         self.columns = list(columns)
+        self._known = set(self.columns)
         self._lines: list[str] = []
         self._rest_until = 0.0
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows; write the file unless it was written a moment ago."""
         for row in rows:
-            self.columns += [name for name in row if name not in self.columns]
+            new = [name for name in row if name not in self._known]
+            self.columns += new
+            self._known.update(new)
             self._lines.append(_line(row.get(name) for name in self.columns))
         if time.monotonic() >= self._rest_until:
             self.write()

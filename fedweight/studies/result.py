@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import DataError
+from ..paths import clean_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 # What makes a folder a run; the rest may be missing where a run was stopped early.
 _REQUIRED = ("config.toml", "rounds.csv")
 
-_TEXT = frozenset({"status", "reason"})
+_TEXT = frozenset({"status", "reason", "name"})
 _KEYS = frozenset({"round", "client"})
 _COUNTS = frozenset(
     {
@@ -67,7 +68,7 @@ class Run:
     folder: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
+        object.__setattr__(self, "folder", clean_path("the folder", self.folder))
         if not self.folder.is_dir():
             raise DataError(f"{self.folder} is not a folder. {_WHAT_A_RUN_IS}")
         for name in _REQUIRED:
@@ -381,17 +382,19 @@ class Run:
                 na_values=dict.fromkeys(numbers, _EMPTY),
                 encoding="utf-8",
             )
+            kinds = {}
             for column in numbers:
+                if column in _COUNTS or column.startswith("label_"):
+                    kinds[column] = "Int64"
+                    continue
+                values = frame[column]
                 if column in _KEYS:
                     # A real node's number may need all 64 bits.
-                    if frame[column].dtype != "uint64":
-                        frame[column] = frame[column].astype("int64")
-                elif column in _COUNTS or column.startswith("label_"):
-                    frame[column] = frame[column].astype("Int64")
-                elif frame[column].isna().all() or pd.api.types.is_integer_dtype(
-                    frame[column]
-                ):
-                    frame[column] = frame[column].astype("float64")
+                    if values.dtype != "uint64":
+                        kinds[column] = "int64"
+                elif values.isna().all() or pd.api.types.is_integer_dtype(values):
+                    kinds[column] = "float64"
+            frame = frame.astype(kinds)  # At once: there may be thousands of classes.
         except (ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read: {error}.") from error
         return frame

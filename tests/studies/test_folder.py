@@ -1,6 +1,7 @@
 import csv
 import math
 import os
+import time
 
 import pytest
 from hypothesis import given
@@ -50,6 +51,9 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path, monkeypatch)
     (tmp_path / "runs").touch()
     with pytest.raises(ConfigurationError, match="cannot be made"):
         new_folder(None, "a")
+    for out in ("a\0b", "x" * 5000):
+        with pytest.raises(ConfigurationError, match="--out"):
+            new_folder(out, "a")
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
@@ -166,3 +170,18 @@ def test_any_table_can_be_read_back(tmp_path_factory, rows):
     for line, row in zip(lines, rows, strict=True):
         expected = ["" if row.get(c) is None else str(row[c]) for c in header]
         assert line == expected
+
+
+def test_thousands_of_columns_are_written_in_seconds(tmp_path):
+    """A class is a column of partition.csv; each used to be looked for in a list."""
+    columns = ["client", *(f"label_{c}" for c in range(20_000))]
+    table = Table(tmp_path / "t.csv", columns)
+    began = time.perf_counter()
+    table.append(dict.fromkeys(columns, k) for k in range(20))
+    table.append([dict.fromkeys([*columns, "more"], 1)])
+    table.write()
+    assert time.perf_counter() - began < 10
+    header, *lines = read(tmp_path / "t.csv")
+    assert header == [*columns, "more"]
+    assert lines[3] == ["3"] * len(columns) + [""]
+    assert lines[-1] == ["1"] * len(header)
