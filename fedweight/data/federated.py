@@ -280,7 +280,7 @@ def take_proxy(labels: Indices, fraction: float, rng: np.random.Generator) -> In
     """
     check_range("proxy", fraction, 0, 1, high_open=True)
     rows = [np.empty(0, np.int64)]
-    if fraction > 0:
+    if fraction > 0 and len(labels):
         present = np.unique(labels)
         each = max(1, round(fraction * len(labels) / len(present)))
         for label in present:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -221,13 +222,13 @@ def read_table(
         path,
         decimal=decimal,
         header=None if header is False else 0,
+        names=names if header is False else None,
         low_memory=False,  # or columns of mixed kinds are guessed in pieces
         keep_default_na=False,
         na_values=["", *na_values],
         dtype=dict.fromkeys(categories, "str"),
         **form,
     )
-    frame.columns = frame.columns.astype(str)
     if frame.empty:
         raise DataError(f"{path} has no rows below its header.")
     table = Table(
@@ -236,7 +237,7 @@ def read_table(
         decimal,
         header,
         frozenset(categories),
-        repeated=frozenset(name for name in names if names.count(name) > 1),
+        repeated=frozenset(name for name, n in Counter(names).items() if n > 1),
     )
     if header is None:
         _check_header(path, frame, names, decimal)
@@ -247,7 +248,7 @@ def read_table(
         raise DataError(f"{path}: drop leaves no column. Leave fewer out.")
     holes = _Holes(frame)
     if holes.missing.any() and drop_missing:
-        frame = _restored(frame[~holes.missing])
+        frame = _restored(frame[~holes.missing].copy(), holes.counts)
         if frame.empty:
             raise DataError(
                 f"{path}: drop-missing leaves no row: each has a missing value. Leave "
@@ -260,7 +261,7 @@ def read_table(
         dropped=tuple(drop),
         dropped_rows=len(table) - len(frame),
         missing=holes.counts,
-        fault=_hole(path, frame, holes, form, header) if holes.counts else None,
+        fault=_hole(table, frame, holes, form) if holes.counts else None,
     )
 
 
@@ -424,36 +425,38 @@ class _Holes:
         self.first = min(places, default=None)
 
 
-def _restored(frame: pd.DataFrame) -> pd.DataFrame:
+def _restored(frame: pd.DataFrame, missed: Iterable[str]) -> pd.DataFrame:
     """Give columns that missing values have widened the type that they had before."""
     frame = frame.infer_objects()
-    for name in frame.columns:
+    for name in missed:
         values = frame[name]
         if pd.api.types.is_float_dtype(values):
             whole = (values == values.round()) & (values.abs() < 2**53)
             if whole.all():
-                frame = frame.assign(**{name: values.astype(np.int64)})
+                frame[name] = values.astype(np.int64)
     return frame
 
 
 def _hole(
-    path: Path,
-    frame: pd.DataFrame,
-    holes: _Holes,
-    form: Mapping[str, Any],
-    header: bool | None,
+    table: Table, frame: pd.DataFrame, holes: _Holes, form: Mapping[str, Any]
 ) -> str:
     """Say where the first cell without a value is, and what to do."""
     assert holes.first is not None
     row, column = holes.first
     name, place = frame.columns[column], int(frame.index[row])
-    if not frame.isna().iat[row, column]:
+    if not pd.isna(frame[name].iloc[row]):
         cell, remedy = "an infinite number", "Give finite numbers."
     else:
-        top = None if header is False else 0
-        texts = _parse(path, header=top, dtype="str", na_filter=False, **form)
-        text = str(texts.iloc[place, list(texts.columns.astype(str)).index(name)])
-        cell = f"{shown(text)}" if text else "an empty cell"
+        texts = _parse(
+            table.path,
+            header=None if table.header is False else 0,
+            usecols=[table.columns.index(name)],
+            dtype="str",
+            na_filter=False,
+            **form,
+        )
+        text = str(texts.iloc[place, 0])
+        cell = shown(text) if text else "an empty cell"
         remedy = (
             "Fill in or drop them first, or leave such rows out with drop-missing = "
             "true, such columns with drop."
@@ -461,8 +464,8 @@ def _hole(
         if text:
             remedy += " Where it is a value like others, set na-values = []."
     return (
-        f"{path}: column '{name}' has no finite value in data row {place + 1}: {cell} "
-        f"({sum(holes.counts.values())} such places in all). {remedy}"
+        f"{table.path}: column '{name}' has no finite value in data row {place + 1}: "
+        f"{cell} ({sum(holes.counts.values())} such places in all). {remedy}"
     )
 
 
@@ -473,11 +476,12 @@ def _settled(
     table: Table, frame: pd.DataFrame, dtype: Mapping[str, str]
 ) -> pd.DataFrame:
     """Make numbers of columns that hold nothing else, whatever pandas took them for."""
+    frame = frame.copy(deep=False)
     for name in frame.columns:
         values = frame[name]
         if is_numeric(values):
             if dtype.get(name) == "number":
-                frame = frame.assign(**{name: values * 1})  # no longer true and false
+                frame[name] = values * 1  # no longer true and false
             continue
         if name in table.categories:
             continue
@@ -489,7 +493,14 @@ def _settled(
         long = all(len(text.strip()) > 18 and text.strip().isdigit() for text in texts)
         if not odd and not (long and dtype.get(name) is None):
             numbers = values.astype(str).str.replace(table.decimal, ".", regex=False)
-            frame = frame.assign(**{name: numbers.astype(np.float64)})
+            frame[name] = numbers.astype(np.float64)
+            infinite = values[~np.isfinite(frame[name])]
+            if len(infinite):
+                where = _cells(values, str(infinite.iloc[0]))
+                raise DataError(
+                    f"{table.path}: column '{name}' has no finite value in {where}: an "
+                    "infinite number. Give finite numbers."
+                )
     return frame
 
 
@@ -555,7 +566,10 @@ def text_fault(table: Table, values: pd.Series[Any], *, feature: bool) -> str | 
 
 def _cells(values: pd.Series[Any], text: str) -> str:
     """Say in which data rows of a column a text stands: the first, and how many."""
-    places = (values.astype(str).str.lower() == text.lower()).to_numpy()
+    texts = values.astype(str)
+    if pd.api.types.is_bool_dtype(values):
+        texts, text = texts.str.lower(), text.lower()
+    places = (texts == text).to_numpy()
     first = int(values.index.to_numpy()[places.argmax()]) + 1
     return (
         f"data row {first} ({int(places.sum()):,} such cells in {len(values):,} rows)"
