@@ -379,7 +379,8 @@ def faults(
 ) -> Iterator[str]:
     """Yield what would make a model learn something else than is meant, a line each."""
     table = source.table
-    for file in (table, *([test] if test else [])):
+    tables = [table] if test is None else [table, test]
+    for file in tables:
         if file.fault is not None:
             yield file.fault
             return  # What is there cannot be judged.
@@ -396,7 +397,7 @@ def faults(
             fault = text_fault(named, clients, feature=False)
             if fault:
                 yield fault
-    labels = [table.frame[source.label], *([test.frame[source.label]] if test else [])]
+    labels = [file.frame[source.label] for file in tables]
     fault = _label_fault(table, labels, classes)
     if fault:
         yield fault
@@ -407,12 +408,12 @@ def _label_fault(
 ) -> str | None:
     """Return what is wrong with a column of labels, or ``None``."""
     path, name = table.path, parts[0].name
-    for part in parts:
-        if not is_numeric(part):
-            named = replace(table, categories=frozenset([str(name)]))
-            fault = text_fault(named, part, feature=False)
-            if fault:
-                return fault
+    texts = [part for part in parts if not is_numeric(part)]
+    if texts:
+        named = replace(table, categories=frozenset([str(name)]))
+        fault = text_fault(named, pd.concat(texts), feature=False)
+        if fault:
+            return fault
     if classes is not None:
         return None
     values = values_of(*parts)
@@ -460,6 +461,16 @@ def remarks(source: Source) -> list[str]:
             f"{len(table) + table.dropped_rows:,} rows, which miss a value "
             "(drop-missing)"
         )
+    labels = table.frame[source.label]
+    if source.label not in table.categories and pd.api.types.is_integer_dtype(labels):
+        least, most, different = labels.min(), labels.max(), labels.nunique()
+        numbered = most - least + 1 == different and least in (0, 1)
+        if different > FEW_CLASSES and not numbered:
+            lines.append(
+                f"{table.path.name}: the label '{source.label}' has {different:,} "
+                f"different whole numbers from {least} to {most}, each a class of its "
+                "own; to predict a quantity (regression) is not offered"
+            )
     for name in source.features:
         if len(table) >= MANY_ROWS and _counts_rows(table.frame[name]):
             lines.append(

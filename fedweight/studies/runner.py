@@ -384,7 +384,9 @@ def client_data(
     if path is not None:
         options = configuration.options("data")
         # What [data] says of the columns of a CSV file holds for everybody's.
-        takes = options_of(load_one_csv) if str(path).endswith(".csv") else {}
+        takes = (
+            options_of(load_one_csv) if Path(str(path)).suffix.lower() == ".csv" else {}
+        )
         return load_client(
             str(path),
             held_out=configuration["data"]["held-out"],

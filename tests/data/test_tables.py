@@ -390,6 +390,9 @@ def test_texts_that_differ_by_spaces_only(tmp_path):
     assert "differ by spaces only" in refused(csv(tmp_path, "a,y\n" + body))
     body = "".join(f"{i},{('dog', ' dog', 'cat')[i % 3]}\n" for i in range(40))
     assert "differ by spaces only" in refused(csv(tmp_path, "a,y\n" + body))
+    plain = csv(tmp_path, "a,y\n" + body.replace(" dog", "dog"))
+    test = csv(tmp_path, "a,y\n1,dog \n2,cat\n", "test.csv")
+    assert "differ by spaces only" in refused(plain, test=test)
 
 
 def test_features_of_too_many_texts(tmp_path, monkeypatch):
@@ -520,6 +523,14 @@ def test_labels_that_are_none_are_refused(tmp_path, labels, reason):
 def test_labels_that_are_classes_pass(tmp_path, labels):
     own = data.load("csv", labelled(tmp_path, labels), test_fraction=0.0)
     assert own.num_classes == len(set(labels))
+    assert own.notes == ()
+
+
+def test_whole_numbers_that_may_be_a_quantity_are_noted(tmp_path):
+    path = labelled(tmp_path, [17 + i % 60 for i in range(1000)])
+    (note,) = data.load("csv", path).notes
+    assert "60 different whole numbers from 17 to 76, each a class" in note
+    assert data.load("csv", path, dtype={"y": "category"}).notes == ()
 
 
 @pytest.mark.parametrize(
