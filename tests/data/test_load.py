@@ -171,6 +171,8 @@ def test_adult_without_sensitive_features_keeps_the_attributes(tmp_path):
     [
         (ADULT_TRAIN.replace("<=50K", "poor"), "'<=50K' or '>50K', but there is 'poor"),
         (ADULT_TRAIN.replace("39,", "old,"), "not a table of 15 columns"),
+        (ADULT_TRAIN.replace("39,", "1, 39,"), "not a table of 15 columns"),
+        (ADULT_TRAIN.replace("39,", "1e400,"), "a number is infinite"),
         ("39, x\n", "not a table of 15 columns"),
     ],
 )
