@@ -83,8 +83,8 @@ class Checked:
         if "classes" in facts:
             counts = facts["classes"]
             label = f"label '{facts['label']}'" if facts.get("label") else "labels"
-            shares = [f"{name} {count:,}" for name, count in counts.items()]
-            yield f"{label}: {len(counts):,} classes: {listed(shares, PRINTED)}"
+            shares = [f"{name}: {count:,}" for name, count in counts.items()]
+            yield f"{label}: {len(counts):,} classes; {listed(shares, PRINTED)}"
         if "inputs" in facts:
             yield f"inputs of a model: {facts['inputs']}"
         if "clients" in facts:
@@ -96,8 +96,8 @@ class Checked:
                 f"{clients['median']:,g}"
             )
         for name, counts in facts.get("groups", {}).items():
-            shares = [f"{group} {count:,}" for group, count in counts.items()]
-            yield f"groups by '{name}': {listed(shares, PRINTED)}"
+            shares = [f"{group}: {count:,}" for group, count in counts.items()]
+            yield f"groups by '{name}'; {listed(shares, PRINTED)}"
         for name, value in facts.get("run", {}).items():
             yield f"{name}: {value}"
         for note in self.notes:
@@ -391,7 +391,9 @@ def _table(columns: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if "most" in column:
             values = f"mostly {column['most']!r} ({column['most_rows']:,})"
         elif column.get("from") is not None:
-            values = f"{column['from']:g} to {column['to']:g}"
+            whole = column["type"] == "whole numbers"
+            ends = (column["from"], column["to"])
+            values = " to ".join(f"{end:.0f}" if whole else f"{end:g}" for end in ends)
             if column["std"] is not None:
                 values += f", std {column['std']:.3g}"
         else:

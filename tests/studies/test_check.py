@@ -54,8 +54,8 @@ def test_what_a_csv_file_holds(patients):
     assert (columns["site"]["role"], columns["outcome"]["role"]) == ("client", "label")
     text = "\n".join(checked.lines())
     assert "clients: column 'site', 3 clients of 10 to 30 examples, median 20" in text
-    assert "label 'outcome': 3 classes: 0 20, 1 20, 2 20" in text
-    assert "groups by 'sex': f 30, m 30" in text
+    assert "label 'outcome': 3 classes; 0: 20, 1: 20, 2: 20" in text
+    assert "groups by 'sex'; f: 30, m: 30" in text
     assert text.endswith("nothing here would be refused")
 
 
