@@ -97,8 +97,8 @@ class Examples:
         """Tell quickly whether :meth:`cast` has nothing to do; if not, it looks."""
         x, y = self.x, self.y
         return (
-            (x.dtype is dtype or x.dtype is INT64)
-            and y.dtype is INT64
+            (x.dtype == dtype or x.dtype == INT64)
+            and y.dtype == INT64
             and y.ndim == 1
             and x.flags.c_contiguous
             and y.flags.c_contiguous
