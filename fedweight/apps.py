@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from .errors import AggregationError, ConfigurationError
+from . import keys
+from .errors import AggregationError, ConfigurationError, check_range
 from .texts import plain, shown
 
 if TYPE_CHECKING:
+    from .data import Schema
     from .studies.configuration import Configuration
     from .studies.runner import Components
 
@@ -62,10 +65,9 @@ def main(grid: Grid, context: Context) -> None:
     else:
         components = _shared_components(run_config, _num_partitions(numbered))
 
-    from .parameters import FlatModule, FlatRecord
     from .studies.folder import cannot_repeat, new_folder
     from .studies.result import Run
-    from .studies.runner import Recorder, serve
+    from .studies.runner import Recorder, make_ready, serve
 
     own_data, preface = bool(_num_classes(run_config)), ""
     if own_data:
@@ -73,9 +75,7 @@ def main(grid: Grid, context: Context) -> None:
             "every node has data of its own",
             "run the app on the nodes (docs/flower.md)",
         )
-    strategy = components.strategy()
-    components.check_feasible(strategy, simulated=False)
-    initial = FlatRecord(FlatModule(components.make_model()).save())
+    strategy, _, initial = make_ready(components, simulated=False)
     with new_folder(folder, folder.name):
         recorder = Recorder(folder, components, strategy)
         print(f"results go to {folder}", flush=True)
@@ -265,7 +265,7 @@ def _handle(message: Message, context: Context) -> Message:
             "where every node has a file of its own, and 0 where they share the data."
         )
     if path is not None:
-        return _own_client_app(context)(message, context)
+        return _own_client_app(message, context)(message, context)
     import torch
 
     torch.set_num_threads(1)  # As in our own grids: more would change the last bits.
@@ -296,7 +296,7 @@ def _client_app(run_config: Frozen, num_clients: int | None) -> ClientApp:
     return _shared_components(run_config, num_clients).client_app()
 
 
-def _own_client_app(context: Context) -> ClientApp:
+def _own_client_app(message: Message, context: Context) -> ClientApp:
     """Make the ClientApp of a node that has a file of its own."""
     import numpy as np
 
@@ -305,7 +305,7 @@ def _own_client_app(context: Context) -> ClientApp:
 
     run_config = _frozen(context)
     configuration = _configuration(run_config)
-    own = client_data(configuration, context, None)
+    own = client_data(configuration, context, None, _schema(message))
     name = str(context.node_config["data-path"])
     dataset = check(DataSet(name, own.train, own.held_out, _num_classes(run_config)))
     everything = np.arange(len(own.train))
@@ -313,6 +313,16 @@ def _own_client_app(context: Context) -> ClientApp:
     app = Components(configuration, data).client_app()
     app.data = lambda context: own
     return app
+
+
+def _schema(message: Message) -> Schema | None:
+    """Return the server's columns, where it tells them; to count labels it need not."""
+    from .data import Schema
+
+    for record in message.content.config_records.values():
+        if keys.SCHEMA in record:
+            return Schema.read(str(record[keys.SCHEMA]), "what the server tells")
+    return None
 
 
 # ---------------------------------------------------------------- what both sides do
@@ -334,7 +344,9 @@ def _num_classes(run_config: Frozen) -> int:
 
 
 def _absolute(key: str, path: str) -> Path:
-    whole = Path(path).expanduser()
+    from .paths import clean_path
+
+    whole = clean_path(f"run config: {key}", path)
     if not whole.is_absolute():
         raise ConfigurationError(
             f"run config: {key} must be an absolute path, got '{path}'. An app does "
@@ -376,14 +388,15 @@ def _server_components(run_config: Frozen) -> Components:
     """
     import numpy as np
 
-    from .data import DataSet, FederatedData, check, load_client, take_proxy
-    from .data.files import load_one_csv
+    from .data import DataSet, FederatedData, check, take_proxy
+    from .data.examples import MOST_CLASSES
+    from .data.files import load_one, load_one_csv
+    from .options import options_of
     from .rng import Purpose, generator
-    from .studies.configuration import options_of
     from .studies.runner import Components
 
     configuration = _configuration(run_config)
-    data, seed = configuration["data"], configuration["run"]["seed"]
+    data, seed = configuration["data"], configuration.seed("partition")
     if data["name"] not in ("csv", "npz") or not data["path"]:
         raise ConfigurationError(
             f"with {NUM_CLASSES} above 0 the nodes have the data, and the server needs "
@@ -391,12 +404,20 @@ def _server_components(run_config: Frozen) -> Components:
         )
     takes = options_of(load_one_csv) if data["name"] == "csv" else {}
     options = {k: v for k, v in configuration.options("data").items() if k in takes}
-    examples = load_client(data["path"], held_out=0, seed=seed, **options).train
+    num_classes = _num_classes(run_config)
+    check_range(NUM_CLASSES, num_classes, 1, MOST_CLASSES)
+    classes = options.get("classes") or range(num_classes)
+    if len(classes) != num_classes:
+        raise ConfigurationError(
+            f"{NUM_CLASSES} is {num_classes}, but data.classes lists {len(classes)}. "
+            "Make them equal."
+        )
+    examples, schema = load_one(data["path"], **options)
+    schema = replace(schema, classes=tuple(map(str, classes)))
     rows = take_proxy(examples.y, data["proxy"], generator(seed, Purpose.PROXY))
     test = examples.take(np.setdiff1d(np.arange(len(examples)), rows))
-    name, num_classes = Path(data["path"]).stem, _num_classes(run_config)
+    name = Path(data["path"]).stem
     dataset = check(DataSet(name, examples, test, num_classes))
     nobody = [np.empty(0, np.int64)]
-    return Components(
-        configuration, FederatedData(dataset, nobody, proxy=data["proxy"], seed=seed)
-    )
+    federated = FederatedData(dataset, nobody, proxy=data["proxy"], seed=seed)
+    return Components(configuration, federated, schema)

@@ -1,4 +1,4 @@
-"""The command line: run, list, report, data."""
+"""The command line: run, check, list, report, data."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   fedweight run                                         the quick start
   fedweight run simulations/label_skew.toml --strategy feddisco --seed 1
   fedweight run --set partition.alpha=0.1 --set run.rounds=50
+  fedweight check patients.csv --set data.label=outcome what a run would say of it
   fedweight list                                        what there is to choose from
   fedweight report runs/quickstart-fedavg-seed0
   fedweight data fashion-mnist                          fetch a data set
@@ -61,19 +62,34 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--engine", help="auto, local or ray")
     run.add_argument("--seed", type=int, help="short for --set run.seed=...")
     run.add_argument("--out", help="the run's folder (default: a new one in runs/)")
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.KEY=VALUE",
-        dest="settings",
-        help="override a key of the simulation file; may be repeated",
+    check = command(
+        "check",
+        "say what a data or simulation file holds, and what a run would refuse",
+        "fedweight check patients.csv --set data.label=outcome --set data.client=site",
     )
     run.add_argument(
         "--overwrite",
         action="store_true",
         help="replace the run that is in the folder already, as after a crash",
     )
+    check.add_argument("file", help="a CSV, NPZ or simulation file (.toml)")
+    check.add_argument(
+        "--schema", help="check a site's file against what --write-schema wrote"
+    )
+    check.add_argument(
+        "--write-schema",
+        metavar="FILE",
+        help="write the file's columns and classes, for other sites to check theirs",
+    )
+    for sub in (run, check):
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="TABLE.KEY=VALUE",
+            dest="settings",
+            help="override a key of the simulation file; may be repeated",
+        )
     command(
         "list",
         "list the strategies, objectives, data sets, partitions and models",
@@ -185,12 +201,31 @@ def _run(given: argparse.Namespace) -> int:
     return 1 if summary.get("failed_rounds") else 0
 
 
+def _check(given: argparse.Namespace) -> int:
+    from .errors import DataError
+    from .studies.check import check_file
+
+    checked = check_file(
+        given.file,
+        given.settings,
+        schema=given.schema,
+        write_schema=given.write_schema,
+    )
+    if given.json:
+        print(json.dumps(checked.to_dict()))
+    else:
+        print("\n".join(checked.lines()))
+    if checked.refused:
+        raise DataError(checked.refused[0])
+    return 0
+
+
 def _list(given: argparse.Namespace) -> int:
     from . import data, models
     from .clients.objectives import OBJECTIVES
     from .strategies import STRATEGIES
     from .strategies.server_optimizers import SERVER_OPTIMIZERS
-    from .studies.configuration import SCHEMA
+    from .studies.configuration import SCHEMA, SEEDS
 
     kinds = {
         "strategies": STRATEGIES.descriptions(),
@@ -203,6 +238,10 @@ def _list(given: argparse.Namespace) -> int:
             f"{table}.{key}": f"{rule.meaning} (default {rule.default!r})"
             for table, rules in SCHEMA.items()
             for key, rule in rules.items()
+        }
+        | {
+            f"{table}.seed": f"{rule.meaning} (default run.seed)"
+            for table, rule in SEEDS.items()
         },
     }
     if given.json:
@@ -232,17 +271,31 @@ def _data(given: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "list": _list, "report": _report, "data": _data}
+COMMANDS = {
+    "run": _run,
+    "check": _check,
+    "list": _list,
+    "report": _report,
+    "data": _data,
+}
 
 
 def _show_warnings() -> None:
     """Show our warnings and errors, plainly."""
     ours = logging.getLogger("fedweight")
     if not ours.handlers:
-        handler = logging.StreamHandler()
+        handler = _ToStderr()
         handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
         ours.addHandler(handler)
     ours.propagate = False
+
+
+class _ToStderr(logging.Handler):
+    """Writes to what ``sys.stderr`` is by then, as a live line may have replaced it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is not None:
+            print(self.format(record), file=sys.stderr)
 
 
 class _progress:

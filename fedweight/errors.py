@@ -1,4 +1,4 @@
-"""The errors fedweight raises, and the one helper that words them.
+"""The errors fedweight raises, and the helpers that word them.
 
 Every message names what was given, what is allowed, and what to do next.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable
+
+from .texts import shown
 
 
 class FedweightError(Exception):
@@ -89,7 +91,7 @@ def check_range(
         return
     left, right = "(" if low_open else "[", ")" if high_open else "]"
     raise ConfigurationError(
-        f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}."
+        f"{name} must be in {left}{low:g}, {high:g}{right}, got {shown(value)}."
     )
 
 
@@ -108,7 +110,7 @@ got 'expo'. Did you mean 'exp'?
     if value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ConfigurationError(
-            f"{name} must be one of {listed}, got {value!r}."
+            f"{name} must be one of {listed}, got {shown(value)}."
             f"{closest(str(value), options)}"
         )
 

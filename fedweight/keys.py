@@ -18,6 +18,7 @@ REQUEST: Final = "request"
 LOCAL_EPOCHS: Final = "local-epochs"
 PROXIMAL_MU: Final = "proximal-mu"
 COEFFICIENT: Final = "coefficient"
+SCHEMA: Final = "schema"
 
 # What every reply to a train message reports.
 NUM_EXAMPLES: Final = "num-examples"

@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data._options import check_options
+from .data.examples import channels_last
 from .errors import ConfigurationError, check_range
+from .memory import check_memory
+from .options import check_callable, check_options, make, options_of
 from .registry import Registry
 from .rng import Purpose, torch_seed
+from .texts import shown
 
 __all__ = ["build", "catalogue"]
+
+# Two widths whose product is smaller make no matrix that fills a machine's memory.
+LARGE = 10**8
+
+# A run holds a model at least so often: the global one, a client's, and its gradient.
+COPIES = 3
+
+# So many layers of no model stand one after another.
+MOST_LAYERS = 1000
 
 MODELS = Registry(
     "model",
@@ -64,11 +76,14 @@ def build(
     >>> model(torch.zeros(5, 1, 8, 8)).shape
     torch.Size([5, 10])
     """
-    model = MODELS.resolve(name)
-    check_options(f"model '{name}'", model, options, ["input_shape", "num_classes"])
+    model, what = MODELS.resolve(name), f"model '{name}'"
+    check_callable(what, model, "function(input_shape, num_classes, **options)", 2)
+    check_options(what, model, options, list(options_of(model))[:2])
     check_range("num_classes", num_classes, 2)
+    if name in MODELS.entries:
+        _check_size(what, model, tuple(input_shape), num_classes, options)
     with contextlib.nullcontext() if seed is None else _seeded(seed):
-        module = model(tuple(input_shape), num_classes, **options)
+        module = make(what, lambda: model(tuple(input_shape), num_classes, **options))
     if not isinstance(module, nn.Module):
         raise ConfigurationError(
             f"model '{name}' gave {type(module).__name__}. Return a torch.nn.Module."
@@ -79,6 +94,33 @@ def build(
 def catalogue() -> dict[str, str]:
     """Return each model's name with a line that describes it."""
     return MODELS.descriptions()
+
+
+def _check_size(
+    what: str,
+    model: Callable[..., nn.Module],
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse a model that this machine cannot hold, before it tries to."""
+    widths = [math.prod(input_shape), num_classes]
+    for value in options.values():
+        several = value if isinstance(value, list | tuple) else [value]
+        widths += [width for width in several if isinstance(width, int)]
+    if math.prod(sorted(widths)[-2:]) < LARGE:
+        return
+    try:
+        with torch.device("meta"):  # Shapes only: nothing is allocated.
+            module = model(input_shape, num_classes, **options)
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+    except (RuntimeError, OverflowError, TypeError):  # Beyond what a number can say.
+        size = 2**63
+    check_memory(
+        f"{what} with options {shown(options)}",
+        COPIES * size,
+        "Make it smaller.",
+    )
 
 
 @contextlib.contextmanager
@@ -178,7 +220,7 @@ class CNN(nn.Module):
         _check_widths("channels", channels)
         if len(channels) != 2:
             raise ConfigurationError(
-                f"channels must be two numbers, got {list(channels)!r}."
+                f"channels must be two numbers, got {shown(list(channels))}."
             )
         first, second = channels
         check_range("hidden", hidden, 1)
@@ -361,13 +403,23 @@ class CharGRU(nn.Module):
 def _check_widths(name: str, widths: Sequence[Any]) -> None:
     if not all(isinstance(width, int) and width >= 1 for width in widths):
         raise ConfigurationError(
-            f"{name} must be whole numbers from 1, got {list(widths)!r}."
+            f"{name} must be whole numbers from 1, got {shown(list(widths))}."
+        )
+    if len(widths) > MOST_LAYERS:
+        raise ConfigurationError(
+            f"{name} must be at most {MOST_LAYERS} numbers, got {len(widths)}."
         )
 
 
 def _image_shape(
     model: str, input_shape: tuple[int, ...], least: int
 ) -> tuple[int, int, int]:
+    if channels_last(input_shape):
+        raise ConfigurationError(
+            f"model '{model}' takes images of shape (c, h, w), but the data have shape "
+            f"{tuple(input_shape)}, by the looks (h, w, c). Transpose them first: "
+            "x.transpose(0, 3, 1, 2)."
+        )
     if len(input_shape) != 3 or min(input_shape[1:]) < least:
         raise ConfigurationError(
             f"model '{model}' takes images of shape (c, h, w) with h and w of {least} "

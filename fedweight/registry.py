@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigurationError, closest
+from .texts import shown
 
 
 def load_object(kind: str, path: str) -> Any:
@@ -27,7 +28,7 @@ def load_object(kind: str, path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not (attribute and all(part.isidentifier() for part in module_name.split("."))):
         raise ConfigurationError(
-            f"{kind} '{path}' must be written 'package.module:name'."
+            f"{kind} {shown(path)} must be written 'package.module:name'."
         )
     here = os.getcwd()
     if here not in sys.path:
@@ -38,15 +39,15 @@ def load_object(kind: str, path: str) -> Any:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ConfigurationError(
-            f"{kind} '{path}': there is no module '{module_name}' here or on the "
-            "Python path. Write it as 'package.module:name'."
+            f"{kind} {shown(path)}: there is no module {shown(module_name)} here or on "
+            "the Python path. Write it as 'package.module:name'."
         ) from None
     try:
         return getattr(module, attribute)
     except AttributeError:
         public = [name for name in vars(module) if not name.startswith("_")]
         raise ConfigurationError(
-            f"{kind} '{path}': module '{module_name}' has no '{attribute}'."
+            f"{kind} {shown(path)}: module '{module_name}' has no {shown(attribute)}."
             f"{closest(attribute, public)}"
         ) from None
 
@@ -74,7 +75,7 @@ class Registry:
             return load_object(self.kind, name)
         listed = ", ".join(sorted(self.entries))
         raise ConfigurationError(
-            f"there is no {self.kind} '{name}'.{closest(name, self.entries)} "
+            f"there is no {self.kind} {shown(name)}.{closest(name, self.entries)} "
             f"There are {listed}; your own is written 'module:name'."
         )
 

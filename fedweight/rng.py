@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Purpose(IntEnum):
@@ -68,6 +71,8 @@ def torch_generator(
     seed: int, purpose: Purpose, round: int = 0, client: int = 0
 ) -> torch.Generator:
     """Return the torch generator (CPU) of one stream; see :func:`generator`."""
+    import torch
+
     return torch.Generator().manual_seed(torch_seed(seed, purpose, round, client))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 NAME_LENGTH = 60  # characters of a client's name that are shown
 REASON_LENGTH = 300  # and of a reason
+SHOWN_LENGTH = 100  # and of a value in a message
 TRACEBACK_LENGTH = 20_000  # of a reason with its traceback, which is kept
 
 # Joiners that scripts and emojis need; every other invisible character is written out.
@@ -57,18 +58,20 @@ def plain(text: object, limit: int = REASON_LENGTH) -> str:
     return f"{line[: limit - 1]}…"
 
 
-def shown(value: object, limit: int = 60) -> str:
-    """Return a value as a message shows it.
+def shown(value: object, limit: int = SHOWN_LENGTH) -> str:
+    """Return a value as a message shows it: on one line, shortened if it is long.
 
     Examples
     --------
     >>> shown([1.5, "a"]), shown(10**5000)
-    ("[1.5, 'a']", 'a int')
+    ("[1.5, 'a']", 'a int that cannot be shown')
     """
     try:
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+            value = value.item()  # type: ignore[attr-defined]  # 3, not np.int64(3)
         text = repr(value)
-    except Exception:  # An integer of too many digits, and whatever else may come.
-        text = f"a {type(value).__name__}"
+    except Exception:  # Too many digits, too deep, or somebody's own __repr__.
+        text = f"a {type(value).__name__} that cannot be shown"
     return plain(text, limit)
 
 
@@ -116,7 +119,7 @@ def anybodys(reason: str) -> str:
 _WHOSE = re.compile(r"(^|: )client \d+, ", re.ASCII)
 
 
-def listed(names: Sequence[str], most: int = 3) -> str:
+def listed(names: Iterable[object], most: int = 3) -> str:
     """Return names as a list in words, a long one shortened.
 
     Examples
@@ -126,9 +129,10 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     >>> listed([str(n) for n in range(12)])
     '0, 1, 2 and 9 others'
     """
-    if len(names) > most + 1:
-        names = [*names[:most], f"{len(names) - most} others"]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    every = [str(name) for name in names]
+    if len(every) > most + 1:
+        every = [*every[:most], f"{len(every) - most} others"]
+    return " and ".join([", ".join(every[:-1]), every[-1]] if every[1:] else every)
 
 
 def rounds_listed(rounds: Iterable[int], most: int = 4) -> str:

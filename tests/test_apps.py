@@ -351,9 +351,68 @@ def test_node_that_does_not_fit_says_why(
         apps.client_app(message, context)
 
 
+def rewrite(path: str, columns: Callable[[list[str]], list[str]]) -> None:
+    """Write a site's file with other columns."""
+    rows = [line.split(",") for line in Path(path).read_text().splitlines()]
+    Path(path).write_text("\n".join(",".join(columns(row)) for row in rows))
+
+
+def test_a_node_puts_its_columns_in_the_servers_order(
+    start: Start, sites: dict[str, str], tmp_path: Path
+) -> None:
+    config = OWN | {"data.path": sites["test.csv"]}
+    nodes = [{"data-path": sites["a.csv"], "partition-id": 0}]
+    folder = start(FlowerLikeGrid(DeviceGrid(nodes, config)), config)
+    rewrite(sites["a.csv"], lambda row: [row[2], row[1], row[0]])
+    config["out"] = str(tmp_path / "again")
+    start(FlowerLikeGrid(DeviceGrid(nodes, config)), config)
+
+    for name in ("rounds.csv", "clients.csv", "model.safetensors"):
+        again = (tmp_path / "again" / name).read_bytes()
+        assert again == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("columns", "differs"),
+    [
+        (
+            lambda row: [row[0].replace("left", "port"), *row[1:]],
+            "it lacks 'left'; it has 'port' besides",
+        ),
+        (lambda row: [*row[:2], row[0].replace("left", "up"), row[2]], "'up' besides"),
+        (lambda row: row[1:], "it lacks 'left'"),
+    ],
+)
+def test_a_node_with_other_columns_says_which(
+    start: Start, sites: dict[str, str], columns: Any, differs: str
+) -> None:
+    rewrite(sites["a.csv"], columns)
+    config = OWN | {"data.path": sites["test.csv"], "run.rounds": 1}
+    nodes = [{"data-path": sites["a.csv"]}, {"data-path": sites["b.npz"]}]
+    folder = start(FlowerLikeGrid(DeviceGrid(nodes, config)), config)
+
+    clients = fedweight.Run(folder).clients
+    bad = clients[clients["status"] == "failed"]
+    assert len(bad) == 1
+    (reason,) = bad["reason"]
+    assert f"{sites['a.csv']} has other columns than test.csv" in reason
+    assert differs in reason
+
+
+def test_the_server_tells_its_columns_and_classes(sites: dict[str, str]) -> None:
+    config = OWN | {"data.path": sites["test.csv"]}
+    schema = apps._server_components(tuple(config.items())).schema
+    assert schema is not None
+    assert (schema.source, schema.label) == ("test.csv", "class")
+    assert schema.columns == {"left": "number", "right": "number"}
+    assert schema.classes == ("0", "1", "2")
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"settings": 'data.classes=["a","b"]'}, "is 3, but data.classes lists 2"),
+        ({"num-classes": 10**9}, "num-classes must be in"),
         ({"data.name": "digits"}, "needs a file of test examples"),
         ({"data.path": ""}, "needs a file of test examples"),
         ({"data.path": "test.csv"}, "data.path must be an absolute path"),

@@ -3,11 +3,12 @@ from __future__ import annotations
 import csv
 import io
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight.texts import cause, listed, plain, plain_lines, rounds_listed
+from fedweight.texts import cause, listed, plain, plain_lines, rounds_listed, shown
 
 ODD = [
     "\x1b]0;title\x07\x1b[2J",
@@ -100,3 +101,14 @@ def test_long_lists_are_shortened() -> None:
     assert listed([str(n) for n in range(4)]) == "0, 1, 2 and 3"
     assert listed([]) == ""
     assert rounds_listed(range(1, 40, 2)) == "rounds 1, 3, 5, 7 and 16 others"
+
+
+def test_values_and_names_are_shown_short_and_on_one_line():
+    assert shown(np.str_("a")) == "'a'"
+    assert shown(np.int64(3)) == "3"
+    assert len(shown("x" * 10_000)) <= 100
+    assert shown(10**5000) == "a int that cannot be shown"
+    assert "\n" not in shown(np.zeros((9, 9)))
+    assert listed("abcde", most=3) == "a, b, c and 2 others"
+    assert listed("abcd", most=3) == "a, b, c and d"
+    assert listed([]) == ""

@@ -288,7 +288,7 @@ class TrainingApp(ClientApp):
         return reply.message(message)
 
     def _query(self, message: Message, context: Context) -> Message:
-        data = self.data(context)
+        data = self.data(context).cast(np.float32, f"client {client_number(context)}")
         metrics = {keys.NUM_EXAMPLES: len(data.train)}
         reply = Reply(0, metrics=metrics, profile=self._label_counts(data))
         return reply.message(message)
@@ -303,6 +303,8 @@ class TrainingApp(ClientApp):
     ) -> list[Reply]:
         """Train some clients from the same global model."""
         with self._module() as module:
+            dtype = _dtype(module)
+            visits = [visit.cast(dtype) for visit in visits]
             start = flatten(record, module.layout, **RECEIVED)
             measured = [self._before(module, start, visit) for visit in visits]
             batched = batched and len({(v.told.round, v.told.mu) for v in visits}) == 1
@@ -430,8 +432,9 @@ class TrainingApp(ClientApp):
         self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
     ) -> list[Reply]:
         """Evaluate the global model on some clients' held-out data."""
-        parts = [visit.data.held_out for visit in visits]
         with self._module() as module:
+            dtype = _dtype(module)
+            parts = [visit.cast(dtype).data.held_out for visit in visits]
             model = flatten(record, module.layout, **RECEIVED)
             measured = evaluate_each(module, model, parts)
         return [
@@ -573,6 +576,17 @@ class _Visit(NamedTuple):
     told: _Told
     context: Context
     data: ClientData
+
+    def cast(self, dtype: np.dtype[Any]) -> _Visit:
+        """Return the same with data in the model's types."""
+        if self.data.train.fits(dtype) and self.data.held_out.fits(dtype):
+            return self
+        return self._replace(data=self.data.cast(dtype, f"client {self.client}"))
+
+
+def _dtype(module: FlatModule) -> np.dtype[Any]:
+    double = module.layout.dtype == torch.float64
+    return np.dtype(np.float64 if double else np.float32)
 
 
 @dataclass

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..options import check_callable, check_options, make
+from ..paths import clean_path
 from ..registry import Registry
-from ._options import check_options
 from .examples import DataSet, Examples, check
 from .federated import ClientData, FederatedData, federate, load_client, take_proxy
 from .fetch import default_folder, fetch
+from .notes import notes
 from .partitions import partition, partition_catalogue
+from .schema import Schema
 
 __all__ = [
     "DATA_SETS",
@@ -23,6 +26,7 @@ __all__ = [
     "DataSet",
     "Examples",
     "FederatedData",
+    "Schema",
     "catalogue",
     "check",
     "default_folder",
@@ -30,6 +34,7 @@ __all__ = [
     "fetch",
     "load",
     "load_client",
+    "notes",
     "partition",
     "partition_catalogue",
     "take_proxy",
@@ -80,15 +85,16 @@ def load(
     """
     function = DATA_SETS.resolve(name)
     what = f"data '{name}'"
+    check_callable(what, function, "function(**options)", 0)
     parameters = inspect.signature(function).parameters
     given: dict[str, Any] = {"seed": seed}
     if path is not None or name in DATA_SETS.entries:
-        given["path"] = None if path is None else Path(path).expanduser()
+        given["path"] = None if path is None else clean_path("path", path)
     if path is not None and "path" not in parameters:
         raise DataError(f"{what} takes no path, got '{path}'. Leave it out.")
     given = {key: value for key, value in given.items() if key in parameters}
     check_options(what, function, options, given, DataError)
-    dataset = function(**given, **options)
+    dataset = make(what, lambda: function(**given, **options))
     if not isinstance(dataset, DataSet):
         raise DataError(
             f"{what} returned {type(dataset).__name__}. Return a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -92,19 +93,25 @@ def _read(path: Path, first_row: int) -> pd.DataFrame:
             "adult.test."
         )
     try:
-        table = pd.read_csv(
-            path,
-            names=list(COLUMNS),
-            skiprows=first_row,
-            skipinitialspace=True,
-            na_filter=False,
-            dtype=dict.fromkeys(NUMERIC, np.float64),
-            index_col=False,
-        )
-    except (ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            # A first row of more columns would lose the last ones.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                path,
+                names=list(COLUMNS),
+                skiprows=first_row,
+                skipinitialspace=True,
+                na_filter=False,
+                dtype=dict.fromkeys(NUMERIC, np.float64),
+                index_col=False,
+            )
+        if not np.isfinite(table[list(NUMERIC)]).all(axis=None):
+            raise ValueError("a number is infinite")
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise DataError(
             f"{path} is not a table of {len(COLUMNS)} columns as UCI publishes it: "
-            f"{error}. 'fedweight data adult' fetches it again."
+            f"{' '.join(str(error).split()).rstrip('.')}. 'fedweight data adult' "
+            "fetches it again."
         ) from error
     table["income"] = table["income"].str.rstrip(".")
     unknown = set(table["income"]) - set(CLASS_NAMES)

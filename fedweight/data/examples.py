@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
+from ..texts import shown
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
+
+INT64 = np.dtype(np.int64)
+
+# The tables of a run have a column for each class: more than a reader, or a browser,
+# could make anything of.
+MOST_CLASSES = 100_000
+
+# How many channels images have, and how high and wide they are at least, where the last
+# axis is taken for the channels.
+CHANNELS = (1, 3, 4)
+LEAST_SIDE = 8
 
 
 @dataclass(frozen=True)
 class Examples:
     """A number of examples, one a row in every array.
+
+    What is no array yet (a list, a frame or a column of pandas) becomes one.
 
     Attributes
     ----------
@@ -36,13 +51,22 @@ class Examples:
     attributes: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that the arrays have the same number of rows."""
-        columns = {"x": self.x, "y": self.y, **self.attributes}
-        for name, column in columns.items():
-            if len(column) != len(self.y):
+        """Make arrays, and check that they have the same number of rows."""
+        x, y, attributes = self.x, self.y, self.attributes
+        if type(x) is not np.ndarray or type(y) is not np.ndarray:
+            object.__setattr__(self, "x", as_array("x", x))
+            object.__setattr__(self, "y", as_array("y", y))
+        if any(type(column) is not np.ndarray for column in attributes.values()):
+            attributes = {name: as_array(name, c) for name, c in attributes.items()}
+            object.__setattr__(self, "attributes", attributes)
+        n = len(self.y)
+        if len(self.x) == n and all(len(c) == n for c in attributes.values()):
+            return
+        for name, column in {"x": self.x, **attributes}.items():
+            if len(column) != n:
                 raise DataError(
                     f"'{name}' has {len(column)} rows, but there are "
-                    f"{len(self.y)} labels. Give one row an example."
+                    f"{n} labels. Give one row an example."
                 )
 
     def __len__(self) -> int:
@@ -70,6 +94,49 @@ class Examples:
             {name: column[indices] for name, column in self.attributes.items()},
         )
 
+    def fits(self, dtype: np.dtype[Any]) -> bool:
+        """Tell quickly whether :meth:`cast` has nothing to do; if not, it looks."""
+        x, y = self.x, self.y
+        return (
+            (x.dtype == dtype or x.dtype == INT64)
+            and y.dtype == INT64
+            and y.ndim == 1
+            and x.flags.c_contiguous
+            and y.flags.c_contiguous
+        )
+
+    def cast(self, dtype: npt.DTypeLike = np.float32, where: str = "data") -> Examples:
+        """Return the examples as a model of some dtype can train on them.
+
+        Labels become int64, floating inputs ``dtype``, whole ones int64, which are
+        tokens. What fits already is not copied.
+
+        Parameters
+        ----------
+        dtype : dtype
+            What the model's weights are.
+        where : str
+            How a message calls the examples.
+
+        Raises
+        ------
+        DataError
+            If it is not certain what is meant; the message has the call that says it.
+
+        Examples
+        --------
+        >>> examples = Examples([[0.5], [1.5]], [0.0, 1.0]).cast()
+        >>> examples.x.dtype, examples.y.dtype
+        (dtype('float32'), dtype('int64'))
+        """
+        x, y = self.x, self.y
+        if x.dtype not in (dtype, np.int64) or min(x.strides) < 0:
+            x = as_inputs(f"{where}: inputs are", x, dtype)
+        if y.dtype != np.int64 or y.ndim != 1 or y.strides[0] < 0:
+            y = as_labels(f"{where}: labels are", y)
+        same = x is self.x and y is self.y
+        return self if same else Examples(x, y, self.attributes)
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -90,6 +157,16 @@ class DataSet:
         The name of each class, or nothing.
     attribute_names : Mapping[str, tuple of str]
         For attributes that are codes 0, 1, ...: what each code stands for.
+    natural_names : tuple of str
+        The name of each natural client; then ``natural_clients`` are places in it.
+        A client may be there without examples: it keeps its number.
+    natural_sizes : ndarray, optional
+        Shape ``[len(natural_names)]``: how many examples each natural client has in
+        all, before some were drawn for testing. By these the largest are found.
+    feature_names : tuple of str
+        The name of each feature of a table, or nothing.
+    notes : tuple of str
+        What a user should know of these data, a line each.
     """
 
     name: str
@@ -99,6 +176,10 @@ class DataSet:
     natural_clients: Array | None = None
     class_names: tuple[str, ...] = ()
     attribute_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    natural_names: tuple[str, ...] = ()
+    natural_sizes: Array | None = None
+    feature_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -107,53 +188,266 @@ class DataSet:
 
 
 def check(dataset: DataSet) -> DataSet:
-    """Return the data set, or raise if a model could not be trained on it.
+    """Return a data set that a model can be trained on: the same, or mended.
+
+    Arrays are cast where it is certain what is meant (:meth:`Examples.cast`), and
+    natural clients are numbered from 0 in the order of their names, or else of what
+    they are called by.
 
     Raises
     ------
     DataError
-        If there are no training examples, inputs are not finite float32 or int64,
-        labels are not int64 in ``0 .. C - 1``, or training and test differ in shape.
+        If there are no training examples, inputs are not finite numbers, labels are
+        not classes ``0 .. C - 1``, or training and test differ in shape.
     """
-    name = dataset.name
+    dataset, what = cast(dataset), f"data '{dataset.name}'"
+    num_classes = dataset.num_classes
+    if not isinstance(num_classes, numbers.Integral) or num_classes < 1:
+        raise DataError(
+            f"{what}: num_classes must be a whole number from 1, got "
+            f"{shown(num_classes)}."
+        )
+    if num_classes > MOST_CLASSES:
+        raise DataError(
+            f"{what}: there are {num_classes:,} classes; at most {MOST_CLASSES:,} can "
+            "be counted for each client. Number those that occur from 0, without gaps: "
+            "numpy.unique(y, return_inverse=True)[1]."
+        )
     if not len(dataset.train):
-        raise DataError(f"data '{name}' has no training examples.")
+        raise DataError(f"{what} has no training examples.")
     for part, examples in (("train", dataset.train), ("test", dataset.test)):
         x, y = examples.x, examples.y
-        if x.dtype not in (np.float32, np.int64):
-            raise DataError(
-                f"data '{name}', {part}: inputs are {x.dtype}. Give float32, or int64 "
-                "for tokens."
-            )
         if x.shape[1:] != dataset.input_shape:
             raise DataError(
-                f"data '{name}': an example has shape {dataset.input_shape} in the "
+                f"{what}: an example has shape {dataset.input_shape} in the "
                 f"training data and {x.shape[1:]} in the test data. Make them equal."
             )
         bad = _first_not_finite(x)
         if bad is not None:
             raise DataError(
-                f"data '{name}', {part}: example {bad} holds NaN or infinity. Fill "
+                f"{what}, {part}: example {bad} holds NaN or infinity. Fill "
                 "in or drop such values first."
             )
-        if y.dtype != np.int64 or y.ndim != 1:
+        if len(y) and not (y.min() >= 0 and y.max() < num_classes):
             raise DataError(
-                f"data '{name}', {part}: labels are {y.dtype} of shape {y.shape}. "
-                "Give int64 class numbers of shape [n]."
+                f"{what}, {part}: labels reach from {y.min()} to {y.max()}, "
+                f"but {num_classes} classes allow 0 to "
+                f"{num_classes - 1}."
             )
-        if len(y) and not (y.min() >= 0 and y.max() < dataset.num_classes):
-            raise DataError(
-                f"data '{name}', {part}: labels reach from {y.min()} to {y.max()}, "
-                f"but {dataset.num_classes} classes allow 0 to "
-                f"{dataset.num_classes - 1}."
-            )
-    natural = dataset.natural_clients
-    if natural is not None and len(natural) != len(dataset.train):
+    names = dataset.class_names
+    if names and len(names) != num_classes:
         raise DataError(
-            f"data '{name}': natural_clients has {len(natural)} entries for "
-            f"{len(dataset.train)} training examples. Give one each."
+            f"{what}: class_names are {len(names)} for {num_classes} classes. Give one "
+            "each, or none."
         )
     return dataset
+
+
+def cast(dataset: DataSet) -> DataSet:
+    """Return a data set in the types that training takes; see :func:`check`."""
+    what = f"data '{dataset.name}'"
+    train, test = dataset.train, dataset.test
+    train = train.cast(where=f"{what}, train")
+    test = test.cast(where=f"{what}, test") if len(test) else train.take(slice(0, 0))
+    if train is not dataset.train or test is not dataset.test:
+        dataset = replace(dataset, train=train, test=test)
+    return _numbered(dataset)
+
+
+def _numbered(dataset: DataSet) -> DataSet:
+    """Return the data set with its natural clients numbered, and named if need be."""
+    what, names = f"data '{dataset.name}'", dataset.natural_names
+    if dataset.natural_clients is None:
+        if names:
+            raise DataError(
+                f"{what} has natural_names but no natural_clients. Give both, or none."
+            )
+        return dataset
+    given = as_array("natural_clients", dataset.natural_clients)
+    if given.shape != (len(dataset.train),):
+        raise DataError(
+            f"{what}: natural_clients has {len(given)} entries for "
+            f"{len(dataset.train)} training examples. Give one each."
+        )
+    if not names:
+        names, natural = name_clients(given, what)
+        if names == tuple(str(number) for number in range(len(names))):
+            names = ()  # They are numbers already.
+    else:
+        natural = as_labels(f"{what}: natural_clients are", given)
+        if len(set(names)) != len(names):
+            raise DataError(
+                f"{what}: natural_names has a name twice. Make them unique."
+            )
+        if not (natural.min() >= 0 and natural.max() < len(names)):
+            raise DataError(
+                f"{what}: natural_clients reach from {natural.min()} to "
+                f"{natural.max()}, but natural_names has {len(names)} names. They are "
+                "places in it, from 0."
+            )
+    sizes = dataset.natural_sizes
+    if sizes is not None and len(sizes) != len(names or set(natural.tolist())):
+        raise DataError(
+            f"{what}: natural_sizes has {len(sizes)} entries for {len(names)} natural "
+            "clients. Give one each."
+        )
+    return replace(dataset, natural_clients=natural, natural_names=names)
+
+
+def name_clients(clients: Array, what: str = "data") -> tuple[tuple[str, ...], Indices]:
+    """Return natural clients' names, and each example's client as a number.
+
+    Parameters
+    ----------
+    clients : ndarray
+        Shape ``[n]``: what each example's client is called, numbers or texts.
+    what : str
+        How a message calls the data.
+
+    Returns
+    -------
+    tuple
+        The K names in sorted order, and the place of each example's client among
+        them, ``[n]``.
+
+    Examples
+    --------
+    >>> names, numbers = name_clients(np.array([40, 7, 40]))
+    >>> names, numbers.tolist()
+    (('7', '40'), [1, 0, 1])
+    """
+    if clients.dtype.kind == "O":
+        clients = clients.astype(str)
+    if clients.dtype.kind not in "biufUS":
+        raise DataError(f"{what}: clients are {clients.dtype}. Give numbers or texts.")
+    if clients.dtype.kind == "f" and not np.isfinite(clients).all():
+        raise DataError(f"{what}: a client is NaN or infinite. Give each a number.")
+    values, numbers_ = np.unique(clients, return_inverse=True)
+    names = [
+        v.decode(errors="replace") if isinstance(v, bytes) else str(v)
+        for v in values.tolist()
+    ]
+    return tuple(names), numbers_.astype(np.int64)
+
+
+def as_array(name: str, values: Any) -> Array:
+    """Return anything that holds rows of values as an array, or say what to give."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise DataError(
+            f"'{name}' has masked values, and nothing here knows of masks. Give "
+            "values.filled(...)."
+        )
+    try:
+        array: Array = np.asarray(values)
+    except Exception as error:
+        raise DataError(
+            f"'{name}' cannot be made an array: {shown(str(error))[1:-1]}. Give a "
+            "numpy array, one row an example."
+        ) from None
+    if array.ndim == 0:
+        raise DataError(f"'{name}' is {shown(values)}. Give an array of rows.")
+    return array
+
+
+def as_inputs(where: str, x: Array, dtype: npt.DTypeLike = np.float32) -> Array:
+    """Return inputs as ``dtype`` or, for whole numbers, int64; see :meth:`cast`.
+
+    Parameters
+    ----------
+    where : str
+        How a message begins, such as ``"own.npz: 'x' is"``.
+    x : ndarray
+        Shape ``[n, ...]``.
+    dtype : dtype
+        What floating inputs become.
+    """
+    kind = x.dtype.kind
+    if kind in "fb":
+        with np.errstate(over="ignore"):
+            cast = x.astype(dtype, copy=False)
+        lost = ~np.isfinite(cast) & np.isfinite(x) if cast.itemsize < x.itemsize else []
+        if np.any(lost):
+            raise DataError(
+                f"{where} {x.dtype} and reach {x[lost][0]:g}, beyond what {cast.dtype} "
+                "holds. Divide them first."
+            )
+        return np.ascontiguousarray(cast)
+    if x.dtype == np.uint8 and x.ndim > 2:
+        raise DataError(
+            f"{where} uint8 of shape {list(x.shape)}, by the looks pixels. Scale them "
+            "first: x.astype(numpy.float32) / 255."
+        )
+    if kind in "iu":
+        return np.ascontiguousarray(_whole(where, x))
+    if kind in "UOS":
+        raise DataError(
+            f"{where} {x.dtype}, such as {shown(x.flat[0] if x.size else '')}. Give "
+            "numbers: pandas.get_dummies makes them of categories."
+        )
+    raise DataError(f"{where} {x.dtype}. Give float32, or int64 for tokens.")
+
+
+def as_labels(where: str, y: Array) -> Indices:
+    """Return labels as int64 ``[n]`` where they are whole numbers, or say what to give.
+
+    Parameters
+    ----------
+    where : str
+        How a message begins, such as ``"own.npz: 'y' is"``.
+    y : ndarray
+        Shape ``[n]`` or ``[n, 1]``.
+    """
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        remedy = "Give class numbers from 0, of shape [n]"
+        if y.ndim == 2 and y.dtype.kind in "biuf" and (y.sum(1) == 1).all():
+            remedy += ": y.argmax(axis=1)"
+        raise DataError(f"{where} {y.dtype} of shape {list(y.shape)}. {remedy}.")
+    kind = y.dtype.kind
+    if kind == "f":
+        if not (np.isfinite(y).all() and (y == np.round(y)).all()):
+            raise DataError(
+                f"{where} {y.dtype} and no whole numbers. Give integer classes from 0; "
+                "to predict a quantity (regression) is not offered."
+            )
+        if len(y) and np.abs(y).max() >= 2**53:
+            raise DataError(f"{where} {y.dtype} up to {np.abs(y).max():g}. {_CLASSES}")
+    elif kind in "UOS":
+        raise DataError(
+            f"{where} {y.dtype}, such as {shown(y[0] if len(y) else '')}. Give integer "
+            "classes from 0: numpy.unique(y, return_inverse=True)[1]."
+        )
+    elif kind not in "biu":
+        raise DataError(f"{where} {y.dtype}. {_CLASSES}")
+    return np.ascontiguousarray(_whole(where, y))
+
+
+_CLASSES = "Give integer classes from 0."
+
+
+def _whole(where: str, values: Array) -> Indices:
+    if values.dtype == np.uint64 and values.size and values.max() >= 2**63:
+        raise DataError(f"{where} uint64 up to {values.max()}. Give int64.")
+    return values.astype(np.int64, copy=False)
+
+
+def channels_last(shape: tuple[int, ...]) -> bool:
+    """Tell whether one example's shape is by its looks an image ``(h, w, c)``.
+
+    Examples
+    --------
+    >>> channels_last((28, 28, 1)), channels_last((3, 32, 32))
+    (True, False)
+    """
+    if len(shape) != 3:
+        return False
+    height, width, channels = shape
+    return (
+        channels in CHANNELS
+        and height not in CHANNELS
+        and min(height, width) >= LEAST_SIDE
+    )
 
 
 def _first_not_finite(x: Array) -> int | None:

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from ..errors import DataError, check_range
 from ..rng import Purpose, generator
-from ._options import check_options
-from .examples import DataSet, Examples, check
+from .examples import DataSet, Examples, cast
 from .lazy import LazyParts
+from .partitions import natural_choice
 from .partitions import partition as divide
+from .schema import Schema
 
 Indices = npt.NDArray[np.int64]
 
@@ -30,6 +31,15 @@ class ClientData:
 
     train: Examples
     held_out: Examples
+
+    def cast(self, dtype: npt.DTypeLike, where: str = "data") -> ClientData:
+        """Return the same in a model's types; see :meth:`Examples.cast`."""
+        train, held_out = self.train, self.held_out
+        if len(train):
+            train = train.cast(dtype, where)
+        if len(held_out):
+            held_out = held_out.cast(dtype, where)
+        return ClientData(train, held_out)
 
 
 class FederatedData:
@@ -58,6 +68,8 @@ class FederatedData:
         fall among them are taken out. LazyParts must not draw from them.
     seed : int
         Draws the proxy and the held-out examples.
+    names : sequence of str
+        The clients' names, or nothing where they go by their numbers.
 
     Attributes
     ----------
@@ -71,6 +83,10 @@ class FederatedData:
         As in :class:`~fedweight.data.DataSet`.
     attribute_names : Mapping[str, tuple of str]
         As in :class:`~fedweight.data.DataSet`.
+    feature_names, notes : tuple of str
+        As in :class:`~fedweight.data.DataSet`.
+    names : tuple of str
+        The clients' names, or nothing; see :meth:`name_of`.
     test, proxy : Examples
         The test set, and what the server keeps.
     sizes : ndarray
@@ -87,6 +103,7 @@ class FederatedData:
         held_out: float = 0.2,
         proxy: float = 0.0,
         seed: int = 0,
+        names: Sequence[str] = (),
     ) -> None:
         check_range("held_out", held_out, 0, 1, high_open=True)
         kept = _proxy_rows(dataset, proxy, seed)
@@ -98,6 +115,14 @@ class FederatedData:
         self.input_shape = dataset.input_shape
         self.class_names = dataset.class_names
         self.attribute_names = dataset.attribute_names
+        self.feature_names = dataset.feature_names
+        self.notes = dataset.notes
+        self.names = tuple(names)
+        if names and len(names) != self.num_clients:
+            raise DataError(
+                f"names has {len(names)} entries for {self.num_clients} clients. Give "
+                "one each, or none."
+            )
         self.test = dataset.test
         self.proxy = dataset.train.take(kept)
         self.is_lazy = isinstance(partition, LazyParts)
@@ -122,6 +147,16 @@ class FederatedData:
                 self._lately.clear()
             self._lately[i] = self._count(train.y), self._count(held_out.y)
         return ClientData(train, held_out)
+
+    @property
+    def examples(self) -> Examples:
+        """What all clients have together, in one set of arrays."""
+        return self._clients.examples
+
+    def name_of(self, client: int) -> str:
+        """Return a client's name, or its number as text where it has none."""
+        there_is = 0 <= client < len(self.names)
+        return self.names[client] if there_is else str(client)
 
     def labels(self, i: int) -> tuple[Indices, Indices]:
         """Return how many examples of each class client ``i`` trains on and holds out.
@@ -245,7 +280,7 @@ def take_proxy(labels: Indices, fraction: float, rng: np.random.Generator) -> In
     """
     check_range("proxy", fraction, 0, 1, high_open=True)
     rows = [np.empty(0, np.int64)]
-    if fraction > 0:
+    if fraction > 0 and len(labels):
         present = np.unique(labels)
         each = max(1, round(fraction * len(labels) / len(present)))
         for label in present:
@@ -290,15 +325,33 @@ def federate(
     >>> len(data.client(0).train) == int(data.sizes[0])
     True
     """
+    dataset = cast(dataset)
     everybody = np.ones(len(dataset.train), bool)
     everybody[_proxy_rows(dataset, proxy, seed)] = False
     rows = np.flatnonzero(everybody)
     parts = divide(dataset, partition, num_clients, seed, rows=rows, **options)
-    return FederatedData(dataset, parts, held_out=held_out, proxy=proxy, seed=seed)
+    names: tuple[str, ...] = ()
+    if partition == "natural":
+        names = _natural_names(dataset, natural_choice(dataset, num_clients))
+    return FederatedData(
+        dataset, parts, held_out=held_out, proxy=proxy, seed=seed, names=names
+    )
+
+
+def _natural_names(dataset: DataSet, chosen: Indices) -> tuple[str, ...]:
+    """Return the names of chosen natural clients; nothing if a number says as much."""
+    if dataset.natural_names:
+        return tuple(dataset.natural_names[number] for number in chosen.tolist())
+    every = len(chosen) == chosen.max(initial=-1) + 1
+    return () if every else tuple(map(str, chosen.tolist()))
 
 
 def load_client(
-    path: str | Path, held_out: float = 0.2, seed: int = 0, **options: Any
+    path: str | Path,
+    held_out: float = 0.2,
+    seed: int = 0,
+    schema: Schema | None = None,
+    **options: Any,
 ) -> ClientData:
     """Read a real client's own examples, on its device.
 
@@ -310,21 +363,16 @@ def load_client(
         Share of the examples, in [0, 1), drawn at random, that are not trained on.
     seed : int
         Draws the held-out examples.
+    schema : Schema, optional
+        What columns others have: the file's are put in its order, or refused.
     **options
         What :func:`fedweight.data.files.load_one_csv` takes; an NPZ file has none.
     """
-    from .files import load_one_csv, load_one_npz
+    from .files import load_one
 
-    path = Path(path).expanduser()
-    readers = {".csv": load_one_csv, ".npz": load_one_npz}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: the name must end in .csv or .npz.")
-    read = readers[path.suffix]
-    check_options(f"a client's {path.suffix} file", read, options, ["path"], DataError)
-    examples = read(path, **options)
+    examples, _ = load_one(path, schema, **options)
     num_classes = int(examples.y.max(initial=0)) + 1
-    nothing = examples.take(slice(0, 0))
-    dataset = check(DataSet(str(path), examples, nothing, num_classes))
+    dataset = DataSet(str(path), examples, examples.take(slice(0, 0)), num_classes)
     everything = np.arange(len(examples))
     return FederatedData(dataset, [everything], held_out=held_out, seed=seed).client(0)
 

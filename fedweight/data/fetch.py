@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ..errors import DataError, closest
+from ..paths import clean_path
 
 TIMEOUT_SECONDS = 60
 CHUNK = 1 << 20
@@ -99,7 +100,7 @@ def find_folder(name: str, path: Path | None, *others: Path) -> Path:
     """
     folders = [path] if path is not None else [default_folder(name), *others]
     for folder in folders:
-        if folder.is_dir():
+        if clean_path(f"the folder of data '{name}'", folder).is_dir():
             return folder
     if name in SOURCES:
         remedy = f"'fedweight data {name}' fetches it; or give the folder as path."
@@ -146,6 +147,7 @@ def fetch(
     if not url.startswith(("http://", "https://")):
         raise DataError(f"base_url must start with http:// or https://, got '{url}'.")
     target = default_folder(name) if folder is None else Path(folder)
+    target = clean_path("the folder", target)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from ..errors import DataError, check_range, closest
+from ..memory import check_memory
+from ..options import check_options, check_type
+from ..paths import clean_path, readable_file
 from ..rng import Purpose, generator
-from .examples import DataSet, Examples
+from ..texts import listed, shown
+from .examples import DataSet, Examples, as_inputs, as_labels, check, name_clients
+from .schema import NUMBER, TEXT, Schema
+from .tables import (
+    FEW_CLASSES,
+    FEW_ROWS,
+    MARKS,
+    ROWS_PER_NUMBER,
+    ROWS_PER_TEXT,
+    Reading,
+    Table,
+    is_numeric,
+    missing_or_name,
+    read_table,
+    text_fault,
+)
 
 NPZ_ARRAYS = ("x", "y", "x_test", "y_test", "client")
 
+# Labels of a file of arrays are class numbers, and the largest says how many there are.
+# Where that leaves so many times as many classes without an example as with one, and
+# more than a few, the labels are no class numbers.
+EMPTY_CLASSES = 10
+FEW_EMPTY_CLASSES = 100
+
+# From so many rows on, whole numbers that are all different are said to name the rows.
+MANY_ROWS = 100
+
 Array = npt.NDArray[Any]
+Label = str | int | float | bool
 
 
 def load_csv(
@@ -25,18 +54,19 @@ def load_csv(
     seed: int = 0,
     *,
     label: str | None = None,
-    classes: Sequence[Any] | None = None,
+    classes: Sequence[Label] | None = None,
     client: str | None = None,
-    sensitive: Sequence[str] = (),
+    sensitive: str | Sequence[str] = (),
     sensitive_features: bool = True,
     standardise: bool = True,
     test: str | Path | None = None,
     test_fraction: float = 0.2,
+    **reading: Unpack[Reading],
 ) -> DataSet:
     """Your own table: a CSV file with a header; label, client and sensitive columns.
 
     Numeric feature columns are standardised and others one-hot encoded, both by the
-    training rows.
+    training rows; a category that none of these has is all zeros.
 
     Parameters
     ----------
@@ -47,10 +77,13 @@ def load_csv(
     label : str, optional
         The column with the class; by default the last.
     classes : sequence, optional
-        The labels in the order of their numbers; by default sorted.
+        The labels in the order of their numbers; by default sorted. Labels that look
+        like quantities or like names of rows are refused unless they stand here, or
+        ``dtype`` calls the column a category.
     client : str, optional
-        The column that says to which client a row belongs.
-    sensitive : sequence of str
+        The column that says to which client a row belongs. Clients are numbered in
+        the sorted order of their names, whichever rows are drawn for testing.
+    sensitive : str or sequence of str
         Columns that become attributes. Those that are not numeric become codes in
         sorted order, named in ``attribute_names``.
     sensitive_features : bool
@@ -62,47 +95,61 @@ def load_csv(
     test_fraction : float
         Share of the rows, in [0, 1), that are drawn for testing if there is no test
         file. It is drawn from all rows alike.
+    **reading
+        How the file is written, and what of it is taken: ``sep``, ``decimal``,
+        ``encoding``, ``header``, ``na_values``, ``drop_missing``, ``drop``, ``dtype``;
+        see :class:`~fedweight.data.tables.Reading`.
     """
-    path = _existing_file(path, "csv")
-    table = _read_table(path)
-    label = str(table.columns[-1]) if label is None else label
-    sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
-    _check_columns(path, table, [label, *([client] if client else []), *sensitive])
-    if test is not None:
-        test_path = _existing_file(Path(test), "csv")
-        test_table = _read_table(test_path)
-        _check_columns(test_path, test_table, [c for c in table.columns if c != client])
+    source = read_source(path, label, client, sensitive, sensitive_features, reading)
+    extra = None if test is None else read_test(source, test, reading)
+    for fault in faults(source, extra, classes):
+        raise DataError(fault)
+    frame, path = source.table.frame, source.table.path
+    if extra is not None:
+        train, tested = frame, extra.frame
     else:
-        rows, test_rows = _split(len(table), test_fraction, seed)
-        table, test_table = table.iloc[rows], table.iloc[test_rows]
-
-    left_out = {label, client} | (set() if sensitive_features else set(sensitive))
-    features = [column for column in table.columns if column not in left_out]
-    if not features:
-        raise DataError(f"{path} has no feature column besides '{label}'.")
+        rows, test_rows = _split(len(frame), test_fraction, seed)
+        train, tested = frame.iloc[rows], frame.iloc[test_rows]
+    if not len(train):
+        raise DataError(
+            f"{path} has {len(frame)} rows, and test-fraction = {test_fraction:g} "
+            "leaves none to train on. Lower it."
+        )
     if classes is None:
-        classes = _values_of(table[label], test_table[label])
+        classes = values_of(train[source.label], tested[source.label])
     names = {
-        column: tuple(_values_of(table[column], test_table[column]))
-        for column in sensitive
-        if not pd.api.types.is_numeric_dtype(table[column])
+        column: tuple(map(str, values_of(train[column], tested[column])))
+        for column in source.sensitive
+        if not is_numeric(train[column])
     }
+    encoder = _Encoder(path, train[source.features], standardise)
     train_part, test_part = (
         Examples(
-            _encode(path, table[features], part[features], standardise),
-            _codes(path, part[label], classes),
-            {c: _attribute(path, part[c], names.get(c)) for c in sensitive},
+            encoder(part),
+            _codes(path, part[source.label], classes),
+            {c: _attribute(path, part[c], names.get(c)) for c in source.sensitive},
         )
-        for part in (table, test_table)
+        for part in (train, tested)
     )
+    natural, sizes = None, None
+    natural_names: tuple[str, ...] = ()
+    if client is not None:
+        # By all rows: who is drawn for testing renumbers nobody.
+        natural_names, numbers = name_clients(frame[client].to_numpy())
+        sizes = np.bincount(numbers)
+        natural = numbers if extra is not None else numbers[rows]
     return DataSet(
         name=path.stem,
         train=train_part,
         test=test_part,
         num_classes=len(classes),
-        natural_clients=None if client is None else _numbers(table[client]),
+        natural_clients=natural,
         class_names=tuple(str(value) for value in classes),
         attribute_names=names,
+        natural_names=natural_names,
+        natural_sizes=sizes,
+        feature_names=encoder.names,
+        notes=tuple(remarks(source)),
     )
 
 
@@ -120,124 +167,468 @@ def load_npz(
     path : Path
         The file. ``x`` is ``[n, ...]`` (floating, or integers for tokens), ``y`` is
         ``[n]`` with classes from 0. Images are ``[n, c, h, w]``; scale them yourself.
-        ``client``, ``[n]``, says to which client an example belongs. A file that would
-        have to be unpickled is refused.
+        ``client``, ``[n]``, says to which client an example belongs: a number or a
+        name. A file that would have to be unpickled is refused.
     seed : int
         Draws the test examples, where there is no ``x_test``.
     num_classes : int, optional
-        C; by default one more than the largest label.
+        C; by default one more than the largest label, unless that leaves most classes
+        without an example.
     test_fraction : float
         Share of the examples, in [0, 1), that are drawn for testing if there is no
         ``x_test``.
     """
-    path = _existing_file(path, "npz")
+    path = readable_file(path, "npz")
     arrays = _read_arrays(path)
-    x, y = _inputs(path, arrays["x"], "x"), _labels(path, arrays["y"], "y")
-    _same_length(path, "x", x, "y", y)
-    train = Examples(x, y)
-    natural = None
+    train = _examples(path, arrays, "x", "y")
+    natural, sizes = None, None
+    names: tuple[str, ...] = ()
     if "client" in arrays:
-        _same_length(path, "client", arrays["client"], "y", y)
-        natural = _numbers(pd.Series(arrays["client"]))
+        _same_length(path, "client", arrays["client"], "y", train.y)
+        names, natural = name_clients(arrays["client"], f"{path}: 'client'")
+        sizes = np.bincount(natural)
     if "x_test" in arrays:
-        x_test = _inputs(path, arrays["x_test"], "x_test")
-        y_test = _labels(path, arrays["y_test"], "y_test")
-        _same_length(path, "x_test", x_test, "y_test", y_test)
-        test = Examples(x_test, y_test)
+        test = _examples(path, arrays, "x_test", "y_test")
     else:
-        rows, test_rows = _split(len(y), test_fraction, seed)
+        rows, test_rows = _split(len(train), test_fraction, seed)
         train, test = train.take(rows), train.take(test_rows)
         natural = None if natural is None else natural[rows]
-    largest = max(int(part.y.max(initial=0)) for part in (train, test))
+    if num_classes is None:
+        num_classes = _count_classes(path, np.concatenate([train.y, test.y]))
     return DataSet(
         name=path.stem,
         train=train,
         test=test,
-        num_classes=largest + 1 if num_classes is None else num_classes,
+        num_classes=num_classes,
         natural_clients=natural,
+        natural_names=names,
+        natural_sizes=sizes,
     )
+
+
+# ------------------------------------------------------------- one client's own file
 
 
 def load_one_csv(
     path: Path,
     *,
     label: str | None = None,
-    classes: Sequence[Any] | None = None,
+    classes: Sequence[Label] | None = None,
     client: str | None = None,
-    sensitive: Sequence[str] = (),
+    sensitive: str | Sequence[str] = (),
     sensitive_features: bool = True,
-) -> Examples:
-    """Read one client's own CSV file, its values as they stand.
+    schema: Schema | None = None,
+    **reading: Unpack[Reading],
+) -> tuple[Examples, Schema]:
+    """Read one client's own CSV file, its values as they stand, and what it holds.
 
     Nothing is derived from the rows, since other clients have other rows: columns must
     be numbers that were scaled and encoded alike everywhere, and labels must be class
-    numbers unless ``classes`` lists them. Options are those of :func:`load_csv`.
+    numbers unless ``classes`` lists them. With a ``schema`` the columns are put in its
+    order, or refused. Other options are those of :func:`load_csv`.
     """
-    table = _read_table(_existing_file(path, "csv"))
-    label = str(table.columns[-1]) if label is None else label
-    sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
-    _check_columns(path, table, [label, *([client] if client else []), *sensitive])
-    left_out = {label, client} | (set() if sensitive_features else set(sensitive))
-    features = [column for column in table.columns if column not in left_out]
-    for column in [*features, *sensitive]:
-        if not pd.api.types.is_numeric_dtype(table[column]):
+    if schema is not None:
+        label = label or schema.label or None
+        classes = classes or schema.classes or None
+    source = read_source(
+        path, label, client, sensitive, sensitive_features, reading, one=True
+    )
+    table, features = source.table, source.features
+    if table.fault is not None:
+        raise DataError(table.fault)
+    if schema is not None:
+        features = schema.check_columns(table.path, source.kinds())
+    for column in [*features, *source.sensitive]:
+        if not is_numeric(table.frame[column]):
+            fault = text_fault(table, table.frame[column], feature=False)
             raise DataError(
-                f"{path}: column '{column}' is not numeric. Encode it in the same way "
-                "on every client first."
+                fault
+                or f"{table.path}: column '{column}' is not numeric. Encode it in the "
+                "same way on every client first."
             )
+    labels = table.frame[source.label]
     if classes is None:
-        y = _labels(path, table[label].to_numpy(), label)
+        y = as_labels(f"{table.path}: '{source.label}' is", labels.to_numpy())
     else:
-        y = _codes(path, table[label], classes)
-    attributes = {column: table[column].to_numpy() for column in sensitive}
-    return Examples(table[features].to_numpy(np.float32), y, attributes)
+        y = _codes(table.path, labels, classes)
+    attributes = {c: table.frame[c].to_numpy() for c in source.sensitive}
+    with np.errstate(over="ignore"):
+        x = table.frame[features].to_numpy(np.float32)
+    _check_range(table.path, features, x)
+    found = Schema(
+        source=table.path.name,
+        label=source.label,
+        classes=tuple(map(str, classes or ())),
+        columns=dict.fromkeys(features, NUMBER),
+        shape=(len(features),),
+    )
+    return Examples(x, y, attributes), found
 
 
-def load_one_npz(path: Path) -> Examples:
+def load_one_npz(
+    path: Path, *, schema: Schema | None = None
+) -> tuple[Examples, Schema]:
     """Read one client's own NPZ file: ``x`` and ``y`` as :func:`load_npz` takes them.
 
     What else the file holds is ignored.
     """
-    arrays = _read_arrays(_existing_file(path, "npz"))
-    x, y = _inputs(path, arrays["x"], "x"), _labels(path, arrays["y"], "y")
-    _same_length(path, "x", x, "y", y)
-    return Examples(x, y)
+    path = readable_file(path, "npz")
+    examples = _examples(path, _read_arrays(path), "x", "y")
+    shape = examples.x.shape[1:]
+    if schema is not None:
+        schema.check_shape(path, shape)
+    return examples, Schema(path.name, "", (), {}, shape)
 
 
-def _existing_file(path: Path | None, kind: str) -> Path:
-    if path is None:
-        raise DataError(f"data '{kind}' needs the option path: your .{kind} file.")
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. Give the path of a .{kind} file.")
-    return path
+def load_one(
+    path: str | Path, schema: Schema | None = None, **options: Any
+) -> tuple[Examples, Schema]:
+    """Read one client's own file, a CSV or an NPZ, and check what it holds.
 
-
-def _read_table(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}.") from error
-    table.columns = table.columns.astype(str)
-    if table.empty:
-        raise DataError(f"{path} has no rows below its header.")
-    holes = (table.isna() | table.isin([np.inf, -np.inf])).to_numpy()
-    if holes.any():
-        row, column = np.argwhere(holes)[0]
+    Parameters
+    ----------
+    path : str or Path
+        The file; its name ends in ``.csv`` or ``.npz``.
+    schema : Schema, optional
+        What columns others have: the file's are put in its order, or refused.
+    **options
+        What :func:`load_one_csv` takes; an NPZ file has none.
+    """
+    path = clean_path("the data's path", path)
+    readers: dict[str, Callable[..., tuple[Examples, Schema]]]
+    readers = {".csv": load_one_csv, ".npz": load_one_npz}
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        raise DataError(f"{path}: the name must end in .csv or .npz.")
+    read = readers[suffix]
+    given = ["path", "schema"]
+    check_options(f"a client's {suffix} file", read, options, given, DataError)
+    examples, found = read(path, schema=schema, **options)
+    num_classes = int(examples.y.max(initial=0)) + 1
+    if schema is not None and 0 < len(schema.classes) < num_classes:
         raise DataError(
-            f"{path}: column '{table.columns[column]}' has no finite value in data "
-            f"row {row + 1} ({holes.sum()} such places in all). Fill in or "
-            "drop them first."
+            f"{path}: labels reach {num_classes - 1}, but {schema.source} has "
+            f"{len(schema.classes)} classes, from 0. Number them alike."
         )
+    nothing = examples.take(slice(0, 0))
+    return check(DataSet(str(path), examples, nothing, num_classes)).train, found
+
+
+# ------------------------------------------------------------------------- CSV files
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table, and what each of its columns is for."""
+
+    table: Table
+    label: str
+    client: str | None
+    sensitive: list[str]
+    features: list[str]
+
+    def kinds(self) -> dict[str, str]:
+        """Return what each feature holds: numbers or texts."""
+        frame = self.table.frame
+        return {c: NUMBER if is_numeric(frame[c]) else TEXT for c in self.features}
+
+
+def read_source(
+    path: str | Path | None,
+    label: str | None,
+    client: str | None,
+    sensitive: str | Sequence[str],
+    sensitive_features: bool,
+    reading: Mapping[str, Any],
+    *,
+    one: bool = False,
+) -> Source:
+    """Read a CSV file and find its columns; options are those of :func:`load_csv`.
+
+    ``one`` says that it is one client's, beside others that may have more columns.
+    """
+    path = readable_file(path, "csv")
+    for key, hint in typing.get_type_hints(Reading).items():
+        if key in reading:
+            check_type(key.replace("_", "-"), reading[key], hint)
+    table = read_table(path, **reading, lenient=one)
+    label = table.columns[-1] if label is None else label
+    sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
+    table.check_columns([label, *([client] if client else []), *sensitive])
+    left_out = {label, client} | (set() if sensitive_features else set(sensitive))
+    features = [column for column in table.columns if column not in left_out]
+    if not features:
+        raise DataError(f"{path} has no feature column besides '{label}'.")
+    return Source(table, label, client, sensitive, features)
+
+
+def read_test(source: Source, test: str | Path, reading: Mapping[str, Any]) -> Table:
+    """Read a source's test file, which has the same columns but for the client's."""
+    path = readable_file(test, "csv")
+    table = read_table(path, **reading, lenient=True)
+    columns = [*source.features, *source.sensitive, source.label]
+    table.check_columns(dict.fromkeys(columns))
+    for column in () if table.fault or source.table.fault else columns:
+        is_number = is_numeric(source.table.frame[column])
+        if column != source.label and is_number and not is_numeric(table.frame[column]):
+            _as_numbers(path, table.frame[column])
     return table
 
 
-def _check_columns(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
-    for column in columns:
-        if column not in table.columns:
-            near = closest(column, list(table.columns))
+def faults(
+    source: Source, test: Table | None, classes: Sequence[Label] | None
+) -> Iterator[str]:
+    """Yield what would make a model learn something else than is meant, a line each."""
+    table = source.table
+    tables = [table] if test is None else [table, test]
+    for file in tables:
+        if file.fault is not None:
+            yield file.fault
+            return  # What is there cannot be judged.
+    for name in dict.fromkeys([*source.features, *source.sensitive]):
+        values = table.frame[name]
+        if not is_numeric(values):
+            fault = text_fault(table, values, feature=name in source.features)
+            if fault:
+                yield fault
+    if source.client is not None:
+        clients = table.frame[source.client]
+        if not is_numeric(clients):
+            named = replace(table, categories=frozenset([source.client]))
+            fault = text_fault(named, clients, feature=False)
+            if fault:
+                yield fault
+    labels = [file.frame[source.label] for file in tables]
+    fault = _label_fault(table, labels, classes)
+    if fault:
+        yield fault
+
+
+def _label_fault(
+    table: Table, parts: Sequence[pd.Series[Any]], classes: Sequence[Label] | None
+) -> str | None:
+    """Return what is wrong with a column of labels, or ``None``."""
+    path, name = table.path, parts[0].name
+    texts = [part for part in parts if not is_numeric(part)]
+    if texts:
+        named = replace(table, categories=frozenset([str(name)]))
+        fault = text_fault(named, pd.concat(texts), feature=False)
+        if fault:
+            return fault
+    if classes is not None:
+        return None
+    values = values_of(*parts)
+    rows = sum(len(part) for part in parts)
+    what = f"{path}: the label '{name}' has"
+    if len(values) == 1:
+        return (
+            f"{what} one value only, {shown(values[0])}. There must be two classes or "
+            "more to tell apart."
+        )
+    if name in table.categories:
+        return None
+    for value in values:
+        if value in MARKS:
+            return f"{what} the value {value!r}. {missing_or_name(name, value)}"
+    numeric = all(is_numeric(part) for part in parts)
+    whole = numeric and all(float(value).is_integer() for value in values)
+    each = ROWS_PER_NUMBER if numeric else ROWS_PER_TEXT
+    many = len(values) > FEW_CLASSES and len(values) * each > rows
+    own = len(values) > FEW_ROWS and 2 * len(values) > rows
+    if not (many or own or (numeric and not whole and len(values) > FEW_CLASSES)):
+        return None
+    insist = f"If these are classes, say so: dtype = {{'{name}' = 'category'}}."
+    if numeric:
+        return (
+            f"{what} {len(values):,} different numbers in {rows:,} rows, from "
+            f"{values[0]} to {values[-1]}. To predict a quantity (regression) is not "
+            "offered; name another column with label (by default the last), or make "
+            f"classes of this one. {insist}"
+        )
+    return (
+        f"{what} {len(values):,} different texts in {rows:,} rows, such as "
+        f"{shown(values[0])}: by the looks names of rows. Name another column with "
+        f"label (by default the last). {insist}"
+    )
+
+
+def remarks(source: Source) -> list[str]:
+    """Return what a user should know of a file that is no reason to refuse it."""
+    table = source.table
+    lines = []
+    if table.dropped_rows:
+        lines.append(
+            f"{table.path.name}: left out {table.dropped_rows:,} of "
+            f"{len(table) + table.dropped_rows:,} rows, which miss a value "
+            "(drop-missing)"
+        )
+    labels = table.frame[source.label]
+    if source.label not in table.categories and pd.api.types.is_integer_dtype(labels):
+        least, most, different = labels.min(), labels.max(), labels.nunique()
+        numbered = most - least + 1 == different and least in (0, 1)
+        if different > FEW_CLASSES and not numbered:
+            lines.append(
+                f"{table.path.name}: the label '{source.label}' has {different:,} "
+                f"different whole numbers from {least} to {most}, each a class of its "
+                "own; to predict a quantity (regression) is not offered"
+            )
+    for name in source.features:
+        if len(table) >= MANY_ROWS and _counts_rows(table.frame[name]):
+            lines.append(
+                f"{table.path.name}: '{name}' is another whole number in every row, as "
+                f"a number of the row is; if it is one, leave it out: drop = ['{name}']"
+            )
+    return lines
+
+
+def _counts_rows(values: pd.Series[Any]) -> bool:
+    """Tell whether a column looks like numbers of rows: different, dense or rising."""
+    if not pd.api.types.is_integer_dtype(values) or not values.is_unique:
+        return False
+    reach = int(values.max()) - int(values.min()) + 1
+    return reach <= 2 * len(values) or values.is_monotonic_increasing
+
+
+def values_of(*parts: pd.Series[Any]) -> list[Any]:
+    """Return the different values of one column in some files, sorted.
+
+    ``0`` in one file and ``0.0`` in another are one value, as the first writes it.
+    """
+    if len({is_numeric(part) for part in parts}) == 1:
+        first: list[Any] = list(parts[0].unique().tolist())
+        if is_numeric(parts[0]):
+            every = {v for part in parts for v in part.unique().tolist()} - set(first)
+            kind = float if any(isinstance(v, float) for v in first) else int
+            others = [kind(v) if float(v).is_integer() else v for v in every]
+        else:
+            known = set(map(str, first))
+            first = list(known)
+            others = list({str(v) for part in parts for v in part.unique()} - known)
+        return sorted([*first, *others])
+    texts = {_text(v) for part in parts for v in part.unique().tolist()}
+    return sorted(texts)
+
+
+def _text(value: Any) -> str:
+    """Return a value as text: a whole number without decimals, in whatever form."""
+    if isinstance(value, str) and value.strip().lower() not in ("nan", "inf", "-inf"):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return (
+            str(int(number)) if number.is_integer() and abs(number) < 2**53 else value
+        )
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return str(value)
+
+
+def _codes(
+    path: Path, values: pd.Series[Any], known: Sequence[Label]
+) -> npt.NDArray[np.int64]:
+    """Return the place of each value among the known ones."""
+    places = {v if isinstance(v, str) else _text(v): k for k, v in enumerate(known)}
+    if not known or len(places) < len(known):
+        raise DataError(
+            f"{path}: classes must be the different values of '{values.name}', got "
+            f"{shown(list(known))}."
+        )
+    numbers = {_number(v): k for k, v in enumerate(known)}
+    rows, different = pd.factorize(values)
+    codes = np.empty(len(different), np.int64)
+    for k, value in enumerate(different.tolist()):
+        code = places.get(value) if isinstance(value, str) else None
+        code = places.get(_text(value)) if code is None else code
+        code = numbers.get(_number(value)) if code is None else code
+        if code is None:
             raise DataError(
-                f"{path} has no column '{column}'.{near} It has "
-                f"{', '.join(table.columns)}."
+                f"{path}: column '{values.name}' holds {shown(value)}, which is none "
+                f"of {listed(map(repr, known), most=20)}."
+            )
+        codes[k] = code
+    return codes[rows]
+
+
+def _number(value: Any) -> Any:
+    """Return a value as the number that it is or reads as, or else as it is."""
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
+def _attribute(
+    path: Path, values: pd.Series[Any], names: Sequence[str] | None
+) -> Array:
+    return _as_numbers(path, values) if names is None else _codes(path, values, names)
+
+
+def _as_numbers(path: Path, values: pd.Series[Any]) -> Array:
+    try:
+        return np.asarray(values, np.float64)
+    except (ValueError, OverflowError) as error:
+        raise DataError(
+            f"{path}: column '{values.name}' is numeric, but not in the test file: "
+            f"{error}."
+        ) from error
+
+
+class _Encoder:
+    """Turns rows of a table into a model's inputs, by what the training rows hold."""
+
+    def __init__(self, path: Path, train: pd.DataFrame, standardise: bool) -> None:
+        self.path = path
+        self.columns: list[tuple[str, Sequence[str] | None, float, float]] = []
+        names = []
+        for name in train.columns:
+            seen = train[name]
+            categories, mean, spread = None, 0.0, 1.0
+            if not is_numeric(seen):
+                categories = sorted(set(seen.astype(str)))
+            elif standardise and not pd.api.types.is_bool_dtype(seen):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    mean, spread = float(seen.mean()), float(seen.std(ddof=0)) or 1.0
+            self.columns.append((name, categories, mean, spread))
+            names += (
+                [name] if categories is None else [f"{name}={c}" for c in categories]
+            )
+        self.names = tuple(names)
+
+    def __call__(self, part: pd.DataFrame) -> npt.NDArray[np.float32]:
+        """Return the inputs, ``[n, d]``."""
+        check_memory(
+            f"{self.path}: {len(part):,} rows of {len(self.names):,} features",
+            4.0 * len(part) * len(self.names),
+            "Leave columns of many different texts out, with drop.",
+            DataError,
+        )
+        x = np.zeros((len(part), len(self.names)), np.float32)
+        at = 0
+        for name, categories, mean, spread in self.columns:
+            values = part[name]
+            if categories is not None:
+                texts = map(_text, values) if is_numeric(values) else values.astype(str)
+                codes = pd.Index(categories).get_indexer(pd.Index(list(texts)))
+                there = np.flatnonzero(codes >= 0)
+                x[there, at + codes[there]] = 1
+                at += len(categories)
+            else:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    x[:, at] = (_as_numbers(self.path, values) - mean) / spread
+                at += 1
+        _check_range(self.path, self.names, x)
+        return x
+
+
+def _check_range(path: Path, names: Sequence[str], x: Array) -> None:
+    if not np.isfinite(x.sum(dtype=np.float64)):
+        bad = ~np.isfinite(x).all(axis=0)
+        if bad.any():
+            raise DataError(
+                f"{path}: column '{names[int(bad.argmax())]}' has numbers beyond 3e38, "
+                "which a 32-bit float cannot hold. Divide it first, or leave it out "
+                "with drop."
             )
 
 
@@ -248,77 +639,18 @@ def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:
     return np.sort(order[size:]), np.sort(order[:size])
 
 
-def _values_of(train: pd.Series[Any], test: pd.Series[Any]) -> list[Any]:
-    if train.dtype != test.dtype:
-        train, test = train.astype(str), test.astype(str)
-    return sorted(set(train) | set(test))
-
-
-def _encode(
-    path: Path, train: pd.DataFrame, part: pd.DataFrame, standardise: bool
-) -> npt.NDArray[np.float32]:
-    columns = []
-    for name in train.columns:
-        seen, values = train[name], part[name]
-        if not pd.api.types.is_numeric_dtype(seen):
-            categories = sorted(set(seen.astype(str)))
-            codes = pd.Index(categories).get_indexer(pd.Index(values.astype(str)))
-            columns.append(codes[:, None] == np.arange(len(categories))[None])
-            continue
-        numbers = _as_numbers(path, values)
-        if standardise and not pd.api.types.is_bool_dtype(seen):
-            mean, spread = float(seen.mean()), float(seen.std(ddof=0))
-            numbers = (numbers - mean) / (spread or 1.0)
-        columns.append(numbers[:, None])
-    return np.hstack(columns).astype(np.float32)
-
-
-def _as_numbers(path: Path, values: pd.Series[Any]) -> Array:
-    try:
-        return np.asarray(values, np.float64)
-    except ValueError as error:
-        raise DataError(
-            f"{path}: column '{values.name}' is numeric, but not in the test file: "
-            f"{error}."
-        ) from error
-
-
-def _codes(
-    path: Path, values: pd.Series[Any], known: Sequence[Any]
-) -> npt.NDArray[np.int64]:
-    codes = pd.Index(list(known)).get_indexer(pd.Index(values))
-    if (codes < 0).any():
-        codes = pd.Index([str(value) for value in known]).get_indexer(
-            pd.Index(values.astype(str))
-        )
-    if (codes < 0).any():
-        raise DataError(
-            f"{path}: column '{values.name}' holds {values.iloc[codes.argmin()]!r}, "
-            f"which is none of {', '.join(repr(value) for value in known)}."
-        )
-    return np.asarray(codes, np.int64)
-
-
-def _attribute(
-    path: Path, values: pd.Series[Any], names: Sequence[str] | None
-) -> Array:
-    return _as_numbers(path, values) if names is None else _codes(path, values, names)
-
-
-def _numbers(values: pd.Series[Any]) -> npt.NDArray[np.int64]:
-    """Return each client's number, from 0 in the sorted order of their names."""
-    _, numbers = np.unique(values.to_numpy(), return_inverse=True)
-    return np.asarray(numbers, np.int64)
+# ------------------------------------------------------------------------- NPZ files
 
 
 def _read_arrays(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # Whatever a file holds that only claims to be one.
         raise DataError(
-            f"{path} cannot be read as an NPZ file of plain arrays: {error}. Write it "
-            "with numpy.savez, without arrays of objects."
+            f"{path} cannot be read as an NPZ file of plain arrays: "
+            f"{shown(str(error))[1:-1]}. Write it with numpy.savez, without arrays of "
+            "objects."
         ) from error
     for name in arrays:
         if name not in NPZ_ARRAYS:
@@ -332,28 +664,30 @@ def _read_arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def _inputs(path: Path, x: Array, name: str) -> Array:
-    if x.ndim < 2:
-        raise DataError(f"{path}: '{name}' has shape {x.shape}, expected [n, ...].")
-    if np.issubdtype(x.dtype, np.integer):
-        return x.astype(np.int64, copy=False)
-    if np.issubdtype(x.dtype, np.floating):
-        return x.astype(np.float32, copy=False)
-    raise DataError(f"{path}: '{name}' is {x.dtype}. Give floating numbers or tokens.")
+def _examples(path: Path, arrays: Mapping[str, Array], x: str, y: str) -> Examples:
+    inputs, labels = arrays[x], arrays[y]
+    if inputs.ndim < 2:
+        raise DataError(f"{path}: '{x}' has shape {inputs.shape}, expected [n, ...].")
+    labels = as_labels(f"{path}: '{y}' is", np.atleast_1d(labels))
+    _same_length(path, x, inputs, y, labels)
+    return Examples(as_inputs(f"{path}: '{x}' is", inputs), labels)
 
 
-def _labels(path: Path, y: Array, name: str) -> npt.NDArray[np.int64]:
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+def _count_classes(path: Path, y: Array) -> int:
+    largest, occur = int(y.max(initial=0)), len(np.unique(y))
+    empty = largest + 1 - occur
+    if empty > max(FEW_EMPTY_CLASSES, EMPTY_CLASSES * occur):
         raise DataError(
-            f"{path}: '{name}' is {y.dtype} of shape {y.shape}. Give integer classes "
-            "from 0, of shape [n]."
+            f"{path}: 'y' reaches {largest}, but {occur} classes occur. Number them "
+            "from 0 without gaps, numpy.unique(y, return_inverse=True)[1], or set "
+            f"num-classes = {largest + 1}."
         )
-    return y.astype(np.int64, copy=False)
+    return largest + 1
 
 
 def _same_length(path: Path, first: str, a: Array, second: str, b: Array) -> None:
-    if len(a) != len(b):
+    if a.ndim == 0 or len(a) != len(b):
         raise DataError(
-            f"{path}: '{first}' has {len(a)} rows and '{second}' has {len(b)}. Make "
-            "them equal."
+            f"{path}: '{first}' has {np.size(a) if a.ndim == 0 else len(a)} rows and "
+            f"'{second}' has {len(b)}. Make them equal."
         )

@@ -21,11 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigurationError, DataError, check_range
+from ..options import check_callable, check_options, make
 from ..registry import Registry
 from ..rng import Purpose, generator
-from ._options import check_options
+from ..texts import shown
 from .examples import DataSet
 from .lazy import LazyParts
+
+# Where each example is with one client, so many clients for each example are enough:
+# all but a few of them would be empty.
+CLIENTS_PER_EXAMPLE = 10
 
 Indices = npt.NDArray[np.int64]
 Parts = list[Indices]
@@ -95,26 +100,32 @@ def partition(
         raise ConfigurationError(f"{what} needs num_clients, a number from 1.")
     if num_clients is not None:
         check_range("num_clients", num_clients, 1)
+    check_callable(what, function, "function(dataset, num_clients, rng, **options)", 3)
     positional = list(inspect.signature(function).parameters)[:3]
     check_options(what, function, options, positional)
-    subject: Any = dataset.train.y[rows]
     if name == "natural":
-        if dataset.natural_clients is None:
-            raise DataError(
-                f"data '{dataset.name}' has no natural clients. Take another "
-                "partition, or name the client column of your file."
-            )
-        subject = dataset.natural_clients[rows]
-    elif name not in PARTITIONS.entries:
+        numbers, _ = _natural(dataset)
+        groups = _groups(numbers[rows], natural_choice(dataset, num_clients))
+        return [rows[group] for group in groups]
+    subject: Any = dataset.train.y[rows]
+    if name not in PARTITIONS.entries:
         subject = _subset(dataset, rows)
     by_client = positional[2:] == ["seed"]
+    if name in PARTITIONS.entries and not by_client:
+        _check_clients(what, num_clients, len(rows))
     source = seed if by_client else generator(seed, Purpose.PARTITION)
-    returned = function(subject, num_clients, source, **options)
+    returned = make(what, lambda: function(subject, num_clients, source, **options))
     if isinstance(returned, LazyParts):
         _check_number(what, len(returned), num_clients)
         _check_rows(what, returned.rows, len(rows))
         return LazyParts(returned.sizes, returned.draw, rows[returned.rows])
-    parts = [np.sort(part) for part in returned]
+    try:
+        parts = [np.sort(np.asarray(part)) for part in returned]
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{what} returned {shown(returned)}: {error}. Return one array of example "
+            "numbers for each client."
+        ) from None
     if name not in PARTITIONS.entries:
         _check_parts(what, parts, num_clients, len(rows))
     return [rows[part] for part in parts]
@@ -409,7 +420,8 @@ def natural(
     num_clients : int or None
         If smaller than the number of natural clients, only the largest that many are
         taken, and the examples of the others are with nobody. ``None``, or more than
-        there are, means all.
+        there are, means all. A client whose examples were all drawn for testing, or
+        by the server for its proxy, stays as an empty one.
     rng : Generator
         Not used; here so that all partitions are called alike.
 
@@ -424,13 +436,55 @@ def natural(
     >>> [part.tolist() for part in natural(roles, 2, np.random.default_rng(0))]
     [[3, 4, 5], [0, 2]]
     """
-    _, first, sizes = np.unique(natural_clients, return_index=True, return_counts=True)
-    chosen = np.arange(len(first))
-    if num_clients is not None:
-        chosen = np.sort(np.argsort(-sizes, kind="stable")[:num_clients])
-    order = np.argsort(natural_clients, kind="stable").astype(np.int64)
-    groups = np.split(order, np.cumsum(sizes)[:-1])
-    return [groups[number] for number in chosen]
+    _, numbers = np.unique(natural_clients, return_inverse=True)
+    return _groups(numbers, _largest(np.bincount(numbers), num_clients))
+
+
+def natural_choice(dataset: DataSet, num_clients: int | None) -> Indices:
+    """Return the numbers of the natural clients that ``natural`` takes, ascending.
+
+    They are the largest by all of their examples, so no draw decides who they are.
+
+    Parameters
+    ----------
+    dataset : DataSet
+        One with natural clients.
+    num_clients : int or None
+        How many; ``None``, or more than there are, means all.
+    """
+    return _largest(_natural(dataset)[1], num_clients)
+
+
+def _natural(dataset: DataSet) -> tuple[Indices, Indices]:
+    """Return each training example's natural client, and the size of each client."""
+    if dataset.natural_clients is None:
+        raise DataError(
+            f"data '{dataset.name}' has no natural clients. Take another "
+            "partition, or name the client column of your file."
+        )
+    numbers = dataset.natural_clients
+    if not dataset.natural_names:
+        _, numbers = np.unique(numbers, return_inverse=True)
+    sizes = dataset.natural_sizes
+    if sizes is None:
+        sizes = np.bincount(numbers, minlength=len(dataset.natural_names))
+    return numbers, sizes
+
+
+def _largest(sizes: Indices, num_clients: int | None) -> Indices:
+    """Return the places of the largest sizes, ascending; ties go to the first."""
+    if num_clients is None:
+        return np.arange(len(sizes))
+    return np.sort(np.argsort(-sizes, kind="stable")[:num_clients])
+
+
+def _groups(numbers: Indices, chosen: Indices) -> Parts:
+    """Return the places of each chosen number, ascending; none for one that is not."""
+    order = np.argsort(numbers, kind="stable").astype(np.int64)
+    found = numbers[order]
+    starts = np.searchsorted(found, chosen, "left")
+    stops = np.searchsorted(found, chosen, "right")
+    return [order[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
 def _by_class(labels: Indices, rng: np.random.Generator) -> Parts:
@@ -532,6 +586,16 @@ def _subset(dataset: DataSet, rows: Indices) -> DataSet:
         train=dataset.train.take(rows),
         natural_clients=None if natural is None else natural[rows],
     )
+
+
+def _check_clients(what: str, num_clients: int | None, n: int) -> None:
+    if num_clients is not None and num_clients > CLIENTS_PER_EXAMPLE * max(n, 1):
+        raise ConfigurationError(
+            f"{what} gives each of {n} training examples to one client; "
+            f"{num_clients} clients would be empty but for a few. Take fewer, at most "
+            f"{CLIENTS_PER_EXAMPLE * n}, or 'dirichlet-sampled', whose clients share "
+            "examples."
+        )
 
 
 def _check_number(what: str, number: int, num_clients: int | None) -> None:

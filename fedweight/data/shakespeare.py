@@ -24,6 +24,9 @@ HEADING = re.compile(r"(act|scene)\b|[ivxlc]+\.$", re.IGNORECASE)
 
 TEST_SHARE = 0.2
 
+# No model of this library sees further, and each example holds as many numbers.
+MOST_CHARACTERS = 10_000
+
 Tokens = npt.NDArray[np.int64]
 
 
@@ -35,7 +38,8 @@ def load(
 ) -> DataSet:
     """Shakespeare's plays, next character after 20; about 1,080 roles are the clients.
 
-    A role, that is a speaker of a play, with two speeches or more is a natural client.
+    A role, that is a speaker of a play, with two speeches or more is a natural client,
+    called by the play's file and its name.
     Its last fifth of speeches (one at least) is test data, all before is training
     data, so testing is always on what was said later.
 
@@ -59,10 +63,14 @@ def load(
     AISTATS, 2017, who made clients of roles first.
     """
     stride = sequence_length if stride is None else stride
-    check_range("sequence_length", sequence_length, 1)
-    check_range("stride", stride, 1)
+    check_range("sequence_length", sequence_length, 1, MOST_CHARACTERS)
+    check_range("stride", stride, 1, MOST_CHARACTERS)
     folder = find_folder("shakespeare", path)
-    roles = [speeches for play in _plays(folder) for speeches in read_roles(play)]
+    roles = {
+        f"{play}: {speaker.removesuffix('.')}": speeches
+        for play, text in _plays(folder).items()
+        for speaker, speeches in read_roles(text).items()
+    }
     if not roles:
         raise DataError(
             f"{folder} holds no text (*.txt) with a role of two speeches or more. A "
@@ -70,7 +78,7 @@ def load(
             "in a full stop."
         )
     train, test = [], []
-    for speeches in roles:
+    for speeches in roles.values():
         later = max(1, round(TEST_SHARE * len(speeches)))
         train.append(_windows(speeches[:-later], sequence_length, stride))
         test.append(_windows(speeches[-later:], sequence_length, stride))
@@ -81,21 +89,28 @@ def load(
         num_classes=NUM_TOKENS,
         natural_clients=np.repeat(np.arange(len(roles)), [len(y) for _, y in train]),
         class_names=("other", *VOCABULARY),
+        natural_names=tuple(roles),
     )
 
 
-def _plays(folder: Path) -> list[str]:
-    paths = sorted(folder.glob("*.txt"))
-    return [path.read_text(encoding="latin-1") for path in paths]
+def _plays(folder: Path) -> dict[str, str]:
+    """Return the text of each play, by the name of its file."""
+    plays = {}
+    for path in sorted(folder.glob("*.txt")):
+        try:
+            plays[path.stem] = path.read_text(encoding="latin-1")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    return plays
 
 
-def read_roles(play: str) -> list[list[str]]:
+def read_roles(play: str) -> dict[str, list[str]]:
     r"""Return the speeches of each role that has two or more, in order of appearance.
 
     Examples
     --------
     >>> read_roles("ACT I.\n\nBer.\nWho's there?\n\nFran.\nNay.\n\nBer.\nHe.\nYes.\n")
-    [["Who's there?", 'He.\nYes.']]
+    {'Ber.': ["Who's there?", 'He.\nYes.']}
     """
     speeches = defaultdict(list)
     for block in re.split(r"\n[ \t\r]*\n\s*", play.replace("\r\n", "\n")):
@@ -104,7 +119,7 @@ def read_roles(play: str) -> list[list[str]]:
         named = SPEAKER.fullmatch(speaker) and not HEADING.match(speaker)
         if named and speech.strip():
             speeches[speaker].append(speech.strip())
-    return [said for said in speeches.values() if len(said) >= 2]
+    return {role: said for role, said in speeches.items() if len(said) >= 2}
 
 
 def encode(text: str) -> Tokens:

@@ -7,6 +7,7 @@ plan belongs to a run's record, and the cut depends on the plan and the cohort a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..cohort import Cohort
 from ..errors import ConfigurationError, check_range
+from ..texts import shown
 
 # Clients that evaluate in one go. They share the global model, so small held-out parts
 # go through it together.
@@ -58,12 +60,12 @@ class Plan:
             return None
         if text == "loop":
             return cls()
-        kind, _, number = text.partition("-")
-        if kind == "batched" and number.isdigit() and int(number) >= 2:
-            return cls(int(number))
+        number = re.fullmatch("batched-([0-9]{1,9})", text)
+        if number and int(number[1]) >= 2:
+            return cls(int(number[1]))
         raise ConfigurationError(
             f"engine.plan must be 'auto', 'loop' or 'batched-N' with N clients at "
-            f"once, 2 or more, got {text!r}."
+            f"once, 2 or more, got {shown(text)}."
         )
 
     def __str__(self) -> str:

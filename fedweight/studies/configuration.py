@@ -7,14 +7,12 @@ beside ``name`` in the same table.
 
 from __future__ import annotations
 
-import inspect
 import tomllib
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 
@@ -23,17 +21,47 @@ from ..clients.objectives import OBJECTIVES
 from ..data import DATA_SETS
 from ..data.partitions import PARTITIONS
 from ..errors import ConfigurationError, check_choice, check_range, closest
+from ..options import (
+    ANY,
+    Option,
+    check_callable,
+    check_type,
+    kebab,
+    options_of,
+    parse_setting,
+    resolve_options,
+    split_key,
+    toml_value,
+)
+from ..paths import absolute, clean_path, why_unreadable
 from ..registry import Registry
 from ..simulations import ENGINES
 from ..strategies import STRATEGIES
 from ..strategies.server_optimizers import SERVER_OPTIMIZERS
+from ..texts import shown
 
 INFINITY = float("inf")
+
+# Beyond these a number can only be a mistake: a count that no run reaches in a
+# lifetime, a seed longer than Flower carries, seconds that make ten years, more threads
+# or workers than a machine has.
+MOST = 2**31 - 1
+MOST_SEED = 2**63 - 1
+MOST_CLIENTS = 10**8
+MOST_SECONDS = 3e8
+MOST_THREADS = 1024
+MOST_WORKERS = 10_000
+
+# A simulation file is a page. What is so much longer is no such file.
+MOST_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a simulation file: its default, what it means, what is allowed."""
+    """A key of a simulation file: its default, what it means, what is allowed.
+
+    Above ``most`` (:data:`MOST` for whole numbers) a value can only be a mistake.
+    """
 
     default: Any
     meaning: str
@@ -42,14 +70,22 @@ class Key:
     choices: Sequence[str] = ()
     low_open: bool = False
     high_open: bool = False
+    most: float | None = None
 
 
 SCHEMA: dict[str, dict[str, Key]] = {
     "run": {
         "name": Key("quickstart", "what the run's folder is called"),
         "rounds": Key(20, "rounds of training", 1),
-        "seed": Key(0, "the seed that every random number comes from", 0),
-        "timeout": Key(0.0, "seconds to wait for a round's replies; 0 has no limit", 0),
+        "seed": Key(
+            0, "the seed that every random number comes from", 0, most=MOST_SEED
+        ),
+        "timeout": Key(
+            0.0,
+            "seconds to wait for a round's replies; 0 has no limit",
+            0,
+            most=MOST_SECONDS,
+        ),
         "evaluate-every": Key(1, "rounds from one server evaluation to the next", 1),
     },
     "data": {
@@ -68,7 +104,12 @@ SCHEMA: dict[str, dict[str, Key]] = {
     },
     "partition": {
         "name": Key("dirichlet", "how the data are split, or 'module:function'"),
-        "clients": Key(20, "how many clients there are; 0 is all natural ones", 0),
+        "clients": Key(
+            20,
+            "how many clients there are; 0 is all natural ones",
+            0,
+            most=MOST_CLIENTS,
+        ),
     },
     "model": {"name": Key("mlp", "a model, or 'module:function'")},
     "objective": {"name": Key("plain", "what clients minimise, or 'module:Class'")},
@@ -89,20 +130,43 @@ SCHEMA: dict[str, dict[str, Key]] = {
     },
     "engine": {
         "name": Key("auto", "where clients run", choices=ENGINES),
-        "workers": Key(0, "Ray workers; 0 is one for each core or GPU share", 0),
+        "workers": Key(
+            0, "Ray workers; 0 is one for each core or GPU share", 0, most=MOST_WORKERS
+        ),
         "gpus-per-worker": Key(0.0, "share of a GPU for each Ray worker", 0),
         "address": Key("", "a running Ray cluster to join"),
-        "threads": Key(0, "clients at once in the local engine; 0 decides", 0),
+        "threads": Key(
+            0, "clients at once in the local engine; 0 decides", 0, most=MOST_THREADS
+        ),
         "plan": Key("auto", "how clients train: auto, loop or batched-N (N at once)"),
         "device": Key("auto", "auto, cpu, cuda or cuda:N"),
     },
 }
 
-# What the library fills in itself and a file may not.
+# Seeds that a file may have beside the run's, so that two runs differ in one thing
+# only. Absent they are the run's. What is picked may have an option of this name: then
+# the key is that option.
+SEEDS: dict[str, Key] = {
+    "partition": Key(0, "seed of who has which examples", 0, most=MOST_SEED),
+    "model": Key(0, "seed of the initial weights", 0, most=MOST_SEED),
+}
+
+# How what a table's name picks is called, and with how many arguments by position: the
+# library gives these, whatever they are called.
+CALLS: dict[str, tuple[str, int]] = {
+    "data": ("function(**options)", 0),
+    "partition": ("function(dataset, num_clients, rng, **options)", 3),
+    "model": ("function(input_shape, num_classes, **options)", 2),
+    "objective": ("Class(**options)", 0),
+    "strategy": ("Class(**options)", 0),
+    "server": ("Class(**options)", 0),
+}
+
+# What the library fills in by name, and a file may not.
 GIVEN: dict[str, frozenset[str]] = {
     "data": frozenset({"path", "seed"}),
-    "partition": frozenset(),  # its first three parameters, whatever they are called
-    "model": frozenset({"input_shape", "num_classes"}),
+    "partition": frozenset(),
+    "model": frozenset(),
     "objective": frozenset({"inner"}),
     "strategy": frozenset(
         {
@@ -167,13 +231,14 @@ class Configuration:
         where = f"{source}: " if source else ""
         for name, table in given.items():
             if name not in SCHEMA:
+                near = closest(str(name), SCHEMA)
                 raise ConfigurationError(
-                    f"{where}there is no table [{name}].{closest(name, SCHEMA)} "
+                    f"{where}there is no table [{shown(name)[1:-1]}].{near} "
                     f"There are {', '.join(SCHEMA)}."
                 )
             if not isinstance(table, Mapping):
                 raise ConfigurationError(
-                    f"{where}'{name}' is a table of keys, got {table!r}. Write "
+                    f"{where}'{name}' is a table of keys, got {shown(table)}. Write "
                     f"[{name}] and its keys below."
                 )
         return cls(
@@ -203,7 +268,9 @@ class Configuration:
             What the data are called, where they come as an object: then nothing that
             [data] says of where they are is read.
         """
-        given: dict[str, Any] = {} if path is None else _read_toml(Path(path))
+        if path is not None:
+            path = clean_path("the simulation file", path)
+        given: dict[str, Any] = {} if path is None else _read_toml(path)
         changes: dict[str, Any] = {}
         for setting in settings:
             if isinstance(settings, Mapping):
@@ -212,7 +279,7 @@ class Configuration:
                 value = str(value) if isinstance(value, Path) else value
             else:
                 table, key, value = parse_setting(setting)
-            changes.setdefault(table, {})[key] = value
+            _replace(changes.setdefault(table, {}), {key: value})
         _make_paths_whole(given, changes, Path(path or "").parent)
         source = "" if path is None else str(path)
         merged = _merged(given, changes)
@@ -223,7 +290,8 @@ class Configuration:
             table = merged["data"]
             merged["data"] = {key: table[key] for key in shares if key in table}
         tables = cls.of(merged, source).tables
-        own = {"name": data, "path": "", **{k: tables["data"][k] for k in shares}}
+        name = toml_value("the data set's name", str(data))
+        own = {"name": name, "path": "", **{k: tables["data"][k] for k in shares}}
         return cls({**tables, "data": own})
 
     @classmethod
@@ -239,7 +307,7 @@ class Configuration:
                 given.setdefault(table, {})[key] = value
         for setting in str(flat.get("settings", "")).split():
             table, key, value = parse_setting(setting)
-            given.setdefault(table, {})[key] = value
+            _replace(given.setdefault(table, {}), {key: value})
         return cls.of(given, "run config")
 
     def __getitem__(self, table: str) -> Mapping[str, Any]:
@@ -252,46 +320,24 @@ class Configuration:
 
     def options(self, table: str) -> dict[str, Any]:
         """Return the options of what a table's ``name`` picks, in snake_case."""
-        fixed = SCHEMA[table]
+        name = self.tables[table].get("name", "")
+        fixed = {*SCHEMA[table], *_seed_rule(table, name)}
         return {
             key.replace("-", "_"): value
             for key, value in self.tables[table].items()
             if key not in fixed
         }
 
+    def seed(self, table: str) -> int:
+        """Return the seed of ``"partition"`` or ``"model"``: its own, or the run's."""
+        own = self.tables[table].get("seed")
+        if own is None or not _seed_rule(table, self.tables[table]["name"]):
+            own = self.tables["run"]["seed"]
+        return int(own)
+
     def to_toml(self) -> str:
         """Return the tables as a simulation file that repeats the run."""
         return tomli_w.dumps({k: dict(v) for k, v in self.tables.items()})
-
-
-def parse_setting(setting: str) -> tuple[str, str, Any]:
-    """Read ``"table.key=value"``; the value is TOML, or else plain text.
-
-    Examples
-    --------
-    >>> parse_setting("partition.alpha=0.1")
-    ('partition', 'alpha', 0.1)
-    >>> parse_setting("strategy.name=ida")
-    ('strategy', 'name', 'ida')
-    """
-    dotted, equals, text = setting.partition("=")
-    table, key = split_key(dotted if equals else "", setting)
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    return table, key, value
-
-
-def split_key(dotted: str, setting: str) -> tuple[str, str]:
-    """Read ``"table.key"``, a part of a setting that an error message names."""
-    table, _, key = dotted.strip().partition(".")
-    if not (table and key):
-        raise ConfigurationError(
-            f"setting {setting!r} must be written table.key=value, such as "
-            "partition.alpha=0.1."
-        )
-    return table, key
 
 
 def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,8 +345,18 @@ def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     merged = dict(given)
     for name, table in changes.items():
         before = merged.get(name, {})
-        merged[name] = {**before, **table} if isinstance(before, dict) else before
+        if isinstance(before, dict):
+            merged[name] = _replace(dict(before), table)
     return merged
+
+
+def _replace(table: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change keys of a table, however a hyphen in them is written."""
+    for key, value in changes.items():
+        for before in [k for k in table if kebab(k) == kebab(key)]:
+            del table[before]
+        table[key] = value
+    return table
 
 
 def _make_paths_whole(
@@ -314,7 +370,7 @@ def _make_paths_whole(
     name = name.get("name") if isinstance(name, dict) else None
     paths = {"path"}
     if isinstance(name, str) and (name in DATA_SETS.entries or ":" in name):
-        options = options_of(DATA_SETS.resolve(name))
+        options = _pick("data", "data", name)
         kinds = {key: typing.get_args(o.annotation) for key, o in options.items()}
         paths |= {key for key, kind in kinds.items() if Path in kind}
     for tables, start in ((given, folder), (changes, Path())):
@@ -323,74 +379,93 @@ def _make_paths_whole(
             continue
         for key in paths:
             if isinstance(data.get(key), str) and data[key]:
-                data[key] = str((start / Path(data[key]).expanduser()).resolve())
+                data[key] = str(absolute(f"data.{key}", data[key], start))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    reason = why_unreadable(path)
+    if reason == "it does not exist":
         raise ConfigurationError(
             f"there is no simulation file '{path}'. Those that come with fedweight "
             "are in simulations/."
-        ) from None
+        )
+    try:
+        if reason is None and path.stat().st_size > MOST_BYTES:
+            reason = f"it has more than {MOST_BYTES // 2**20} MiB"
+        content = b"" if reason else path.read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path} is not a TOML file: {error}.") from None
+        reason = error.strerror
+    if reason:
+        raise ConfigurationError(f"{path} cannot be read: {reason}.")
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise ConfigurationError(
+            f"{path} begins with a byte order mark, which TOML does not allow. Save it "
+            "as UTF-8 without one."
+        )
+    try:
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        hint = ""
+        if path.suffix.lower() in (".csv", ".npz", ".txt", ".tsv"):
+            hint = " 'fedweight check' looks at a file of data."
+        elif "Unescaped" in str(error) or "escape" in str(error):
+            hint = " Write a Windows path in single quotes: 'C:\\data\\own.csv'."
+        deep = isinstance(error, RecursionError)
+        text = "it is nested too deep" if deep else " ".join(str(error).split())
+        raise ConfigurationError(f"{path} is not a TOML file: {text}.{hint}") from None
+
+
+def _pick(where: str, table: str, name: str) -> dict[str, Option]:
+    """Return the options of what a table's name picks, those of the library left out.
+
+    :data:`ANY` is among them where it takes any.
+    """
+    chosen = REGISTRIES[table].resolve(name)
+    call, positional = CALLS[table]
+    check_callable(f"{where}.name '{name}'", chosen, call, positional)
+    options = options_of(chosen)
+    library = {*list(options)[:positional], *GIVEN[table]}
+    return {name: o for name, o in options.items() if name not in library}
+
+
+def _seed_rule(table: str, name: str) -> dict[str, Key]:
+    """Return the rule of a table's own seed, unless its choice has such an option."""
+    if table not in SEEDS or {"seed", ANY} & set(_pick(table, table, name)):
+        return {}
+    return {"seed": SEEDS[table]}
 
 
 def _resolve(where: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Check one table and fill in its defaults."""
-    fixed = SCHEMA[table]
-    resolved = {}
-    for key, rule in fixed.items():
-        value = given.get(key, rule.default)
-        resolved[key] = _checked(f"{where}.{key}", value, rule)
+    given = {key: toml_value(f"{where}.{key}", v) for key, v in _keys(where, given)}
+    fixed = dict(SCHEMA[table])
     options: dict[str, Option] = {}
-    any_key = False
     if table in REGISTRIES:
-        chosen = REGISTRIES[table].resolve(resolved["name"])
-        if not callable(chosen):
-            raise ConfigurationError(
-                f"{where}.name must be a function or a class, but "
-                f"'{resolved['name']}' is {chosen!r}."
-            )
-        options = options_of(chosen)
-        library = set(list(options)[:3]) if table == "partition" else GIVEN[table]
-        options = {name: o for name, o in options.items() if name not in library}
-        any_key = options.pop(ANY, None) is not None
-    for key in given:
-        if not any_key and key not in fixed and key.replace("-", "_") not in options:
-            allowed = [*fixed, *(name.replace("_", "-") for name in options)]
-            raise ConfigurationError(
-                f"{where} has no key '{key}'.{closest(key, allowed)} "
-                f"It takes {', '.join(allowed)}."
-            )
-    for name, option in options.items():
-        key = name.replace("_", "-")
-        if key in fixed:
-            continue
-        written = next((k for k in (key, name) if k in given), None)
-        value = option.default if written is None else given[written]
-        if value is inspect.Parameter.empty:
-            raise ConfigurationError(f"{where} needs the key '{key}'.")
-        if written is not None:
-            check_type(f"{where}.{key}", value, option.annotation)
-        if written is not None or _is_toml(value):
-            resolved[key] = value
-    known = {*fixed, *options}
-    others = {k: v for k, v in given.items() if not known & {k, k.replace("-", "_")}}
-    return {k: _lists(v) for k, v in (resolved | others).items()}
+        name = given.get("name", fixed["name"].default)
+        name = _checked(f"{where}.name", name, fixed["name"])
+        options = _pick(where, table, name)
+        fixed |= _seed_rule(table, name)
+    resolved = {
+        key: _checked(f"{where}.{key}", given.get(key, rule.default), rule)
+        for key, rule in fixed.items()
+        if key in given or key in SCHEMA[table]
+    }
+    resolved |= resolve_options(where, options, given, fixed)
+    return {key: _lists(value) for key, value in resolved.items()}
 
 
-def _is_toml(value: Any) -> bool:
-    """Tell whether a default can be written down; others stay the function's own."""
-    if isinstance(value, list | tuple):
-        return all(_is_toml(v) for v in value)
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_toml(v) for k, v in value.items())
-    return isinstance(value, bool | int | float | str)
+def _keys(where: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yield a table's keys and values, if no key is there twice."""
+    written: dict[str, str] = {}
+    for key, value in given.items():
+        if not isinstance(key, str):
+            raise ConfigurationError(f"{where}: a key is a text, got {shown(key)}.")
+        before = written.setdefault(kebab(key), key)
+        if before != key:
+            raise ConfigurationError(
+                f"{where} has the key '{before}' twice, also as '{key}'. Keep one."
+            )
+        yield key, value
 
 
 def _lists(value: Any) -> Any:
@@ -416,127 +491,9 @@ def _checked(where: str, value: Any, rule: Key) -> Any:
             low_open=rule.low_open,
             high_open=rule.high_open,
         )
+        most = MOST if rule.most is None and type(value) is int else rule.most
+        if most is not None and value > most:
+            raise ConfigurationError(
+                f"{where} must be at most {most:,.0f}, got {shown(value)}."
+            )
     return float(value) if isinstance(rule.default, float) else value
-
-
-# The name under which a function that takes any option (**options) says so.
-ANY = "**"
-
-
-@dataclass(frozen=True)
-class Option:
-    """A parameter of something picked by name."""
-
-    default: Any
-    annotation: Any
-
-
-def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """Return the parameters of a function or class.
-
-    Keyword arguments typed by a ``TypedDict`` (``**arguments: Unpack[...]``) count
-    as parameters without a default of their own. Untyped ones stand for those of the
-    next base class; where there is none, :data:`ANY` is among the names.
-    """
-    if not isinstance(function, type):
-        return _parameters(function)
-    makers = [
-        vars(base)["__init__"]
-        for base in function.__mro__[:-1]
-        if "__init__" in vars(base)
-    ]
-    options: dict[str, Option] = {}
-    for make in makers:
-        options.pop(ANY, None)
-        _, *inherited = _parameters(make).items()  # the first is self
-        options |= {name: o for name, o in inherited if name not in options}
-        if ANY not in options:
-            break
-    return options
-
-
-def _parameters(function: Callable[..., Any]) -> dict[str, Option]:
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError):  # Names that its module imports for types only.
-        hints = {}
-    options: dict[str, Option] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = hints.get(name, Any)
-        if parameter.kind is parameter.VAR_KEYWORD:
-            kinds = typing.get_args(hint)
-            for arguments in kinds:
-                for key, kind in typing.get_type_hints(arguments).items():
-                    options.setdefault(key, Option(None, kind))
-            if not kinds:
-                options[ANY] = Option(None, Any)
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            options[name] = Option(parameter.default, hint)
-    return options
-
-
-def check_type(where: str, value: Any, annotation: Any) -> None:
-    """Raise :class:`ConfigurationError` unless a value fits a type annotation.
-
-    Examples
-    --------
-    >>> check_type("run.rounds", 20, int)
-    >>> check_type("run.rounds", "many", int)
-    Traceback (most recent call last):
-    fedweight.errors.ConfigurationError: run.rounds must be a whole number, got 'many'.
-    """
-    if not _fits(value, annotation):
-        near = ""
-        if typing.get_origin(annotation) is Literal:
-            near = closest(str(value), map(str, typing.get_args(annotation)))
-        raise ConfigurationError(
-            f"{where} must be {_described(annotation)}, got {value!r}.{near}"
-        )
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any or isinstance(annotation, typing.TypeVar):
-        return True
-    if annotation is None or annotation is types.NoneType:
-        return value is None
-    if origin is Literal:
-        return value in arguments
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in arguments)
-    if origin is not None:
-        if not (isinstance(origin, type) and issubclass(origin, Iterable)):
-            return True
-        if issubclass(origin, Mapping):
-            return isinstance(value, Mapping)
-        inner = arguments[0] if arguments else Any
-        return isinstance(value, list | tuple) and all(_fits(v, inner) for v in value)
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is Path:
-        return isinstance(value, str | Path)
-    return isinstance(value, annotation) if isinstance(annotation, type) else True
-
-
-def _described(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(a) for a in arguments)
-    if origin in (typing.Union, types.UnionType):
-        kinds = [a for a in arguments if a is not types.NoneType]
-        return " or ".join(_described(a) for a in kinds)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "a table"
-    if origin is not None:
-        inner = arguments[0] if arguments else Any
-        return f"a list, each {_described(inner)}"
-    named = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        Path: "a path",
-    }
-    return named.get(annotation, getattr(annotation, "__name__", str(annotation)))

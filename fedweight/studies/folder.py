@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, OutputError
+from ..paths import clean_path
 from ..texts import listed, plain
 
 if sys.platform != "win32":
@@ -50,7 +51,7 @@ def check_free(out: str | Path | None, overwrite: bool = False) -> None:
     """Refuse early a folder that :func:`new_folder` would refuse; write nothing."""
     if out is not None:
         with _refusals(out):
-            _check_content(Path(out), overwrite)
+            _check_content(clean_path("--out", out), overwrite)
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def _refusals(folder: str | Path) -> Iterator[None]:
 
 def _make_folder(out: str | Path | None, name: str, overwrite: bool) -> Path:
     if out is not None:
-        folder = Path(out)
+        folder = clean_path("--out", out)
         _check_content(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -287,6 +288,7 @@ class Table:
         self.path = path
         self.columns = [name for name in columns if name not in optional]
         self._order = list(columns)
+        self._known = set(self.columns)
         self._lines: list[str] = []
         self._rest_until = 0.0
 
@@ -294,13 +296,14 @@ class Table:
         """Add rows; write the file unless it was written a moment ago."""
         for row in rows:
             for name in row:
-                if name not in self.columns:
+                if name not in self._known:
                     self._add_column(name)
             self._lines.append(_line(row.get(name) for name in self.columns))
         if time.monotonic() >= self._rest_until:
             self.write()
 
     def _add_column(self, name: str) -> None:
+        self._known.add(name)
         if name not in self._order:
             self.columns.append(name)
             return

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import DataError
+from ..paths import clean_path
 from ..texts import NAME_LENGTH, plain
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 
@@ -73,7 +74,7 @@ class Run:
     folder: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
+        object.__setattr__(self, "folder", clean_path("the folder", self.folder))
         if not self.folder.is_dir():
             raise DataError(f"{self.folder} is not a folder. {_WHAT_A_RUN_IS}")
         for name in _REQUIRED:
@@ -470,8 +471,11 @@ class Run:
                 na_values=dict.fromkeys(others, _EMPTY),
                 encoding="utf-8",
             )
-            for column in map(str, frame.columns):
-                frame[column] = _typed(column, frame[column])
+            # At once: there may be thousands of classes.
+            frame = pd.DataFrame(
+                {str(name): _typed(str(name), frame[name]) for name in frame},
+                index=frame.index,
+            )
         except (ValueError, TypeError, OverflowError, csv.Error) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise DataError(f"{path} cannot be read: {plain(reason)}.") from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -27,10 +28,21 @@ from .. import keys, models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
 from ..clients.objectives import Proximal
 from ..clients.training import evaluate
-from ..data import ClientData, DataSet, FederatedData, federate, load, load_client
+from ..data import (
+    ClientData,
+    DataSet,
+    FederatedData,
+    Schema,
+    federate,
+    load,
+    load_client,
+    notes,
+)
 from ..data import check as check_data
+from ..data.examples import channels_last
 from ..data.files import load_one_csv
-from ..errors import ConfigurationError, OutputError, check_choice
+from ..errors import ConfigurationError, DataError, OutputError, check_choice
+from ..options import make, options_of, parse_setting
 from ..parameters import FlatModule, FlatRecord, Layout, as_tensor, flatten
 from ..signals import interruptible
 from ..simulations import Plan, simulate
@@ -44,9 +56,10 @@ from ..simulations.planner import (
 )
 from ..strategies import RoundRecord, strategy_class
 from ..strategies.server_optimizers import server_optimizer
+from ..texts import NAME_LENGTH, plain, shown
 from ..threads import one_thread
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
-from .configuration import Configuration, options_of, parse_setting
+from .configuration import Configuration
 from .folder import (
     Table,
     cannot_repeat,
@@ -62,6 +75,12 @@ from .result import Run
 log = logging.getLogger("fedweight")
 
 T = TypeVar("T")
+
+# So many clients of a round fit into memory: their messages and replies.
+MOST_ASKED = 10**7
+
+# So many clients tell how large they all are.
+MANY = 10**6
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,7 @@ class Components:
 
     configuration: Configuration
     data: FederatedData
+    schema: Schema | None = None  # What nodes with files of their own are told.
     device: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +128,7 @@ class Components:
             self.configuration["model"]["name"],
             self.data.input_shape,
             self.data.num_classes,
-            seed=self.configuration["run"]["seed"],
+            seed=self.configuration.seed("model"),
             **self.configuration.options("model"),
         )
 
@@ -124,13 +144,17 @@ class Components:
             self.make_model,
             self.client_data,
             num_classes=self.data.num_classes,
-            objective=objective(chosen, **self.configuration.options("objective")),
+            objective=named(
+                "objective",
+                partial(objective, chosen, **self.configuration.options("objective")),
+            ),
             settings=TrainingSettings(
                 **{key.replace("-", "_"): value for key, value in training.items()}
             ),
             seed=self.configuration["run"]["seed"],
             device=self.device,
             sizes=self.data.sizes,
+            name_of=self.data.name_of if self.data.names else None,
         )
 
     def engine(self) -> str:
@@ -172,11 +196,20 @@ class Components:
         self._check_model()
         if simulated:
             self._check_clients(strategy)
+            check_local(**engine_arguments(self.configuration), table="engine")
             check_engine(self.engine())
 
     def _check_clients(self, strategy: Strategy) -> None:
-        """Refuse a strategy that waits for more clients than there are."""
+        """Refuse a strategy that asks for more clients than there are, or than fit."""
         clients = self.data.num_clients
+        for name in ("fraction_train", "fraction_evaluate"):
+            asked = clients * float(getattr(strategy, name, 0.0))
+            if asked > MOST_ASKED:
+                raise ConfigurationError(
+                    f"strategy.{name.replace('_', '-')} is {asked / clients:g}, which "
+                    f"asks {asked:,.0f} clients in a round; at most {MOST_ASKED:,} "
+                    "fit. Take a smaller share."
+                )
         for name in (
             "min_train_nodes",
             "min_evaluate_nodes",
@@ -206,7 +239,7 @@ class Components:
 
     def _check_model(self) -> None:
         """Refuse a model that cannot take the data or gives no logits for them."""
-        some = self.data.client(int(self.data.sizes.argmax())).train
+        some = self.data.client(int(self._sizes.argmax())).train
         if not len(some):
             some = self.data.test
         x = as_tensor(some.x[:2])
@@ -219,9 +252,15 @@ class Components:
             with torch.no_grad():
                 shape = list(module(x).shape)
         except Exception as error:
+            hint = ""
+            if x.dtype == torch.int64:
+                hint = ". Whole numbers are tokens; for features give floating ones"
+            elif channels_last(self.data.input_shape):
+                hint = ". Images are [n, c, h, w]: x.transpose(0, 3, 1, 2)"
+            reason = (str(error).splitlines() or [""])[0].rstrip(".")
             raise ConfigurationError(
                 f"model.name: '{name}' cannot take an example of data '{data}', "
-                f"{takes}: {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"{takes}: {type(error).__name__}: {reason}{hint}."
             ) from None
         if shape != [len(x), self.data.num_classes]:
             raise ConfigurationError(
@@ -229,6 +268,11 @@ class Components:
                 f"data '{data}'; it must be [{len(x)}, {self.data.num_classes}], a "
                 "logit for each class."
             )
+
+    @property
+    def _sizes(self) -> npt.NDArray[np.int64]:
+        """How many examples clients have; of those drawn when asked for, of some."""
+        return self.data.sizes[:MANY] if self.data.is_lazy else self.data.sizes
 
     def plan(self, client_app: TrainingApp, initial: FlatRecord) -> Plan:
         """Return how clients are trained: as told, or as is fastest here."""
@@ -239,7 +283,8 @@ class Components:
         training = self.configuration["training"]
         share = self.configuration["strategy"].get("fraction-train") or 1.0
         cohort = max(1, int(self.data.num_clients * share))
-        steps = -(-self.data.sizes // training["batch-size"]) * training["epochs"]
+        sizes = self._sizes
+        steps = -(-sizes // training["batch-size"]) * training["epochs"]
         rounds = self.configuration["run"]["rounds"]
         num_steps = int(rounds * cohort * steps.mean())
         num_parameters = Layout.of_module(module).num_parameters
@@ -253,7 +298,7 @@ class Components:
         return choose_plan(
             client_app,
             initial,
-            clients=np.flatnonzero(self.data.sizes)[:SAMPLE].tolist(),
+            clients=np.flatnonzero(sizes)[:SAMPLE].tolist(),
             num_clients=self.data.num_clients,
             cohort=cohort,
             about={
@@ -261,7 +306,7 @@ class Components:
                 "objective": dict(self.configuration["objective"]),
                 "training": dict(training),
                 "cohort": cohort,
-                "examples": int(np.median(self.data.sizes)),
+                "examples": int(np.median(sizes)),
                 "device": self.device,
                 **machine(),
             },
@@ -301,19 +346,20 @@ class Components:
             "proxy": lambda: self.data.proxy,
         }
         for needed in getattr(chosen, "needs", ()):
+            check_choice(f"strategy '{name}': needs", needed, of_the_server)
             arguments[needed] = of_the_server[needed]()
         arguments |= self.configuration.options("strategy")
         return named("strategy", partial(chosen, **arguments))
 
 
-def named(table: str, make: Callable[[], T]) -> T:
+def named(table: str, call: Callable[[], T]) -> T:
     """Make what a table describes; an error says which table it is about."""
     try:
-        return make()
+        return make("what it names", call)
     except ConfigurationError as error:
         if str(error).startswith(f"{table}."):
             raise
-        raise ConfigurationError(f"[{table}]: {error}") from None
+        raise ConfigurationError(f"[{table}]: {error}") from error.__cause__
 
 
 def prepare(
@@ -333,13 +379,13 @@ def prepare(
         How many clients there really are, where something else decides that.
     """
     data = configuration["data"]
-    seed = configuration["run"]["seed"]
+    seed = configuration.seed("partition")
     if dataset is None:
         dataset = load(
             data["name"], data["path"] or None, seed, **configuration.options("data")
         )
     else:
-        check_data(dataset)
+        dataset = check_data(dataset)
     partition = configuration["partition"]
     federated = federate(
         dataset,
@@ -353,22 +399,60 @@ def prepare(
     return Components(configuration, federated)
 
 
+def engine_arguments(configuration: Configuration) -> dict[str, Any]:
+    """Return what [engine] says of where clients run, as :func:`simulate` takes it."""
+    table = configuration["engine"]
+    return {
+        "engine": table["name"],
+        "workers": table["workers"] or None,
+        "gpus_per_worker": table["gpus-per-worker"],
+        "address": table["address"] or None,
+    }
+
+
+def make_ready(
+    components: Components, *, simulated: bool = True
+) -> tuple[Strategy, TrainingApp, FlatRecord]:
+    """Make what a run starts with, or refuse it before anything is written.
+
+    Where the run is not ``simulated``, who takes part is not known before.
+
+    Returns
+    -------
+    tuple
+        The strategy, the ClientApp and the initial model.
+    """
+    Plan.parse(components.configuration["engine"]["plan"])
+    strategy = components.strategy()
+    client_app = components.client_app()
+    initial = FlatRecord(FlatModule(components.make_model()).save())
+    components.check_feasible(strategy, simulated=simulated)
+    return strategy, client_app, initial
+
+
 def client_data(
-    configuration: Configuration, context: Context, federated: FederatedData | None
+    configuration: Configuration,
+    context: Context,
+    federated: FederatedData | None,
+    schema: Schema | None = None,
 ) -> ClientData:
     """Return the data of the client behind a context.
 
-    A real node names its file, ``data-path``; a simulated one its ``partition-id``.
+    A real node names its file, ``data-path``, whose columns are put in the order of the
+    server's, its ``schema``; a simulated one names its ``partition-id``.
     """
     path = context.node_config.get("data-path")
     if path is not None:
         options = configuration.options("data")
         # What [data] says of the columns of a CSV file holds for everybody's.
-        takes = options_of(load_one_csv) if str(path).endswith(".csv") else {}
+        takes = (
+            options_of(load_one_csv) if Path(str(path)).suffix.lower() == ".csv" else {}
+        )
         return load_client(
             str(path),
             held_out=configuration["data"]["held-out"],
-            seed=configuration["run"]["seed"],
+            seed=configuration.seed("partition"),
+            schema=schema,
             **{key: value for key, value in options.items() if key in takes},
         )
     if federated is None or "partition-id" not in context.node_config:
@@ -445,20 +529,20 @@ def run(
         }
     short = {"strategy.name": strategy, "engine.name": engine, "run.seed": seed}
     given = {key: value for key, value in short.items() if value is not None}
+    if dataset is not None and not isinstance(dataset, DataSet):
+        raise DataError(
+            f"dataset must be a fedweight.data.DataSet, got {shown(dataset)}. A file "
+            "is named by data.name and data.path."
+        )
     own = None if dataset is None else dataset.name
     if file is not None and own is None and "data.name" not in settings:
         check_repeats(Path(file))
     configuration = Configuration.read(file, {**settings, **given}, own)
-    on = _engine_arguments(configuration)
-    check_local(**on, table="engine")
     check_free(out, overwrite)
     components = prepare(configuration, dataset)
-    chosen = components.strategy()
-    client_app = components.client_app()
-    initial = FlatRecord(FlatModule(components.make_model()).save())
+    chosen, client_app, initial = make_ready(components)
     name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
     label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
-    components.check_feasible(chosen)
     plan = components.plan(client_app, initial)
     # What was measured is part of the configuration now: it repeats the run.
     configuration = configuration.having("engine", "plan", str(plan))
@@ -487,7 +571,8 @@ def run(
                     num_clients=components.data.num_clients,
                     threads=configuration["engine"]["threads"] or None,
                     plan=plan,
-                    **on | {"gpus_per_worker": components.gpus_per_worker()},
+                    **engine_arguments(configuration)
+                    | {"gpus_per_worker": components.gpus_per_worker()},
                 )
             assert folder is not None
             result = Run(folder)
@@ -498,17 +583,6 @@ def run(
                 stop.add_note(str(folder))  # Who catches it can say where it is.
             raise
     return result
-
-
-def _engine_arguments(configuration: Configuration) -> dict[str, Any]:
-    """Return what [engine] says of where clients run, as :func:`simulate` takes it."""
-    table = configuration["engine"]
-    return {
-        "engine": table["name"],
-        "workers": table["workers"] or None,
-        "gpus_per_worker": table["gpus-per-worker"],
-        "address": table["address"] or None,
-    }
 
 
 @contextmanager
@@ -533,6 +607,8 @@ def serve(
     """Be the server: let the strategy run its rounds, and record them."""
     configuration = components.configuration
     recorder.grid = grid
+    schema = components.schema
+    told = {} if schema is None else {keys.SCHEMA: schema.write()}
     with one_thread():
         strategy.start(
             grid,
@@ -540,8 +616,9 @@ def serve(
             num_rounds=configuration["run"]["rounds"],
             timeout=configuration["run"]["timeout"] or None,  # type: ignore[arg-type]
             train_config=ConfigRecord(
-                {keys.LOCAL_EPOCHS: configuration["training"]["epochs"]}
+                {keys.LOCAL_EPOCHS: configuration["training"]["epochs"], **told}
             ),
+            evaluate_config=ConfigRecord(dict(told)),
             evaluate_fn=recorder.after_round,
         )
 
@@ -646,11 +723,14 @@ class Recorder:
         self._environment["engine"] |= engine
         if own_data:
             del self._environment["data"]["clients"]
+        else:
+            self._environment["data"]["notes"] = notes(components.data)
         self._write_environment()
         if own_data:
             return
         classes = (f"label_{c}" for c in range(components.data.num_classes))
-        columns = ("client", "train_examples", "held_out_examples", *classes)
+        name = ("name",) if components.data.names else ()
+        columns = ("client", *name, "train_examples", "held_out_examples", *classes)
         self.partition = Table(self.folder / "partition.csv", columns)
         # Of clients that are computed when they are asked for, only those who are.
         lazy = components.data.is_lazy
@@ -665,15 +745,18 @@ class Recorder:
         if self.partition is None:
             return
         # A reply may claim to be from a client that there is not.
-        there_are = range(self.components.data.num_clients)
+        data = self.components.data
+        there_are = range(data.num_clients)
         new = [c for c in clients if c in there_are and c not in self._described]
         self._described.update(new)
         rows = []
         for client in new:
-            train, held_out = self.components.data.labels(client)
+            train, held_out = data.labels(client)
+            name = {"name": plain(data.name_of(client), NAME_LENGTH)}
             rows.append(
                 {
                     "client": client,
+                    **(name if data.names else {}),
                     "train_examples": int(train.sum()),
                     "held_out_examples": int(held_out.sum()),
                     **{f"label_{c}": n for c, n in enumerate(train.tolist())},

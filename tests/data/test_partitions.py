@@ -190,9 +190,13 @@ def test_natural_takes_the_largest_clients_in_their_order():
 def test_dispatch_counts_in_the_original_numbers():
     toy = dataset([0, 1] * 20, np.repeat(np.arange(4), 10))
     rows = np.arange(10, 40)
-    for name in ("iid", "dirichlet", "natural"):
+    for name in ("iid", "dirichlet"):
         parts = data.partition(toy, name, 3, 0, rows=rows)
         assert sorted(np.concatenate(parts).tolist()) == rows.tolist()
+    natural_ones = data.partition(toy, "natural", 3, 0, rows=rows)
+    assert [part.tolist() for part in natural_ones] == [  # the first three, as ever
+        *([], list(range(10, 20)), list(range(20, 30)))
+    ]
     assert [part[0] for part in data.partition(toy, "natural", None, 0)] == [
         *(0, 10, 20, 30)
     ]

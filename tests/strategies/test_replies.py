@@ -13,13 +13,9 @@ from torch import nn
 from fedweight import _flower, keys
 from fedweight.strategies import STRATEGIES, strategy_class
 from fedweight.strategies.base import LARGEST_VALUE
+from fedweight.studies.columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from fedweight.studies.folder import Table
-from fedweight.studies.records import (
-    CLIENT_COLUMNS,
-    ROUND_COLUMNS,
-    client_row,
-    round_row,
-)
+from fedweight.studies.records import client_row, round_row
 
 METHODS = sorted(STRATEGIES.entries)
 CLASSES, FEATURES, HONEST = 3, 2, 3

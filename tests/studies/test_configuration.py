@@ -9,14 +9,9 @@ from fedweight.clients.objectives import OBJECTIVES
 from fedweight.data import DATA_SETS
 from fedweight.data.partitions import PARTITIONS
 from fedweight.errors import ConfigurationError
+from fedweight.options import check_type, options_of, parse_setting
 from fedweight.strategies import STRATEGIES
-from fedweight.studies.configuration import (
-    SCHEMA,
-    Configuration,
-    check_type,
-    options_of,
-    parse_setting,
-)
+from fedweight.studies.configuration import SCHEMA, Configuration
 
 ROOT = Path(__file__).parents[2]
 
@@ -389,3 +384,192 @@ def test_types_are_checked_as_annotated():
     ):
         with pytest.raises(ConfigurationError, match="k must be"):
             check_type("k", value, annotation)
+
+
+# --------------------------------------------------------- seeds of their own
+
+
+def test_partition_and_model_may_have_seeds_of_their_own():
+    read = Configuration.of({"run": {"seed": 7}})
+    assert (read.seed("partition"), read.seed("model")) == (7, 7)
+    assert "seed" not in read["partition"]
+    assert "seed" not in read["model"]
+    given = {"run": {"seed": 7}, "partition": {"seed": 0}, "model": {"seed": 9}}
+    read = Configuration.of(given)
+    assert (read.seed("partition"), read.seed("model")) == (0, 9)
+    assert "seed" not in read.options("partition")
+    assert "seed" not in read.options("model")
+    assert Configuration.of(tomllib.loads(read.to_toml())) == read
+    refused({"partition": {"seed": -1}}, "partition.seed must be in [0, inf), got -1")
+    refused({"model": {"seed": "x"}}, "model.seed must be a whole number")
+    refused({"partition": {"sed": 1}}, "Did you mean 'seed'?")
+    refused({"objective": {"seed": 1}}, "no key 'seed'")
+
+
+def test_a_partition_drawn_client_by_client_has_a_seed_too():
+    given = {"name": "dirichlet-sampled", "seed": 3}
+    assert Configuration.of({"partition": given}).seed("partition") == 3
+
+
+OWN_SEEDS = """
+def net(shape, classes, seed=3): ...
+def any_net(shape, classes, **options): ...
+def split(dataset, k, rng, *, seed: int = 5): ...
+def by_seed(dataset, k, seed, *, more=1): ...
+"""
+
+
+@pytest.fixture
+def own_seeds(tmp_path, monkeypatch):
+    (tmp_path / "own_seeds.py").write_text(OWN_SEEDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    import sys
+
+    sys.modules.pop("own_seeds", None)
+
+
+@pytest.mark.usefixtures("own_seeds")
+def test_an_option_of_ones_own_that_is_called_seed_stays_ones_own():
+    def of(table, name, **given):
+        tables = {"run": {"seed": 7}, table: {"name": f"own_seeds:{name}", **given}}
+        return Configuration.of(tables)
+
+    for table, name, default in (("model", "net", 3), ("partition", "split", 5)):
+        read = of(table, name)
+        assert read.options(table) == {"seed": default}
+        assert read.seed(table) == 7
+        read = of(table, name, seed=11)
+        assert read.options(table) == {"seed": 11}
+        assert read.seed(table) == 7
+    assert of("model", "any_net", seed=11).options("model") == {"seed": 11}
+    read = of("partition", "by_seed", seed=11)
+    assert (read.options("partition"), read.seed("partition")) == ({"more": 1}, 11)
+
+
+# ------------------------------------------------------------ what none can be
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ({"run": {"rounds": 10**30}}, ["run.rounds", "2^63"]),
+        ({"run": {"rounds": 2**31}}, ["run.rounds must be at most 2,147,483,647"]),
+        ({"run": {"seed": 10**400}}, ["run.seed", "2^63"]),
+        ({"run": {"timeout": 10**400}}, ["run.timeout", "2^63"]),
+        ({"run": {"timeout": 1e300}}, ["run.timeout must be at most 300,000,000"]),
+        ({"run": {"name": "a\0b"}}, ["run.name must not hold NUL"]),
+        ({"run": {"name": "\ud800"}}, ["run.name must be Unicode text"]),
+        ({"training": {"epochs": 10**12}}, ["training.epochs must be at most"]),
+        ({"training": {"batch-size": 2**40}}, ["training.batch-size must be at most"]),
+        (
+            {"partition": {"clients": 10**9}},
+            ["partition.clients must be at most 100,0"],
+        ),
+        ({"engine": {"threads": 10**6}}, ["engine.threads must be at most 1,024"]),
+        ({"engine": {"workers": 10**6}}, ["engine.workers must be at most 10,000"]),
+        ({"model": {"hidden": [10**30]}}, ["model.hidden", "2^63"]),
+        (
+            {"model": {"hidden": [[[1]]] * 3}},
+            ["model.hidden must be a whole number or"],
+        ),
+        ({"partition": {"min-size": 1, "min_size": 2}}, ["'min-size' twice"]),
+        ({"run": {3: 4}}, ["a key is a text, got 3"]),
+        ({"run": {"seed": None}}, ["run.seed must be a whole number, got None"]),
+        ({"model": {"hidden": {1, 2}}}, ["something that a simulation file can hold"]),
+        ({"data": {"name": "builtins:dict"}}, ["does not say which options it takes"]),
+        ({"model": {"name": "math:sqrt"}}, ["takes (x, /)", "input_shape"]),
+        ({"partition": {"name": "builtins:len"}}, ["called as function(dataset"]),
+        ({"strategy": {"name": "math:sqrt"}}, ["takes (x, /)", "Class(**options)"]),
+        ({"server": {"name": "builtins:dict"}}, ["server.name"]),
+        ({"x" * 5000: {}}, ["there is no table"]),
+        ({"run": {"x" * 5000: 1}}, ["run has no key"]),
+        ({"strategy": {"name": "y" * 5000}}, ["there is no strategy"]),
+        ({"strategy": {"name": "y" * 5000 + ":z"}}, ["there is no module"]),
+    ],
+    ids=range(27),
+)
+def test_what_no_run_can_be_is_refused(given, texts):
+    assert len(refused(given, *texts)) < 700
+
+
+def test_none_is_as_if_it_were_not_given():
+    read = Configuration.read(settings={"data.name": "csv", "data.classes": None})
+    assert "classes" not in read["data"]
+    tomllib.loads(read.to_toml())
+
+
+def test_a_setting_overrides_a_key_however_its_hyphen_is_written(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("[partition]\nmin-size = 1\n")
+    for key in ("min-size", "min_size"):
+        read = Configuration.read(file, [f"partition.{key}=3"])
+        assert read.options("partition")["min_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xef\xbb\xbf[run]\n", "begins with a byte order mark"),
+        (b'[data]\npath = "C:\\data\\own.csv"\n', "in single quotes: 'C:"),
+        (b"[run]\nrounds = " + b"9" * 5000 + b"\n", "is not a TOML file"),
+        (b"[model]\nhidden = " + b"[" * 5000 + b"\n", "is not a TOML file"),
+        (b"[model]\nhidden = " + b"[" * 100 + b"1" + b"]" * 100, "more than 20 deep"),
+        (b"# \n" * 2**21, "cannot be read: it has more than 4 MiB"),
+        (b'[run]\nname = "a\\u0000b"\n', "must not hold NUL"),
+        (b'[data]\npath = "C:\\new\\table.csv"\n', "in single quotes"),
+    ],
+    ids=range(8),
+)
+def test_a_file_that_is_none_is_one_line(tmp_path, content, reason):
+    file = tmp_path / "own.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError) as caught:
+        Configuration.read(file)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_file_that_never_ends_is_not_read(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in (tmp_path / "pipe.toml", "/dev/zero"):
+        with pytest.raises(ConfigurationError, match="a pipe or a device, not a file"):
+            Configuration.read(path)
+    with pytest.raises(ConfigurationError, match="longer than a path can be"):
+        Configuration.read("x" * 5000)
+    with pytest.raises(ConfigurationError, match="must not hold NUL"):
+        Configuration.read("a\0b")
+
+
+def test_a_data_file_is_no_simulation_file(tmp_path):
+    file = tmp_path / "own.csv"
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigurationError, match="'fedweight check' looks at a file"):
+        Configuration.read(file)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "~nobody-of-this-name/x"])
+def test_a_path_that_none_can_be_is_refused(path):
+    with pytest.raises(ConfigurationError, match=r"data\.path"):
+        Configuration.read(settings={"data.name": "csv", "data.path": path})
+    with pytest.raises(ConfigurationError, match=r"data\.test"):
+        Configuration.read(settings={"data.name": "csv", "data.test": path})
+
+
+def test_options_of_a_csv_file_may_stand_in_a_file(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(
+        "[data]\nname = 'csv'\npath = 'own.csv'\nsep = ';'\ndecimal = ','\n"
+        "encoding = 'cp1252'\nheader = false\nna-values = ['?', -9]\n"
+        "drop-missing = true\ndrop = ['id']\ndtype = { zip = 'category' }\n"
+    )
+    read = Configuration.read(file)
+    assert read.options("data")["na_values"] == ["?", -9]
+    assert read.options("data")["dtype"] == {"zip": "category"}
+    assert Configuration.of(tomllib.loads(read.to_toml())) == read
+    refused({"data": {"name": "csv", "decimal": ";"}}, "data.decimal must be one of")
+    refused({"data": {"name": "csv", "dtype": {"a": "int"}}}, "'category', 'number'")
+    refused({"data": {"name": "digits", "sep": ";"}}, "data has no key 'sep'")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedweight.errors import DataError
+from fedweight.errors import ConfigurationError, DataError
 from fedweight.studies.result import Run
 
 MakeRun = Any
@@ -310,3 +310,9 @@ def test_notebook_summary(make_run: MakeRun) -> None:
     assert "<svg" in html
     assert "70.0 %" in html
     assert "var(--fw-ink,#1f2933)" in html or "var(--fw-blue,#0b6bb1)" in html
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "x" * 5000])
+def test_a_folder_that_none_can_be_is_an_error_of_ours(folder):
+    with pytest.raises(ConfigurationError, match="the folder"):
+        Run(folder)

@@ -8,6 +8,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -464,6 +465,98 @@ def test_a_file_that_cannot_repeat_its_run_says_so(quick, tmp_path):
     assert "#" not in (other.folder / "config.toml").read_text()
 
 
+# Names, seeds and notes.
+
+
+def sited():
+    """Points of four sites, of which the last has one example."""
+    data = small_data()
+    n = len(data.train)
+    sites = np.array(["north", "south", "west"])[np.arange(n) % 3].astype("<U9")
+    sites[5] = 'a, "b"'
+    return replace(data, natural_clients=sites)
+
+
+def test_clients_names_are_in_the_table_of_who_has_what(quick, rows):
+    result = quick(dataset=sited(), settings=NATURAL)
+    table = rows(result.folder / "partition.csv")
+    assert list(table[0])[:3] == ["client", "name", "train_examples"]
+    assert [row["name"] for row in table] == ['a, "b"', "north", "south", "west"]
+    assert [row["client"] for row in table] == ["0", "1", "2", "3"]
+    assert result.partition["name"].tolist() == ['a, "b"', "north", "south", "west"]
+    plain = rows(quick("plain").folder / "partition.csv")
+    assert list(plain[0])[:2] == ["client", "train_examples"]
+
+
+def test_names_that_are_numbers_stay_as_they_are_written(quick):
+    data = replace(small_data(), natural_clients=np.arange(90) % 3 * 1000 + 2020)
+    result = quick(dataset=data, settings=NATURAL)
+    assert result.partition["name"].tolist() == ["2020", "3020", "4020"]
+
+
+def test_two_runs_may_differ_in_the_partition_only(quick):
+    one, other = (
+        quick(str(seed), settings={"partition.seed": seed, "run.seed": 5})
+        for seed in (1, 2)
+    )
+    assert content(one)["partition.csv"] != content(other)["partition.csv"]
+    parts = [prepare(r_config(r), small_data()) for r in (one, other)]
+    first, second = (part.make_model().state_dict() for part in parts)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # The same partition whatever the run's seed.
+    again = quick("again", settings={"partition.seed": 1, "run.seed": 6})
+    assert content(one)["partition.csv"] == content(again)["partition.csv"]
+    assert content(one)["clients.csv"] != content(again)["clients.csv"]
+
+
+def r_config(result):
+    return Configuration.read(result.folder / "config.toml", (), "points")
+
+
+def test_two_runs_may_differ_in_the_initial_model_only(quick, rows):
+    results = [
+        quick(str(seed), settings={"model.seed": seed, "run.seed": 5})
+        for seed in (1, 2)
+    ]
+    parts, losses = zip(
+        *(
+            (
+                content(result)["partition.csv"],
+                rows(result.folder / "rounds.csv")[0]["test_loss"],
+            )
+            for result in results
+        ),
+        strict=True,
+    )
+    assert parts[0] == parts[1]
+    assert losses[0] != losses[1]
+    same = quick("same", settings={"model.seed": 5, "run.seed": 5})
+    usual = content(quick("usual", settings={"run.seed": 5}))
+    assert content(same)["rounds.csv"] == usual["rounds.csv"]
+
+
+def test_the_seed_of_a_partition_draws_the_test_rows_of_a_file_too(tmp_path):
+    path = tmp_path / "own.csv"
+    body = "".join(f"{i},{i % 2}\n" for i in range(60))
+    path.write_text("a,y\n" + body)
+    given = {"data": {"name": "csv", "path": str(path)}, "partition": {"seed": 1}}
+    seen = []
+    for run_seed in (0, 1):
+        configuration = Configuration.of({**given, "run": {"seed": run_seed}})
+        data = prepare(configuration).data
+        seen.append((data.test.x.tobytes(), data.client(3).train.x.tobytes()))
+    assert seen[0] == seen[1]
+
+
+def test_notes_on_the_data_are_in_the_environment(quick):
+    assert quick("usual").environment["data"]["notes"] == []
+    data = small_data()
+    wide = data.train.x * np.array([1, 1e5], np.float32)
+    data = replace(data, train=replace(data.train, x=wide))
+    (note,) = quick(dataset=data).environment["data"]["notes"]
+    assert note.startswith("feature '1' is ")
+
+
 # Clients that fail.
 
 
@@ -786,6 +879,8 @@ def test_a_node_with_neither_is_told_what_to_do(points):
 def test_every_refusal_is_an_error_of_ours(quick):
     with pytest.raises(FedweightError):
         quick(settings={"strategy.name": "nope"})
+    with pytest.raises(DataError, match=r"dataset must be a fedweight.data.DataSet"):
+        run(dataset=[1, 2])
 
 
 def test_a_measured_plan_is_written_and_repeats_the_run(quick, tmp_path, monkeypatch):
@@ -833,6 +928,28 @@ def test_the_servers_own_arithmetic_does_not_depend_on_threads(quick):
         (
             {"objective.name": "proximal", "objective.mu": 500.0},
             r"objective\.mu must be below 38, got 500",
+        ),
+        ({"engine.address": "auto"}, r"engine\.address is 'auto'.*'local'"),
+        ({"engine.plan": "batched-²"}, "engine.plan must be"),
+        (
+            {"server.name": "collections:ChainMap"},
+            r"\[server\]: .*is ChainMap, which is not derived",
+        ),
+        ({"objective.name": "collections:ChainMap"}, r"\[objective\]: .*not derived"),
+        (
+            {"model.hidden": [10**9], "model.name": "mlp"},
+            "GB of memory, more than this",
+        ),
+        ({"partition.clients": 10**6}, "'dirichlet' gives each of .* at most"),
+        ({"partition.name": "torch:zeros"}, "partition.name 'torch:zeros'"),
+        ({"model.name": "torch.nn:Linear"}, "model 'torch.nn:Linear' cannot be made"),
+        (
+            {
+                "partition.name": "dirichlet-sampled",
+                "partition.clients": 10**8,
+                "partition.examples-per-client": 5,
+            },
+            "strategy.fraction-train is 1, which asks 100,000,000 clients",
         ),
     ],
 )
