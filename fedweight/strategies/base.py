@@ -552,7 +552,7 @@ class WeightingStrategy(Strategy):
         self._name_of = getattr(grid, "name_of", None) or str
         complete = getattr(grid, "complete", False)
         nodes = grid.get_node_ids()
-        # A simulation's range is in the clients' order: a million cost nothing.
+        # A simulation's range is in the clients' order, and is not written out.
         if not (complete and isinstance(nodes, range)):
             nodes = list(nodes)
         while len(nodes) < max(self.min_available_nodes, least):
