@@ -49,9 +49,9 @@ class LocalGrid(SimulationGrid):
     run_config : Mapping
         The run's settings, as the app reads them from its context.
     threads : int, optional
-        How many clients train at once, for apps that say they are ``thread_safe``
-        (ours are). By default as many as there are cores where clients take long
-        enough to gain from it, else one. It never changes the result.
+        How many clients train at once, for apps that say they are ``thread_safe``, as
+        ours do where they are. By default as many as there are cores where clients
+        take long enough to gain from it, else one. It never changes the result.
     plan : Plan, optional
         How our own app trains clients; one after another by default.
     """

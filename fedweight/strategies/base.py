@@ -153,7 +153,7 @@ class WeightingStrategy(Strategy):
     Attributes
     ----------
     history : list[RoundRecord]
-        The weight log: every round with every client that was asked.
+        The weight log: every round with every client that was drawn.
     """
 
     request: tuple[str, ...] = ()
@@ -882,7 +882,7 @@ class WeightingStrategy(Strategy):
                 what = (entry.status, _cause(entry.reason))
                 found.setdefault(what, []).append(entry.client)
         for (status, reason), clients in found.items():
-            if (status, reason) in self._said or len(self._said) > ERRORS_SAID:
+            if (status, reason) in self._said or len(self._said) >= ERRORS_SAID:
                 continue
             self._said.add((status, reason))
             log.warning(
@@ -892,7 +892,7 @@ class WeightingStrategy(Strategy):
                 status,
                 reason,
             )
-            if len(self._said) > ERRORS_SAID:
+            if len(self._said) == ERRORS_SAID:
                 log.warning("further errors are not shown; the record has them")
 
     def _called(self, clients: Sequence[int]) -> str:
