@@ -203,6 +203,9 @@ def test_without_a_floor_somebody_may_be(kit):
     """Who points where the others do, and serves as well without itself."""
     updates, errors = [[1, 0], [1, 0], [-1, 0]], [0.0, 0.0, 0.5]
     assert weights_of(kit, FedCE(mode="times", floor=0.0), updates, errors)[0] == 0
+    for floor in (1e-6, 0.1):
+        strategy = FedCE(mode="times", floor=floor)
+        assert (weights_of(kit, strategy, updates, errors) > 0).all()
 
 
 @given(rounds, st.data())
