@@ -117,8 +117,16 @@ def test_every_private_name_has_its_test() -> None:
         assert f"_flower.{name}(" in here, name
 
 
-def test_the_clocks_that_the_page_on_flower_tells_of() -> None:
+def test_the_numbers_that_the_page_on_flower_tells() -> None:
     """Every 3 seconds a look for replies, a minute without a sign, 12 hours."""
+    assert (
+        private("flwr.supercore.constant", "DEFAULT_SIMULATION_CONFIG").num_supernodes
+        == 2
+    )
+    port = private("flwr.supercore.constant", "SUPERLINK_UVICORN_DEFAULT_PORT")
+    assert port == 8000
+    local = inspect.getsource(importlib.import_module("flwr.cli.constant"))
+    assert '"39091"' in local, MOVED.format("the local SuperLink's port")
     grid = private("flwr.superlink.grid.http_grid", "HttpGrid")
     polls = inspect.getsource(grid.send_and_receive)
     assert "time.sleep(3)" in polls, MOVED.format("HttpGrid.send_and_receive")
