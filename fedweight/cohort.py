@@ -1,9 +1,9 @@
 """Messages to and from a whole cohort, without a message for each client.
 
 A strategy of ours sends a :class:`Cohort`, a grid of ours answers it with
-:class:`Replies`, and between them a client costs a few microseconds. Both are ordinary
-sequences of Flower messages to whoever reads them as such (another grid, a wrapper, a
-user's code); the messages are made at the first look.
+:class:`Replies`, and between them no message is made. Both are ordinary sequences of
+Flower messages to whoever reads them as such (another grid, a wrapper, a user's code);
+the messages are made at the first look.
 """
 
 from __future__ import annotations

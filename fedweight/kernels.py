@@ -1,9 +1,9 @@
 """The arithmetic over the rows of the updates, compiled.
 
-Each kernel works on the same columns of all rows of a place, so one call is long
-enough to cost nothing, and it holds no lock: threads of ours run side by side. It
-takes the rows by their addresses: so the same machine code sums them wherever they
-lie, which is why a result's bits do not depend on that.
+Each kernel works on the same columns of all rows of a place, so that there are few
+calls, and it holds no lock: threads of ours run side by side. It takes the rows by
+their addresses: so the same machine code sums them wherever they lie, which is why a
+result's bits do not depend on that.
 
 What memory holds is read once. Columns are taken ``LONG_STEP`` at a time, which stay
 in the core's own caches while one row after another is read; fewer, and a row is left
@@ -12,11 +12,10 @@ against that sum, ``STEP`` columns are taken: those of all rows stay in a cache 
 Sums over columns are made in ``STEP`` columns in the vectors' dtype, in whatever order
 is fastest, and go on in float64.
 
-Numba compiles a kernel at its first use, five seconds for all of them, and keeps the
-machine code beside this file or in the user's cache folder; from then on a process
-loads it in half a second. Where neither can be written to, each process compiles.
-Only :mod:`fedweight.updates` imports this, at the first sum, as Numba takes a third of
-a second to import.
+Numba compiles a kernel at its first use, which takes long, and keeps the machine code
+beside this file or in the user's cache folder; from then on a process loads it. Where
+neither can be written to, each process compiles. Only :mod:`fedweight.updates` imports
+this, at the first sum, as Numba takes long to import.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def _columns(row, start, size, like):  # type: ignore[no-untyped-def]
 def _four(rows, k, last, start, size, like):  # type: ignore[no-untyped-def]
     """Return columns of four rows from the k-th on, the last one again where it ends.
 
-    Memory is read a quarter faster than one row after another.
+    Memory is read faster so than one row after another.
     """
     return (
         _columns(rows[k], start, size, like),

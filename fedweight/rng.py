@@ -82,7 +82,7 @@ def keys(
     """Return a 64-bit key for each of some clients: the name of its stream, hashed.
 
     The same as ``SeedSequence([seed, purpose, round, client]).generate_state(1,
-    uint64)`` for each client, at a hundredth of the cost.
+    uint64)`` for each client, but for all at once.
 
     Examples
     --------
@@ -101,8 +101,8 @@ def key_table(
     """Return :func:`keys` for several purposes at once, ``[purposes, clients]``."""
     numbers = np.asarray(clients, dtype=np.uint64)
     kinds = np.array([int(purpose) for purpose in purposes], np.uint32)
-    # A number of more than 32 bits makes two words instead of one; and for a few
-    # clients NumPy's own code is quicker.
+    # A number of more than 32 bits makes two words instead of one; and a few clients
+    # are not worth arrays.
     if len(numbers) < FEW or (numbers >> np.uint64(32)).any():
         result = np.empty((len(kinds), len(numbers)), np.uint64)
         for place in np.ndindex(result.shape):

@@ -310,9 +310,9 @@ class Updates(ABC):
     place of the *models'* values there, not of the updates', as it is summed from the
     models; so is the point that :meth:`distances` measure from. Inner products,
     norms and distances are made of differences, never by expanding a square; their
-    relative error from summing is about 1e-6. Ask for float64 where updates are
-    smaller than a ten-thousandth of the model and matter nevertheless; it takes two
-    to three times as long.
+    relative error from summing is about 1e-6. Ask for float64, which takes longer,
+    where updates are smaller than a ten-thousandth of the model and matter
+    nevertheless.
     """
 
     columns_at_once: int | None = None
@@ -408,8 +408,8 @@ class Updates(ABC):
             Shape ``[P]``.
         weights : Tensor
             Shape ``[K]``, instead of a vector: what :meth:`combine` makes of them is
-            the vector. Cheaper where the rows are in one place: memory is read once,
-            as long as 32 KB of each row fit into a cache together.
+            the vector. Where the rows are in one place, it is made on the way: they
+            are read once.
         """
         return self._products("project", self._point(vector, weights), ())
 
@@ -746,8 +746,8 @@ def empty(size: int, dtype: torch.dtype) -> Tensor:
     """Return a new vector of any content, where a cache line begins as PyTorch's do.
 
     A large one is NumPy's memory, because NumPy asks the system for huge pages; and
-    that of the last one that was let go, if it fits, because memory that the system
-    has yet to find and to clear costs up to half of a whole weighted sum.
+    that of the last one that was let go, if it fits, because the system would have to
+    find and to clear other memory first.
     """
     line, nbytes = 64, size * dtype.itemsize
     memory = _let_go().pop(nbytes, None)

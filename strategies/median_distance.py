@@ -28,7 +28,7 @@ class MedianDistance(WeightingStrategy):
     ----------
     tolerance : float
         Above 0, in units of the usual distance, the clients' median. Very large
-        values are FedAvg; with small ones only the most central clients count.
+        values are FedAvg; very small ones weigh by data size over the squared distance.
     **arguments
         Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
     """

@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import sys
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import DEFAULT_TTL, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
@@ -84,11 +85,55 @@ def test_empty_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["CLIENT_APP_RAISED_EXCEPTION", "MESSAGE_UNAVAILABLE", "NODE_UNAVAILABLE"]
+    ("theirs", "ours"),
+    [
+        ("CLIENT_APP_RAISED_EXCEPTION", "CLIENT_APP_RAISED_EXCEPTION"),
+        ("MESSAGE_UNAVAILABLE", "MESSAGE_UNAVAILABLE"),
+        ("REPLY_MESSAGE_UNAVAILABLE", "REPLY_UNAVAILABLE"),
+        ("NODE_UNAVAILABLE", "NODE_UNAVAILABLE"),
+    ],
 )
-def test_error_codes(name: str) -> None:
+def test_error_codes(theirs: str, ours: str) -> None:
     codes = private("flwr.common.constant", "ErrorCode")
-    assert getattr(codes, name) == getattr(_flower, name), MOVED.format(name)
+    assert getattr(codes, theirs) == getattr(_flower, ours), MOVED.format(theirs)
+
+
+def test_how_a_node_words_an_exception() -> None:
+    module = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    wording = """str(type(ex)) + ":<'" + str(ex) + "'>\""""
+    assert wording in inspect.getsource(module), MOVED.format("run_clientapp's reason")
+    try:
+        raise LookupError("no <'column'>")
+    except LookupError as ex:
+        reason = str(type(ex)) + ":<'" + str(ex) + "'>"
+    assert _flower.reason_of(Error(2, reason)) == "LookupError: no <'column'>"
+
+
+def test_every_private_name_has_its_test() -> None:
+    public = [n for n in vars(_flower) if not n.startswith("_")]
+    own = {n for n in public if inspect.isfunction(getattr(_flower, n))}
+    here = inspect.getsource(sys.modules[__name__])
+    for name in own - {"contextmanager"}:
+        assert f"_flower.{name}(" in here, name
+
+
+def test_the_numbers_that_the_page_on_flower_tells() -> None:
+    """Every 3 seconds a look for replies, a minute without a sign, 12 hours."""
+    assert (
+        private("flwr.supercore.constant", "DEFAULT_SIMULATION_CONFIG").num_supernodes
+        == 2
+    )
+    port = private("flwr.supercore.constant", "SUPERLINK_UVICORN_DEFAULT_PORT")
+    assert port == 8000
+    local = inspect.getsource(importlib.import_module("flwr.cli.constant"))
+    assert '"39091"' in local, MOVED.format("the local SuperLink's port")
+    grid = private("flwr.superlink.grid.http_grid", "HttpGrid")
+    polls = inspect.getsource(grid.send_and_receive)
+    assert "time.sleep(3)" in polls, MOVED.format("HttpGrid.send_and_receive")
+    interval = private("flwr.common.constant", "HEARTBEAT_DEFAULT_INTERVAL")
+    patience = private("flwr.common.constant", "HEARTBEAT_PATIENCE")
+    assert interval * patience == 60
+    assert DEFAULT_TTL == 12 * 60 * 60
 
 
 def test_server_node() -> None:

@@ -155,7 +155,13 @@ def wrapped(strategy):
 
 
 @pytest.mark.parametrize(
-    "make", [Uniform, Careful, Asking, lambda **o: wrapped(FedAvg(**o))]
+    "make",
+    [
+        *(Uniform, Careful, Asking, lambda **o: wrapped(FedAvg(**o))),
+        lambda **o: FedAvg(**o, max_share=0.5),
+        lambda **o: FedProx(**o, max_update_norm=1e3),
+        lambda **o: FedAvg(**o, accumulate="float64"),
+    ],
 )
 def test_whoever_may_need_each_model_gets_it(make):
     _, _, grid = run(make(**options()), model=linear, data=full)

@@ -167,3 +167,44 @@ def test_one_class_is_refused():
 
 def test_a_numpy_shape_is_taken():
     assert models.build("mlp", np.zeros((2, 3)).shape, 2)(torch.zeros(1, 2, 3)).numel()
+
+
+@pytest.mark.parametrize(("name", "shape", "num_classes", "options"), CASES)
+def test_a_forward_pass_draws_nothing_and_changes_nothing(
+    name, shape, num_classes, options
+):
+    model = models.build(name, shape, num_classes, seed=0, **options).train()
+    x = inputs(name, shape)
+    tensors = [x, *model.parameters()]
+    versions = [tensor._version for tensor in tensors]
+    state = torch.get_rng_state()
+    first = model(x)
+    assert torch.equal(first, model(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [tensor._version for tensor in tensors] == versions
+
+
+@pytest.mark.parametrize(("name", "least"), [("cnn", 4), ("resnet18-gn", 8)])
+def test_the_smallest_images(name, least):
+    options = {"width": 4} if name == "resnet18-gn" else {}
+    for channels in (1, 7):
+        shape = (channels, least, least)
+        assert models.build(name, shape, 3, **options)(torch.zeros(2, *shape)).shape
+        for smaller in ((channels, least - 1, least), (channels, least, least - 1)):
+            with pytest.raises(ConfigurationError, match=f"{least} or more"):
+                models.build(name, smaller, 3, **options)
+
+
+def test_stages_of_a_resnet_are_twice_as_wide_each():
+    model = models.build("resnet18-gn", (3, 8, 8), 10, width=6, groups=3)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    widths = sorted({m.out_channels for m in convolutions})
+    assert widths == [6, 12, 24, 48]
+    groups = {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {3}
+
+
+def test_a_vocabulary_is_as_many_tokens_as_classes_by_default():
+    assert models.build("char-gru", (6,), 20).embedding.num_embeddings == 20
+    more = models.build("char-gru", (6,), 20, vocabulary=30)
+    assert more.embedding.num_embeddings == 30

@@ -112,3 +112,16 @@ def test_values_and_names_are_shown_short_and_on_one_line():
     assert listed("abcde", most=3) == "a, b, c and 2 others"
     assert listed("abcd", most=3) == "a, b, c and d"
     assert listed([]) == ""
+
+
+@given(st.one_of(st.integers(), st.text(), st.lists(st.floats())), st.integers(2, 60))
+def test_any_value_can_be_shown(value, limit):
+    assert len(shown(value, limit)) <= limit
+
+
+def test_a_value_that_cannot_be_written_is_called_by_its_kind():
+    class Odd:
+        def __repr__(self):
+            raise RuntimeError
+
+    assert shown(Odd()) == "a Odd that cannot be shown"

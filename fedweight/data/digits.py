@@ -48,8 +48,8 @@ def load() -> DataSet:
 def _read() -> tuple[Array, Array]:
     """Return the pixels ``[n, 64]``, 0 to 16, and the labels ``[n]``.
 
-    Scikit-learn is asked for the file only: importing it takes most of a second, and
-    nothing else of it is needed.
+    Scikit-learn is asked for the file only: nothing else of it is needed, and it takes
+    long to import.
     """
     package = importlib.util.find_spec("sklearn")
     if package is None or package.origin is None:

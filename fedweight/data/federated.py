@@ -49,7 +49,7 @@ class FederatedData:
     slices of the same few arrays; nothing is copied again. The arrays are only read,
     so any number of processes can share them. Of a partition that is computed lazily,
     a client's examples are drawn and copied each time that they are asked for, and
-    nothing is kept: clients that take no part cost nothing.
+    are not kept.
 
     Parameters
     ----------

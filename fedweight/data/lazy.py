@@ -1,9 +1,9 @@
 """Partitions that are computed client by client, for as many clients as one likes.
 
-A client that nobody asks for costs nothing: what it has is drawn from its own random
-stream when somebody does. So it depends neither on how many clients there are nor on
-who was asked before, and clients share examples: a million of them cannot have
-different ones.
+What a client has is drawn from its own random stream when somebody asks for it, and is
+not kept; of others only the size is known. So it depends neither on how many clients
+there are nor on who was asked before, and clients share examples: a million of them
+cannot have different ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Indices = npt.NDArray[np.int64]
 # A client's two streams; this stands where other purposes have the round.
 EXAMPLES, SIZE = 0, 1
 
-# Sizes are drawn for so many clients at once: quick, and with little memory besides.
+# Sizes are drawn for so many clients at once, so that little memory is needed besides.
 AT_ONCE = 1 << 16
 
 
@@ -119,12 +119,14 @@ def dirichlet_sampled(
     labels : ndarray
         Shape ``[n]``, the class of each example.
     num_clients : int
-        K. Clients that take no part cost neither memory nor time, but for sixteen
-        bytes each where sizes differ.
+        K, as many as one likes. Clients that take no part are never drawn; where sizes
+        differ, all sizes are, and take sixteen bytes each in
+        :class:`~fedweight.data.FederatedData`.
     seed : int
         Names the clients' streams.
     alpha : float
-        Concentration, greater than 0; about as skewed as ``dirichlet`` with the same.
+        Concentration, greater than 0. Where classes are equally large, about as skewed
+        as ``dirichlet`` with the same.
         As alpha goes to infinity each client's examples are drawn from all (iid); as
         it goes to 0 each client has one class, drawn by ``p``. The paper's is C times
         as large.

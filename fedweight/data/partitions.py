@@ -290,8 +290,9 @@ def shards(
     rng : Generator
         The source of randomness.
     shards_per_client : int
-        From 1 to n / K. With s shards most clients see at most s classes; with many
-        shards the partition comes near to iid.
+        From 1 to n / K. A shard holds one class, but for C - 1 shards at most that
+        hold where two meet: with s shards all but C - 1 clients see s classes or
+        fewer. With n / K shards, one example each, the partition is iid.
 
     References
     ----------
@@ -327,7 +328,8 @@ def classes(
     """Label skew: each client has examples of a fixed number of classes.
 
     Classes are dealt so that each is with equally many clients, up to one; a class is
-    divided evenly among those who have it.
+    divided evenly among those who have it, of whom some get nothing where it has fewer
+    examples than there are of them.
 
     Parameters
     ----------
@@ -338,8 +340,9 @@ def classes(
     rng : Generator
         The source of randomness.
     classes_per_client : int
-        From 1 to the number of classes C; with C the partition is iid within each
-        class. ``K * classes_per_client`` must be C or more, so that no class is left.
+        From 1 to the number of classes C; with C all clients have as much of a class,
+        up to one example. ``K * classes_per_client`` must be C or more, so that no
+        class is left.
 
     References
     ----------
@@ -367,9 +370,9 @@ def niid2(
 ) -> Parts:
     """FedDisco's NIID-2: one client like the whole, all others with few classes.
 
-    The last client is the balanced one: it gets one K-th of every class. What is left
-    is divided among the others as in :func:`classes`. The setting of the paper is K = 6
-    on ten classes: five clients with two classes each, and one with all.
+    The last client is the balanced one: it gets one K-th of every class, rounded. What
+    is left is divided among the others as in :func:`classes`. The setting of the paper
+    is K = 6 on ten classes: five clients with two classes each, and one with all.
 
     Parameters
     ----------

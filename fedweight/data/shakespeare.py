@@ -51,7 +51,7 @@ def load(
         with a capital and ends in a full stop. Texts without any are passed over.
     sequence_length : int
         T, how many characters the model sees; 1 or more. The literature often takes
-        80; 20 trains four times as fast.
+        80, which is four times the work.
     stride : int, optional
         How many characters lie between one example and the next, 1 or more; by default
         ``sequence_length``, so that inputs do not overlap.

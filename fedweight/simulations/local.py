@@ -26,11 +26,11 @@ from .plan import Plan, sizes_of
 
 T = TypeVar("T")
 
-# A step that takes longer than this many seconds releases the interpreter for long
-# enough at a time that a second thread gains (measured: benchmarks/).
+# A step that takes longer than this many seconds is taken to release the interpreter
+# for long enough at a time that a second thread gains.
 WORTH_A_THREAD = 0.0015
 
-# Contexts without state are kept for so many clients: they are quick to make anew.
+# With contexts of more clients than this, those without state are let go.
 IDLE_CONTEXTS = 10_000
 
 # What a client of an app that is not ours is taken to do.
@@ -49,9 +49,9 @@ class LocalGrid(SimulationGrid):
     run_config : Mapping
         The run's settings, as the app reads them from its context.
     threads : int, optional
-        How many clients train at once, for apps that say they are ``thread_safe``
-        (ours are). By default as many as there are cores where clients take long
-        enough to gain from it, else one. It never changes the result.
+        How many clients train at once, for apps that say they are ``thread_safe``, as
+        ours do where they are. By default as many as there are cores where clients
+        take long enough to gain from it, else one. It never changes the result.
     plan : Plan, optional
         How our own app trains clients; one after another by default.
     """

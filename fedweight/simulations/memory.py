@@ -13,9 +13,9 @@ def keep_freed_memory() -> bool:
     """Tell this process's allocator to keep what is freed; return whether it can.
 
     Training allocates and frees the same large buffers at every step. By default glibc
-    maps and unmaps each of them, and the page faults cost a convolutional network a
-    fifth of its time, more with several workers (benchmarks/). Only glibc is told;
-    elsewhere nothing happens. It holds for the whole process.
+    maps and unmaps each of them, and each time the system has to find and to clear
+    pages. Only glibc is told; elsewhere nothing happens. It holds for the whole
+    process.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -26,8 +26,7 @@ from .grid import FIRST_NODE
 from .local import LocalGrid
 from .plan import Plan
 
-# A run shorter than this many seconds, by the estimate below, is not worth measuring,
-# which takes about half a second itself, for a small model.
+# A run shorter than this many seconds, by the estimate below, is not worth measuring.
 WORTH_MEASURING = 3.0
 
 # Seconds that a step costs PyTorch besides its arithmetic, and floating-point

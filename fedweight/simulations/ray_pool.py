@@ -37,8 +37,8 @@ from .grid import RunConfig, SimulationGrid
 from .ray_rows import LOST, Shard
 from .ray_worker import Answer, Share, Worker, error_reply, pack, unpacked
 
-# Seconds of work in a list. A task costs Ray about a millisecond, which a list should
-# outweigh; but its replies arrive together, so a timeout can lose that much work.
+# Seconds of work in a list. A list should outweigh what a task costs Ray; but its
+# replies arrive together, so a timeout can lose that much work.
 SHORTEST_LIST = 0.02
 LONGEST_LIST = 0.5
 
@@ -49,7 +49,7 @@ INLINE_BYTES = 100_000
 # Seconds to wait for the workers; a cluster where others work may have no room.
 START_TIMEOUT = 120.0
 
-# Seconds for a thread to notice that its worker was killed; it takes milliseconds.
+# Seconds for a thread to notice that its worker was killed.
 THREAD_TIMEOUT = 5.0
 
 

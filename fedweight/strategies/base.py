@@ -98,9 +98,10 @@ class WeightingStrategy(Strategy):
     Parameters
     ----------
     fraction_train, fraction_evaluate : float
-        Share of the clients that train, and that evaluate, in a round; in [0, 1].
+        Share of the clients that train, and that evaluate, in a round; in [0, 1]. At 0
+        nobody does.
     min_train_nodes, min_evaluate_nodes, min_available_nodes : int
-        At least so many train, evaluate, and must be connected first.
+        0 or more; at least so many train, evaluate, and must be connected first.
     weighted_by_key : str
         The metric that says how much data a client has; ``num-examples``.
     arrayrecord_key, configrecord_key : str
@@ -109,9 +110,10 @@ class WeightingStrategy(Strategy):
         How the clients' metrics become the round's; by default their mean, weighted
         by data size.
     seed : int
-        Seed of the sampling of clients; use the run's.
+        0 or more; seed of the sampling of clients. Use the run's.
     min_replies : int
-        With fewer good replies than this the round fails and the global model stays.
+        1 or more; with fewer good replies than this the round fails and the global
+        model stays.
     stragglers : float
         Share of each round's clients that have time for only a part of their local
         epochs, in [0, 1). The seed alone decides who, so every strategy meets the
@@ -138,13 +140,13 @@ class WeightingStrategy(Strategy):
         Above 0; a client whose update is longer (Euclidean, trained parameters) is
         rejected.
     threads : int, optional
-        Threads for the arithmetic over the updates; by default as many as there are
-        cores where there is enough to do. It never changes the result.
+        1 or more: threads for the arithmetic over the updates; by default as many as
+        there are cores where there is enough to do. It never changes the result.
 
     Attributes
     ----------
     history : list[RoundRecord]
-        The weight log: every round with every client that was asked.
+        The weight log: every round with every client that was drawn.
     """
 
     request: tuple[str, ...] = ()
@@ -543,7 +545,7 @@ class WeightingStrategy(Strategy):
         self._name_of = getattr(grid, "name_of", None) or str
         complete = getattr(grid, "complete", False)
         nodes = grid.get_node_ids()
-        # A simulation's range is in the clients' order: a million cost nothing.
+        # A simulation's range is in the clients' order, and is not written out.
         if not (complete and isinstance(nodes, range)):
             nodes = list(nodes)
         while len(nodes) < max(self.min_available_nodes, least):

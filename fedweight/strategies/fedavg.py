@@ -32,7 +32,7 @@ class FedAvg(WeightingStrategy):
     """Weigh each client by its share of the cohort's data.
 
     The next global model is ``sum_k p_k w_k`` with ``p_k = n_k / sum_j n_j`` over the
-    clients that took part. If no client has data the mean is uniform.
+    clients that took part, of which each has data.
 
     Parameters
     ----------

@@ -46,11 +46,12 @@ class FedCE(WeightingStrategy):
         Whether step 1 uses the last coefficients or, as the research code does by
         accident, always ``1 / K``.
     floor : float
-        In [0, 1); what no estimate goes below, so that nobody is shut out. 1e-6 in
-        NVIDIA FLARE, 1e-3 in the research code.
+        In [0, 1); estimates below it count as it, so above 0 nobody is shut out. 1e-6
+        in NVIDIA FLARE, 1e-3 in the research code.
     clip : {"before", "after"}
-        Whether the floor applies before weights are made to sum to one, or after it
-        as in the research code: then they may sum to up to ``1 + K * floor``.
+        Whether the floor applies before estimates and weights are made to sum to one,
+        or after it as in the research code: then no weight is below the floor, and
+        they may sum to up to ``1 + K * floor``.
     **arguments
         Those of :class:`~fedweight.strategies.base.WeightingStrategy`. ``min_replies``
         is 2 or more, and 2 by default: one client has no others to be compared with.
@@ -131,7 +132,7 @@ class FedCE(WeightingStrategy):
         )
 
     def _share(self, raw: Tensor) -> Tensor:
-        """Return values as shares of their sum, none below the floor."""
+        """Return values as shares of their sum, with the floor before or after."""
         raw = raw.clamp(min=self.floor if self.clip == "before" else 0.0)
         total = raw.sum()
         shares = raw / total if total > 0 else torch.full_like(raw, 1 / len(raw))

@@ -26,7 +26,7 @@ from .weights import normalise
 
 Metric = Literal["kl", "l2", "l1", "cosine"]
 
-# More examples of a class than this are not believed; sums of them are exact.
+# More examples of a class than this are not believed.
 MOST_EXAMPLES = 1e15
 
 # How many clients took part where the authors tuned a and b.
@@ -58,8 +58,8 @@ class FedDisco(WeightingStrategy):
         multiplies ``b`` by ``10 / K``, and ``a`` too unless the metric is ``kl``,
         whose rescaled values shrink with K on their own.
     num_classes : int, optional
-        C, if there is no target; by default what most clients say. A run of this
-        library tells it.
+        C, 1 or more, if there is no target; by default what most clients say. A run of
+        this library tells it.
     **arguments
         Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
 

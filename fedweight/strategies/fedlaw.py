@@ -62,24 +62,24 @@ class FedLAW(WeightingStrategy):
         ``exp``: ``lambda = softmax(theta)``, ``gamma = exp(phi)``. ``quad``:
         ``lambda = theta^2 / sum theta^2``, ``gamma = phi^2``.
     server_epochs : int
-        Passes over the proxy set; 0 is FedAvg (``exp``). With more of them weights and
-        gamma go farther from where they start.
+        0 or more passes over the proxy set; 0 is FedAvg (``exp``).
     batch_size : int
-        Proxy examples a step.
+        1 or more proxy examples a step.
     optimizer : {"adam", "sgd"}
         Adam with betas (0.5, 0.999), or SGD with momentum 0.9.
     learning_rate : float
         Above 0. The authors' 0.01 is for CIFAR-10, 0.005 for their other data.
     swa : bool
-        Two stages of ``server_epochs / 2`` each: first lambda with stochastic weight
-        averaging of theta, then gamma. Unverified in detail.
+        Two stages of half the epochs each (the second has one more where they are
+        odd): first lambda with stochastic weight averaging of theta, then gamma.
+        Unverified in detail.
     shrink : float, optional
         Above 0: learn nothing, use ``gamma = shrink`` and ``lambda = p`` (the paper's
         analysis of a fixed gamma). 1 is FedAvg.
     max_log_shrink : float
-        Above 0; gamma stays between ``exp(-max_log_shrink)`` and its inverse. Nothing
-        else bounds it: a step of Adam may be longer than the learning rate while the
-        gradient grows, as it does in deep networks.
+        Above 0; gamma, where it is learned, stays between ``exp(-max_log_shrink)`` and
+        its inverse. Nothing else bounds it: a step of Adam may be longer than the
+        learning rate while the gradient grows, as it does in deep networks.
     revert_if_worse : bool
         Use FedAvg where the learned model has a higher proxy loss than FedAvg's. Ours.
     coherence : bool

@@ -26,11 +26,11 @@ class FedProx(FedAvg):
     ----------
     proximal_mu : float
         0 or more; 0 is FedAvg with its stragglers kept. The larger, the nearer the
-        clients stay to the global model, as long as ``learning_rate * mu`` of a
-        client's SGD is below 2 (with momentum below ``2 * (1 + momentum)``): from
-        there on the term makes local training diverge. The authors tune over 0.001,
-        0.01, 0.1, 0.5 and 1; 0.01 is this library's default, as in FedDisco's
-        experiments.
+        clients stay to the global model, until ``learning_rate * mu`` of a client's
+        SGD is about a tenth of ``2 * (1 + momentum)``. From there on steps overshoot,
+        and from that bound on the term alone makes local training diverge; with the
+        loss it may a little before. The authors tune over 0.001, 0.01, 0.1, 0.5 and
+        1; 0.01 is this library's default, as in FedDisco's experiments.
     drop_stragglers : bool
         True leaves out partial work, which is what the paper argues against.
     **arguments
@@ -40,7 +40,7 @@ class FedProx(FedAvg):
     -----
     The paper's algorithm samples clients in proportion to their data and averages
     them uniformly; its authors' code samples uniformly and averages by data size.
-    This follows the code: either pairing is unbiased, mixing them is not.
+    This follows the code.
     """
 
     def __init__(

@@ -20,6 +20,9 @@ from .admission import check_fraction
 from .base import StrategyArguments, WeightingStrategy
 from .round import Round
 
+# Such an epsilon only stands in for distances of 0; a larger one is part of the rule.
+NEGLIGIBLE = 1e-8
+
 
 class IDA(WeightingStrategy):
     """Weigh clients by the inverse distance of their model from the mean.
@@ -33,8 +36,8 @@ class IDA(WeightingStrategy):
         The norm, over trainable parameters only.
     base : {"uniform", "sample", "previous"}
         What the distance is measured from: the clients' mean, their mean by data
-        size, or the global model they started from (which favours clients that took
-        few steps even more).
+        size (by which a claim of much data takes all weight), or the global model
+        they started from (which favours clients that took few steps).
     fedavg : bool
         Also weigh by data size (the paper's IDA + FedAvg).
     intrac : bool
@@ -47,8 +50,9 @@ class IDA(WeightingStrategy):
         Distances and weights for each named tensor on its own. The weight log then
         holds a client's mean over the tensors.
     epsilon : float
-        0 or more. Where a distance is as good as 0 (up to ``epsilon`` times the
-        largest), 1e-8 of the mean distance takes its place.
+        0 or more; large values make the weights uniform. Up to its default it only
+        keeps a distance of 0 from an infinite weight: where one is as good as 0 (up
+        to ``epsilon`` times the largest), 1e-8 of the mean distance takes its place.
     **arguments
         Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
 
@@ -165,10 +169,9 @@ def inverse(distances: Tensor, epsilon: float = 1e-8) -> Tensor:
     apart = largest >= torch.finfo(torch.float64).tiny
     scale = torch.where(apart, largest, 1.0)
     relative = distances / scale
-    added = torch.where(
-        (relative <= epsilon).any(0),
-        1e-8 * relative.mean(0),
-        (epsilon / scale).clamp(max=1e300),
-    )
+    added = (epsilon / scale).clamp(max=1e300)
+    if epsilon <= NEGLIGIBLE:
+        nothing = (relative <= epsilon).any(0)
+        added = torch.where(nothing, NEGLIGIBLE * relative.mean(0), added)
     nearest = relative.amin(0) + added
     return torch.where(apart, nearest / (relative + added), 1.0)

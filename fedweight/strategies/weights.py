@@ -95,7 +95,7 @@ def effective_clients(weights: Tensor) -> float:
     return float(scaled.sum()) ** 2 / float(scaled.square().sum())
 
 
-def normalise(raw: Tensor, fallback: Tensor, *, smallest: float = 0.0) -> Tensor:
+def normalise(raw: Tensor, fallback: Tensor) -> Tensor:
     """Return weights that are 0 or more and sum to one.
 
     Parameters
@@ -103,10 +103,7 @@ def normalise(raw: Tensor, fallback: Tensor, *, smallest: float = 0.0) -> Tensor
     raw : Tensor
         Shape ``[K]``; what the method measured. Negative values count as 0.
     fallback : Tensor
-        Shape ``[K]``; returned, with a warning in the log, where nothing is left
-        above ``smallest``.
-    smallest : float
-        Sums up to this count as nothing.
+        Shape ``[K]``; returned, with a warning in the log, where no value is above 0.
 
     Raises
     ------
@@ -128,7 +125,7 @@ def normalise(raw: Tensor, fallback: Tensor, *, smallest: float = 0.0) -> Tensor
         return torch.ones_like(raw)
     positive = raw.clamp(min=0)
     total = positive.sum()
-    if total <= smallest:
+    if total <= 0:
         log.warning("no client has a positive weight: falling back to data size")
         return fallback.double()
     return positive / total

@@ -106,6 +106,19 @@ def test_the_proxy_is_balanced_and_leaves_rare_classes():
     assert np.bincount(labels[tiny]).tolist() == [1, 1, 1]
 
 
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    st.floats(0, 1, exclude_min=True, exclude_max=True),
+)
+def test_a_proxy_never_takes_more_than_half_of_a_class(sizes, fraction):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    rows = data.take_proxy(labels, fraction, np.random.default_rng(0))
+    each = max(1, round(fraction * len(labels) / len(sizes)))
+    taken = np.bincount(labels[rows], minlength=len(sizes))
+    assert taken.tolist() == [min(each, n // 2) for n in sizes]
+    assert len(rows) <= max(fraction * len(labels), len(sizes)) + len(sizes) / 2
+
+
 def test_natural_clients_keep_their_examples():
     toy = dataset()
     fed = federate(toy, "natural", None, proxy=0.05)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedweight import data
 from fedweight.data import DataSet, Examples, FederatedData, federate
 from fedweight.data.lazy import LazyParts, dirichlet_sampled
+from fedweight.data.partitions import dirichlet
 from fedweight.errors import ConfigurationError, DataError
 
 NAME = "dirichlet-sampled"
@@ -128,6 +129,72 @@ def test_a_million_clients_cost_nothing_until_they_are_asked_for():
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < limit
+
+
+def test_who_takes_no_part_is_never_drawn():
+    drawn = []
+
+    def draw(client):
+        drawn.append(client)
+        return np.array([client % 7, 7 + client % 5])
+
+    toy = dataset([0, 1] * 10)
+    fed = FederatedData(toy, LazyParts(np.full(10**6, 2), draw, np.arange(20)))
+    assert (fed.num_clients, fed.sizes.sum()) == (10**6, 2 * 10**6)
+    for client in (5, 999_999, 5):
+        fed.client(client)
+    fed.labels(7)
+    assert drawn == [5, 999_999, 5, 7]
+
+
+def test_there_may_be_any_number_of_clients():
+    labels = np.repeat(np.arange(10), 100)
+    tracemalloc.start()
+    parts = dirichlet_sampled(labels, 10**12, 0)
+    fed = FederatedData(dataset(labels), parts, held_out=0.2)
+    last = fed.client(10**12 - 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(last.train) == fed.sizes[-1] == 40
+    few = dirichlet_sampled(labels, 100, 0)
+    np.testing.assert_array_equal(parts[99], few[99])
+    assert peak < 1e6
+
+
+def test_sizes_that_differ_take_sixteen_bytes_a_client():
+    toy = dataset(np.repeat(np.arange(10), 100))
+    tracemalloc.start()
+    fed = federate(toy, NAME, 10**6, size_sigma=1.0, proxy=0.0)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(fed.sizes) == 10**6
+    assert kept == pytest.approx(16e6, rel=0.01)
+
+
+def classes_that_count(table):
+    """Return the mean of how many equally large classes a client's are worth."""
+    shares = table / table.sum(axis=1, keepdims=True)
+    return (1 / (shares**2).sum(axis=1)).mean()
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3, 1.0, 3.0])
+def test_it_is_as_skewed_as_the_partition_of_the_same_alpha(alpha):
+    labels = np.repeat(np.arange(10), 2000)
+    sampled = dirichlet_sampled(labels, 200, 0, alpha=alpha, examples_per_client=500)
+    divided = [
+        part
+        for seed in range(5)
+        for part in dirichlet(
+            labels, 40, np.random.default_rng(seed), alpha=alpha, min_size=1
+        )
+    ]
+    found, expected = (
+        classes_that_count(
+            np.stack([np.bincount(labels[part], minlength=10) for part in parts])
+        )
+        for parts in (sampled, divided)
+    )
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):

@@ -275,3 +275,86 @@ def test_a_partition_of_ones_own(tmp_path, monkeypatch):
     ]:
         with pytest.raises(DataError, match=message):
             data.partition(toy, f"{own}:{name}", k, 0)
+
+
+@given(st.integers(0, 60), st.integers(1, 70))
+def test_iid_parts_are_of_equal_size_and_some_empty_where_there_are_more(n, k):
+    sizes = [len(part) for part in iid(np.zeros(n, np.int64), k, rng())]
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes.count(0) == max(0, k - n)
+
+
+def test_quantity_limits():
+    labels = np.zeros(1003, np.int64)
+    for seed in range(5):
+        even = [len(p) for p in quantity(labels, 6, rng(seed), alpha=1e9)]
+        assert max(even) - min(even) <= 1
+        extreme = [len(p) for p in quantity(labels, 6, rng(seed), alpha=1e-12)]
+        assert sorted(extreme) == [0] * 5 + [1003]
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 1.0])
+def test_balanced_sizes_differ_less(alpha):
+    labels = np.repeat(np.arange(10), 100)
+    spread = {
+        balanced: np.mean(
+            [
+                np.std(
+                    [
+                        len(part)
+                        for part in dirichlet(
+                            labels, 10, rng(seed), alpha=alpha, balanced=balanced
+                        )
+                    ]
+                )
+                for seed in range(20)
+            ]
+        )
+        for balanced in (False, True)
+    }
+    assert spread[True] < spread[False]
+
+
+@pytest.mark.parametrize("k", [3, 7, 10, 40, 200])
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_all_but_as_many_clients_as_borders_see_as_many_classes_as_shards(k, each):
+    for seed in range(5):
+        sizes = rng(seed).integers(1, 300, 6)
+        labels = rng(seed).permutation(np.repeat(np.arange(6), sizes + 200))
+        parts = shards(labels, k, rng(seed), shards_per_client=each)
+        seen = (counts(labels, parts) > 0).sum(axis=1)
+        assert (seen > each).sum() <= 5
+
+
+def test_shards_of_one_example_are_iid():
+    """The counts of a class are as when 100 of 1,000 examples are drawn at random."""
+    labels = np.repeat(np.arange(10), 100)
+    of_one_class = [
+        counts(labels, shards(labels, 10, rng(seed), shards_per_client=100))[:, 0]
+        for seed in range(300)
+    ]
+    # Hypergeometric: mean 10, variance 100 * 0.1 * 0.9 * 900 / 999.
+    table = np.array(of_one_class)
+    np.testing.assert_allclose(table.mean(axis=0), 10, atol=0.7)
+    assert table.var() == pytest.approx(8.108, rel=0.1)
+
+
+def test_with_all_classes_everybody_has_as_much_of_each():
+    labels = np.repeat(np.arange(4), [40, 41, 7, 93])
+    table = counts(labels, classes(labels, 5, rng(), classes_per_client=4))
+    assert (table.max(axis=0) - table.min(axis=0) <= 1).all()
+
+
+def test_a_class_with_few_examples_is_not_with_all_who_hold_it():
+    labels = np.repeat([0, 1], [50, 3])
+    table = counts(labels, classes(labels, 10, rng(), classes_per_client=2))
+    assert table[:, 1].tolist() == [1, 1, 1, *[0] * 7]
+    assert (table[:, 0] == 5).all()
+
+
+def test_the_balanced_client_of_niid2_has_its_share_of_every_class():
+    sizes = [10, 25, 61, 7]
+    labels = np.repeat(np.arange(4), sizes)
+    table = counts(labels, niid2(labels, 6, rng(), classes_per_client=2))
+    assert table[-1].tolist() == [round(n / 6) for n in sizes]
+    assert ((table[:-1] > 0).sum(axis=1) <= 2).all()

@@ -187,15 +187,27 @@ def test_a_plan_changes_no_more_than_the_last_bits(sizes: list[int] | None) -> N
 
 @pytest.mark.parametrize("chunk", [1, 8])
 def test_threads_change_not_a_bit_of_a_plan(chunk: int) -> None:
-    results = [
-        run(LocalGrid(trainer(sizes=SIZES), 21, threads=threads, plan=Plan(chunk)))
-        for threads in (1, 2)
-    ]
-    (one, history), (two, other) = results
-    np.testing.assert_array_equal(one, two)
-    for a, b in zip(history, other, strict=True):
-        assert a.metrics == b.metrics
-        assert [c.metrics for c in a.clients] == [c.metrics for c in b.clients]
+    one, history = run(LocalGrid(trainer(sizes=SIZES), 21, threads=1, plan=Plan(chunk)))
+    for threads in (2, 8):
+        grid = LocalGrid(trainer(sizes=SIZES), 21, threads=threads, plan=Plan(chunk))
+        some, other = run(grid)
+        np.testing.assert_array_equal(one, some)
+        for a, b in zip(history, other, strict=True):
+            assert a.metrics == b.metrics
+            assert [c.metrics for c in a.clients] == [c.metrics for c in b.clients]
+
+
+def test_contexts_with_a_state_are_kept_and_of_others_not_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedweight.simulations.local.IDLE_CONTEXTS", 5)
+    grid = LocalGrid(trainer(), 21)
+    grid.context(3).state["own"] = ConfigRecord({"n": 1})
+    run(grid)
+    assert list(grid.contexts) == [3]
+    monkeypatch.setattr("fedweight.simulations.local.IDLE_CONTEXTS", 21)
+    run(grid)
+    assert len(grid.contexts) > 5
 
 
 @pytest.mark.parametrize("threads", [1, 2])

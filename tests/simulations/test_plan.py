@@ -44,6 +44,8 @@ def test_nobody_trains_alone_where_clients_train_at_once(
     lengths = [len(part) for part in Plan(chunk).cut(cohort_of(count), None)]
     assert min(lengths) >= 2
     assert max(lengths) <= max(chunk, 3)
+    if chunk == 2:  # Of an odd number three go together.
+        assert lengths.count(3) == count % 2
 
 
 @pytest.mark.parametrize("chunk", [1, 4])

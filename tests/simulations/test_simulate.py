@@ -114,11 +114,20 @@ def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         simulate(server_app, client_app, num_clients=2, engine="ray")
 
 
-def test_a_plan_may_be_named() -> None:
-    for plan in ("batched-5", Plan(5)):
-        with make_grid(client_app, 2, plan=plan) as grid:
-            assert isinstance(grid, LocalGrid)
-            assert grid.plan == Plan(5)
+@pytest.mark.parametrize(
+    ("plan", "used"),
+    [
+        ("batched-5", Plan(5)),
+        (Plan(5), Plan(5)),
+        ("loop", Plan(1)),
+        ("auto", Plan(1)),  # Only a run of ours measures.
+        (None, Plan(1)),
+    ],
+)
+def test_a_plan_may_be_named(plan: Plan | str | None, used: Plan) -> None:
+    with make_grid(client_app, 2, plan=plan) as grid:
+        assert isinstance(grid, LocalGrid)
+        assert grid.plan == used
 
 
 def test_grid_for_the_time_of_a_block() -> None:

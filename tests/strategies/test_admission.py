@@ -23,6 +23,7 @@ from fedweight.strategies.fedce import FedCE
 from fedweight.strategies.feddisco import FedDisco
 from fedweight.strategies.fedlaw import FedLAW
 from fedweight.strategies.ida import IDA
+from fedweight.strategies.known_errors import MOST
 from fedweight.strategies.server_optimizers import ServerAdam
 from fedweight.strategies.weights import cap, size_weights
 
@@ -183,6 +184,33 @@ def test_each_different_error_is_logged_once(kit, caplog):
         "round 1: clients 1, 2, 3 and 4 others failed: no power",
         "round 1: client 8 missing: no reply in time",
     ]
+
+
+def test_no_more_than_so_many_errors_are_logged_and_all_are_recorded(kit, caplog):
+    run = federation(kit, FedAvg(), [[1.0]] * (MOST + 9))
+    for k in range(1, len(run.clients)):
+        run.clients[k].error = f"no power in {k}"
+    record = run.round()
+    run.round()
+    assert record.count("failed") == len(run.clients) - 1
+    lines = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(lines) == MOST + 1
+    assert lines[-1] == "further errors are not shown; the record has them"
+
+
+def test_bytes_are_those_of_the_models_down_also_to_evaluate(kit):
+    run = federation(kit, FedAvg(), [[1.0, 2.0]] * 4)
+    run.clients[1].model = [1.0, math.nan]
+    run.clients[2].error = "no power"
+    run.clients[3].silent = True
+    record = run.round()
+    size = 2 * 8
+    assert [c.bytes_up for c in record.clients] == [size, size, 0, 0]
+    assert [c.bytes_down for c in record.clients] == [size] * 4
+    evaluated = run.strategy.configure_evaluate(1, run.arrays, run.config, run.grid)
+    run.strategy.aggregate_evaluate(1, run.grid.send_and_receive(evaluated))
+    assert [c.bytes_down for c in record.clients] == [2 * size] * 4
+    assert [c.bytes_up for c in record.clients] == [size, size, 0, 0]
 
 
 def test_clients_are_called_by_their_names(kit, caplog):

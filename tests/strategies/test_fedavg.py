@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedweight.strategies import WeightingStrategy
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
 
@@ -61,3 +62,31 @@ def test_server_optimizer_goes_on_from_its_state(kit, make):
     second.round()
     second.round()
     np.testing.assert_array_equal(second.vector, whole.vector)
+
+
+def test_one_local_step_is_the_step_on_all_data_together(kit):
+    stream = torch.Generator().manual_seed(0)
+    start = torch.randn(3, generator=stream, dtype=torch.float64)
+    x = torch.randn(20, 3, generator=stream, dtype=torch.float64)
+    y = torch.randn(20, generator=stream, dtype=torch.float64)
+
+    def after_a_step(rows):
+        w = start.clone().requires_grad_()
+        (x[rows] @ w - y[rows]).square().mean().backward()
+        return start - 0.1 * w.grad
+
+    parts = [slice(0, 3), slice(3, 4), slice(4, 20)]
+    models = [after_a_step(rows) for rows in parts]
+    round = kit.make_round(models, origin=start, num_examples=[3, 1, 16])
+    together = after_a_step(slice(0, 20))
+    torch.testing.assert_close(FedAvg().aggregate(round), together, rtol=1e-12, atol=0)
+
+
+def test_weights_that_sum_to_less_make_a_shorter_step(kit):
+    class Half(WeightingStrategy):
+        def weights(self, round):
+            return torch.tensor([0.25, 0.25])
+
+    origin = np.array([1.0, 2.0])
+    round = kit.make_round([[3.0, 2.0], [1.0, 6.0]], origin=origin)
+    assert Half().aggregate(round).tolist() == [1.5, 3.0]

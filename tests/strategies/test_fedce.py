@@ -3,10 +3,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedweight import keys
 from fedweight.errors import ConfigurationError
 from fedweight.strategies.fedce import FedCE, minus_cosines
+from fedweight.strategies.weights import effective_clients
 
 CASES = range(4)
 
@@ -160,3 +163,97 @@ def test_goes_on_through_json(kit):
     for t in range(2, 5):
         play(second, updates[t], errors[t])
     np.testing.assert_array_equal(second.vector, whole.vector)
+
+
+def weights_of(kit, strategy, updates, errors):
+    round = kit.make_round(updates, metrics={keys.MINUS_ERROR: errors})
+    return strategy.weights(round)
+
+
+rounds = st.integers(2, 6).flatmap(
+    lambda k: st.tuples(
+        st.lists(
+            st.lists(st.integers(-3, 3), min_size=3, max_size=3),
+            min_size=k,
+            max_size=k,
+        ),
+        st.lists(st.floats(0, 1), min_size=k, max_size=k),
+    )
+)
+
+
+@given(
+    rounds,
+    st.sampled_from(["plus", "times"]),
+    st.sampled_from([1e-6, 1e-3, 0.2]),
+    st.sampled_from(["before", "after"]),
+)
+def test_with_a_floor_nobody_is_shut_out(kit, round, mode, floor, clip):
+    strategy = FedCE(mode=mode, floor=floor, clip=clip)
+    weights = weights_of(kit, strategy, *round)
+    assert (weights > 0).all()
+    if clip == "after":
+        assert (weights >= floor).all()
+        assert float(weights.sum()) <= 1 + len(weights) * floor + 1e-12
+    else:
+        assert float(weights.sum()) == pytest.approx(1)
+
+
+def test_without_a_floor_somebody_may_be(kit):
+    """Who points where the others do, and serves as well without itself."""
+    updates, errors = [[1, 0], [1, 0], [-1, 0]], [0.0, 0.0, 0.5]
+    assert weights_of(kit, FedCE(mode="times", floor=0.0), updates, errors)[0] == 0
+    for floor in (1e-6, 0.1):
+        strategy = FedCE(mode="times", floor=floor)
+        assert (weights_of(kit, strategy, updates, errors) > 0).all()
+
+
+@given(rounds, st.data())
+def test_a_larger_error_and_a_direction_of_ones_own_raise_a_weight(kit, round, data):
+    updates, errors = round
+    who = data.draw(st.integers(0, len(errors) - 1))
+    for mode in ("plus", "times"):
+        raised = [*errors]
+        raised[who] = (1 + errors[who]) / 2
+        low, high = (
+            weights_of(kit, FedCE(mode=mode), updates, e)[who] for e in (errors, raised)
+        )
+        assert high >= low - 1e-12
+    alike = [[1, 0.1], [1, -0.1], [1, 0.2]]
+    found = weights_of(kit, FedCE(), [*alike, [0, 1]], [0.5] * 4)
+    assert found.argmax() == 3
+
+
+@given(rounds)
+def test_times_spreads_weights_more_where_the_estimates_agree(kit, round):
+    updates, errors = round
+    spread = {}
+    for mode in ("plus", "times"):
+        strategy = FedCE(mode=mode)
+        one = kit.make_round(updates, metrics={keys.MINUS_ERROR: sorted(errors)})
+        strategy.weights(one)
+        gradient = one.logged_clients["gradient-contribution"]
+        in_order = [updates[k] for k in gradient.argsort(stable=True).tolist()]
+        one = kit.make_round(in_order, metrics={keys.MINUS_ERROR: sorted(errors)})
+        weights = FedCE(mode=mode).weights(one)
+        assert (one.logged_clients["gradient-contribution"].diff() >= -1e-12).all()
+        spread[mode] = effective_clients(weights)
+    assert spread["times"] <= spread["plus"] + 1e-9
+
+
+def test_where_they_disagree_it_need_not():
+    """Shares of 0.5, 0.3, 0.2 and of 0.2, 0.3, 0.5."""
+    gradient = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    plus, times = gradient + gradient.flip(0), gradient * gradient.flip(0)
+    assert effective_clients(times) > effective_clients(plus)
+
+
+def test_it_keeps_three_numbers_a_client(kit):
+    run = federation(kit, FedCE())
+    play(run, [[1, 0], [0, 1], [1, 2]], [1, 1, 1])
+    state = run.strategy.state()
+    assert state.keys() == {
+        *("clients", "coefficients", "cosines", "rounds", "without-examples")
+    }
+    for name in ("coefficients", "cosines", "rounds"):
+        assert len(state[name]) == 3

@@ -8,6 +8,7 @@ import torch
 from fedweight import keys
 from fedweight.errors import ConfigurationError
 from fedweight.strategies.feddisco import FedDisco, discrepancy
+from fedweight.strategies.weights import effective_clients
 
 METRICS = ["kl", "l2", "l1", "cosine"]
 
@@ -179,3 +180,48 @@ def test_the_table_goes_on_through_json(kit):
     after = again.round()
     assert keys.REQUEST not in again.clients[0].told[0]
     assert [c.weight for c in after.clients] == [c.weight for c in before.clients]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_only_the_divergence_depends_on_who_else_takes_part(metric):
+    counts = torch.tensor([[9, 1, 0], [3, 3, 4], [0, 8, 2]])
+    all_three, two = discrepancy(counts, metric), discrepancy(counts[:2], metric)
+    assert torch.equal(all_three[:2], two) == (metric != "kl")
+    assert metric != "kl" or float(all_three.sum()) == pytest.approx(1)
+
+
+def skewed(k, seed=0):
+    """Label counts of k clients, Dirichlet 0.3 on ten classes; sizes 10 to 200."""
+    stream = np.random.default_rng(seed)
+    sizes = stream.integers(10, 200, k)
+    shares = stream.dirichlet(np.full(10, 0.3), k)
+    return sizes, [stream.multinomial(n, p) for n, p in zip(sizes, shares, strict=True)]
+
+
+def weights_of_skewed(kit, k, **options):
+    sizes, counts = skewed(k)
+    strategy = FedDisco(**options)
+    strategy.label_counts = {c: own.tolist() for c, own in enumerate(counts)}
+    round = kit.make_round(np.zeros((k, 1)), num_examples=sizes.tolist())
+    return strategy.weights(round)
+
+
+def test_a_hundred_clients_count_nearly_alike_unless_b_is_scaled(kit):
+    drowned = weights_of_skewed(kit, 100)
+    assert drowned.max() < 1.3 * drowned.min()
+    scaled = weights_of_skewed(kit, 100, scale_with_cohort=True)
+    assert effective_clients(drowned) > 99
+    assert effective_clients(scaled) < 90
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1", "cosine"])
+def test_the_default_a_is_large_for_other_discrepancies(kit, metric, caplog):
+    """Half of ten clients with skewed labels count nothing; all of them is FedAvg."""
+    weights = weights_of_skewed(kit, 10, metric=metric)
+    sizes = skewed(10)[0]
+    if metric == "l1":
+        np.testing.assert_allclose(weights, sizes / sizes.sum())
+        assert "falling back to data size" in caplog.text
+    else:
+        assert int((weights == 0).sum()) >= 5
+    assert (weights_of_skewed(kit, 10) > 0).all()

@@ -145,6 +145,86 @@ def test_inverse_is_finite_and_falls(distances, epsilon):
     assert result.max() == 1
 
 
+@pytest.mark.parametrize("epsilon", [1e-7, 0.5, 3.0, 1e6])
+@pytest.mark.parametrize("at_the_mean", [False, True])
+def test_a_larger_epsilon_is_added_to_every_distance(kit, epsilon, at_the_mean):
+    rows = [[0, 0], [3, 0], [0, 9]] + ([[1, 3]] if at_the_mean else [])
+    round = kit.make_round(rows)
+    weights = IDA(epsilon=epsilon).weights(round)
+    raw = 1 / (round.logged_clients["distance"] + epsilon)
+    torch.testing.assert_close(weights, raw / raw.sum())
+    uniform = IDA(epsilon=1e12).weights(round)
+    torch.testing.assert_close(uniform, torch.full_like(uniform, 1 / len(rows)))
+
+
+@pytest.mark.parametrize("epsilon", [0, 1e-12, 1e-8])
+def test_a_small_epsilon_depends_on_no_unit(kit, epsilon):
+    rows = np.array([[0, 0], [3, 0], [0, 9], [1, 3]])
+    expected = IDA(epsilon=epsilon).weights(kit.make_round(rows))
+    for unit in (1e-3, 1e5):
+        weights = IDA(epsilon=epsilon).weights(kit.make_round(unit * rows))
+        torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-12)
+
+
+def rows_of_steps(kind, steps=(1, 5, 5, 5, 9, 9), size=1000):
+    """Updates as long as steps, in one direction or each in its own."""
+    stream = np.random.default_rng(0)
+    common = stream.normal(size=size)
+    own = stream.normal(size=(len(steps), size))
+    own[:] = common if kind == "alike" else own
+    return np.array(steps)[:, None] * own
+
+
+def test_few_steps_count_more_where_updates_have_little_in_common(kit):
+    """Where they agree, it is a usual number of steps that counts."""
+    apart = IDA().weights(kit.make_round(rows_of_steps("apart")))
+    assert apart.argmax() == 0
+    alike = IDA().weights(kit.make_round(rows_of_steps("alike")))
+    assert alike.argmin() == 0
+    assert set(alike.topk(3).indices.tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", ["alike", "apart"])
+def test_from_the_previous_model_few_steps_count_more_whatever_they_say(kit, kind):
+    round = kit.make_round(rows_of_steps(kind))
+    weights = IDA(base="previous").weights(round)
+    assert weights.argmax() == 0
+    assert weights[0] > IDA().weights(round)[0]
+
+
+def test_sizes_count_with_fedavg_and_for_the_mean_by_size_only(kit):
+    rows = [[1.0, 0], [0, 1.0], [9, 9], [1, 1]]
+    honest = kit.make_round(rows, num_examples=[10] * 4)
+    lying = kit.make_round(rows, num_examples=[10, 10, 10**6, 10])
+    for base in ("uniform", "previous"):
+        weights = IDA(base=base).weights(honest)
+        assert torch.equal(weights, IDA(base=base).weights(lying))
+        assert IDA(base=base, fedavg=True).weights(lying)[2] > 0.99
+    # Nobody is nearer to a mean of its own.
+    assert IDA(base="sample").weights(lying)[2] > 0.99
+
+
+@given(st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_two_clients_are_told_apart_by_another_base_only(kit, scale, seed):
+    rows = scale * np.random.default_rng(seed).normal(size=(2, 5))
+    round = kit.make_round(rows, num_examples=[1, 3])
+    assert IDA().weights(round).tolist() == [0.5, 0.5]
+    by_size = IDA(base="sample").weights(round)
+    assert by_size.tolist() == pytest.approx([0.25, 0.75], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+def test_what_the_rounding_of_the_mean_explains_is_no_distance(kit, dtype, distance):
+    stream = np.random.default_rng(0)
+    origin = 1e3 * stream.normal(size=500)
+    accumulate = "float32" if dtype == torch.float32 else "float64"
+    model = (origin + 0.1).astype(accumulate)
+    round = kit.make_round([model] * 5, origin=origin, accumulate=accumulate)
+    IDA(distance).weights(round)
+    assert round.logged_clients["distance"].tolist() == [0.0] * 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedweight.errors import ConfigurationError
 from fedweight.strategies import strategy_class
@@ -33,6 +34,33 @@ def test_the_usual_distance_costs_half_at_tolerance_one(kit, cls):
     assert distances.tolist() == [2, 1, 2, 3, 998]
     raw = 1 / (1 + (distances / 2) ** 2)
     np.testing.assert_allclose(weights, raw / raw.sum())
+
+
+@pytest.mark.parametrize("count", [4, 5, 6, 7])
+def test_up_to_half_of_the_clients_cannot_move_how_far_off_one_lies(kit, cls, count):
+    stream = np.random.default_rng(0)
+    honest = stream.normal(size=(count, 3))
+    widest = np.linalg.norm(honest[:, None] - honest[None], axis=2).max()
+    for lying in range(count // 2 + 1):
+        rows = honest.copy()
+        rows[count - lying :] = 1e6 * stream.normal(size=(lying, 3))
+        round = kit.make_round(rows)
+        cls().weights(round)
+        distances = round.logged_clients["distance"]
+        assert (distances[: count - lying] <= widest).all()
+    more = honest.copy()
+    more[count - count // 2 - 1 :] = 1e6
+    round = kit.make_round(more)
+    cls().weights(round)
+    assert round.logged_clients["distance"][0] > 1e5
+
+
+def test_a_small_tolerance_weighs_by_the_squared_distance(kit, cls):
+    """The most central clients count most, and not alone."""
+    round = kit.make_round([[0], [1], [2], [4], [1000]], num_examples=[1, 2, 3, 4, 5])
+    weights = cls(tolerance=1e-6).weights(round)
+    raw = round.num_examples / round.logged_clients["distance"] ** 2
+    torch.testing.assert_close(weights, raw / raw.sum())
 
 
 def test_a_large_tolerance_is_fedavg(kit, cls):

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,8 +28,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedweight import keys
+from fedweight.clients import TrainingApp
+from fedweight.clients import objective as make_objective
+from fedweight.clients.objectives import OBJECTIVES
+from fedweight.data import ClientData, Examples
 from fedweight.errors import ConfigurationError
+from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.simulations import LocalGrid
 from fedweight.strategies import STRATEGIES, WeightingStrategy, strategy_class
+from fedweight.strategies.base import LARGEST_VALUE
+from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
+from fedweight.updates import Rows, StackedUpdates
 
 METHODS = sorted(STRATEGIES.entries)
 
@@ -561,3 +573,145 @@ def test_weights_may_be_a_list(kit):
         kit, Even(min_train_nodes=1, min_available_nodes=1), random_models(2)
     )
     assert [c.weight for c in run.round().clients] == [0.25, 0.75]
+
+
+def with_statistics(kit, name, variances, sizes):
+    """A federation of models with running statistics, of which each client has own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        model = nn.Sequential(*layers).double()
+    cls = strategy_class(name)
+    stream = np.random.default_rng(0)
+    x = stream.normal(size=(12, FEATURES))
+    inputs = {"model": model, "proxy": SimpleNamespace(x=x, y=np.arange(12) % 3)}
+    needed = {key: inputs[key] for key in cls.needs}
+    strategy = cls(**needed, **QUICK.get(name, {}))
+    state = {n: t.numpy() for n, t in model.state_dict().items()}
+    clients = {}
+    for k, n in enumerate(sizes):
+        arrays = {
+            name: stream.normal(size=a.shape) if "run" not in name else a
+            for name, a in state.items()
+        }
+        arrays["1.running_var"] = np.full(4, variances[k])
+        arrays["1.running_mean"] = np.full(4, -variances[k])
+        arrays["1.num_batches_tracked"] = np.array(10 * k)
+        clients[k] = client(kit, arrays, n, seed=k)
+    return kit.Federation(strategy, clients, kit.record(state))
+
+
+@every_method
+def test_statistics_are_averaged_by_size_and_no_weight_sees_them(kit, name):
+    sizes = [10.0, 20.0, 30.0, 40.0]
+    run = with_statistics(kit, name, [1.0, 2.0, 3.0, 4.0], sizes)
+    weights = [c.weight for c in run.round().clients]
+    arrays = {n: a.numpy() for n, a in run.arrays.items()}
+    np.testing.assert_allclose(arrays["1.running_var"], 3.0, rtol=1e-12)
+    np.testing.assert_allclose(arrays["1.running_mean"], -3.0, rtol=1e-12)
+    assert arrays["1.num_batches_tracked"] == 10  # The lower of two in the middle.
+    odd = with_statistics(kit, name, [1e3, 0.0, 7e4, 1e6], sizes)
+    assert [c.weight for c in odd.round().clients] == weights
+
+
+@every_method
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES.entries))
+@pytest.mark.parametrize("optimizer", [None, ServerMomentum, ServerAdam])
+def test_any_combines_with_any_objective_and_server_optimizer(
+    name, objective, optimizer
+):
+    def data(context):
+        stream = np.random.default_rng(context.node_config["partition-id"])
+        part = Examples(stream.normal(size=(8, FEATURES)), stream.integers(0, 3, 8))
+        return ClientData(part, part)
+
+    def model():
+        return nn.Linear(FEATURES, CLASSES).double()
+
+    app = TrainingApp(
+        model, data, num_classes=CLASSES, objective=make_objective(objective)
+    )
+    strategy = build(name, server_optimizer=optimizer and optimizer())
+    start = FlatRecord(FlatModule(model()).save())
+    result = strategy.start(LocalGrid(app, 3), start, num_rounds=2)
+    assert [record.status for record in strategy.history] == ["ok", "ok"]
+    for array in result.arrays.values():
+        assert np.isfinite(array.numpy()).all()
+
+
+class Counted(StackedUpdates):
+    """Updates that count how often all rows are read, in one place or in two."""
+
+    def __init__(self, updates, places):
+        super().__init__(updates.models, updates.origin, updates.offsets)
+        self.passes = 0.0
+        self.rows_apart = None
+        if places > 1:
+            order = [*range(self.num_clients)]
+            self.members = [torch.tensor(order[k::places]) for k in range(places)]
+            self.rows_apart = [
+                Rows([self.models[k] for k in rows]) for rows in self.members
+            ]
+
+    def _ask(self, method, arguments):
+        if method != "changed":
+            blocks = next(a for a in arguments[0] if isinstance(a, list))
+            self.passes += (blocks[-1].stop - blocks[0].start) / self.num_parameters
+        if self.rows_apart is None:
+            yield from super()._ask(method, arguments)
+            return
+        for rows, own in zip(self.rows_apart, arguments, strict=True):
+            yield getattr(rows, method)(*own)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "apart"),
+    [
+        *(("fedavg", {}, 1), ("fedprox", {}, 1), ("feddisco", {}, 1)),
+        *(("fedce", {}, 3), ("ida", {}, 3), ("ida", {"base": "previous"}, 2)),
+        ("ida", {"per_tensor": True, "fedavg": True, "intrac": True}, 3),
+    ],
+)
+def test_how_often_the_updates_are_read(kit, name, options, apart):
+    """In one place as the table of strategies says; of FedLAW see test_fedlaw."""
+    page = (Path(__file__).parents[2] / "strategies" / "README.md").read_text("utf-8")
+    [here] = re.findall(rf"^\| \[`{name}`\].*\| (\d)[^|]*\|$", page, re.MULTILINE)
+    metrics = {keys.MINUS_ERROR: [0.5] * 4, keys.ACCURACY_AFTER: [0.5] * 4}
+    for places, passes in ((1, int(here)), (2, apart)):
+        strategy = build(name, **options)
+        strategy.label_counts = {k: [1, 2, 3] for k in range(4)}
+        given = kit.make_round(random_models(4), metrics=metrics)
+        updates = Counted(given.updates, places)
+        strategy.aggregate(replace(given, updates=updates))
+        assert updates.passes == passes
+
+
+def test_clients_are_looked_at_in_the_order_of_their_numbers(kit):
+    met = []
+
+    class Watching(strategy_class("fedavg")):
+        def receive(self, client, metrics, profile):
+            met.append(client)
+
+    run = federation(
+        kit, Watching(), random_models(5), arrange=lambda replies: replies[::-1]
+    )
+    run.round()
+    assert met == [0, 1, 2, 3, 4]
+
+
+@every_method
+def test_nobody_is_asked_to_train_at_a_fraction_of_0(kit, name):
+    run = federation(kit, build(name, fraction_train=0.0), random_models(3))
+    before = run.vector
+    record = run.round()
+    assert record.status == "ok"
+    assert not record.clients
+    assert not any(c.told for c in run.clients.values())
+    np.testing.assert_array_equal(run.vector, before)
+
+
+def test_the_largest_value_of_a_model_leaves_float32_in_four_layers():
+    layers = torch.full((4,), LARGEST_VALUE, dtype=torch.float32)
+    assert layers[:3].prod().isfinite()
+    assert layers.prod().isinf()

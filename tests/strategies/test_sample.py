@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import tracemalloc
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
 
+from fedweight import _flower
 from fedweight.rng import Purpose, generator
 from fedweight.simulations.grid import FIRST_NODE
 from fedweight.simulations.local import LocalGrid
+from fedweight.strategies.base import StrategyArguments
 from fedweight.strategies.fedavg import FedAvg
 
 
@@ -65,3 +70,57 @@ def test_idle_clients_cost_no_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1e6
+
+
+def test_there_may_be_any_number_of_clients():
+    grid = LocalGrid(ClientApp(), 10**12)
+    tracemalloc.start()
+    pairs = sampled(grid, 1e-10)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(pairs) == 100
+    assert pairs == sorted(set(pairs))
+    assert pairs[-1][0] > 10**11
+    assert peak < 1e6
+
+
+def test_every_client_takes_part_equally_often():
+    """Uniformly, whatever its data: sizes count in the weights alone."""
+    grid = LocalGrid(ClientApp(), 20)
+    counts = np.zeros(20)
+    for round in range(1, 2001):
+        for client, _ in sampled(grid, 0.25, round=round):
+            counts[client] += 1
+    # Of 2,000 rounds a client takes part in 500; standard deviation 19.4.
+    assert np.abs(counts - 500).max() < 4.5 * 19.4
+
+
+COMMON = list(StrategyArguments.__annotations__)[:10]
+
+
+def test_the_arguments_of_flowers_fedavg_have_its_names_and_defaults():
+    theirs = inspect.signature(FlowersFedAvg).parameters
+    assert list(theirs) == COMMON
+    ours = FedAvg()
+    for name, parameter in theirs.items():
+        assert getattr(ours, name) == parameter.default
+
+
+@pytest.mark.parametrize("clients", [2, 3, 10, 101])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("least", [1, 2])
+def test_as_many_clients_take_part_as_flower_would_ask(clients, fraction, least):
+    options = {
+        **dict.fromkeys(COMMON[:2], fraction),
+        **dict.fromkeys(COMMON[2:4], least),
+        "min_available_nodes": 1,
+    }
+    with _flower.task_identity(1):
+        asked = []
+        for strategy in (FedAvg(**options), FlowersFedAvg(**options)):
+            arrays = ArrayRecord({"w": Array(np.zeros(1))})
+            for configure in (strategy.configure_train, strategy.configure_evaluate):
+                grid = LocalGrid(ClientApp(), clients)
+                messages = configure(1, arrays, ConfigRecord(), grid)
+                asked.append(len(list(messages)))
+    assert asked[:2] == asked[2:]

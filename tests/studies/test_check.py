@@ -55,7 +55,7 @@ def test_what_a_csv_file_holds(patients):
     text = "\n".join(checked.lines())
     assert "clients: column 'site', 3 clients of 10 to 30 examples, median 20" in text
     assert "label 'outcome': 3 classes; 0: 20, 1: 20 and 2: 20" in text
-    assert "groups by 'sex'; f: 30, m: 30" in text
+    assert "groups by 'sex'; f: 30 and m: 30" in text
     assert text.endswith("nothing here would be refused")
 
 

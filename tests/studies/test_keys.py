@@ -1,0 +1,154 @@
+"""What keys of a simulation file mean at their limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.serverapp.strategy import Strategy
+from safetensors.numpy import load_file
+
+from fedweight import run
+from fedweight.data import DataSet, Examples
+from fedweight.errors import ConfigurationError
+from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.simulations import Plan
+from fedweight.studies import runner
+from fedweight.studies.configuration import Configuration
+from fedweight.studies.runner import prepare
+
+QUICK: dict[str, Any] = {
+    "run.rounds": 2,
+    "partition.clients": 4,
+    "training.epochs": 1,
+    "model.name": "softmax",
+    "engine.name": "local",
+}
+
+
+def points(shape: tuple[int, ...] = (2,)) -> DataSet:
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    x = rng.normal(size=(120, *shape)).astype(np.float32)
+    natural = np.arange(90) % 7
+    train, test = Examples(x[:90], y[:90]), Examples(x[90:], y[90:])
+    return DataSet("points", train, test, 3, natural)
+
+
+def start(tmp_path: Path, **settings: Any) -> Any:
+    given = {key.replace("__", ".").replace("_", "-"): v for key, v in settings.items()}
+    return run(
+        settings={**QUICK, **given}, dataset=points(), out=tmp_path, report=False
+    )
+
+
+class Stopped(Exception):
+    """Raised where a run would begin."""
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **settings: Any) -> Any:
+    """Return what the engine and the strategy are called with."""
+    found: dict[str, Any] = {}
+    simulate = runner.simulate
+
+    def simulating(*given: Any, **named: Any) -> Any:
+        found.update(named)
+        return simulate(*given, **{**named, "engine": "local", "workers": None})
+
+    def starting(self: Strategy, *given: Any, **named: Any) -> Any:
+        found.update(named)
+        raise Stopped
+
+    monkeypatch.setattr(runner, "simulate", simulating)
+    monkeypatch.setattr(Strategy, "start", starting)
+    with pytest.raises(Stopped):
+        start(tmp_path / str(len(list(tmp_path.iterdir()))), **settings)
+    return found
+
+
+def test_what_is_left_to_the_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = arguments(monkeypatch, tmp_path)
+    for key in ("workers", "threads", "address", "timeout"):
+        assert default[key] is None
+    assert default["gpus_per_worker"] == 0
+    told = arguments(monkeypatch, tmp_path, run__timeout=7.5, engine__threads=3)
+    assert (told["timeout"], told["threads"]) == (7.5, 3)
+
+
+def test_no_number_of_clients_is_all_natural_ones(tmp_path: Path) -> None:
+    for clients, there_are in ((0, 7), (3, 3), (9, 7)):
+        settings = {"partition.name": "natural", "partition.clients": clients}
+        configuration = Configuration.read(None, {**QUICK, **settings}, "points")
+        assert prepare(configuration, points()).data.num_clients == there_are
+    with pytest.raises(ConfigurationError, match="needs num_clients"):
+        start(tmp_path / "run", partition__clients=0)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_learning_rate_of_0_leaves_the_model_as_it_began(
+    tmp_path: Path, optimizer: str
+) -> None:
+    settings = {"training__learning_rate": 0.0, "training__optimizer": optimizer}
+    found = weights(start(tmp_path / "still", **settings).folder)
+    configuration = Configuration.read(None, QUICK, "points")
+    began = prepare(configuration, points()).make_model().state_dict()
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, began[name].numpy())
+
+
+def test_a_decay_of_1_and_no_momentum_or_weight_decay_change_nothing(
+    tmp_path: Path,
+) -> None:
+    plain = {"training__momentum": 0.0}
+    same = {"training__learning_rate_decay": 1.0, "training__weight_decay": 0.0}
+    one, two, three, four = (
+        weights(start(tmp_path / str(number), **plain, **more).folder)
+        for number, more in enumerate(
+            (
+                {},
+                same,
+                {"training__learning_rate_decay": 0.5},
+                {"training__weight_decay": 0.1},
+            )
+        )
+    )
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, two[name])
+        assert (values != three[name]).any()
+        assert (values != four[name]).any()
+
+
+def test_without_held_out_examples_nobody_evaluates_and_without_a_proxy_fedlaw_stops(
+    tmp_path: Path,
+) -> None:
+    result = start(tmp_path / "run", data__held_out=0.0)
+    assert result.rounds["evaluate_accuracy"].isna().all()
+    assert result.summary()["held_out_accuracy"] is None
+    assert result.partition["held_out_examples"].sum() == 0
+    with pytest.raises(ConfigurationError, match="use fedavg"):
+        start(tmp_path / "law", data__proxy=0.0, strategy__name="fedlaw")
+
+
+@pytest.mark.parametrize("model", ["softmax", "cnn"])
+@pytest.mark.parametrize("rounds", [1, 100_000])
+def test_a_plan_is_measured_for_long_runs_without_convolutions(
+    monkeypatch: pytest.MonkeyPatch, model: str, rounds: int
+) -> None:
+    """On a CPU; what is not measured trains one client after another."""
+    settings = {**QUICK, "run.rounds": rounds, "model.name": model}
+    components = prepare(
+        Configuration.read(None, settings, "points"), points((1, 8, 8))
+    )
+    monkeypatch.setattr(runner, "choose_plan", lambda *_, **__: Plan(17))
+    initial = FlatRecord(FlatModule(components.make_model()).save())
+    plan = components.plan(components.client_app(), initial)
+    measured = rounds > 1 and model == "softmax"
+    assert plan == (Plan(17) if measured else Plan())

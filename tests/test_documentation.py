@@ -1,0 +1,582 @@
+"""What cards, docstrings and the README say, held against the code.
+
+Tables of options, ranges, names and commands are read from the text; whether what they
+say of a method is true is tested beside the method.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedweight import keys
+from fedweight.cli import parser
+from fedweight.clients import Objective, TrainingApp, TrainingSettings
+from fedweight.clients.objectives import OBJECTIVES
+from fedweight.clients.objectives.proximal import Proximal
+from fedweight.data import ClientData, DataSet, Examples, FederatedData
+from fedweight.data.fetch import BY_HAND, SOURCES
+from fedweight.data.lazy import dirichlet_sampled
+from fedweight.data.partitions import PARTITIONS
+from fedweight.errors import ConfigurationError
+from fedweight.parameters import FlatModel, FlatModule, FlatRecord, Layout
+from fedweight.simulations import LocalGrid, Plan
+from fedweight.strategies import STRATEGIES, Round, WeightingStrategy, strategy_class
+from fedweight.strategies.admission import FAR_LONGER
+from fedweight.strategies.base import LARGEST_VALUE, StrategyArguments
+from fedweight.strategies.fedavg import FedAvg
+from fedweight.strategies.reported import OWN_METRICS
+from fedweight.strategies.round import REPORTED, REQUESTED
+from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
+from fedweight.studies.configuration import GIVEN, Configuration
+from fedweight.updates import StackedUpdates, Updates
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+METHODS = sorted(STRATEGIES.entries)
+PAGES = sorted(p for p in ROOT.glob("**/*.md") if ".venv" not in p.parts)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+Row = dict[str, str]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def tables(name: str) -> list[list[Row]]:
+    """Read the tables of a page: rows by their headings."""
+    found: list[list[Row]] = []
+    heading: list[str] = []
+    for line in text_of(name).splitlines():
+        if not line.startswith("|"):
+            heading = []
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not heading:
+            heading = cells
+            found.append([])
+        elif set(line) - set("|-: "):
+            found[-1].append(dict(zip(heading, cells, strict=True)))
+    return found
+
+
+def table(name: str, *headings: str) -> list[Row]:
+    """Read the one table of a page that has these headings."""
+    [found] = [rows for rows in tables(name) if rows[0].keys() >= {*headings}]
+    return found
+
+
+def names(cell: str) -> list[str]:
+    """Return what stands in back quotes in a cell."""
+    return re.findall(r"`([^`]*)`", cell)
+
+
+def code_blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text_of(name), re.DOTALL)
+
+
+def build(name: str, **options: Any) -> WeightingStrategy:
+    """Make a strategy of a registered name, with what it needs of the server."""
+    cls: Any = strategy_class(name)
+    inputs = {
+        "model": nn.Linear(2, 3),
+        "proxy": SimpleNamespace(x=np.ones((4, 2), np.float32), y=np.arange(4) % 3),
+    }
+    made: WeightingStrategy = cls(**{k: inputs[k] for k in cls.needs}, **options)
+    return made
+
+
+# Ranges.
+
+
+class Range:
+    """An interval as the documentation writes it: "[0, 1)", "above 0", "1 or more"."""
+
+    WRITTEN = re.compile(
+        r"(?P<left>[\[(])(?P<from>[\d.]+), (?P<to>[\d.]+)(?P<right>[\])])"
+        r"|(?:[Aa]bove|greater than) (?P<above>[\d.]+)"
+        r"|(?P<least>[\d.]+) or more"
+    )
+
+    def __init__(self, match: re.Match[str], whole: bool) -> None:
+        self.whole = whole
+        self.low = float(match["from"] or match["above"] or match["least"])
+        self.high = float(match["to"] or math.inf)
+        self.low_open = match["above"] is not None or match["left"] == "("
+        self.high_open = match["right"] == ")"
+
+    @classmethod
+    def find(cls, text: str, whole: bool) -> Range | None:
+        match = cls.WRITTEN.search(text)
+        return match and cls(match, whole)
+
+    def allowed(self) -> Iterator[float]:
+        step = 1 if self.whole else 1e-3
+        ends = [self.low + self.low_open * step, self.low + step]
+        if math.isfinite(self.high):
+            ends.append(self.high - self.high_open * step)
+        else:
+            ends.append(self.low + 1000)
+        yield from (int(end) if self.whole else end for end in ends)
+
+    def refused(self) -> Iterator[float]:
+        step = 1 if self.whole else 1e-3
+        yield from [self.low] if self.low_open else []
+        yield from [self.high] if self.high_open else []
+        ends = [self.low - step, self.high + step]
+        yield from (int(e) if self.whole else e for e in ends if math.isfinite(e))
+        yield from [] if self.whole else [math.nan, math.inf]
+
+
+def check(take: Callable[[Any], Any], allowed: Any, refused: Any) -> None:
+    for value in allowed:
+        take(value)
+    for value in refused:
+        try:
+            take(value)
+        except ConfigurationError:
+            continue
+        pytest.fail(f"{value!r} is taken, though it is out of the range")
+
+
+# Options in the cards.
+
+OPTIONS = [
+    (name, row)
+    for name in METHODS
+    for rows in tables(f"strategies/{name}.md")
+    for row in rows
+    if "option" in row
+]
+WORDS = {"false": False, "true": True, "none": None, "uniform": None}
+
+
+def default_of(cell: str) -> Any:
+    word = cell.strip("`")
+    return WORDS[word] if word in WORDS else json.loads(word)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), OPTIONS, ids=[f"{n}-{names(r['option'])[0]}" for n, r in OPTIONS]
+)
+def test_an_option_is_as_its_card_says(name: str, row: Row) -> None:
+    [key] = names(row["option"])
+    option, default = key.replace("-", "_"), default_of(row["default"])
+    made = build(name)
+    assert getattr(made, option) == default
+    if default is not None:
+        Configuration.of({"strategy": {"name": name, key: default}})
+
+    def take(value: Any) -> Any:
+        return build(name, **{option: value})
+
+    choices = [json.loads(c) if c[0] == '"' else c for c in names(row["range"])]
+    limits = Range.find(row["range"], whole=type(getattr(made, option)) is int)
+    if row["range"].startswith("`[C]`"):
+        check(take, [[1, 2, 3], [0.2, 0.8]], [[0, 0], [-1, 2], [0, 1], []])
+    elif row["range"]:
+        assert choices or limits
+        check(take, choices, ["another"] if choices else [])
+        if limits:
+            check(take, limits.allowed(), limits.refused())
+    else:
+        assert isinstance(default, bool)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_card_has_every_option_of_its_method(name: str) -> None:
+    cls: Any = strategy_class(name)
+    own = set(inspect.signature(cls.__init__).parameters) - {"self", "arguments"}
+    listed = {names(row["option"])[0] for n, row in OPTIONS if n == name}
+    assert {o.replace("_", "-") for o in own - GIVEN["strategy"]} <= listed
+
+
+def test_the_options_of_every_strategy_are_those_that_the_page_lists() -> None:
+    page = text_of("strategies/README.md")
+    [said] = re.findall(r"besides its own options:(.*?); from Python", page, re.DOTALL)
+    common = set(StrategyArguments.__annotations__) - GIVEN["strategy"]
+    assert {name.replace("-", "_") for name in names(said)} == common
+
+
+# Ranges in docstrings.
+
+
+def documented(subject: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield the parameters of a docstring: name, type, and what is said of it."""
+    doc = inspect.cleandoc(subject.__doc__)
+    section = doc.partition("Parameters\n----------\n")[2]
+    section = re.split(r"^\w+\n-+$", section, flags=re.MULTILINE)[0]
+    item = r"^(\w+(?:, \w+)*) : (.*)\n((?:    .*\n|\n)+)"
+    for listed, kind, said in re.findall(item, section + "\n", re.MULTILINE):
+        for name in listed.split(", "):
+            yield name, kind, " ".join(said.split())
+
+
+LABELS = np.repeat(np.arange(4), 50)
+TOY = DataSet(
+    "toy",
+    Examples(np.zeros((200, 1), np.float32), LABELS),
+    Examples(np.zeros((4, 1), np.float32), np.arange(4)),
+    4,
+)
+
+
+def of_a_partition(function: Any) -> Callable[..., Any]:
+    return lambda **o: function(LABELS, 5, np.random.default_rng(0), **o)
+
+
+# What takes the parameters that a docstring describes.
+TAKERS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    **{
+        name: (strategy_class(name), lambda name=name, **o: build(name, **o))
+        for name in METHODS
+    },
+    "every strategy": (WeightingStrategy, FedAvg),
+    "momentum": (ServerMomentum, ServerMomentum),
+    "adam": (ServerAdam, ServerAdam),
+    "proximal": (Proximal, Proximal),
+    "training": (TrainingSettings, TrainingSettings),
+    **{
+        name: (PARTITIONS.resolve(name), of_a_partition(PARTITIONS.resolve(name)))
+        for name in ("dirichlet", "quantity")
+    },
+    "dirichlet-sampled": (
+        dirichlet_sampled,
+        lambda **o: dirichlet_sampled(LABELS, 5, 0, **o),
+    ),
+    "federated data": (
+        FederatedData,
+        lambda **o: FederatedData(TOY, [np.arange(200)], **o),
+    ),
+}
+RANGES = [
+    (who, name, found)
+    for who, (subject, _) in TAKERS.items()
+    for name, kind, said in documented(subject)
+    if kind.startswith(("int", "float"))
+    and (found := Range.find(said, whole=kind.startswith("int"))) is not None
+]
+
+
+@pytest.mark.parametrize(
+    ("who", "name", "limits"), RANGES, ids=[f"{w}-{n}" for w, n, _ in RANGES]
+)
+def test_a_parameter_is_checked_as_its_docstring_says(
+    who: str, name: str, limits: Range
+) -> None:
+    take = TAKERS[who][1]
+    check(lambda v: take(**{name: v}), limits.allowed(), limits.refused())
+
+
+def test_no_range_was_overlooked() -> None:
+    found = {(who, name) for who, name, _ in RANGES}
+    assert found >= {
+        ("every strategy", "max_share"),
+        ("every strategy", "stragglers"),
+        ("every strategy", "fraction_evaluate"),
+        ("fedce", "floor"),
+        ("feddisco", "a"),
+        ("fedlaw", "shrink"),
+        ("fedprox", "proximal_mu"),
+        ("ida", "epsilon"),
+        ("adam", "beta_2"),
+        ("training", "learning_rate_decay"),
+        ("dirichlet", "alpha"),
+        ("dirichlet-sampled", "size_sigma"),
+        ("federated data", "held_out"),
+    }
+
+
+# Names in the pages.
+
+
+@pytest.mark.parametrize("page", ["README.md", "strategies/README.md"])
+def test_the_tables_of_strategies_have_all_of_them(page: str) -> None:
+    counts = next(h for h in tables(page)[0][0] if "client counts" in h)
+    listed = [names(row["name"])[0] for row in table(page, "name", counts)]
+    assert sorted(listed) == METHODS
+
+
+def test_what_a_strategy_asks_for_and_needs_is_as_its_table_says() -> None:
+    said = {
+        "label-counts": "label counts",
+        "minus-error": "an evaluation a round",
+    }
+    for row in table("strategies/README.md", "name", "asks of clients"):
+        [name] = names(row["name"])
+        made: Any = build(name)
+        asks = row["asks of clients"]
+        for metric in made.request:
+            assert said[metric] in asks
+        assert bool(made.request) == any(words in asks for words in said.values())
+        assert ("proxy" in made.needs) == ("proxy" in row["needs on the server"])
+        as_they_come = "as they come" in row["passes over the updates"]
+        assert made.weighs_by_size == as_they_come
+
+
+def test_what_a_round_has_is_listed() -> None:
+    rows = table("strategies/README.md", "name", "what it is")
+    listed = {re.split(r"\W", n)[0] for row in rows for n in names(row["name"])}
+    assert all(hasattr(Round, n) or n in Round.__dataclass_fields__ for n in listed)
+    [metric] = [row["what it is"] for row in rows if "metric(" in row["name"]]
+    listed = {n.strip('"') for n in names(metric) if n.startswith('"')}
+    assert listed == set(REPORTED) - {keys.NUM_EXAMPLES}
+
+
+def test_what_a_request_may_name_is_listed() -> None:
+    page = text_of("strategies/README.md")
+    [said] = re.findall(r"What `request` may name: (.*?), or any", page, re.DOTALL)
+    assert {name.strip('"') for name in names(said)} == set(REQUESTED)
+
+
+def test_what_may_be_overridden_is_listed_as_it_is_called() -> None:
+    for row in table("strategies/README.md", "method"):
+        for call in names(row["method"]):
+            name, _, arguments = call.partition("(")
+            member = inspect.getattr_static(WeightingStrategy, name)
+            if arguments:
+                _, *taken = inspect.signature(member).parameters
+                assert arguments.strip(")").split(", ") == (taken or [""])
+
+
+def test_the_operations_that_the_readme_lists_are_there() -> None:
+    page = text_of("README.md")
+    [said] = re.findall(r"of local updates: (.*?) \(\[all of it\]", page, re.DOTALL)
+    assert len(names(said)) > 5
+    assert all(hasattr(Updates, name) for name in names(said))
+
+
+def test_numbers_in_the_pages_are_those_in_the_code() -> None:
+    page = " ".join(text_of("strategies/README.md").split())
+    assert f"The first {OWN_METRICS} such names" in page
+    assert f"values beyond {LARGEST_VALUE:.1e}".replace("e+09", "e9") in page
+    assert "an update a thousand times as long as the median" in page
+    assert FAR_LONGER == 1000
+
+
+def test_the_local_methods_are_those_of_the_registry() -> None:
+    listed = [names(row["name"])[0] for row in table("clients/README.md", "name")]
+    assert sorted(listed) == sorted(OBJECTIVES.entries)
+
+
+def test_the_app_has_the_keys_that_its_page_says() -> None:
+    config = PROJECT["tool"]["flwr"]["app"]["config"]
+    own = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    said = {
+        names(row["key"])[0]: json.loads(names(row["default"])[0])
+        for row in table("docs/flower.md", "key")
+    }
+    assert said == own
+
+
+def test_python_versions_and_markers_are_those_of_the_project() -> None:
+    assert PROJECT["project"]["requires-python"] == ">=3.11,<3.14"
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert "Python 3.11, 3.12 or 3.13" in text_of(page)
+    declared = PROJECT["tool"]["pytest"]["ini_options"]["markers"]
+    listed = [names(row["marker"])[0] for row in table("CONTRIBUTING.md", "marker")]
+    assert sorted(listed) == sorted(line.split(":")[0] for line in declared)
+
+
+def test_the_example_data_are_what_their_file_says() -> None:
+    header, *rows = text_of("simulations/own_data.csv").splitlines()
+    assert len(rows) == 569
+    assert len(header.split(",")) == 30 + 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+# Commands.
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Yield the commands of ours in pages and simulation files."""
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        for block in code_blocks(name, "bash"):
+            for line in re.sub(r"\\\n", " ", block).splitlines():
+                if line.startswith("fedweight "):
+                    yield name, line
+    for file in sorted((ROOT / "simulations").glob("*.toml")):
+        for line in re.findall(r"^# +(fedweight .*)$", file.read_text("utf-8"), re.M):
+            yield file.name, line.split("  ")[0]
+
+
+@pytest.mark.parametrize(("where", "line"), list(commands()))
+def test_a_command_means_something(
+    where: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    _, *words = shlex.split(line, comments=True)
+    given = parser().parse_args(words)
+    if given.command == "data":
+        assert given.name in SOURCES | BY_HAND
+    if given.command == "run":
+        settings = [s for s in given.settings if "my_module" not in s]
+        settings = [s for s in settings if not s.startswith("objective.smoothing")]
+        if given.strategy:
+            settings.append(f"strategy.name={given.strategy}")
+        Configuration.read(given.file, settings)
+
+
+# Examples.
+
+
+def local_round(rng: np.random.Generator, k: int) -> Round:
+    start = torch.zeros(4, dtype=torch.float64)
+    layout = Layout.of({"w": ((4,), "float64")}, ())
+    rows = torch.from_numpy(rng.normal(size=(k, 4)))
+    return Round(
+        number=1,
+        clients=tuple(range(k)),
+        model=FlatModel(layout, start, start[:0]),
+        updates=StackedUpdates(rows, start),
+        num_examples=torch.from_numpy(rng.integers(1, 50, k).astype(float)),
+        metrics=({},) * k,
+        profiles=({},) * k,
+    )
+
+
+def test_the_readmes_strategy_is_the_worked_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    [code] = [b for b in code_blocks("README.md", "python") if "MedianDistance" in b]
+    space: dict[str, Any] = {}
+    exec(code, space)
+    short = space["MedianDistance"](tolerance=1.5)
+    cls: Any = strategy_class("strategies.median_distance:MedianDistance")
+    rng = np.random.default_rng(0)
+    for k in range(3, 9):
+        given = local_round(rng, k)
+        assert torch.equal(short.weights(given), cls(tolerance=1.5).weights(given))
+
+
+def test_the_example_of_an_objective_trains_alone_and_at_once() -> None:
+    [code] = code_blocks("clients/README.md", "python")
+    space: dict[str, Any] = {}
+    exec(code, space)
+    objective: Objective = space["LabelSmoothing"](smoothing=0.2)
+
+    def model() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Linear(3, 4)
+
+    def data(context: Any) -> ClientData:
+        client = context.node_config["partition-id"]
+        rng = np.random.default_rng(client)
+        n = 5 + 4 * client
+        x = rng.normal(size=(n, 3)).astype(np.float32)
+        part = Examples(x, rng.integers(0, 4, n))
+        return ClientData(part, part)
+
+    settings = TrainingSettings(epochs=2, batch_size=4)
+    found = []
+    for chunk in (1, 3):
+        app = TrainingApp(
+            model, data, num_classes=4, objective=objective, settings=settings
+        )
+        start = FlatRecord(FlatModule(model()).save())
+        grid = LocalGrid(app, 3, plan=Plan(chunk))
+        result = FedAvg().start(grid, start, num_rounds=1)
+        arrays = [a.numpy().reshape(-1) for a in result.arrays.values()]
+        found.append(np.concatenate(arrays))
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
+    assert not np.allclose(found[0], FlatModule(model()).parameters, atol=1e-3)
+
+
+# What we measured.
+
+MEASURED = {
+    "test accuracy": ("test_accuracy", "{:.3f}"),
+    "clients' mean": ("client_accuracy_mean", "{:.3f}"),
+    "clients' std": ("client_accuracy_std", "{:.3f}"),
+    "worst tenth": ("client_accuracy_worst10", "{:.3f}"),
+    "effective clients": ("effective_clients", "{:.2f}"),
+}
+
+
+def reached() -> dict[str, Any]:
+    """Read what was measured of the strategies, on the date that the README says."""
+    [date] = re.findall(r"seed 0, on (\S+) on two cores", text_of("README.md"))
+    path = RESULTS / f"strategies-label_skew-{date}.json"
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    return {row["strategy"]: row for row in rows if row["seed"] == 0}
+
+
+def test_the_readmes_results_are_the_recorded_ones() -> None:
+    rows = {names(row["strategy"])[0]: row for row in table("README.md", "strategy")}
+    recorded = reached()
+    assert rows.keys() == recorded.keys()
+    for name, row in rows.items():
+        for heading, (key, form) in MEASURED.items():
+            assert row[heading] == form.format(recorded[name][key]), (name, heading)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_cards_results_are_the_recorded_ones(name: str) -> None:
+    card = " ".join(text_of(f"strategies/{name}.md").split())
+    card = card[card.index("## What we measured") :]
+    row = reached()[name]
+    for key, form in MEASURED.values():
+        assert f" {form.format(row[key])}" in card, key
+
+
+ENGINES = {
+    "floor": "floor",
+    "local": "local",
+    "Ray": "ray",
+    "Flower's runtime": "flwr",
+    "pfl": "pfl",
+    "BlazeFL": "blazefl",
+}
+
+
+def test_the_readmes_speeds_are_recorded_ones() -> None:
+    """Each row of the table is one run of the program."""
+    runs = []
+    for path in sorted(RESULTS.glob("throughput-*.json")):
+        by_work: dict[str, dict[str, Any]] = {}
+        for row in json.loads(path.read_text("utf-8")):
+            by_work.setdefault(row["work"], {})[row["engine"]] = row
+        runs += by_work.values()
+    for row in table("README.md", "4 SGD steps of"):
+        assert any(is_of(run, row) for run in runs), row
+
+
+def is_of(run: dict[str, Any], row: Row) -> bool:
+    for heading, engine in ENGINES.items():
+        found = run.get(engine)
+        if not row[heading] or found is None:
+            if bool(row[heading]) != (found is not None):
+                return False
+            continue
+        speed, *ratio = re.findall(r"[\d.]+", row[heading])
+        digits = len(speed.partition(".")[2])
+        if f"{found['updates_per_second']:.{digits}f}" != speed:
+            return False
+        digits = len(ratio[0].partition(".")[2]) if ratio else 0
+        if ratio and f"{found['ratio_to_floor']:.{digits}f}" != ratio[0]:
+            return False
+        if engine != "floor" and not found["agrees"]:
+            return False
+    return True
