@@ -16,6 +16,56 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+class SharedLock:
+    """A lock that many threads hold at once, or one thread alone.
+
+    Who wants it alone waits for those who share it, and nobody joins them meanwhile.
+    The thread that has it alone may ask for it again, either way.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sharing = 0
+        self._alone: int | None = None  # the thread that has it, or waits for it
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold the lock together with others."""
+        if self._alone == threading.get_ident():
+            yield
+            return
+        with self._changed:
+            while self._alone is not None:
+                self._changed.wait()
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock alone; not for a thread that shares it."""
+        if self._alone == threading.get_ident():
+            yield
+            return
+        with self._changed:
+            while self._alone is not None:
+                self._changed.wait()
+            self._alone = threading.get_ident()
+        try:
+            with self._changed:
+                while self._sharing:
+                    self._changed.wait()
+            yield
+        finally:
+            with self._changed:
+                self._alone = None
+                self._changed.notify_all()
+
+
 def num_cores() -> int:
     """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -35,6 +85,21 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(intra_op)
+
+
+@contextmanager
+def as_in_a_new_thread() -> Iterator[None]:
+    """Let clients train as in other threads and processes, whatever the caller does.
+
+    A caller's ``torch.no_grad()`` or ``torch.autocast()`` is its own thread's.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
 
 
 def map_in_order(

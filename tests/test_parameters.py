@@ -1,4 +1,5 @@
 import pickle
+import re
 from io import BytesIO
 from unittest import mock
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from fedweight.errors import AggregationError, ConfigurationError
+from fedweight.errors import AggregationError, ClientError, ConfigurationError
 from fedweight.parameters import (
     FlatModel,
     FlatModule,
@@ -482,3 +483,158 @@ def test_a_malformed_array_is_refused_as_such(header):
     array = Array("float32", (2,), "numpy.ndarray", data + bytes(8))
     with pytest.raises(AggregationError, match="an array cannot be read"):
         view(array)
+
+
+# What a module's own code does to its tensors.
+
+
+class Assigns(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+    def forward(self, x):
+        self.mean = 0.5 * self.mean + x.mean(0)
+        self.steps = self.steps + 1
+        self.table *= 2
+        return self.linear(x * self.table)
+
+
+def test_assigned_buffers_are_saved_and_left_behind():
+    module = FlatModule(Assigns())
+    start = module.save()
+    x = torch.ones(3, 2)
+    outputs = []
+    for _ in range(2):  # Nothing is left of a model once another is loaded.
+        module.load(start)
+        module.module(x)
+        outputs.append(module.module(x))
+        saved = module.save()
+        assert saved.buffers.tolist() == [1.5, 1.5]
+        assert saved.integers["steps"] == 2
+    assert torch.equal(*outputs)
+    assert not start.buffers.any()
+    # Nor of one that failed halfway.
+    module.module(x)
+    module.load(start)
+    assert module.save().buffers.tolist() == [0, 0]
+    assert module.module.table.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.zeros(3), "torch.float32 of shape [3]"),
+        (torch.zeros(2).double(), "torch.float64 of shape [2]"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_buffer_keeps_its_kind(value, said):
+    module = FlatModule(Assigns())
+    start = module.save()
+    module.module.mean = value
+    with pytest.raises(ClientError, match=re.escape(f"assigned {said} to the buffer")):
+        module.save()
+    module.load(start)
+    module.save()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda net: setattr(net[0].weight, "data", net[0].weight.data * 2),
+            "gave '0.weight' other memory",
+        ),
+        (lambda net: setattr(net[0].weight, "grad", None), "gave '0.weight' other"),
+        (
+            lambda net: setattr(net[0], "weight", nn.Parameter(torch.zeros(2, 2))),
+            "makes, replaces or removes '0.weight'",
+        ),
+        (
+            lambda net: net[0].register_parameter("more", nn.Parameter(torch.ones(1))),
+            "makes, replaces or removes '0.more'",
+        ),
+        (lambda net: delattr(net[0], "bias"), "makes, replaces or removes '0.bias'"),
+        (
+            lambda net: setattr(net, "late", nn.Linear(2, 2)),
+            "makes, replaces or removes 'late'",
+        ),
+        (
+            lambda net: net.register_buffer("late", torch.ones(1)),
+            "makes, replaces or removes 'late'",
+        ),
+    ],
+)
+def test_what_training_would_not_reach_is_refused(change, said):
+    module = FlatModule(nn.Sequential(nn.Linear(2, 2)))
+    start = module.save()
+    change(module.module)
+    with pytest.raises(ClientError, match=re.escape(said)):
+        module.save()
+    module.load(start)
+    assert torch.equal(module.save().parameters, start.parameters)
+    module.module(torch.ones(1, 2)).sum().backward()
+    assert module.gradients.abs().min() > 0
+
+
+def test_a_cache_that_no_model_has_may_be_made_anew():
+    net = nn.Sequential(nn.Linear(2, 2))
+    net.register_buffer("cache", torch.ones(1), persistent=False)
+    module = FlatModule(net)
+    start = module.save()
+    net.register_buffer("cache", torch.ones(5), persistent=False)
+    net.register_buffer("another", torch.ones(1), persistent=False)
+    module.save()
+    module.load(start)
+    assert dict(net.named_buffers()).keys() == {"cache"}
+    assert net.cache.tolist() == [1]
+
+
+class Remembers(nn.Linear):
+    """Keeps in attributes what it has met, and stops training."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if not hasattr(self, "scale"):
+            self.scale = x.detach().abs().max()
+        self.training = False
+        return super().forward(x / self.scale * self.calls)
+
+
+def test_attributes_are_as_they_were_for_every_model():
+    module = FlatModule(Remembers(2, 2))
+    start = module.save()
+    outputs = []
+    for factor in (1, 5, 1):
+        module.load(start)
+        module.train()
+        assert module.module.training
+        outputs.append(module.module(factor * torch.ones(1, 2)))
+        assert module.module.calls == 1
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_which_parameters_have_had_a_gradient():
+    module = FlatModule(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    first, second = module.module
+    first(torch.ones(1, 2)).sum().backward()
+    assert module.fresh_gradients() == [True, True, False, False]
+    module.gradients.zero_()
+    assert module.fresh_gradients() == [False] * 4
+    (0 * second(torch.ones(1, 2))).sum().backward()  # A gradient of 0 is one.
+    assert module.fresh_gradients() == [False, False, True, True]
+    assert not module.gradients.any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "complex64", "bfloat16"])
+def test_weights_of_other_dtypes_are_refused_by_name(dtype):
+    layer = nn.Linear(2, 2, dtype=getattr(torch, dtype))
+    with pytest.raises(ConfigurationError, match=f"'weight' is {dtype}"):
+        FlatModule(layer)

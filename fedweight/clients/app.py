@@ -6,13 +6,14 @@ client on a real device, where its data lies at a path.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from ..errors import ClientError, check_range, describe_failure
 from ..parameters import FlatModel, FlatModule, FlatRecord, flatten
 from ..rng import Purpose, key_table
 from .batched import BatchedTrainer
-from .noise import draws_out_of_reach
+from .noise import own_streams
 from .objectives import Objective, Plain, Proximal
 from .training import (
     LocalResult,
@@ -47,6 +48,7 @@ from .training import (
     evaluate_each,
     train,
 )
+from .trial import Findings, Kind, Trials, kind_of
 
 log = logging.getLogger("fedweight")
 
@@ -60,8 +62,11 @@ RECEIVED = {"given": "the received model", "expected": "this client's model"}
 # What an app does not take along to another process.
 OF_A_PROCESS = {
     *("_idle", "_cancelled", "_making", "_trainers", "_prepared", "_streams"),
-    *("_draws", "_warned"),
+    *("_building", "_modules"),
 }
+
+# Trainers are kept for so many values of `mu`: each holds what it traced.
+KEPT_TRAINERS = 4
 
 
 class TrainingApp(ClientApp):
@@ -89,7 +94,8 @@ class TrainingApp(ClientApp):
         Where training runs, such as ``"cpu"`` or ``"cuda:0"``.
     sizes : Sequence[int], optional
         How many training examples client k has; a simulation then trains clients of
-        like size together, the largest first.
+        like size together, the largest first, and tries the model with the examples
+        of the largest.
     name_of : Callable[[int], str], optional
         What client k is called in records and messages; by default its number.
     mods : list, optional
@@ -133,6 +139,10 @@ class TrainingApp(ClientApp):
         self.settings = settings or TrainingSettings()
         self.seed = seed
         self.device = device
+        self._trials = Trials(
+            self._architecture, data, self.objective, self.settings, device, sizes
+        )
+        self._warned: set[str] = set()
         self._forget()
         self.train()(self._train)
         self.evaluate()(self._evaluate)
@@ -142,12 +152,11 @@ class TrainingApp(ClientApp):
         """Start without prepared modules: each process makes its own."""
         self._idle: queue.SimpleQueue[FlatModule] = queue.SimpleQueue()
         self._cancelled = threading.Event()
-        self._making = threading.Lock()
-        self._trainers: dict[float | None, BatchedTrainer] = {}
+        self._making, self._building = threading.Lock(), threading.Lock()
+        self._trainers: dict[tuple[float | None, int], BatchedTrainer] = {}
         self._prepared: Callable[[], Cohort | None] = lambda: None
         self._streams: dict[tuple[int, int], tuple[int, int]] = {}
-        self._draws: bool | None = None
-        self._warned = False
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
@@ -162,12 +171,22 @@ class TrainingApp(ClientApp):
     def thread_safe(self) -> bool:
         """Whether several clients may train at once in threads of one process.
 
-        Not with Flower mods, which may keep state; nor with a model whose random
-        numbers PyTorch draws from the one stream of the process.
+        Not with Flower mods, which may keep state; nor with a model that draws random
+        numbers from a stream of the process, as a trial with the first client's
+        examples shows.
         """
-        with self._module() as module:
-            shared = self._draws_out_of_reach(module)
-        return not self.mods and not shared and self.device == "cpu"
+        if self.mods or self.device != "cpu":
+            return False
+        clients = 1 if self.sizes is None else len(self.sizes)
+        first = Context(
+            run_id=0,
+            node_id=0,
+            node_config={"partition-id": 0, "num-partitions": clients},
+            state=RecordDict(),
+            run_config={},
+        )
+        kind = self._trials.kind(first)
+        return kind is None or not self._trials.alone(kind, first).draws
 
     @property
     def answers_cohorts(self) -> bool:
@@ -191,6 +210,27 @@ class TrainingApp(ClientApp):
         cancelled, self._cancelled = self._cancelled, threading.Event()
         cancelled.set()
 
+    def trains_at_once(self, context: Context) -> bool:
+        """Tell whether clients may train at once: it has to give what each alone gives.
+
+        A trial finds out, once for a kind of input; where it says no, a warning says
+        why. See :mod:`fedweight.clients.trial`.
+
+        Parameters
+        ----------
+        context : Context
+            Of any client. The examples are taken from the first clients all the same,
+            so that it does not matter which process asks, and when.
+        """
+        kind = self._trials.kind(context)
+        if kind is None:
+            self._warn_once(
+                "examples",
+                "clients train one after another: none of the first ones has examples "
+                "here, to find out whether they may train at once.",
+            )
+        return kind is not None and not self._trials.at_once(kind, context)
+
     def answer(
         self,
         cohort: Cohort,
@@ -210,7 +250,8 @@ class TrainingApp(ClientApp):
         context_of : Callable[[int], Context]
             A node's context.
         batched : bool
-            Train them at once; see :mod:`fedweight.clients.batched`.
+            Train them at once (:mod:`fedweight.clients.batched`), where that gives
+            what each alone gives.
 
         Returns
         -------
@@ -302,15 +343,18 @@ class TrainingApp(ClientApp):
         self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
     ) -> list[Reply]:
         """Train some clients from the same global model."""
+        cancelled = self._cancelled.is_set  # Of now: see cancel().
         with self._module() as module:
             dtype = _dtype(module)
             visits = [visit.cast(dtype) for visit in visits]
             start = flatten(record, module.layout, **RECEIVED)
             measured = [self._before(module, start, visit) for visit in visits]
             batched = batched and len({(v.told.round, v.told.mu) for v in visits}) == 1
-            batched = batched and not self._draws_out_of_reach(module)
-            fit = self._fit_at_once if batched else self._fit_in_turn
-            results = list(fit(module, start, visits))
+            kind = self._kind_at_once(visits, cancelled) if batched else None
+            if kind is not None:
+                results = self._fit_at_once(start, visits, kind, cancelled)
+            else:
+                results = self._fit_in_turn(module, start, visits, cancelled)
             for visit, result, known in zip(visits, results, measured, strict=True):
                 if keys.ACCURACY_AFTER in visit.told.request:
                     _, accuracy = evaluate(module, result.model, visit.data.train)
@@ -351,35 +395,54 @@ class TrainingApp(ClientApp):
         return Reply(visit.node, result.model, metrics, known.profile)
 
     def _fit_in_turn(
-        self, module: FlatModule, start: FlatModel, visits: Sequence[_Visit]
-    ) -> Iterator[LocalResult]:
-        cancelled = self._cancelled  # Of now: see cancel().
-        own_stream = self._draws_out_of_reach(module)
+        self,
+        module: FlatModule,
+        start: FlatModel,
+        visits: Sequence[_Visit],
+        cancelled: Callable[[], bool],
+    ) -> list[LocalResult]:
+        results = []
         for visit, task in zip(visits, self._tasks(visits), strict=True):
-            with _torch_seed(task.noise_key) if own_stream else nullcontext():
-                yield train(
-                    module,
-                    start,
-                    task,
-                    self._objective(visit.told),
-                    self.settings,
-                    learning_rate=self.settings.learning_rate_in(visit.told.round),
-                    cancelled=cancelled.is_set,
+            found = Findings()
+            if len(task.examples):
+                kind = kind_of(task.examples)
+                found = self._trials.alone(
+                    kind, visit.context, task.examples, cancelled
                 )
+            if found.fault:
+                raise ClientError(f"model: {found.fault}")
+            result = train(
+                module,
+                start,
+                task,
+                self._objective(visit.told),
+                self.settings,
+                learning_rate=self.settings.learning_rate_in(visit.told.round),
+                least=found.least,
+                draws=bool(found.draws),
+                cancelled=cancelled,
+            )
+            results.append(result)
+        return results
 
     def _fit_at_once(
-        self, module: FlatModule, start: FlatModel, visits: Sequence[_Visit]
+        self,
+        start: FlatModel,
+        visits: Sequence[_Visit],
+        kind: Kind,
+        cancelled: Callable[[], bool],
     ) -> list[LocalResult]:
         tasks = self._tasks(visits)
-        some = [k for k, task in enumerate(tasks) if len(task.examples)]
+        least = self._trials.alone(kind, visits[0].context).least
+        some = [k for k, task in enumerate(tasks) if len(task.examples) >= least]
         results = [LocalResult(start, math.nan, math.nan, 0)] * len(tasks)
         if not some:
             return results
-        trained = self._trainer(visits[0]).train(
+        trained = self._trainer(visits[0].told, least).train(
             start,
             [tasks[k] for k in some],
             learning_rate=self.settings.learning_rate_in(visits[0].told.round),
-            cancelled=self._cancelled.is_set,
+            cancelled=cancelled,
         )
         for k, result in zip(some, trained, strict=True):
             results[k] = result
@@ -434,9 +497,11 @@ class TrainingApp(ClientApp):
         """Evaluate the global model on some clients' held-out data."""
         with self._module() as module:
             dtype = _dtype(module)
-            parts = [visit.cast(dtype).data.held_out for visit in visits]
+            visits = [visit.cast(dtype) for visit in visits]
+            parts = [visit.data.held_out for visit in visits]
+            apart = len(visits) > 1 and self._mixes_examples(visits)
             model = flatten(record, module.layout, **RECEIVED)
-            measured = evaluate_each(module, model, parts)
+            measured = evaluate_each(module, model, parts, apart=apart)
         return [
             Reply(
                 visit.node,
@@ -457,35 +522,75 @@ class TrainingApp(ClientApp):
         try:
             module = self._idle.get_nowait()
         except queue.Empty:
-            with torch.inference_mode(False):  # It will be written to outside of it.
-                module = FlatModule(self.model(), self.device)
+            module = self._new_module()
         try:
             yield module
         finally:
             self._idle.put(module)
 
-    def _draws_out_of_reach(self, module: FlatModule) -> bool:
-        """Tell whether the model needs PyTorch's own random stream; look once."""
-        if self._draws is None:
-            self._draws = draws_out_of_reach(module.module)
-        return self._draws
+    def _new_module(self) -> FlatModule:
+        """Build the model; what that draws reaches no client that trains meanwhile."""
+        with (
+            own_streams(0, torch.device(self.device)),
+            torch.inference_mode(False),  # It will be written to outside of it.
+        ):
+            return FlatModule(self._architecture(), self.device)
 
-    def _trainer(self, visit: _Visit) -> BatchedTrainer:
+    def _architecture(self) -> nn.Module:
+        """Build the model; what it has of an earlier one is copied.
+
+        Two threads never work with one module, whatever ``model`` returns.
+        """
+        with self._building:
+            module = self.model()
+            if not self._modules.isdisjoint(module.modules()):
+                module = copy.deepcopy(module)
+            self._modules.update(module.modules())
+        return module
+
+    def _trainer(self, told: _Told, least: int) -> BatchedTrainer:
         """Return the trainer of an objective, which keeps what it has traced."""
+        key = told.mu, least
         with self._making:
-            if visit.told.mu not in self._trainers:
-                module = FlatModule(self.model(), self.device)
-                self._trainers[visit.told.mu] = BatchedTrainer(
-                    module, self._objective(visit.told), self.settings
+            trainer = self._trainers.pop(key, None)
+            if trainer is None:
+                if len(self._trainers) == KEPT_TRAINERS:
+                    unused_longest = next(iter(self._trainers))
+                    del self._trainers[unused_longest]
+                trainer = BatchedTrainer(
+                    self._new_module(),
+                    self._objective(told),
+                    self.settings,
+                    least=least,
                 )
-            return self._trainers[visit.told.mu]
+            self._trainers[key] = trainer
+            return trainer
+
+    def _kind_at_once(
+        self, visits: Sequence[_Visit], cancelled: Callable[[], bool]
+    ) -> Kind | None:
+        """Return the clients' one kind of input, if they may train at once."""
+        kinds = {kind_of(v.data.train) for v in visits if len(v.data.train)}
+        if len(kinds) != 1:
+            return None
+        (kind,) = kinds
+        why_not = self._trials.at_once(kind, visits[0].context, cancelled)
+        return None if why_not else kind
+
+    def _mixes_examples(self, visits: Sequence[_Visit]) -> bool:
+        """Tell whether clients' examples must not go through the model together."""
+        parts = {kind_of(v.data.held_out): v for v in visits if len(v.data.held_out)}
+        return any(
+            self._trials.mixes_examples(kind, visit.context, visit.data.held_out)
+            for kind, visit in parts.items()
+        )
 
     def _objective(self, told: _Told) -> Objective:
         if told.mu is None:
             return self.objective
-        if told.mu >= self.settings.diverging_mu and not self._warned:
-            self._warned = True
-            log.warning(
+        if told.mu >= self.settings.diverging_mu:
+            self._warn_once(
+                keys.PROXIMAL_MU,
                 "the server tells %s = %g: from %g on, with this learning rate, local "
                 "training diverges",
                 keys.PROXIMAL_MU,
@@ -496,6 +601,11 @@ class TrainingApp(ClientApp):
         if isinstance(inner, Proximal):
             inner = inner.inner
         return Proximal(told.mu, inner)
+
+    def _warn_once(self, about: str, message: str, *values: object) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            log.warning(message, *values)
 
     def _label_counts(self, data: ClientData) -> dict[str, list[int]]:
         counts = np.bincount(data.train.y, minlength=self.num_classes)
@@ -527,14 +637,6 @@ class TrainingApp(ClientApp):
         _, accuracy = evaluate(module, minus, part)
         past = visit.context.state[PERSONAL_METRICS]["minus-scores"]
         return [*past, accuracy]  # type: ignore[misc]
-
-
-@contextmanager
-def _torch_seed(seed: int) -> Iterator[None]:
-    """Seed PyTorch's own stream, for a model that draws from it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def client_number(context: Context) -> int:

@@ -14,8 +14,8 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import chain, zip_longest
+from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from ..batches import num_batches
 from ..errors import ClientError
 from ..parameters import Entry, FlatModel, FlatModule, as_tensor
 from ..rng import permutations
@@ -37,11 +38,12 @@ from .graphs import (
     gather,
     grad,
     has_few_operations,
+    plain_attention,
     plain_execution,
     several,
     without_python,
 )
-from .noise import LocalTraining
+from .noise import STREAMS, LocalTraining
 from .objectives import Batch, Objective
 from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
 
@@ -51,9 +53,6 @@ Step = Callable[..., Any]
 
 # Returns examples of a size, to fill, like a tensor of them.
 Room = Callable[[Sequence[int], Tensor], tuple[Tensor, Tensor]]
-
-# PyTorch traces one function at a time in a process.
-TRACING = threading.Lock()
 
 # So many steps are made in one call, where what a call costs shows: a step has few
 # operations, and the models of a chunk have no more than so many values.
@@ -111,14 +110,26 @@ class BatchedTrainer:
         What is minimised on a batch.
     settings : TrainingSettings
         The optimiser and the size of a batch.
+    least : int
+        2 for a model that cannot train on one example; see :func:`.training.train`.
+    compiled : bool
+        Whether steps may leave the interpreter, as TorchScript and CUDA graphs do.
     """
 
     def __init__(
-        self, module: FlatModule, objective: Objective, settings: TrainingSettings
+        self,
+        module: FlatModule,
+        objective: Objective,
+        settings: TrainingSettings,
+        *,
+        least: int = 1,
+        compiled: bool = True,
     ) -> None:
         self.module = module
         self.objective = objective
         self.settings = settings
+        self.least = least
+        self.compiled = compiled
         self.device = module.parameters.device
         layout = module.layout
         self.parameters = list(layout.parameters)
@@ -131,9 +142,10 @@ class BatchedTrainer:
         )
         self._least = 1  # Fewer examples in a step make the model raise.
         self._steps: dict[tuple[Any, ...], Step] = {}
+        self._moved: dict[tuple[Any, ...], list[int]] = {}
         self._several: dict[tuple[Any, ...], Step | None] = {}
         self._own = threading.local()
-        self._replays = self.device.type == "cuda"
+        self._replays = compiled and self.device.type == "cuda"
         self._memories: dict[int, _ChunkMemory] = {}  # by clients of a chunk
         self._turn = threading.Lock()
         # By address; None where the device has no room.
@@ -234,20 +246,18 @@ class BatchedTrainer:
         memory: _ChunkMemory | None = None,
     ) -> TrainedRows:
         """Run a chunk's steps, which change its state; in kept memory, if given."""
-        plan = _Schedule.of(tasks, self.settings.batch_size)
+        plan = _Schedule.of(tasks, self.settings.batch_size, self.least)
         trained = own.trained
         parameters = _views(trained.rows, self.parameters)
         buffers = _views(trained.buffer_rows, self.buffers)
         counters = [trained.integers[e.name] for e in self.integers]
         frozen = [own.frozen[e.start : e.stop].view(e.shape) for e in self.frozen]
-        optimizer = None
-        if not self._descends:
-            optimizer = LocalOptimizer(self.settings, learning_rate, parameters)
+        optimizer: LocalOptimizer | None = None
         seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
         counts = plan.counts.to(self.device)
         of_steps = [counts, torch.arange(plan.total, device=self.device)]
         if plan.ragged:
-            places = torch.arange(plan.batch_size, device=self.device)
+            places = torch.arange(plan.width, device=self.device)
             of_steps.append((places < counts[:, :, None]).float())
         done: dict[int, list[Tensor]] = {}
         room = self._buffers_for if memory is None else memory.examples
@@ -286,8 +296,11 @@ class BatchedTrainer:
                 if step == 0:
                     plan.check(self._least)
                 gradients = run(*chain(*inputs))
-                if optimizer is not None:
-                    optimizer.step(parameters, gradients)
+                if not self._descends:
+                    moved = [parameters[k] for k in self._moved[_kind(batch)]]
+                    if optimizer is None:
+                        optimizer = LocalOptimizer(self.settings, learning_rate, moved)
+                    optimizer.step(moved, gradients)
                 step += 1
         for k, model in done.items():
             for tensor, values in zip(trained.models, model, strict=True):
@@ -298,7 +311,7 @@ class BatchedTrainer:
     def _feed(
         self, tasks: Sequence[Task], plan: _Schedule, room: Room
     ) -> Callable[[int], Sequence[Tensor]]:
-        """Return what gives each step its batch, ``[C, B, ...]`` and ``[C, B]``.
+        """Return what gives each step its batch, ``[C, width, ...]``, ``[C, width]``.
 
         What is gathered on the device lies in ``room``.
         """
@@ -307,7 +320,7 @@ class BatchedTrainer:
         if shared is not None and data is not None:
             rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
             return _Gathering(data, room(rows.shape[1:], data[0]), rows)
-        size = (len(tasks), int(plan.per_epoch.max()), plan.batch_size)
+        size = (len(tasks), int(plan.per_epoch.max()), plan.width)
         x_all, y_all = self._buffers_for(size, as_tensor(tasks[0].examples.x))
 
         def shuffled(step: int) -> tuple[Tensor, Tensor]:
@@ -352,9 +365,10 @@ class BatchedTrainer:
         """Return the traced step for these shapes."""
         key = _kind(inputs[-1])
         if key not in self._steps:
-            with TRACING:
+            # PyTorch traces one function at a time in a process.
+            with STREAMS.alone():
                 if key not in self._steps:
-                    self._steps[key] = self._trace(inputs)
+                    self._steps[key] = self._trace(inputs, key)
         return self._steps[key]
 
     def _several_steps(self, given: Sequence[Any]) -> Step | None:
@@ -366,7 +380,7 @@ class BatchedTrainer:
         key = _kind([*batch, seeds, *of_steps])
         step = self._steps.get(key)
         if step is not None and key not in self._several:
-            with TRACING:
+            with STREAMS.alone():
                 if key not in self._several:
                     self._several[key] = None
                     size = sum(values.numel() for values in state)
@@ -376,17 +390,14 @@ class BatchedTrainer:
                         self._several[key] = several(step, examples)
         return self._several.get(key)
 
-    def _trace(self, inputs: list[list[Tensor]]) -> Step:
+    def _trace(self, inputs: list[list[Tensor]], key: tuple[Any, ...]) -> Step:
         """Record the step's tensor operations, for these shapes.
 
         The step counts losses and hits, and changes the parameters in place; where
-        the optimiser is not plain gradient descent it returns the gradients instead.
+        the optimiser is not plain gradient descent it returns the gradients instead,
+        of those parameters that have one.
         """
         along: list[int | None] = [0, None, *([0] * (len(inputs[-1]) - 5))]
-        batched: Callable[..., Any] = vmap(
-            grad(self._loss),
-            in_dims=(0, None, 0, 0, None, 0, 0, along),  # Of seeds, step, and mask.
-        )
         penalised = self._penalty_of(*inputs[4]) is not None
         descends = self._descends
         moving = set(range(len(self.buffers)))  # Those that a step changes.
@@ -404,9 +415,20 @@ class BatchedTrainer:
                 buffer.contiguous() if k in moving else buffer
                 for k, buffer in enumerate(buffers)
             ]
-            gradients, (loss, logits) = batched(
+            # What a client's pass over its batch finds out while it is recorded.
+            assigned: list[int] = []
+            with_gradient: list[int] = []
+            batched: Callable[..., Any] = vmap(
+                grad(partial(self._loss, assigned), with_gradient),
+                in_dims=(0, None, 0, 0, None, 0, 0, along),  # Of seeds, step, and mask.
+            )
+            gradients, (loss, logits, values) = batched(
                 parameters, frozen, together, counters, scale, x, y, extra
             )
+            if any(map(recorder.has_changed, parameters)):
+                raise RuntimeError("the model changes its parameters itself")
+            for k, value in zip(assigned, values, strict=True):
+                [*together, *counters][k].copy_(value)
             for k in sorted(moving):
                 if recorder.has_changed(together[k]):
                     buffers[k].copy_(together[k])
@@ -415,18 +437,23 @@ class BatchedTrainer:
             hits = logits.argmax(-1) == y
             if len(extra) > 2:
                 hits = hits * extra[2]
+                # A client that has ended counts no more, whatever its loss is now.
+                loss = torch.where(counts > 0, loss, 0)
             correct.add_(hits.sum(1))
             losses.addcmul_(loss.to(losses.dtype), counts)
-            penalties: Sequence[Any] = []
+            penalties: Sequence[Any] = [None] * len(parameters)
             if penalised:
                 penalties = _views(self._penalty_of(rows, received), self.parameters)
+            of = dict(zip(with_gradient, gradients, strict=True))
             if not descends:
-                pairs = zip_longest(gradients, penalties)
-                return [g if p is None else g + p for g, p in pairs]
-            for parameter, penalty in zip(state[0], penalties, strict=False):
-                parameter.sub_(penalty * rate)
-            for parameter, gradient in zip(state[0], gradients, strict=True):
-                parameter.sub_(gradient)
+                found = [_sum(of.get(k), p) for k, p in enumerate(penalties)]
+                self._moved[key] = [k for k, g in enumerate(found) if g is not None]
+                return [g for g in found if g is not None]
+            for parameter, penalty in zip(parameters, penalties, strict=True):
+                if penalty is not None:
+                    parameter.sub_(penalty * rate)
+            for k, gradient in of.items():
+                parameters[k].sub_(gradient)
             return [losses]
 
         # Tracing runs the step, which changes tensors in place: on a copy, with the
@@ -436,12 +463,13 @@ class BatchedTrainer:
         while len(moving) != asked:  # Again without copies of buffers that stay.
             asked = len(moving)
             copies, recorder = copy.deepcopy(inputs), Recorder()
-            traced: Any = recorder.trace(flat, [*chain(*copies)])
+            with plain_attention():
+                traced: Any = recorder.trace(flat, [*chain(*copies)])
         drop_unused(traced.graph)
         drop_idle(traced.graph)
         fuse_descent(traced.graph)
         traced.recompile()
-        if self._replays:  # A graph will be without Python.
+        if self._replays or not self.compiled:  # A graph will be without Python.
             return traced.forward  # type: ignore[no-any-return]
         return without_python(traced, [*chain(*copies)])
 
@@ -453,6 +481,7 @@ class BatchedTrainer:
 
     def _loss(
         self,
+        assigned: list[int],
         parameters: list[Tensor],
         frozen: list[Tensor],
         buffers: list[Tensor],
@@ -461,8 +490,12 @@ class BatchedTrainer:
         x: Tensor,
         y: Tensor,
         extra: list[Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return one client's loss on a batch, scaled; and the loss and the logits."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, list[Tensor]]]:
+        """Return one client's loss on a batch, scaled; the loss, the logits, and more.
+
+        That is what the model assigned to buffers or counters; ``assigned`` is told
+        which ones they are.
+        """
         seed, step, *rest = extra
         mask = rest[0] if rest else None
         state = {
@@ -478,9 +511,26 @@ class BatchedTrainer:
         with LocalTraining(seed, step, mask) as noise:
             logits = functional_call(self.module.module, state, (x,))
         self._least = max(self._least, noise.least)
+        values = []
+        kept = zip([*self.buffers, *self.integers], [*buffers, *counters], strict=True)
+        for k, (e, given) in enumerate(kept):
+            value = state[e.name]
+            if value is given:
+                continue
+            if value.dtype != given.dtype or value.shape != given.shape:
+                raise RuntimeError(f"the buffer '{e.name}' is given another shape")
+            assigned.append(k)
+            values.append(value.detach())
         with OfLabels(y):
             loss = self.objective.loss(logits, Batch(x, y, mask))
-        return loss * scale, (loss.detach(), logits.detach())
+        return loss * scale, (loss.detach(), logits.detach(), values)
+
+
+def _sum(gradient: Tensor | None, penalty: Tensor | None) -> Tensor | None:
+    """Return a parameter's whole gradient, or ``None`` where it has none."""
+    if gradient is None or penalty is None:
+        return penalty if gradient is None else gradient
+    return gradient + penalty
 
 
 @dataclass(frozen=True)
@@ -642,6 +692,11 @@ class _Schedule:
 
     Attributes
     ----------
+    batch_size : int
+        B: examples of a client in each step but its last ones.
+    width : int
+        Places for examples in a step: B, or B + 1 where somebody's last example has
+        joined the batch before it.
     per_epoch, steps : ndarray
         ``[C]``: a client's steps in one pass, and in all.
     counts : Tensor
@@ -656,6 +711,7 @@ class _Schedule:
     """
 
     batch_size: int
+    width: int
     per_epoch: npt.NDArray[np.int64]
     steps: npt.NDArray[np.int64]
     counts: Tensor
@@ -664,10 +720,11 @@ class _Schedule:
     passes: dict[int, list[tuple[list[int], int, int]]]
 
     @classmethod
-    def of(cls, tasks: Sequence[Task], batch_size: int) -> _Schedule:
+    def of(cls, tasks: Sequence[Task], batch_size: int, least: int) -> _Schedule:
         """Lay out the steps of some clients."""
         sizes = tuple(len(task.examples) for task in tasks)
-        return _schedule(sizes, tuple(task.epochs for task in tasks), batch_size)
+        epochs = tuple(task.epochs for task in tasks)
+        return _schedule(sizes, epochs, batch_size, least)
 
     @property
     def total(self) -> int:
@@ -684,46 +741,51 @@ class _Schedule:
     def fill(self, tasks: Sequence[Task], step: int, x: Tensor, y: Tensor) -> None:
         """Shuffle the data of the clients that begin a pass into ``x`` and ``y``."""
         for alike, orders in self._orders(tasks, step):
-            n = orders.shape[1]
-            for k, order in zip(alike, torch.from_numpy(orders).unbind(), strict=True):
+            steps = orders.shape[1]
+            together = torch.from_numpy(orders.reshape(len(alike), -1))
+            for k, order in zip(alike, together.unbind(), strict=True):
                 examples = tasks[k].examples
                 for source, target in ((examples.x, x), (examples.y, y)):
-                    rows = target[k].flatten(0, 1)
-                    torch.index_select(as_tensor(source), 0, order, out=rows[:n])
-                    # Padding is masked, but 0 * NaN is NaN: it is the client's own.
-                    end = int(self.per_epoch[k]) * self.batch_size
-                    if n < end:
-                        rows[n:end] = rows[0]
+                    rows = target[k, :steps].flatten(0, 1)
+                    torch.index_select(as_tensor(source), 0, order, out=rows)
 
     def _orders(
         self, tasks: Sequence[Task], step: int
     ) -> Iterator[tuple[list[int], npt.NDArray[np.int64]]]:
-        """Yield who begins a pass, those of one size together, and in which orders."""
+        """Yield who begins a pass, those of one size together, and what they take.
+
+        The examples of each step of the pass, ``[K, steps, width]``. Padding is the
+        client's own first one: it is masked, but a model need not be defined for
+        examples that nobody has.
+        """
         for alike, size, epoch in self.passes.get(step, ()):
             keys = np.array([tasks[k].order_key for k in alike], np.uint64)
-            yield alike, permutations(keys, epoch, size)
+            orders = permutations(keys, epoch, size)
+            steps = int(self.per_epoch[alike[0]])
+            before = (steps - 1) * self.batch_size
+            rows = np.zeros((len(alike), steps, self.width), np.int64)
+            full = len(alike), steps - 1, self.batch_size
+            rows[:, :-1, : self.batch_size] = orders[:, :before].reshape(full)
+            rows[:, -1, : size - before] = orders[:, before:]
+            yield alike, rows
 
     def rows(
         self, tasks: Sequence[Task], first: Sequence[int]
     ) -> npt.NDArray[np.int64]:
-        """Return the row of each example in a common array, ``[total, C, B]``.
+        """Return the row of each example in a common array, ``[total, C, width]``.
 
         ``first`` is where each client's rows begin; padding points there, too.
         """
-        rows = np.empty((self.total, len(tasks), self.batch_size), np.int64)
+        rows = np.empty((self.total, len(tasks), self.width), np.int64)
         rows[:] = np.asarray(first)[:, None]
         for step in self.passes:
             for alike, orders in self._orders(tasks, step):
-                steps = int(self.per_epoch[alike[0]])
-                padding = steps * self.batch_size - orders.shape[1]
-                if padding:
-                    orders = np.pad(orders, ((0, 0), (0, padding)))
-                orders = orders.reshape(len(alike), steps, self.batch_size)
+                steps = orders.shape[1]
                 rows[step : step + steps, alike] += orders.transpose(1, 0, 2)
         return rows
 
     def batch(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a step's batch of every client, ``[C, B, ...]`` and ``[C, B]``."""
+        """Return a step's batch of every client, x and y ``[C, width, ...]``."""
         place = step % self.per_epoch
         if (place == place[0]).all():
             return x[:, int(place[0])], y[:, int(place[0])]
@@ -738,13 +800,18 @@ class _Schedule:
 
 @lru_cache(maxsize=64)  # Clients are often of the same size.
 def _schedule(
-    sizes: tuple[int, ...], epochs: tuple[int, ...], batch_size: int
+    sizes: tuple[int, ...], epochs: tuple[int, ...], batch_size: int, least: int
 ) -> _Schedule:
-    per_epoch = -(-np.array(sizes) // batch_size)
+    examples = np.array(sizes)
+    per_epoch = num_batches(examples, batch_size, least)
     steps = per_epoch * np.array(epochs)
     step = np.arange(steps.max())[:, None]
-    left = np.clip(np.array(sizes) - (step % per_epoch) * batch_size, 0, batch_size)
+    place = step % per_epoch
+    left = np.where(
+        place < per_epoch - 1, batch_size, examples - (per_epoch - 1) * batch_size
+    )
     counts = left * (step < steps)
+    width = max(batch_size, int(counts.max()))
     ended: dict[int, list[int]] = {}
     for k, end in enumerate(steps.tolist()):
         if end < len(counts):
@@ -754,13 +821,15 @@ def _schedule(
         alike = [k for k, size in enumerate(sizes) if size == n]
         for epoch in range(max(epochs[k] for k in alike)):
             busy = [k for k in alike if epoch < epochs[k]]
-            passes.setdefault(epoch * -(-n // batch_size), []).append((busy, n, epoch))
+            first = epoch * int(per_epoch[alike[0]])
+            passes.setdefault(first, []).append((busy, n, epoch))
     return _Schedule(
         batch_size,
+        width,
         per_epoch,
         steps,
         torch.from_numpy(counts.astype(np.float32)),
-        bool((counts != batch_size).any()),
+        bool((counts != width).any()),
         ended,
         passes,
     )

@@ -7,24 +7,43 @@ import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 T = TypeVar("T")
 
 log = logging.getLogger("fedweight")
 
+
+class _Missing:
+    """Stands for a name of PyTorch's own that is not there any more.
+
+    What needs it cannot be made then, and clients train one after another.
+    """
+
+    def __init__(self) -> None:
+        raise RuntimeError("this PyTorch does not let one look at its operations")
+
+
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.weak import WeakIdKeyDictionary
+except ImportError:
+    TorchDispatchMode = WeakIdKeyDictionary = _Missing  # type: ignore[assignment, misc]
+
 aten = torch.ops.aten
 
 # What gives a tensor another shape, if it is another.
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
+RESHAPES = tuple(
+    getattr(aten, name).default
+    for name in ("view", "_unsafe_view", "expand")
+    if hasattr(aten, name)
+)
 
 # So many operations are few.
 FEW = 200
@@ -39,27 +58,27 @@ OF_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def grad(
-    function: Callable[..., tuple[Tensor, T]],
+    function: Callable[..., tuple[Tensor, T]], with_gradient: list[int]
 ) -> Callable[..., tuple[list[Tensor], T]]:
     """Return what returns the gradients by a function's first argument.
 
-    ``torch.func.grad(function, has_aux=True)``, which imports PyTorch's compiler to
-    tell it that there is nothing to compile: a second, at every start.
+    ``torch.func.grad(function, has_aux=True)``, but for two things. That one imports
+    PyTorch's compiler to tell it that there is nothing to compile: a second, at every
+    start. And it does not tell a gradient of 0 from none.
 
     Parameters
     ----------
     function : Callable
         Takes a list of tensors, and more; returns a scalar, and something besides.
+    with_gradient : list[int]
+        Is told which of the tensors the scalar depends on: only these have a gradient.
     """
-    try:
-        from torch._functorch.eager_transforms import (
-            _create_differentiable,
-            _undo_create_differentiable,
-            _wrap_all_tensors,
-            grad_increment_nesting,
-        )
-    except ImportError:  # They are PyTorch's own, and may have another name.
-        return torch.func.grad(function, has_aux=True)
+    from torch._functorch.eager_transforms import (
+        _create_differentiable,
+        _undo_create_differentiable,
+        _wrap_all_tensors,
+        grad_increment_nesting,
+    )
 
     def differentiated(*given: Any) -> tuple[list[Tensor], T]:
         with grad_increment_nesting() as level, torch.enable_grad():
@@ -67,11 +86,11 @@ def grad(
             for tensor in by:
                 _create_differentiable(tensor, level)
             value, besides = function(by, *others)
-            found = torch.autograd.grad(
-                value, by, create_graph=True, materialize_grads=True
-            )
+            found = torch.autograd.grad(value, by, create_graph=True, allow_unused=True)
+            with_gradient[:] = [k for k, g in enumerate(found) if g is not None]
             undo: Callable[..., Any] = _undo_create_differentiable
-            gradients, besides = undo((list(found), besides), level)
+            some = [found[k] for k in with_gradient]
+            gradients, besides = undo((some, besides), level)
         return gradients, besides
 
     return differentiated
@@ -91,9 +110,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     What vmap and autograd did is in them as operations on plain tensors. PyTorch has
     ``make_fx`` for this, which imports its compiler: a second, at every start.
 
-    A node's ``meta`` has its tensor's ``shape``, ``dtype`` and ``device``, and whether
-    it ``varies`` with the inputs. Of a tensor from outside, which becomes a constant,
-    it has only that.
+    A node's ``meta`` has its tensor's ``shape``, ``stride``, ``dtype`` and ``device``,
+    and whether it ``varies`` with the inputs. Of a tensor from outside, which becomes
+    a constant, it has only that.
     """
 
     def __init__(self) -> None:
@@ -101,9 +120,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self._nodes: Any = WeakIdKeyDictionary()
-        # Memory that values which vary were written to, by address; kept, so that no
-        # other gets the address.
+        # Memory that values which vary were written to, and that of constants, by
+        # address; kept, so that no other gets the address.
         self._changed: dict[int, torch.UntypedStorage] = {}
+        self._constant: dict[int, torch.UntypedStorage] = {}
 
     def trace(
         self, function: Callable[..., Any], given: Sequence[Tensor]
@@ -122,7 +142,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ------
         RuntimeError
             If an operation depends on the tensors' values, as ``Tensor.item`` does:
-            what was traced would not see others.
+            what was traced would not see others. And if one changes a tensor that is
+            not given, which would be changed again by every call.
         """
         for k, tensor in enumerate(given):
             node = self.graph.placeholder(f"input_{k}")
@@ -162,13 +183,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         varies = any(map(self._varies, _tensors((args, kwargs))))
         if self._depends_on_values(func, args, varies):
             raise RuntimeError(f"{func} depends on values and cannot be traced")
+        written = []
+        if func._schema.is_mutable:
+            tensors = _tensors(_written(func, args, kwargs))
+            written = [tensor.untyped_storage() for tensor in tensors]
+        if any(memory.data_ptr() in self._constant for memory in written):
+            raise RuntimeError(
+                f"{func} changes a tensor that is no buffer, which would be changed "
+                "for everybody"
+            )
         result = func(*args, **kwargs)
         node = self.graph.call_function(func, *inputs)
         node.meta["varies"] = varies
-        if varies and func._schema.is_mutable:
-            for tensor in _tensors(_written(func, args, kwargs)):
-                memory = tensor.untyped_storage()
-                self._changed[memory.data_ptr()] = memory
+        if varies:
+            self._changed |= {memory.data_ptr(): memory for memory in written}
         if isinstance(result, Tensor):
             self.keep(node, result)
         elif isinstance(result, Iterable):
@@ -182,6 +210,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def keep(self, node: fx.Node, tensor: Tensor) -> None:
         """Take note of what a node stands for."""
         node.meta["shape"] = tensor.shape
+        node.meta["stride"] = None if tensor.is_sparse else tensor.stride()
         node.meta["dtype"] = tensor.dtype
         node.meta["device"] = tensor.device
         self._nodes[tensor] = node
@@ -195,6 +224,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.constants[name] = value
             node = self._nodes[value] = self.graph.get_attr(name)
             node.meta["varies"] = False
+            if value.numel():
+                memory = value.untyped_storage()
+                self._constant[memory.data_ptr()] = memory
         return self._nodes[value]
 
     def _varies(self, tensor: Tensor) -> bool:
@@ -217,6 +249,44 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten.masked_select.default:
             return self._varies(args[1])
         return varies and bool(OF_VALUES.intersection(func.tags))
+
+
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which of the operations that are done while it is on are special.
+
+    Attributes
+    ----------
+    draws : set[str]
+        Those that draw random numbers.
+    coarse : str
+        The first that computes in half precision; empty if none does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws: set[str] = set()
+        self.coarse = ""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell PyTorch that nothing here is compiled: it would import the compiler."""
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Do an operation, and look at it."""
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.draws.add(str(func))
+        half = (torch.float16, torch.bfloat16)
+        if not self.coarse and any(t.dtype in half for t in _tensors(result)):
+            self.coarse = str(func)
+        return result
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -274,7 +344,9 @@ def drop_idle(graph: fx.Graph) -> None:
     for node in graph.nodes:
         idle = node.target is aten.detach.default
         idle |= node.target in RESHAPES and _same_shape(node, node.args[0])
-        idle |= node.target is aten.mul.Scalar and node.args[1] == 1
+        if node.target is aten.mul.Scalar and node.args[1] == 1:
+            # A product lies closer together than what was picked out of more.
+            idle = node.meta["stride"] == node.args[0].meta.get("stride")
         if idle:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -370,18 +442,37 @@ def without_python(
     return traced.forward if step is None else step
 
 
-def _scripted(module: nn.Module, examples: Sequence[Any]) -> Callable[..., Any] | None:
-    """Return a module as TorchScript, or ``None`` where that cannot be."""
+def _scripted(
+    module: nn.Module, examples: Sequence[Any], read: Sequence[Tensor] = ()
+) -> Callable[..., Any] | None:
+    """Return a module as TorchScript, or ``None`` where that cannot be.
+
+    PyTorch has announced to drop it. Whatever is not there any more, or does not do
+    what the module does, leads to ``None``, and training is slower. The examples are
+    changed as the module changes them; those in ``read`` it only reads.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It is deprecated; nothing else does this.
         try:
-            scripted: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
-                module, tuple(examples), check_trace=False, _store_inputs=False
-            )
-            return scripted
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+                scripted: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
+                    module, tuple(examples), check_trace=False, _store_inputs=False
+                )
+                others = copy.deepcopy(examples, {id(t): t for t in read})
+                found, wanted = scripted(*examples), module(*others)
         except Exception as error:
             log.debug("a training step or a loop of some runs in Python: %s", error)
             return None
+    pairs = zip(_tensors((examples, found)), _tensors((others, wanted)), strict=True)
+    if all(map(_identical, *zip(*pairs, strict=True))):
+        return scripted
+    log.warning("a training step as TorchScript gave other values: not used.")
+    return None
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors have the same values, of which some may be NaN."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def gather(
@@ -395,10 +486,10 @@ def gather(
 
 def has_few_operations(step: Callable[..., Any]) -> bool:
     """Tell whether a step is without Python, and no longer than a small net's."""
-    if not isinstance(step, torch.jit.ScriptModule):
+    graph: Any = getattr(step, "inlined_graph", None)
+    if graph is None:
         return False
-    nodes: Any = step.inlined_graph.nodes()
-    kinds: list[str] = [node.kind() for node in nodes]
+    kinds: list[str] = [node.kind() for node in graph.nodes()]
     return sum(kind.startswith("aten::") for kind in kinds) <= FEW
 
 
@@ -419,7 +510,8 @@ def several(
         data and the batch as for :func:`gather`; the batches' rows, ``[steps, C, B]``;
         what all steps take, and a tuple of what each takes, ``[steps, ...]``.
     """
-    return _scripted(_Several(step), examples)
+    _, data, *_ = examples
+    return _scripted(_Several(step), examples, data)
 
 
 class _Several(nn.Module):
@@ -582,9 +674,30 @@ def _alike(found: Tensor, right: Tensor) -> bool:
     return torch.allclose(found, right, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def plain_execution() -> AbstractContextManager[None]:
-    """Return a context in which TorchScript runs what was traced, as it was traced.
+@contextmanager
+def plain_execution() -> Iterator[None]:
+    """Let TorchScript run what was traced, as it was traced.
 
     It would measure the first calls and change later ones, and perhaps their bits.
     """
-    return torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        # Where this is missing, nothing has been made TorchScript either.
+        with suppress(Exception):
+            stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
+        yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let attention be made of operations that can be batched, in all threads.
+
+    PyTorch's fused one on a CPU goes from client to client. So it does where PyTorch
+    does not let one choose any more.
+    """
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield

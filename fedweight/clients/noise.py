@@ -6,24 +6,95 @@ functions below therefore draw from a counter: the noise of an element is a hash
 client's seed, the step, the layer's turn and the element's index.
 
 They are ``F.dropout`` and ``F.dropout1d`` to ``F.dropout3d``, and so the layers of
-these names. Layers that PyTorch fuses (:data:`OUT_OF_REACH`, recurrent ones with
-dropout, attention) draw from its own stream, which is then seeded for each client. A
-model that calls ``torch.rand`` and the like itself is not noticed: such a model
-trains, but its numbers are not the client's own.
+these names. Whatever else draws does so from a stream that the whole process shares:
+PyTorch's (recurrent layers and attention with dropout, alpha dropout, ``torch.rand``),
+NumPy's or Python's. Such a model trains one client at a time, with these streams
+seeded for each client (:func:`own_streams`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# What PyTorch draws out of reach: fused or in C++, or not through these functions.
-OUT_OF_REACH = (nn.RReLU, nn.AlphaDropout, nn.FeatureAlphaDropout)
+from ..threads import SharedLock
+
+T = TypeVar("T")
+
+# The process's random streams, and what else PyTorch keeps for all threads, such as
+# the choice of kernels. Who trains shares them, who changes them has them alone.
+STREAMS = SharedLock()
+
+
+def watched(work: Callable[[], T], device: torch.device) -> tuple[T, bool]:
+    """Do work as others do theirs; tell whether it drew from PyTorch's streams.
+
+    Parameters
+    ----------
+    work : Callable
+        It computes on ``device``. If it has drawn, the streams are put back, and what
+        it returned counts for nothing: others may have drawn meanwhile.
+    """
+    with STREAMS.shared():
+        before = _torch_streams(device)
+        result = work()
+        if all(map(torch.equal, before, _torch_streams(device))):
+            return result, False
+    with STREAMS.alone():
+        _set_torch_streams(before, device)
+    return result, True
+
+
+@contextmanager
+def own_streams(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the process's random streams for one client, and put them back afterwards.
+
+    No other thread trains meanwhile.
+
+    Parameters
+    ----------
+    seed : int
+        Below 2**63.
+    device : torch.device
+        Where the client trains. Others are not looked at, which would prepare them.
+    """
+    with STREAMS.alone():
+        of_torch = _torch_streams(device)
+        of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        np.random.seed(seed % (1 << 32))  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            _set_torch_streams(of_torch, device)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+            random.setstate(of_python)
+
+
+def _torch_streams(device: torch.device) -> list[Tensor]:
+    """Return the states of the streams that operations on a device draw from."""
+    states = [torch.default_generator.get_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_torch_streams(states: list[Tensor], device: torch.device) -> None:
+    torch.default_generator.set_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 def uniform(seed: Tensor, step: Tensor | int, layer: int, shape: torch.Size) -> Tensor:
@@ -154,14 +225,14 @@ class LocalTraining(TorchFunctionMode):
             )
         others = [d for d in range(input.ndim) if d != 1]
         channel = (1, -1, *(1 for _ in others[1:]))
-        mask = self.mask.to(input.dtype)
-        real = mask.reshape(-1, *(1 for _ in range(input.ndim - 1)))
+        # Chosen, not multiplied: 0 times infinity is not 0.
+        real = (self.mask > 0).reshape(-1, *(1 for _ in range(input.ndim - 1)))
         per_example = input[0, 0].numel()
         if per_example == 1:
             self.least = 2  # A variance of one value: PyTorch refuses it, too.
-        count = (mask.sum() * per_example).clamp(min=1)
-        mean = (input * real).sum(others) / count
-        centred = (input - mean.reshape(channel)) * real
+        count = (self.mask.to(input.dtype).sum() * per_example).clamp(min=1)
+        mean = torch.where(real, input, 0).sum(others) / count
+        centred = torch.where(real, input - mean.reshape(channel), 0)
         var = centred.square().sum(others) / count
         if running_mean is not None and running_var is not None:
             unbiased = var * (count / (count - 1).clamp(min=1))
@@ -175,12 +246,3 @@ class LocalTraining(TorchFunctionMode):
 
 # Dropout that keeps or drops a whole channel of an example.
 _WHOLE_CHANNELS = (F.dropout1d, F.dropout2d, F.dropout3d)
-
-
-def draws_out_of_reach(module: nn.Module) -> bool:
-    """Tell whether a model draws random numbers that :class:`LocalTraining` misses."""
-    return any(
-        isinstance(m, OUT_OF_REACH)
-        or (isinstance(m, nn.RNNBase | nn.MultiheadAttention) and m.dropout > 0)
-        for m in module.modules()
-    )

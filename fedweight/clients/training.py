@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batches import batches
 from ..data.examples import Examples
 from ..errors import ClientError, check_choice, check_range
 from ..parameters import FlatModel, FlatModule, as_tensor
 from ..rng import permutation
-from .noise import LocalTraining
+from .noise import LocalTraining, own_streams, watched
 from .objectives import Batch, Objective
 
 EVALUATION_BATCH = 1024
@@ -36,7 +38,8 @@ class TrainingSettings:
     epochs : int
         Passes over the client's data in a round, 1 or more.
     batch_size : int
-        Examples in a step, 1 or more; the last step of a pass takes what is left.
+        Examples in a step, 1 or more; the last step of a pass takes what is left. One
+        that is left alone joins the step before, for a model that needs two.
     optimizer : {"sgd", "adam"}
         Fresh in every round.
     learning_rate : float
@@ -132,7 +135,7 @@ class LocalResult(NamedTuple):
 
 
 class LocalOptimizer:
-    """SGD or Adam as ``torch.optim`` defines them, on a few tensors.
+    """SGD or Adam as ``torch.optim`` defines them, to the bit, on a few tensors.
 
     Parameters
     ----------
@@ -142,6 +145,13 @@ class LocalOptimizer:
         Of this round.
     parameters : Sequence[Tensor]
         What will be optimised: one vector of a client, or tensors of many clients.
+
+    Attributes
+    ----------
+    remembers : bool
+        Whether it moves a tensor whose gradient is 0, by its weight decay or by
+        gradients before: then it matters that ``torch.optim`` leaves a tensor alone
+        that has no gradient.
     """
 
     def __init__(
@@ -152,41 +162,48 @@ class LocalOptimizer:
     ) -> None:
         self.settings = settings
         self.learning_rate = learning_rate
-        self.num_steps = 0
         adam = settings.optimizer == "adam"
         moments = parameters if adam or settings.momentum else ()
         self.first = [torch.zeros_like(p) for p in moments]
         self.second = [torch.zeros_like(p) for p in moments] if adam else []
+        self.num_steps = [0] * len(parameters)
+        self.remembers = bool(moments or settings.weight_decay)
 
-    def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Change the parameters in place; the gradients stay."""
-        self.num_steps += 1
-        if self.settings.weight_decay:
-            # Not in place: two parameters may have one tensor as their gradient.
-            gradients = [
-                g.add(w, alpha=self.settings.weight_decay)
-                for w, g in zip(parameters, gradients, strict=True)
-            ]
-        if self.second:
-            self._adam(parameters, gradients)
-            return
-        if self.first:
-            for v, g in zip(self.first, gradients, strict=True):
-                v.mul_(self.settings.momentum).add_(g)
-            gradients = self.first
-        for w, g in zip(parameters, gradients, strict=True):
+    def divide(self, places: Sequence[slice]) -> None:
+        """Go on with parts of the one vector that it has had so far."""
+        self.first = [v[place] for v in self.first for place in places]
+        self.second = [v[place] for v in self.second for place in places]
+        self.num_steps *= len(places)
+
+    def step(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Change the parameters in place; the gradients stay.
+
+        A parameter whose gradient is ``None`` is left alone.
+        """
+        for k, (w, g) in enumerate(zip(parameters, gradients, strict=True)):
+            if g is None:
+                continue
+            self.num_steps[k] += 1
+            if self.settings.weight_decay:
+                # Not in place: two parameters may have one tensor as their gradient.
+                g = g.add(w, alpha=self.settings.weight_decay)
+            if self.second:
+                self._adam(k, w, g)
+                continue
+            if self.first:
+                g = self.first[k].mul_(self.settings.momentum).add_(g)
             w.add_(g, alpha=-self.learning_rate)
 
-    def _adam(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def _adam(self, k: int, w: Tensor, g: Tensor) -> None:
         beta_1, beta_2, epsilon = 0.9, 0.999, 1e-8
-        rate = self.learning_rate / (1 - beta_1**self.num_steps)
-        root = (1 - beta_2**self.num_steps) ** 0.5
-        for w, g, m, v in zip(
-            parameters, gradients, self.first, self.second, strict=True
-        ):
-            m.lerp_(g, 1 - beta_1)
-            v.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
-            w.addcdiv_(m, v.sqrt().div_(root).add_(epsilon), value=-rate)
+        m, v, steps = self.first[k], self.second[k], self.num_steps[k]
+        rate = self.learning_rate / (1 - beta_1**steps)
+        root = (1 - beta_2**steps) ** 0.5
+        m.lerp_(g, 1 - beta_1)
+        v.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
+        w.addcdiv_(m, v.sqrt().div_(root).add_(epsilon), value=-rate)
 
 
 def train(
@@ -197,6 +214,8 @@ def train(
     settings: TrainingSettings,
     *,
     learning_rate: float,
+    least: int = 1,
+    draws: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> LocalResult:
     """Train a client's model.
@@ -215,49 +234,106 @@ def train(
         The optimiser and the size of a batch.
     learning_rate : float
         Of this round.
+    least : int
+        2 for a model that cannot train on one example: a last batch of one joins the
+        batch before it.
+    draws : bool
+        Whether the model is known to draw from the process's random streams. If it is
+        not known and shows, the client trains again: see :func:`.noise.own_streams`.
     cancelled : Callable[[], bool]
         Asked before every step; once it says yes, training raises.
 
     Returns
     -------
     LocalResult
-        The local model, after ``epochs * ceil(n / batch_size)`` steps.
+        The local model, after ``epochs * ceil(n / batch_size)`` steps; the received
+        one after none where there are fewer examples than the model needs.
+
+    Raises
+    ------
+    ClientError
+        If the model returns no logits, or puts other tensors in the place of its own.
+    """
+    if len(task.examples) < least:
+        return LocalResult(start, math.nan, math.nan, 0)
+    run = partial(
+        run_steps,
+        module,
+        start,
+        task,
+        objective,
+        settings,
+        learning_rate=learning_rate,
+        least=least,
+        cancelled=cancelled,
+    )
+    device = module.parameters.device
+    if not draws:
+        result, draws = watched(run, device)
+        if not draws:
+            return result
+    with own_streams(task.noise_key, device):
+        return run(noisy=True)
+
+
+def run_steps(
+    module: FlatModule,
+    start: FlatModel,
+    task: Task,
+    objective: Objective,
+    settings: TrainingSettings,
+    *,
+    learning_rate: float,
+    least: int,
+    cancelled: Callable[[], bool],
+    noisy: bool = False,
+) -> LocalResult:
+    """Do the steps of :func:`train`, on the streams as they are.
+
+    Parameters
+    ----------
+    noisy : bool
+        Whether the model may draw noise in any step. Otherwise one that draws none in
+        its first step is taken to draw none.
     """
     module.load(start)
     n = len(task.examples)
-    if n == 0:
-        return LocalResult(start, math.nan, math.nan, 0)
     device = module.parameters.device
     x, y = as_tensor(task.examples.x).to(device), as_tensor(task.examples.y).to(device)
     received = start.parameters.to(device)
-    optimizer = LocalOptimizer(settings, learning_rate, [module.parameters])
+    optimizer = _FlatOptimizer(module, settings, learning_rate)
     losses: list[Tensor] = []
     sizes: list[int] = []
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
-    noisy = True  # Whether the model draws noise is known after its first step.
+    parts = batches(n, settings.batch_size, least)
+    looks = True  # Whether the model draws noise is known after its first step.
     module.train()
     for epoch in range(task.epochs):
         order = torch.from_numpy(permutation(task.order_key, epoch, n)).to(device)
         shuffled_x, shuffled_y = x.index_select(0, order), y.index_select(0, order)
-        for first in range(0, n, settings.batch_size):
+        for part in parts:
             if cancelled():
                 raise ClientError("training was cancelled")
-            last = min(first + settings.batch_size, n)
-            batch = Batch(shuffled_x[first:last], shuffled_y[first:last])
-            noise = LocalTraining(task.noise_key, len(losses)) if noisy else None
+            batch = Batch(shuffled_x[part], shuffled_y[part])
+            noise = LocalTraining(task.noise_key, len(losses)) if looks else None
             with noise or nullcontext():
                 logits = module.module(batch.x)
-            noisy = noise is not None and noise.layers > 0
+            if not isinstance(logits, Tensor):
+                raise ClientError(
+                    f"the model returned {type(logits).__name__}, not one tensor of "
+                    "logits, [n, C]."
+                )
+            looks = noisy or (noise is not None and noise.layers > 0)
             loss = objective.loss(logits, batch)
             module.gradients.zero_()
             loss.backward()  # type: ignore[no-untyped-call]
             penalty = objective.penalty_gradient(module.parameters, received)
             if penalty is not None:
                 module.gradients.add_(penalty)
-            optimizer.step([module.parameters], [module.gradients])
+            optimizer.step(everything=penalty is not None)
             losses.append(loss.detach())
-            sizes.append(last - first)
+            sizes.append(len(batch.y))
             outputs.append(logits.detach())
             labels.append(batch.y)
     # One look at the device for all steps.
@@ -272,6 +348,37 @@ def train(
     )
 
 
+class _FlatOptimizer:
+    """An optimizer on a module's one vector, as long as all of it has gradients."""
+
+    def __init__(
+        self, module: FlatModule, settings: TrainingSettings, learning_rate: float
+    ) -> None:
+        self.module = module
+        self.parameters = [module.parameters]
+        self.gradients = [module.gradients]
+        self.optimizer = LocalOptimizer(settings, learning_rate, self.parameters)
+        if self.optimizer.remembers:
+            module.fresh_gradients()  # From now on.
+
+    def step(self, *, everything: bool) -> None:
+        """Use the gradients of this step; all parameters have one if ``everything``."""
+        if not self.optimizer.remembers:  # A gradient of 0 is as good as none.
+            self.optimizer.step(self.parameters, self.gradients)
+            return
+        fresh = self.module.fresh_gradients()
+        whole = everything or all(fresh)
+        if not whole and len(self.parameters) != len(fresh):
+            places = [slice(e.start, e.stop) for e in self.module.layout.parameters]
+            self.parameters = [self.module.parameters[place] for place in places]
+            self.gradients = [self.module.gradients[place] for place in places]
+            self.optimizer.divide(places)
+        if whole:
+            fresh = [True] * len(self.parameters)
+        pairs = zip(self.gradients, fresh, strict=True)
+        self.optimizer.step(self.parameters, [g if own else None for g, own in pairs])
+
+
 def evaluate(
     module: FlatModule, model: FlatModel, examples: Examples
 ) -> tuple[float, float]:
@@ -282,21 +389,45 @@ def evaluate(
     return evaluate_each(module, model, [examples])[0]
 
 
-@torch.no_grad()
 def evaluate_each(
-    module: FlatModule, model: FlatModel, parts: Sequence[Examples]
+    module: FlatModule,
+    model: FlatModel,
+    parts: Sequence[Examples],
+    *,
+    apart: bool = False,
 ) -> list[tuple[float, float]]:
     """Return one model's loss and accuracy on each client's examples.
 
     The examples of all go through the model together, so that small clients do not
-    cost a call each; see :func:`evaluate`.
+    cost a call each; see :func:`evaluate`. They do not where ``apart`` says so, nor
+    where the model turns out to draw random numbers: then each client's are its own.
     """
     if not any(len(part) for part in parts):
+        return [(math.nan, math.nan)] * len(parts)
+    if apart and len(parts) > 1:
+        return [evaluate(module, model, part) for part in parts]
+    run = partial(_evaluate_each, module, model)
+    device = module.parameters.device
+    results, draws = watched(partial(run, parts), device)
+    if draws:
+        results = []
+        for part in parts:
+            with own_streams(0, device):
+                results += run([part])
+    return results
+
+
+@torch.no_grad()
+def _evaluate_each(
+    module: FlatModule, model: FlatModel, parts: Sequence[Examples]
+) -> list[tuple[float, float]]:
+    """Do the work of :func:`evaluate_each`, on the streams as they are."""
+    some = [part for part in parts if len(part)]
+    if not some:
         return [(math.nan, math.nan)] * len(parts)
     module.load(model)
     module.train(False)
     device = module.parameters.device
-    some = [part for part in parts if len(part)]
     x = [as_tensor(part.x) for part in some]
     y = torch.cat([as_tensor(part.y) for part in some]).to(device)
     losses, correct = [], []

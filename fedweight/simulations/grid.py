@@ -27,7 +27,7 @@ from flwr.serverapp import Grid
 from .. import _flower
 from ..cohort import Cohort
 from ..errors import EngineError, check_range, describe_failure
-from .plan import sizes_of
+from .plan import Plan, sizes_of
 
 FIRST_NODE = 1000
 
@@ -145,6 +145,33 @@ def make_context(client: int, num_clients: int, run_config: RunConfig) -> Contex
         state=RecordDict(),
         run_config=dict(run_config),
     )
+
+
+def usable_plan(
+    plan: Plan, client_app: ClientApp, num_clients: int, run_config: RunConfig
+) -> Plan:
+    """Return a plan by which an app's clients train as each would train alone.
+
+    Parameters
+    ----------
+    plan : Plan
+        What is asked for.
+    client_app : ClientApp
+        Ours tells whether clients of its model may train at once.
+    num_clients : int
+        N.
+    run_config : Mapping
+        The run's settings.
+
+    Returns
+    -------
+    Plan
+        The same, or one after another.
+    """
+    ask = getattr(client_app, "trains_at_once", None)
+    if plan.chunk == 1 or ask is None:
+        return plan
+    return plan if ask(make_context(0, num_clients, run_config)) else Plan()
 
 
 def isolated(message: Message) -> Message:

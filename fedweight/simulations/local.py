@@ -8,19 +8,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from .. import keys
 from ..cohort import Answers, Cohort, Gathered, Replies, Reply
 from ..errors import check_range
-from ..threads import num_cores, one_thread
-from .grid import RunConfig, SimulationGrid, answers_cohort, execute, make_context
+from ..threads import as_in_a_new_thread, num_cores, one_thread
+from .grid import (
+    RunConfig,
+    SimulationGrid,
+    answers_cohort,
+    execute,
+    make_context,
+    usable_plan,
+)
 from .memory import keep_freed_memory
 from .plan import Plan, sizes_of
 
@@ -76,6 +81,8 @@ class LocalGrid(SimulationGrid):
         self._replies: dict[str, Message] = {}
         self._pool: ThreadPoolExecutor | None = None
         keep_freed_memory()
+        # What a trial takes is not taken from the first cohort's time.
+        usable_plan(self.plan, client_app, num_clients, self.run_config)
 
     def context(self, client: int) -> Context:
         """Return a client's context, which keeps its state between messages."""
@@ -113,10 +120,13 @@ class LocalGrid(SimulationGrid):
         """Let our own app handle a cohort, a list of clients at a time."""
         clients = [self._checked_client(node) for node in cohort.nodes]
         app: Any = self.client_app
-        lists = self.plan.cut(cohort, sizes_of(app, clients))
+        plan = usable_plan(
+            self.plan, self.client_app, self.num_clients, self.run_config
+        )
+        lists = plan.cut(cohort, sizes_of(app, clients))
 
         def answer(nodes: Sequence[int]) -> Answers:
-            batched = self.plan.chunk > 1
+            batched = plan.chunk > 1
             return app.answer(  # type: ignore[no-any-return]
                 cohort, nodes, self._context_of, batched=batched
             )
@@ -127,7 +137,7 @@ class LocalGrid(SimulationGrid):
             began = time.monotonic()
             for answers in self._do([jobs.pop(0)], deadline):
                 seconds = time.monotonic() - began
-                self.threads = self._choose_threads(answers.replies, seconds)
+                self.threads = self._choose_threads(plan, answers.replies, seconds)
                 gathered.add(answers)
         for answers in self._do(jobs, deadline):
             gathered.add(answers)
@@ -136,13 +146,15 @@ class LocalGrid(SimulationGrid):
             self.contexts = kept
         return gathered.replies()
 
-    def _choose_threads(self, replies: Sequence[Reply], seconds: float) -> int:
+    def _choose_threads(
+        self, plan: Plan, replies: Sequence[Reply], seconds: float
+    ) -> int:
         """Decide whether threads pay, from how long some clients' steps took.
 
         Many clients at once keep PyTorch busy outside the interpreter anyway.
         """
         steps = sum(int(r.metrics.get(keys.NUM_STEPS, 0)) for r in replies)
-        pays = self.plan.chunk > 1 or seconds > steps * WORTH_A_THREAD > 0
+        pays = plan.chunk > 1 or seconds > steps * WORTH_A_THREAD > 0
         return num_cores() if self._safe and pays else 1
 
     def _handle(
@@ -173,7 +185,7 @@ class LocalGrid(SimulationGrid):
         threads: int | None = None,
     ) -> Iterator[T]:
         """Yield the jobs' results, in order; those that begin too late have none."""
-        with _as_in_a_new_thread(), one_thread():
+        with as_in_a_new_thread(), one_thread():
             if (threads or self.threads or 1) > 1:
                 yield from self._in_threads(jobs, deadline)
                 return
@@ -212,21 +224,6 @@ class LocalGrid(SimulationGrid):
     @property
     def _safe(self) -> bool:
         return bool(getattr(self.client_app, "thread_safe", False))
-
-
-@contextmanager
-def _as_in_a_new_thread() -> Iterator[None]:
-    """Let clients train as in other threads and processes, whatever the caller does.
-
-    A caller's ``torch.no_grad()`` or ``torch.autocast()`` is its own thread's.
-    """
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
 
 
 def _is_over(deadline: float | None) -> bool:

@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from .. import __version__, _flower, keys
 from ..cohort import Cohort
 from ..threads import num_cores
-from .grid import FIRST_NODE
+from .grid import FIRST_NODE, usable_plan
 from .local import LocalGrid
 from .plan import Plan
 
@@ -89,17 +89,20 @@ def choose_plan(
     Returns
     -------
     Plan
-        One after another, unless many at once is clearly faster.
+        One after another, unless many at once is clearly faster, and gives the same.
     """
     path = cache or default_cache()
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     known = _read(path)
     if key in known:
-        return Plan(int(known[key]["chunk"]))
+        plan = Plan(int(known[key]["chunk"]))
+        return usable_plan(plan, client_app, num_clients, {})
+    chunks = [c for c in (1, *CHUNKS) if c <= max(1, cohort // num_cores())]
+    if usable_plan(Plan(chunks[-1]), client_app, num_clients, {}) == Plan():
+        return Plan()
     speeds = {
         chunk: _speed(client_app, arrays, clients[:cohort], num_clients, Plan(chunk))
-        for chunk in (1, *CHUNKS)
-        if chunk <= max(1, cohort // num_cores())
+        for chunk in chunks
     }
     best = max(speeds, key=lambda chunk: speeds[chunk])
     chunk = best if speeds[best] > MARGIN * speeds[1] else 1

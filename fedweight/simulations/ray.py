@@ -31,7 +31,7 @@ from ..errors import ConfigurationError, EngineError, check_range
 from ..signals import own_handlers
 from ..threads import one_thread
 from . import ray_watch
-from .grid import RunConfig, SimulationGrid, answers_cohort
+from .grid import RunConfig, SimulationGrid, answers_cohort, usable_plan
 from .plan import Plan, sizes_of
 from .ray_pool import Pool
 from .ray_rows import ShardedModels
@@ -125,6 +125,8 @@ class RayGrid(SimulationGrid):
         states are forgotten.
         """
         check_range("num_clients", num_clients, 1)
+        # What a trial finds out here, and its warning, is not needed from each worker.
+        usable_plan(self.plan, client_app, num_clients, run_config or {})
         self._pool.load(client_app, num_clients, dict(run_config or {}))
         self.client_app = client_app
         self.num_clients = num_clients
@@ -169,12 +171,15 @@ class RayGrid(SimulationGrid):
         """Let our own app handle a cohort, a list of clients at a time."""
         clients = [self._checked_client(node) for node in cohort.nodes]
         sizes = sizes_of(self.client_app, clients)
-        lists = self.plan.cut(cohort, sizes)
+        plan = usable_plan(
+            self.plan, self.client_app, self.num_clients, self.run_config
+        )
+        lists = plan.cut(cohort, sizes)
         work = [float(len(nodes)) for nodes in lists]
         if sizes is not None and cohort.message_type == "train":
             size_of = dict(zip(cohort.nodes, sizes, strict=True))
             work = [1.0 + sum(map(size_of.__getitem__, nodes)) for nodes in lists]
-        batched = self.plan.chunk > 1
+        batched = plan.chunk > 1
         gathered = Gathered(cohort, lists)
         models = ShardedModels(cohort, lists, self._pool)
         pushed = self._pool.push_cohort(cohort, lists, work, batched=batched)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import SWALR
 
+from ..batches import batches, least_examples
 from ..errors import ConfigurationError, check_choice, check_range
-from ..parameters import Entry, FlatModule, as_tensor
+from ..parameters import Entry, FlatModule, as_tensor, is_finite
 from ..rng import Purpose, generator, torch_seed
 from ..updates import Updates
 from .base import StrategyArguments, WeightingStrategy
@@ -159,6 +160,27 @@ class FedLAW(WeightingStrategy):
                 "needs one label an input, and at least one of each. Without labelled "
                 "data on the server use fedavg."
             )
+        self._least = least_examples(self._can_train)
+        if len(self._y) < self._least:
+            raise ConfigurationError(
+                "proxy has 1 example, and this model cannot train on one alone, as "
+                "where it has BatchNorm. Give it 2 or more."
+            )
+
+    def _can_train(self, k: int) -> bool:
+        """Try whether the model can train on so many proxy examples."""
+        module, rows = self._module, torch.arange(k) % len(self._y)
+        module.train()
+        module.gradients.zero_()
+        devices = [self._x.device] if self._x.is_cuda else []
+        with torch.random.fork_rng(devices):
+            try:
+                scores = module.module(self._x[rows])
+                loss = nn.functional.cross_entropy(scores, self._y[rows])
+                loss.backward()  # type: ignore[no-untyped-call]
+            except Exception:
+                return False
+        return is_finite(loss.detach()) and is_finite(module.gradients)
 
     def aggregate(self, round: Round) -> Tensor:
         """Return ``gamma * sum_k lambda_k w_k``."""
@@ -194,7 +216,7 @@ class FedLAW(WeightingStrategy):
     def aggregate_buffers(self, round: Round, buffers: Updates) -> Tensor:
         """Return the clients' mean, or what the proxy batches left."""
         if self.proxy_statistics:
-            return self._module.buffers.detach().to("cpu", copy=True)
+            return self._module.save().buffers
         return super().aggregate_buffers(round, buffers)
 
     def _learn(self, round: Round) -> tuple[Tensor, float]:
@@ -285,17 +307,11 @@ class FedLAW(WeightingStrategy):
         self._step = 0
 
     def _batches(self, round: int, epoch: int) -> Iterator[Tensor]:
-        """Yield the indices of an epoch's batches, in an order of its own.
-
-        A last batch of one example joins the one before: BatchNorm cannot have it.
-        """
+        """Yield the indices of an epoch's batches, in an order of its own."""
         stream = generator(self.seed, Purpose.SERVER, round, epoch + 1)
         order = torch.from_numpy(stream.permutation(len(self._y)))
-        starts = range(0, len(order), self.batch_size)
-        batches = [order[i : i + self.batch_size] for i in starts]
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches[-2:] = [torch.cat(batches[-2:])]
-        yield from batches
+        for part in batches(len(order), self.batch_size, self._least):
+            yield order[part]
 
     def _cross_entropy(self, batch: Tensor) -> Tensor:
         """Return the mean loss of a batch; dropout draws from this round's stream."""

@@ -47,6 +47,7 @@ from ..parameters import FlatModule, FlatRecord, Layout, as_tensor, flatten
 from ..signals import interruptible
 from ..simulations import Plan, simulate
 from ..simulations.engine import check_engine, check_local, choose_engine
+from ..simulations.grid import usable_plan
 from ..simulations.planner import (
     SAMPLE,
     WORTH_MEASURING,
@@ -275,10 +276,13 @@ class Components:
         return self.data.sizes[:MANY] if self.data.is_lazy else self.data.sizes
 
     def plan(self, client_app: TrainingApp, initial: FlatRecord) -> Plan:
-        """Return how clients are trained: as told, or as is fastest here."""
+        """Return how clients are trained: as told, or as is fastest here.
+
+        Not at once where that does not give what each alone gives.
+        """
         told = Plan.parse(self.configuration["engine"]["plan"])
         if told is not None:
-            return told
+            return usable_plan(told, client_app, self.data.num_clients, {})
         module = self.make_model()
         training = self.configuration["training"]
         share = self.configuration["strategy"].get("fraction-train") or 1.0

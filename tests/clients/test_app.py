@@ -692,3 +692,218 @@ def test_noise_out_of_reach_is_seeded_for_each_client_and_forbids_threads(kit):
     # Round and client decide.
     other = Contexts(kit).answers(app, cohort_of(kit, [0], make, server_round=2))
     assert not torch.equal(other[0].model.parameters, models[0][0])
+
+
+# What a trial finds out.
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_lone_last_example_joins_the_batch_before_where_it_has_to(kit, batched):
+    settings = TrainingSettings(epochs=2, batch_size=6)  # client 1 has 13 examples
+    for model, steps in ((kit.batch_norm, [2, 2, 3]), (kit.linear, [2, 3, 3])):
+        app = kit.app(model, settings=settings)
+        replies = Contexts(kit).answers(app, cohort_of(kit, range(3), model), batched)
+        assert [reply.error for reply in replies] == [None] * 3
+        assert [r.metrics["num-steps"] for r in replies] == [2 * s for s in steps]
+        again = Contexts(kit).answers(app, cohort_of(kit, range(3), model))
+        for one, other in zip(replies, again, strict=True):
+            torch.testing.assert_close(
+                one.model.parameters, other.model.parameters, atol=1e-6, rtol=0
+            )
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_client_with_too_few_examples_for_the_model_does_not_train(kit, batched):
+    def data(context):
+        own = kit.client_of(context)
+        few = client_number(context) == 2
+        return ClientData(own.train.take(slice(1)), own.held_out) if few else own
+
+    app = kit.app(kit.batch_norm, data)
+    replies = Contexts(kit).answers(app, cohort_of(kit, range(4), kit.batch_norm))
+    start = FlatModule(kit.batch_norm()).save()
+    assert [reply.error for reply in replies] == [None] * 4
+    assert [reply.metrics["num-steps"] > 0 for reply in replies] == [1, 1, 0, 1]
+    few = replies[2]
+    assert few.metrics["num-examples"] == 1
+    assert np.isnan([few.metrics["train-loss"], few.metrics["train-accuracy"]]).all()
+    assert torch.equal(few.model.parameters, start.parameters)
+    assert torch.equal(few.model.buffers, start.buffers)
+    # A model that can train on it does.
+    replies = Contexts(kit).answers(kit.app(data=data), cohort_of(kit, [2, 3]), batched)
+    assert replies[0].metrics["num-steps"] == 2
+
+
+class LooksAround(nn.Module):
+    """An example's output depends on who shares its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x - x.mean(0))
+
+
+def test_a_model_that_looks_across_the_batch_is_evaluated_client_by_client(kit):
+    cohort = cohort_of(kit, range(4), LooksAround, MessageType.EVALUATE)
+    together = Contexts(kit).answers(kit.app(LooksAround), cohort)
+    alone = [
+        kit.app(LooksAround)(message, kit.context(k)).content["metrics"]
+        for k, message in enumerate(cohort)
+    ]
+    assert [dict(r.metrics) for r in together] == [dict(m) for m in alone]
+
+
+class AlwaysDrops(nn.Linear):
+    """Forgets that dropout is for training, as ``F.dropout(x)`` does."""
+
+    def forward(self, x):
+        return super().forward(torch.nn.functional.dropout(x, 0.5))
+
+
+def test_an_evaluation_that_draws_is_the_same_whoever_is_evaluated_before(kit):
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AlwaysDrops(4, 3)
+
+    before = torch.get_rng_state()
+    cohort = cohort_of(kit, range(4), make, MessageType.EVALUATE)
+    together = Contexts(kit).answers(kit.app(make), cohort)
+    backwards = cohort_of(kit, [3, 1, 0], make, MessageType.EVALUATE)
+    others = Contexts(kit).answers(kit.app(make), backwards)
+    by_node = {reply.node: dict(reply.metrics) for reply in together}
+    assert all(dict(reply.metrics) == by_node[reply.node] for reply in others)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_does_not_matter_which_clients_are_tried_at_once_first(kit):
+    """Of a client with one example nobody learns that a model looks around."""
+    parts = [kit.examples(1 if k < 3 else 9, seed=k) for k in range(6)]
+    cohort = cohort_of(kit, range(6), LooksAround)
+
+    def data(context):
+        part = parts[client_number(context)]
+        return ClientData(part, part)
+
+    results = []
+    for first in ([0, 1, 2], [3, 4, 5]):
+        app = kit.app(LooksAround, data)
+        Contexts(kit).answers(app, cohort_of(kit, first, LooksAround))
+        replies = Contexts(kit).answers(app, cohort)
+        results.append([reply.model.parameters for reply in replies])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_findings_travel_with_the_app(kit, caplog):
+    app = kit.app(LooksAround)
+    context = kit.context(0)
+    assert not app.trains_at_once(context)
+    assert len(caplog.records) == 1
+    copy = cloudpickle.loads(cloudpickle.dumps(app))
+    assert not copy.trains_at_once(context)
+    assert len(caplog.records) == 1
+
+
+def test_trainers_of_a_few_values_of_mu_are_kept(kit):
+    app = kit.app()
+
+    def answer(mu):
+        cohort = cohort_of(kit, [0, 1], proximal_mu=mu)
+        return [r.model.parameters for r in Contexts(kit).answers(app, cohort)]
+
+    first = answer(0.1)
+    for mu in (0.2, 0.3, 0.4, 0.1, 0.5, 0.6):
+        again = answer(mu)
+        assert all(map(torch.equal, first, again)) == (mu == 0.1)
+        assert len(app._trainers) <= 4
+    assert [mu for mu, _ in app._trainers] == [0.4, 0.1, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("shared", ["all", "a layer"])
+def test_a_model_that_is_always_the_same_object_is_copied(kit, shared):
+    def of(layer):
+        return nn.Sequential(layer, nn.Tanh(), nn.Linear(3, 3))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 3)
+        whole = of(layer)
+    settings = TrainingSettings(epochs=20, batch_size=2)
+    make = (lambda: whole) if shared == "all" else (lambda: of(layer))
+    start = FlatRecord(FlatModule(of(nn.Linear(4, 3))).save())
+
+    def vectors(model, threads):
+        found = []
+        server_app = ServerApp()
+
+        @server_app.main()
+        def main(grid, context):
+            messages = [kit.message(start, client=k) for k in range(12)]
+            replies = grid.send_and_receive(messages)
+            found.extend(kit.vector(r.content["arrays"]) for r in replies)
+
+        simulate(
+            server_app,
+            kit.app(model, settings=settings),
+            num_clients=12,
+            engine="local",
+            threads=threads,
+        )
+        return found
+
+    expected = vectors(lambda: of(nn.Linear(4, 3)), 1)
+    np.testing.assert_array_equal(vectors(make, 3), expected)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_building_a_model_draws_reaches_nobody(kit, batched):
+    """Another thread's client may be drawing from the same stream."""
+    start, before = FlatRecord(FlatModule(kit.linear()).save()), torch.get_rng_state()
+    app = kit.app(lambda: nn.Linear(4, 3))
+    for stage in (MessageType.TRAIN, MessageType.EVALUATE):
+        nodes = [1000, 1001]
+        cohort = Cohort(kit.message(start).content, nodes, stage)
+        replies = Contexts(kit).answers(app, cohort, batched)
+        assert [reply.error for reply in replies] == [None, None]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Noisy(nn.Module):
+    """Draws from PyTorch's stream, from some step on."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.after = after
+
+    def forward(self, x):
+        self.steps += self.training
+        noise = torch.rand(x.shape) if int(self.steps) > self.after else 0
+        return self.linear(x + noise)
+
+
+@pytest.mark.parametrize("after", [0, 1, 30])
+def test_draws_from_the_processs_stream_are_the_same_in_threads(kit, after):
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Noisy(after)
+
+    settings = TrainingSettings(epochs=20, batch_size=5)
+    models = []
+    for threads in (1, 3):
+        server_app = ServerApp()
+
+        @server_app.main()
+        def main(grid, context):
+            messages = [kit.message(kit.start(make), client=k) for k in range(9)]
+            replies = grid.send_and_receive(messages)
+            models.append([kit.vector(r.content["arrays"]) for r in replies])
+
+        app = kit.app(make, settings=settings)
+        assert app.thread_safe == (after == 30)  # That is not seen in a trial.
+        simulate(server_app, app, num_clients=9, engine="local", threads=threads)
+    np.testing.assert_array_equal(*models)

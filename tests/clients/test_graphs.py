@@ -73,7 +73,7 @@ def gradients(x, y):
     def loss(rows, other):
         return (rows[0] * other).square().sum(), other + 1
 
-    (by_rows,), other = torch.vmap(graphs.grad(loss), (0, None))([x], y)
+    (by_rows,), other = torch.vmap(graphs.grad(loss, []), (0, None))([x], y)
     return [by_rows, other, torch.zeros(2)]
 
 
@@ -124,9 +124,14 @@ def test_gradients_are_those_of_torch_func():
     def loss(by, x):
         return (by[0] * x).sigmoid().sum(), x * 2
 
-    mine = torch.vmap(graphs.grad(loss))([w, unused], x)
-    theirs = torch.vmap(torch.func.grad(loss, has_aux=True))([w, unused], x)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    known: list[int] = []
+    (mine,), aside = torch.vmap(graphs.grad(loss, known))([w, unused], x)
+    theirs, _ = torch.vmap(torch.func.grad(loss, has_aux=True))([w, unused], x)
+    torch.testing.assert_close(mine, theirs[0], rtol=0, atol=0)
+    assert torch.equal(aside, 2 * x)
+    # It does not say that there is a gradient of 0 where there is none.
+    assert known == [0]
+    assert not theirs[1].any()
 
 
 def through_memory(x):
@@ -134,6 +139,19 @@ def through_memory(x):
     held = torch.zeros(2)
     held[0] = x.sum()
     return [x if held.sum() > 0 else -x]
+
+
+@pytest.mark.parametrize("seen", [FROM_OUTSIDE, FROM_OUTSIDE.view(3, 1)[1:]])
+def test_what_changes_a_tensor_from_outside_is_not_traced(seen):
+    before = FROM_OUTSIDE.clone()
+
+    def function(x):
+        seen.view(-1)[:1].add_(1)
+        return [x + FROM_OUTSIDE]
+
+    with pytest.raises(RuntimeError, match="changes a tensor that is no buffer"):
+        graphs.trace(function, [torch.ones(3)])
+    assert torch.equal(FROM_OUTSIDE, before)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedweight.clients.noise import LocalTraining, draws_out_of_reach, uniform
+from fedweight.clients.noise import LocalTraining, uniform
 
 
 def noise(seed=1, step=0, layer=1, shape=(1000,)):
@@ -115,20 +115,3 @@ def test_statistics_leave_padding_out():
     ours.eval(), theirs.eval()
     with LocalTraining(torch.tensor(0), 0, mask):
         torch.testing.assert_close(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize(
-    ("layer", "draws"),
-    [
-        (nn.GRU(2, 2, 2, dropout=0.1), True),
-        (nn.LSTM(2, 2), False),
-        (nn.MultiheadAttention(2, 1, dropout=0.1), True),
-        (nn.MultiheadAttention(2, 1), False),
-        (nn.AlphaDropout(), True),
-        (nn.RReLU(), True),
-        (nn.Dropout(), False),
-        (nn.Linear(2, 2), False),
-    ],
-)
-def test_what_pytorch_draws_itself(layer, draws):
-    assert draws_out_of_reach(nn.Sequential(layer)) == draws

@@ -30,8 +30,10 @@ from fedweight.simulations.grid import (
     execute,
     isolated,
     make_context,
+    usable_plan,
 )
 from fedweight.simulations.local import LocalGrid
+from fedweight.simulations.plan import Plan
 
 Make = Callable[..., SimulationGrid]
 
@@ -353,3 +355,23 @@ def test_interrupt_is_no_reply(write: Any) -> None:
     message = write(LocalGrid(app_of(number), 1), 0)
     with pytest.raises(KeyboardInterrupt):
         execute(app_of(train), message, make_context(0, 1, {}))
+
+
+# Plans.
+
+
+def test_only_an_app_that_can_tell_is_asked_about_a_plan() -> None:
+    class Tells(ClientApp):
+        asked = 0
+
+        def trains_at_once(self, context: Context) -> bool:
+            self.asked += 1
+            assert context.node_config == {"partition-id": 0, "num-partitions": 7}
+            assert context.run_config == {"a": 1}
+            return False
+
+    app = Tells()
+    assert usable_plan(Plan(), app, 7, {"a": 1}) == Plan()
+    assert not app.asked
+    assert usable_plan(Plan(20), app, 7, {"a": 1}) == Plan()
+    assert usable_plan(Plan(20), ClientApp(), 7, {}) == Plan(20)

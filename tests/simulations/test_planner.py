@@ -77,6 +77,29 @@ def test_a_narrow_win_is_not_enough(kit, tmp_path, monkeypatch):
     assert plan == Plan(1)
 
 
+class LooksAround(torch.nn.Module):
+    """An example's output depends on who shares its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(x - x.mean(0))
+
+
+def test_where_many_at_once_would_give_something_else_nothing_is_measured(
+    kit, tmp_path, monkeypatch
+):
+    cache, speeds = tmp_path / "plans.json", {1: 1.0, 10: 5.0, 20: 9.0}
+    assert choose(kit, cache, {}, monkeypatch, speeds)[0] == Plan(20)
+    app, arrays = kit
+    app = TrainingApp(LooksAround, app.data, num_classes=2)
+    for about in ({"model": "another"}, {}):  # The other's plan may be remembered.
+        chosen = choose((app, arrays), cache, about, monkeypatch, speeds)
+        assert chosen == (Plan(1), [])
+
+
 def test_a_broken_or_forbidden_cache_costs_only_the_memory(kit, tmp_path, monkeypatch):
     broken = tmp_path / "plans.json"
     broken.write_text("{half")

@@ -222,6 +222,55 @@ def test_clients_that_fail(
     everywhere(run, app_of(faulty=True), Plan(chunk))
 
 
+class LooksAround(nn.Module):
+    """An example's output depends on who shares its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(x - x.mean(0))
+        return result
+
+
+class Noisy(nn.Linear):
+    """Draws from PyTorch's stream, which a process has one of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+def looks_around() -> nn.Module:
+    torch.manual_seed(0)
+    return LooksAround()
+
+
+def noisy() -> nn.Module:
+    torch.manual_seed(0)
+    return Noisy(FEATURES, CLASSES)
+
+
+def alone_with_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES))
+
+
+@pytest.mark.parametrize("model", [looks_around, noisy, alone_with_batch_norm])
+def test_models_that_a_trial_is_made_for(
+    model: Callable[[], nn.Module], everywhere: Any
+) -> None:
+    # With 9 of them a batch, client 1's tenth example is alone in its last one.
+    def run(grid: Any) -> tuple[bytes, ...]:
+        return play(grid, FedAvg(), model)
+
+    app = app_of(model, batch_size=9)
+    *_, history = at_once = everywhere(run, app, Plan(4))
+    assert history.count(b"status='ok'") == 3 * (CLIENTS + 1)
+    if model is not alone_with_batch_norm:
+        assert at_once == play(LocalGrid(app, CLIENTS), FedAvg(), model)
+
+
 def test_stragglers_that_are_left_out(everywhere: Any) -> None:
     def run(grid: Any) -> tuple[bytes, ...]:
         strategy = FedAvg(drop_stragglers=True, stragglers=0.4)

@@ -257,6 +257,24 @@ def test_batch_norm_and_dropout_leave_no_trace_but_the_result(kit):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(("model", "sizes"), [(noisy_net, [8, 9]), (linear, [8, 8, 1])])
+def test_a_lone_proxy_example_joins_a_batch_where_the_model_needs_it(model, sizes):
+    width = 2 if model is linear else 4
+    proxy = examples(np.eye(17, width), np.arange(17) % 2)
+    net, state = model(), torch.random.get_rng_state()
+    strategy = FedLAW(net, proxy, batch_size=8)
+    met = list(strategy._batches(1, 0))
+    assert [len(batch) for batch in met] == sizes
+    assert torch.equal(torch.cat(met).sort().values, torch.arange(17))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_one_proxy_example_does_not_do_for_batch_norm():
+    with pytest.raises(ConfigurationError, match="proxy has 1 example, and this model"):
+        FedLAW(noisy_net(), examples(np.zeros((1, 4)), [0]))
+    FedLAW(linear(), examples(np.zeros((1, 2)), [0]))
+
+
 def test_running_statistics_are_the_clients_mean_or_the_proxys(kit):
     run = noisy_federation(kit)
     run.round()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,7 +31,9 @@ class Batch:
         """Average a value of each example, ``[n]``, over the real examples."""
         if self.mask is None:
             return values.mean()
-        return (values * self.mask).sum() / self.mask.sum().clamp(min=1)
+        # Chosen, not multiplied: 0 times infinity is not 0.
+        real = torch.where(self.mask > 0, values, 0)
+        return real.sum() / self.mask.sum().clamp(min=1)
 
 
 class Objective(ABC):

@@ -1,0 +1,631 @@
+"""What a trial finds out about a model, before clients train it.
+
+How a model may be trained does not show before it is: whether it looks across a batch,
+draws random numbers, or needs two examples. So a few steps on a few examples are made
+with it, and compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from textwrap import shorten
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import Context, RecordDict
+from torch import Tensor, nn
+
+from ..batches import least_examples
+from ..data.examples import Examples
+from ..data.federated import ClientData
+from ..parameters import FlatModel, FlatModule, as_tensor
+from ..threads import as_in_a_new_thread, one_thread
+from .batched import BatchedTrainer
+from .graphs import Observer
+from .noise import LocalTraining, own_streams
+from .objectives import Objective
+from .training import LocalResult, Task, TrainingSettings, run_steps, train
+
+T = TypeVar("T")
+
+log = logging.getLogger("fedweight")
+
+# Different examples that a trial wants.
+ROWS = 4
+
+# At once it makes batches of the app's size, up to this one: a model may ask how many
+# examples there are.
+LARGEST_BATCH = 64
+
+SEED = 0
+
+# Results are the same if a tensor's changes differ by no more than a share of its
+# largest one, or of the model's largest one: what ought to be 0 is rounding. What is
+# done twice rounds alike; so do one client alone and at once, in double precision.
+SAME = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-3, 1e-4)}
+TWICE = (1e-4, 1e-5)
+MIXED = 2e-2
+
+
+# The shape of an input, and its dtype.
+Kind = tuple[tuple[int, ...], str]
+
+# So many clients are asked for examples, and so many trials are made.
+ASKED = 20
+TRIALS = 3
+
+
+def kind_of(examples: Examples) -> Kind:
+    """Return the kind of some examples' inputs."""
+    return examples.x.shape[1:], examples.x.dtype.str
+
+
+class Samples:
+    """Examples for trials, of the first clients.
+
+    They are the same whichever client a trial is about: it must not depend on who
+    came first.
+
+    Parameters
+    ----------
+    data : Callable[[Context], ClientData]
+        Returns a client's data.
+    context : Context
+        Of a client. In a simulation, where clients have numbers, the examples are
+        those of the largest client, or of the first ones.
+    sizes : Sequence[int], optional
+        How many examples clients have.
+    """
+
+    def __init__(
+        self,
+        data: Callable[[Context], ClientData],
+        context: Context,
+        sizes: Sequence[int] | npt.NDArray[np.int64] | None,
+    ) -> None:
+        self.data = data
+        self.context = context
+        self.sizes = sizes
+
+    def kind(self) -> Kind | None:
+        """Return what their inputs are; ``None`` if nobody has examples."""
+        return next((kind_of(part) for part in self._parts()), None)
+
+    def of(self, kind: Kind, own: Examples | None = None) -> Iterator[Examples]:
+        """Yield :data:`ROWS` examples of a kind at a time, a few times.
+
+        ``own`` are a client's own, for where the others have none.
+        """
+        few: list[Examples] = []
+        given = 0
+        for part in self._parts():
+            if kind_of(part) == kind and given < TRIALS:
+                some = _distinct(part)
+                if len(some) == ROWS:
+                    given += 1
+                    yield some
+                else:
+                    few.append(some)
+        if own is not None and not given:
+            few.append(_distinct(own))
+        if sum(map(len, few)):
+            x, y = (np.concatenate([getattr(f, name) for f in few]) for name in "xy")
+            rows = np.resize(np.arange(len(y)), ROWS)  # Some twice, if need be.
+            yield Examples(x[rows], y[rows])
+
+    def _parts(self) -> Iterator[Examples]:
+        """Yield the examples of some clients that have any."""
+        for context in self._contexts():
+            try:
+                part = self.data(context).train
+            except Exception as error:  # It will be that client's error.
+                log.debug("a trial has no examples of a client: %s", error)
+                continue
+            if len(part):
+                yield part
+
+    def _contexts(self) -> Iterator[Context]:
+        """Yield contexts of clients whose data are within reach."""
+        config = self.context.node_config
+        if "partition-id" not in config:
+            yield self.context
+            return
+        clients = range(min(int(config.get("num-partitions", 1)), ASKED))
+        if self.sizes is not None and len(self.sizes):
+            largest = int(np.argmax(self.sizes))
+            clients = range(largest, largest + 1)
+        for client in clients:
+            yield Context(
+                run_id=self.context.run_id,
+                node_id=self.context.node_id,
+                node_config={**config, "partition-id": client},
+                state=RecordDict(),
+                run_config=self.context.run_config,
+            )
+
+
+def _distinct(examples: Examples) -> Examples:
+    """Return a few examples with labels and finite values, no two of them equal."""
+    some = examples.take(slice(16 * ROWS))
+    values = some.x.reshape(len(some), -1)
+    good = (some.y >= 0) & np.isfinite(values).all(1)
+    rows = np.flatnonzero(good)
+    if values.size:
+        _, first = np.unique(values[rows], axis=0, return_index=True)
+        rows = rows[np.sort(first)]
+    return some.take(rows[:ROWS])
+
+
+@dataclass(frozen=True)
+class Findings:
+    """How a model trains.
+
+    Attributes
+    ----------
+    least : int
+        How many examples a batch needs: 1, or 2 where one alone does not do.
+    draws : str
+        What draws random numbers from a stream of the process; empty if nothing.
+    coarse : str
+        The operation that computes in half precision; empty if none does.
+    fault : str
+        Why a client's result would depend on the process and on who trained there
+        before; empty if it does not.
+    """
+
+    least: int = 1
+    draws: str = ""
+    coarse: str = ""
+    fault: str = ""
+
+
+class Trials:
+    """What trials have found out about an app's model; each is made once.
+
+    It travels with the app to other processes.
+
+    Parameters
+    ----------
+    make : Callable[[], nn.Module]
+        Makes the architecture.
+    data : Callable[[Context], ClientData]
+        Returns a client's data.
+    objective : Objective
+        What is minimised on a batch.
+    settings : TrainingSettings
+        How many examples a batch has.
+    device : str
+        Where training runs.
+    sizes : Sequence[int], optional
+        How many examples clients have.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        data: Callable[[Context], ClientData],
+        objective: Objective,
+        settings: TrainingSettings,
+        device: str,
+        sizes: Sequence[int] | npt.NDArray[np.int64] | None,
+    ) -> None:
+        self.make = make
+        self.data = data
+        self.objective = objective
+        self.settings = settings
+        self.device = device
+        self.sizes = sizes
+        self._kind: Kind | None = None
+        self._found: dict[tuple[str, Kind], Any] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the lock behind."""
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on with what is known."""
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def kind(self, context: Context) -> Kind | None:
+        """Return the kind of the first clients' inputs; ``None`` if they have none."""
+        if self._kind is None:
+            self._kind = Samples(self.data, context, self.sizes).kind()
+        return self._kind
+
+    def alone(
+        self,
+        kind: Kind,
+        context: Context,
+        own: Examples | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Findings:
+        """Return how clients train one after another; see :func:`try_alone`.
+
+        ``own`` are a client's own examples, for where the first ones have none.
+        """
+
+        def ask(examples: Examples) -> Findings:
+            return try_alone(
+                self.make, examples, self.objective, self._device, cancelled
+            )
+
+        return self._ask("alone", kind, context, own, ask, Findings(), cancelled)
+
+    def at_once(
+        self,
+        kind: Kind,
+        context: Context,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> str:
+        """Return why clients must not train at once; see :func:`try_at_once`.
+
+        The first time a warning says it, too.
+        """
+        findings = self.alone(kind, context, None, cancelled)
+
+        def ask(examples: Examples) -> str:
+            return try_at_once(
+                self.make,
+                examples,
+                self.objective,
+                self._device,
+                findings,
+                self.settings.batch_size,
+                cancelled,
+            )
+
+        known = ("at once", kind) in self._found
+        failed = "no trial with the first clients' examples succeeded"
+        why = self._ask("at once", kind, context, None, ask, failed, cancelled)
+        if why and not known:
+            with own_streams(SEED, torch.device(self._device)):
+                name = type(self.make()).__name__
+            log.warning("model %s trains one client after another: %s.", name, why)
+        return why
+
+    def mixes_examples(self, kind: Kind, context: Context, own: Examples) -> bool:
+        """Tell whether evaluation mixes clients; see :func:`mixes_examples`."""
+
+        def ask(examples: Examples) -> bool:
+            return mixes_examples(self.make, examples, self._device)
+
+        return self._ask("mixes", kind, context, own, ask, False)
+
+    @property
+    def _device(self) -> str:
+        """Where trials run: not on a GPU that only the workers have."""
+        gpu = torch.cuda.is_available() or not self.device.startswith("cuda")
+        return self.device if gpu else "cpu"
+
+    def _ask(
+        self,
+        question: str,
+        kind: Kind,
+        context: Context,
+        own: Examples | None,
+        ask: Callable[[Examples], T],
+        otherwise: T,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> T:
+        """Return what a trial says, which is made once for a kind of input.
+
+        A trial that fails is made again with others' examples, and then given up: the
+        error will be that of the clients. Where there are no examples it waits.
+        """
+        if (question, kind) in self._found:
+            known: T = self._found[question, kind]
+            return known
+        with self._lock, as_in_a_new_thread(), one_thread():
+            answer: T = self._found.get((question, kind), otherwise)
+            if (question, kind) in self._found:
+                return answer
+            tried = False
+            for examples in Samples(self.data, context, self.sizes).of(kind, own):
+                tried = True
+                try:
+                    answer = ask(examples)
+                except Exception as error:
+                    if cancelled():
+                        raise
+                    log.debug("a trial of the model failed: %s", error)
+                else:
+                    break
+            if tried:
+                self._found[question, kind] = answer
+            return answer
+
+
+def try_alone(
+    make: Callable[[], nn.Module],
+    examples: Examples,
+    objective: Objective,
+    device: str,
+    cancelled: Callable[[], bool],
+) -> Findings:
+    """Find out how a model trains, one client after another.
+
+    Parameters
+    ----------
+    make : Callable[[], nn.Module]
+        Makes the architecture.
+    examples : Examples
+        :data:`ROWS` examples of one client.
+    objective : Objective
+        What is minimised on a batch.
+    device : str
+        Where training runs.
+    cancelled : Callable[[], bool]
+        Asked before every step; once it says yes, this raises.
+
+    Raises
+    ------
+    Exception
+        Whatever keeps the model from training on these examples.
+    """
+    modules = []
+    for seed in (SEED, SEED + 1):
+        with own_streams(seed, torch.device(device)):
+            modules.append(FlatModule(make(), device))
+    module, other = modules
+    start = module.save()
+
+    def run(
+        module: FlatModule, rows: slice, epochs: int = 2, rate: float = 0.01
+    ) -> tuple[LocalResult, list[str]]:
+        """Train as a client with these examples; tell which streams were drawn from."""
+        task = Task(examples.take(rows), epochs, SEED, SEED)
+        with own_streams(SEED, module.parameters.device):
+            before = _streams(module.parameters.device)
+            result = run_steps(
+                module,
+                start,
+                task,
+                objective,
+                TrainingSettings(batch_size=ROWS),
+                learning_rate=rate,
+                least=1,
+                cancelled=cancelled,
+                noisy=True,
+            )
+            after = _streams(module.parameters.device)
+        return result, [name for name in before if before[name] != after[name]]
+
+    def can_train(k: int) -> bool:
+        try:
+            result, _ = run(module, slice(k), epochs=1, rate=0.0)
+        except Exception:
+            if cancelled():
+                raise
+            return False
+        vectors = result.model.parameters, result.model.buffers
+        finite = all(vector.isfinite().all() for vector in vectors)
+        return finite and math.isfinite(result.loss)
+
+    # The same client as the first of a process, and after another.
+    first, drawn = run(module, slice(0, 2))
+    run(other, slice(2, ROWS))
+    later, _ = run(other, slice(0, 2))
+    least = least_examples(can_train)
+    operations, coarse = _observed(module, start, examples)
+    fault = ""
+    if different := _difference(later, first, start, TWICE):
+        by = f" ({', '.join(operations)})" if operations else ""
+        fault = (
+            f"a client that trains in another process, after another client, gets "
+            f"{different}. What its code keeps, or draws when it is built, must be a "
+            f"parameter or a buffer; and random numbers must come from PyTorch's own "
+            f"stream, not from a generator of the model's{by}."
+        )
+    draws = (operations or drawn)[0] if drawn else ""
+    return Findings(least, draws, coarse, fault)
+
+
+def _streams(device: torch.device) -> dict[str, object]:
+    """Return the states of the process's random streams, by name."""
+    _, words, *place = np.random.get_state()  # noqa: NPY002
+    states: dict[str, object] = {
+        "PyTorch's stream": torch.default_generator.get_state().numpy().tobytes(),
+        "NumPy's stream": (np.asarray(words).tobytes(), *place),
+        "Python's stream": random.getstate(),
+    }
+    if device.type == "cuda":
+        states["the GPU's stream"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+    return states
+
+
+def _observed(
+    module: FlatModule, start: FlatModel, examples: Examples
+) -> tuple[list[str], str]:
+    """Return the operations that draw in two forward passes, and one that is coarse."""
+    module.load(start)
+    module.train()
+    x = as_tensor(examples.x).to(module.parameters.device)
+    with own_streams(SEED, module.parameters.device):
+        try:
+            observer = Observer()
+        except RuntimeError:  # PyTorch lets nobody look any more.
+            return [], ""
+        for step in range(2):
+            with LocalTraining(SEED, step), observer:
+                module.module(x.clone())
+    return sorted(observer.draws), observer.coarse
+
+
+def try_at_once(
+    make: Callable[[], nn.Module],
+    examples: Examples,
+    objective: Objective,
+    device: str,
+    findings: Findings,
+    batch_size: int,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> str:
+    """Return why clients must not train at once; empty where it gives the same.
+
+    In double precision where the model allows it, so that rounding is no difference.
+
+    Parameters
+    ----------
+    findings : Findings
+        What :func:`try_alone` found; the other parameters are its, too.
+    batch_size : int
+        How many examples a batch has.
+    """
+    if findings.draws:
+        return (
+            f"it draws random numbers from a stream of the process ({findings.draws})"
+        )
+    if findings.coarse:
+        return (
+            f"it computes in half precision, where rounding shows ({findings.coarse})"
+        )
+    size = min(batch_size, LARGEST_BATCH)
+    run = partial(
+        _compare, make, examples, objective, device, findings.least, size, cancelled
+    )
+    with own_streams(SEED, torch.device(device)):
+        try:
+            return run(double=True)
+        except Exception as error:
+            if cancelled():
+                raise
+            log.debug("a trial in double precision failed: %s", error)
+            return run(double=False)
+
+
+def _compare(
+    make: Callable[[], nn.Module],
+    examples: Examples,
+    objective: Objective,
+    device: str,
+    least: int,
+    size: int,
+    cancelled: Callable[[], bool],
+    *,
+    double: bool,
+) -> str:
+    """Train a few clients alone and at once; return what is different, if anything."""
+
+    def built() -> FlatModule:
+        module = make()
+        # A copy: somebody else may have the module.
+        return FlatModule(copy.deepcopy(module).double() if double else module, device)
+
+    rows = np.resize(np.arange(ROWS), size + 1)
+    x, y = examples.x[rows], examples.y[rows]
+    if double and x.dtype == np.float32:
+        x = x.astype(np.float64)
+    settings = TrainingSettings(batch_size=size)
+    module = built()
+    start = module.save()
+    alone = partial(
+        train,
+        module,
+        start,
+        objective=objective,
+        settings=settings,
+        least=least,
+        cancelled=cancelled,
+    )
+    trainer = BatchedTrainer(built(), objective, settings, least=least, compiled=False)
+
+    def task(k: int, n: int, epochs: int) -> Task:
+        return Task(Examples(x[:n], y[:n]), epochs, SEED + k, SEED + k)
+
+    # A rate at which the largest change of a step is small.
+    slope = alone(task=task(0, size, 1), learning_rate=1.0)
+    largest = max(map(_largest, _changes(slope, start)), default=0.0)
+    rate = min(0.1, 0.05 / largest) if largest > 0 else 0.1
+    tolerance = SAME[start.layout.dtype]
+    for full in (True, False):
+        # Of the others one has a batch that is not full, and a step more, or an
+        # example that has joined a batch; and one is done before the others.
+        sizes = ((size, 2), (size, 2)) if full else ((size + 1, 1), (2, 1), (least, 2))
+        tasks = [task(k, *own) for k, own in enumerate(sizes)]
+        expected = [alone(task=t, learning_rate=rate) for t in tasks]
+        try:
+            found = trainer.train(start, tasks, learning_rate=rate, cancelled=cancelled)
+        except Exception as error:
+            if cancelled():
+                raise
+            line, *_ = str(error).splitlines() or [""]
+            kind = type(error).__name__
+            return f"its step cannot be batched ({kind}: {shorten(line, 100)})"
+        for one, other in zip(found, expected, strict=True):
+            different = _difference(one, other, start, tolerance)
+            if different and full:
+                return f"at once it gives {different}"
+            if different:
+                return (
+                    f"a batch that is not full gives {different}, as where a layer "
+                    "looks across the batch"
+                )
+    return ""
+
+
+def mixes_examples(
+    make: Callable[[], nn.Module], examples: Examples, device: str
+) -> bool:
+    """Tell whether a model's outputs for an example depend on others in the batch.
+
+    In evaluation; a model that cannot take one example alone is taken not to.
+    """
+    with own_streams(SEED, torch.device(device)), torch.no_grad():
+        module = FlatModule(make(), device)
+        module.train(False)
+        x = as_tensor(examples.x).to(module.parameters.device)
+        together = module.module(x)
+        apart = torch.cat([module.module(x[k : k + 1]) for k in range(len(x))])
+    tolerance = MIXED * together.abs().max().item()
+    return not torch.allclose(together, apart, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _difference(
+    one: LocalResult,
+    other: LocalResult,
+    start: FlatModel,
+    tolerance: tuple[float, float],
+) -> str:
+    """Return in what two results differ by more than rounding; empty if in nothing."""
+    of_tensor, of_model = tolerance
+    changes = _changes(other, start)
+    largest = max((_largest(change) for change in changes), default=0.0)
+    names = [e.name for e in start.layout.entries if e.kind != "integer"]
+    pairs = zip(names, _changes(one, start), changes, strict=True)
+    for name, found, expected in pairs:
+        allowed = of_tensor * _largest(expected) + of_model * largest
+        if not torch.allclose(found, expected, rtol=0, atol=allowed, equal_nan=True):
+            return f"another '{name}'"
+    for name, values in other.model.integers.items():
+        if not np.array_equal(one.model.integers[name], values):
+            return f"another '{name}'"
+    if not np.isclose(one.loss, other.loss, of_tensor, of_tensor, equal_nan=True):
+        return "another loss"
+    return ""
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest finite size among some values, or 0."""
+    sizes = values.abs().nan_to_num(nan=0.0, posinf=0.0)
+    return sizes.max().item() if sizes.numel() else 0.0
+
+
+def _changes(result: LocalResult, start: FlatModel) -> Sequence[Tensor]:
+    """Return what training changed, for each floating tensor."""
+    pairs = zip(result.model.named_arrays(), start.named_arrays(), strict=True)
+    return [
+        torch.as_tensor(np.subtract(after, before, dtype=np.float64))
+        for (_, after), (_, before) in pairs
+        if np.issubdtype(before.dtype, np.floating)
+    ]
