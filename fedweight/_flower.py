@@ -37,7 +37,7 @@ SERVER_NODE_ID = 1
 
 
 def reason_of(error: Error) -> str:
-    """Return why a client failed, as one would say it.
+    """Return why a client failed, in words.
 
     Examples
     --------

@@ -24,7 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from . import keys
 from .errors import AggregationError, ConfigurationError, check_range
-from .texts import plain, shown
+from .texts import NAME_LENGTH, plain, shown
 
 if TYPE_CHECKING:
     from .data import Schema
@@ -40,10 +40,11 @@ NUM_CLASSES = "num-classes"
 # What the nodes are asked once, and the record they answer with.
 IDENTITY = "identity"
 
-# The key of a node's config that names it, and how much of that is shown.
-CLIENT_NAME = "client-name"
-NAME_LENGTH = 60
+# How long they have for that.
 ANSWER_SECONDS = 120
+
+# The key of a node's config that names it.
+CLIENT_NAME = "client-name"
 
 Frozen = tuple[tuple[str, bool | float | int | str], ...]
 
@@ -115,6 +116,7 @@ class NumberedGrid(Grid):
         self.identities: dict[int, ConfigRecord] = {}  # in the order nodes came
         self._numbers: dict[int, int] = {}
         self._names: dict[int, str] = {}
+        self._told: set[tuple[int, str]] = set()
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes that are connected, and ask new ones who they are."""
@@ -126,19 +128,18 @@ class NumberedGrid(Grid):
         taken: set[int] = set()
         connected = set(nodes)
         for node, identity in self.identities.items():
-            number = identity.get("partition-id")
+            number = _number(identity)
             if node not in connected or number is None:
                 continue
-            if isinstance(number, int) and number >= 0 and number not in taken:
-                numbers[node] = number
-                taken.add(number)
+            if number in taken:
+                self._warn(
+                    node,
+                    f"says that it is client {number}, which is still connected as "
+                    "another node; it goes by its node id while that lasts",
+                )
                 continue
-            log.warning(
-                "node %d says that it is client %s, which is none, or is still "
-                "connected as another node; it goes by its node id while that lasts",
-                node,
-                shown(number),
-            )
+            numbers[node] = number
+            taken.add(number)
         self._numbers = numbers
         self._names = {
             numbers.get(node, node): plain(str(identity[CLIENT_NAME]), NAME_LENGTH)
@@ -158,8 +159,8 @@ class NumberedGrid(Grid):
     @property
     def connected(self) -> set[int]:
         """The client numbers of all nodes that were ever connected."""
-        told = {node: i.get("partition-id") for node, i in self.identities.items()}
-        return {n if isinstance(n, int) else node for node, n in told.items()}
+        numbers = {node: _number(i) for node, i in self.identities.items()}
+        return {node if n is None else n for node, n in numbers.items()}
 
     def _ask(self, nodes: list[int]) -> None:
         messages = [
@@ -177,6 +178,17 @@ class NumberedGrid(Grid):
                 log.warning("node %d did not say which client it is", node)
                 identity = ConfigRecord()
             self.identities[node] = identity
+            if identity.get("partition-id") is not None and _number(identity) is None:
+                self._warn(
+                    node,
+                    f"has the partition-id {shown(identity['partition-id'])}, which is "
+                    "no number of a client; it goes by its node id",
+                )
+
+    def _warn(self, node: int, what: str) -> None:
+        if (node, what) not in self._told:
+            self._told.add((node, what))
+            log.warning("node %d %s", node, what)
 
     # The rest of a grid, as it is.
 
@@ -206,6 +218,12 @@ class NumberedGrid(Grid):
     ) -> Iterable[Message]:
         """Pass on."""
         return self.grid.send_and_receive(messages, timeout=timeout)
+
+
+def _number(identity: ConfigRecord) -> int | None:
+    """Return the client number that a node gives itself, if it is one."""
+    number = identity.get("partition-id")
+    return number if isinstance(number, int) and number >= 0 else None
 
 
 def _num_partitions(grid: Grid) -> int | None:

@@ -157,8 +157,8 @@ def _interrupted(stop: KeyboardInterrupt) -> int:
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     said = f"\nfedweight: interrupted{by}"
     for folder in getattr(stop, "__notes__", ()):
-        said += f"; what was recorded is in {folder}. It shows with:"
-        said += f" fedweight report {folder}"
+        said += f"; what was recorded is in {folder}. To see it: "
+        said += f"fedweight report {folder}"
     _say(said)
     return SIGNALLED + number
 

@@ -35,3 +35,7 @@ LABEL_COUNTS: Final = "label-counts"
 LOSS_BEFORE: Final = "loss-before"
 ACCURACY_AFTER: Final = "accuracy-after"
 MINUS_ERROR: Final = "minus-error"
+
+# Why a client is dropped, where that is nobody's fault.
+NO_EXAMPLES: Final = "it has no examples"
+STRAGGLER: Final = "straggler"

@@ -41,8 +41,8 @@ def check_memory(
     fedweight.errors.ConfigurationError: a model of 10^15 parameters would take \
 4,000,000 GB of memory, more than this machine has. Make it smaller.
     """
-    there_is = physical_memory()
-    if there_is is not None and nbytes > there_is:
+    memory = physical_memory()
+    if memory is not None and nbytes > memory:
         raise error(
             f"{what} would take {nbytes / 1e9:,.0f} GB of memory, more than this "
             f"machine has. {remedy}"

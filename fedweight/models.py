@@ -24,13 +24,13 @@ from .texts import shown
 
 __all__ = ["build", "catalogue"]
 
-# Two widths whose product is smaller make no matrix that fills a machine's memory.
+# A matrix of so many values or more is looked at before it is made.
 LARGE = 10**8
 
 # A run holds a model at least so often: the global one, a client's, and its gradient.
 COPIES = 3
 
-# So many layers of no model stand one after another.
+# More layers one after another are refused.
 MOST_LAYERS = 1000
 
 MODELS = Registry(
@@ -417,7 +417,7 @@ def _image_shape(
     if channels_last(input_shape):
         raise ConfigurationError(
             f"model '{model}' takes images of shape (c, h, w), but the data have shape "
-            f"{tuple(input_shape)}, by the looks (h, w, c). Transpose them first: "
+            f"{tuple(input_shape)}, which looks like (h, w, c). Transpose them first: "
             "x.transpose(0, 3, 1, 2)."
         )
     if len(input_shape) != 3 or min(input_shape[1:]) < least:

@@ -28,13 +28,6 @@ T = TypeVar("T")
 # The name under which a function that takes any option (**options) says so.
 ANY = "**"
 
-# What an option must be, by the type of its default; other defaults say too little.
-_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int, np.integer), "a whole number"),
-    float: ((int, float, np.integer, np.floating), "a number"),
-}
-
 # Whole numbers are as long as TOML and Flower write them.
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
@@ -163,7 +156,8 @@ def check_options(
 ) -> None:
     """Raise unless ``function`` takes these options and has all it needs.
 
-    An option whose default is a flag or a number must be one too.
+    Each must be what the function's annotations say, or else the type of its default
+    where that is a flag or a number.
 
     Parameters
     ----------
@@ -196,13 +190,11 @@ Did you mean 'hidden'? It takes hidden.
     for name, taken in named.items():
         if taken.default is inspect.Parameter.empty and name not in options:
             raise error(f"{what} needs the option '{name}'.")
-        kind = _KINDS.get(type(taken.default))
-        if name in options and kind is not None:
-            types_, wanted = kind
-            value = options[name]
-            is_flag = isinstance(value, bool) and bool not in types_
-            if is_flag or not isinstance(value, types_):
-                raise error(f"{what}: {name} must be {wanted}, got {shown(value)}.")
+        kind = taken.annotation
+        if kind is Any and isinstance(taken.default, int | float):
+            kind = type(taken.default)
+        if name in options and not _fits(options[name], kind):
+            raise error(_misfit(f"{what}: {name}", options[name], kind))
 
 
 def check_type(where: str, value: Any, annotation: Any) -> None:
@@ -216,12 +208,14 @@ def check_type(where: str, value: Any, annotation: Any) -> None:
     fedweight.errors.ConfigurationError: run.rounds must be a whole number, got 'many'.
     """
     if not _fits(value, annotation):
-        near = ""
-        if typing.get_origin(annotation) is Literal:
-            near = closest(str(value), map(str, typing.get_args(annotation)))
-        raise ConfigurationError(
-            f"{where} must be {_described(annotation)}, got {shown(value)}.{near}"
-        )
+        raise ConfigurationError(_misfit(where, value, annotation))
+
+
+def _misfit(where: str, value: Any, annotation: Any) -> str:
+    near = ""
+    if typing.get_origin(annotation) is Literal:
+        near = closest(str(value), map(str, typing.get_args(annotation)))
+    return f"{where} must be {_described(annotation)}, got {shown(value)}.{near}"
 
 
 def _fits(value: Any, annotation: Any) -> bool:

@@ -34,6 +34,7 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
 
 from .errors import AggregationError, ClientError, ConfigurationError
+from .texts import listed
 
 Kind = Literal["parameter", "frozen", "buffer", "integer"]
 
@@ -355,8 +356,9 @@ def flatten(
     unexpected = set(record) - {e.name for e in layout.entries}
     if missing or unexpected:
         raise AggregationError(
-            f"{given} has other tensors than {expected}: missing {_some(missing)}, "
-            f"unexpected {_some(sorted(unexpected))}."
+            f"{given} has other tensors than {expected}: missing "
+            f"{listed(missing) or 'none'}, unexpected "
+            f"{listed(sorted(unexpected)) or 'none'}."
         )
     numpy_dtype = np.float64 if layout.dtype == torch.float64 else np.float32
     vectors = {
@@ -385,12 +387,6 @@ def flatten(
                 vectors[e.kind][e.start : e.stop] = values.reshape(-1)
     parameters, frozen, buffers = map(torch.from_numpy, vectors.values())
     return FlatModel(layout, parameters, buffers, integers, frozen)
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """Return a list of names as a message shows it: the first few."""
-    others = f" and {len(names) - most} others" if len(names) > most else ""
-    return f"{list(names[:most])}{others}" if names else "none"
 
 
 class FlatRecord(ArrayRecord):

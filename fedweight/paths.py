@@ -26,7 +26,7 @@ def clean_path(what: str, path: str | Path) -> Path:
     ------
     ConfigurationError
         If it holds NUL, a line break or another control character, is too long, or
-        names the home folder of nobody.
+        begins with ``~`` and a user that does not exist.
 
     Examples
     --------
@@ -81,13 +81,16 @@ def readable_file(path: str | Path | None, kind: str) -> Path:
         raise DataError(f"data '{kind}' needs the option path: your .{kind} file.")
     path = clean_path("path", path)
     reason = why_unreadable(path)
-    if reason == "it does not exist":
+    if reason == NOT_THERE:
         raise DataError(f"{path} does not exist. Give the path of a .{kind} file.")
     if reason is not None:
         raise DataError(
             f"{path} cannot be read: {reason}. Give the path of a .{kind} file."
         )
     return path
+
+
+NOT_THERE = "it does not exist"
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -103,7 +106,7 @@ def why_unreadable(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, ValueError):
-        return "it does not exist"
+        return NOT_THERE
     except OSError as error:
         return error.strerror or str(error)
     if stat.S_ISDIR(mode):

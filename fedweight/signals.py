@@ -36,8 +36,8 @@ def interruptible() -> Iterator[None]:
 
     SIGTERM and SIGHUP raise :class:`Terminated`. SIGINT raises ``KeyboardInterrupt``
     also in a process that was started in the background of a script, where it is
-    ignored. Handlers that a program has set itself stay, and so does the wish to
-    ignore SIGTERM or SIGHUP (``nohup``).
+    ignored. Handlers that a program has set itself stay; a SIGTERM or SIGHUP that is
+    ignored (``nohup``) stays ignored.
 
     After the block all handlers are what they were. A process that was asked to end
     then does, by the same signal, unless somebody further out has said that it is

@@ -64,14 +64,14 @@ def shown(value: object, limit: int = SHOWN_LENGTH) -> str:
     Examples
     --------
     >>> shown([1.5, "a"]), shown(10**5000)
-    ("[1.5, 'a']", 'a int that cannot be shown')
+    ("[1.5, 'a']", 'a value of type int that cannot be shown')
     """
     try:
         if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
             value = value.item()  # type: ignore[attr-defined]  # 3, not np.int64(3)
         text = repr(value)
     except Exception:  # Too many digits, too deep, or somebody's own __repr__.
-        text = f"a {type(value).__name__} that cannot be shown"
+        text = f"a value of type {type(value).__name__} that cannot be shown"
     return plain(text, limit)
 
 
@@ -108,10 +108,10 @@ def cause(reason: str) -> str:
     >>> cause("client 3, train: ValueError: no data\nTraceback: ...")
     'train: ValueError: no data'
     """
-    return plain(anybodys(reason.strip().split("\n", 1)[0]))
+    return plain(without_client(reason.strip().split("\n", 1)[0]))
 
 
-def anybodys(reason: str) -> str:
+def without_client(reason: str) -> str:
     """Return a reason without the number of the client that gave it."""
     return _WHOSE.sub(r"\1", reason, count=1)
 
@@ -158,7 +158,9 @@ def rounds_listed(rounds: Iterable[int], most: int = 4) -> str:
     return f"round{'s' if len(numbers) > 1 else ''} {listed(words, most)}"
 
 
-def clients_called(clients: Sequence[int], name_of: Callable[[int], str] = str) -> str:
+def clients_called(
+    clients: Sequence[int], name_of: Callable[[int], str] = str, most: int = 3
+) -> str:
     """Return how a message calls some clients: by number, and by name if they have one.
 
     Examples
@@ -171,4 +173,4 @@ def clients_called(clients: Sequence[int], name_of: Callable[[int], str] = str) 
         name = name_of(client)
         own = "" if name == str(client) else f" ({plain(name, NAME_LENGTH)})"
         words.append(f"{client}{own}")
-    return f"client{'s' * (len(words) > 1)} {listed(words)}"
+    return f"client{'s' * (len(words) > 1)} {listed(words, most)}"

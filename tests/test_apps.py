@@ -481,6 +481,26 @@ def test_a_node_that_came_back_takes_its_number_when_its_ghost_is_gone() -> None
     assert grid.client_of(50) == 1
 
 
+def test_a_partition_id_that_is_no_number_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inner = ScriptedGrid({80: {"partition-id": -1}, 90: {"partition-id": 2}})
+    grid = apps.NumberedGrid(inner)
+    for _ in range(3):
+        grid.get_node_ids()
+    assert [grid.client_of(node) for node in (80, 90)] == [80, 2]
+    assert grid.connected == {80, 2}
+    inner.nodes[70] = {"partition-id": 2}
+    for _ in range(3):
+        grid.get_node_ids()
+    assert [record.message for record in caplog.records] == [
+        "node 80 has the partition-id -1, which is no number of a client; it goes by "
+        "its node id",
+        "node 70 says that it is client 2, which is still connected as another node; "
+        "it goes by its node id while that lasts",
+    ]
+
+
 def test_the_nodes_say_how_many_clients_there_are() -> None:
     def count(*told: int | None) -> int | None:
         configs = [{"partition-id": i} for i, _ in enumerate(told)]

@@ -40,6 +40,16 @@ def test_options_of_a_typed_dict_are_options():
         check_options("data 'x'", reader, {"sepp": ";"}, ["path"], DataError)
     with pytest.raises(ConfigurationError, match="size must be a whole number"):
         check_options("data 'x'", reader, {"size": True}, ["path"])
+
+
+def test_an_option_must_be_what_its_annotation_says():
+    def reader(path, *, label: str | None = None, classes: Sequence[str] = ()): ...
+
+    check_options("data 'x'", reader, {"label": None, "classes": ["a"]}, ["path"])
+    with pytest.raises(ConfigurationError, match="label must be a text, got 3"):
+        check_options("data 'x'", reader, {"label": 3}, ["path"])
+    with pytest.raises(ConfigurationError, match="classes must be a list, each a text"):
+        check_options("data 'x'", reader, {"classes": 5}, ["path"])
     assert ANY not in options_of(reader)
 
 

@@ -107,7 +107,7 @@ def test_values_and_names_are_shown_short_and_on_one_line():
     assert shown(np.str_("a")) == "'a'"
     assert shown(np.int64(3)) == "3"
     assert len(shown("x" * 10_000)) <= 100
-    assert shown(10**5000) == "a int that cannot be shown"
+    assert shown(10**5000) == "a value of type int that cannot be shown"
     assert "\n" not in shown(np.zeros((9, 9)))
     assert listed("abcde", most=3) == "a, b, c and 2 others"
     assert listed("abcd", most=3) == "a, b, c and d"
@@ -124,4 +124,4 @@ def test_a_value_that_cannot_be_written_is_called_by_its_kind():
         def __repr__(self):
             raise RuntimeError
 
-    assert shown(Odd()) == "a Odd that cannot be shown"
+    assert shown(Odd()) == "a value of type Odd that cannot be shown"

@@ -374,8 +374,8 @@ def as_inputs(where: str, x: Array, dtype: npt.DTypeLike = np.float32) -> Array:
         return np.ascontiguousarray(cast)
     if x.dtype == np.uint8 and x.ndim > 2:
         raise DataError(
-            f"{where} uint8 of shape {list(x.shape)}, by the looks pixels. Scale them "
-            "first: x.astype(numpy.float32) / 255."
+            f"{where} uint8 of shape {list(x.shape)}, which look like pixels. Scale "
+            "them first: x.astype(numpy.float32) / 255."
         )
     if kind in "iu":
         return np.ascontiguousarray(_whole(where, x))

@@ -155,8 +155,8 @@ class FederatedData:
 
     def name_of(self, client: int) -> str:
         """Return a client's name, or its number as text where it has none."""
-        there_is = 0 <= client < len(self.names)
-        return self.names[client] if there_is else str(client)
+        named = 0 <= client < len(self.names)
+        return self.names[client] if named else str(client)
 
     def labels(self, i: int) -> tuple[Indices, Indices]:
         """Return how many examples of each class client ``i`` trains on and holds out.

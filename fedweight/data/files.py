@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pandas as pd
 
 from ..errors import DataError, check_range, closest
 from ..memory import check_memory
-from ..options import check_options, check_type
+from ..options import check_options
 from ..paths import clean_path, readable_file
 from ..rng import Purpose, generator
 from ..texts import listed, shown
@@ -348,9 +347,6 @@ def read_source(
     ``one`` says that it is one client's, beside others that may have more columns.
     """
     path = readable_file(path, "csv")
-    for key, hint in typing.get_type_hints(Reading).items():
-        if key in reading:
-            check_type(key.replace("_", "-"), reading[key], hint)
     table = read_table(path, **reading, lenient=one)
     label = table.columns[-1] if label is None else label
     sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
@@ -447,7 +443,7 @@ def _label_fault(
         )
     return (
         f"{what} {len(values):,} different texts in {rows:,} rows, such as "
-        f"{shown(values[0])}: by the looks names of rows. Name another column with "
+        f"{shown(values[0])}, which look like names of rows. Name another column with "
         f"label (by default the last). {insist}"
     )
 

@@ -24,7 +24,7 @@ HEADING = re.compile(r"(act|scene)\b|[ivxlc]+\.$", re.IGNORECASE)
 
 TEST_SHARE = 0.2
 
-# No model of this library sees further, and each example holds as many numbers.
+# Longer sequences are refused: each example holds as many numbers.
 MOST_CHARACTERS = 10_000
 
 Tokens = npt.NDArray[np.int64]

@@ -32,7 +32,7 @@ MISSING = (
     *("-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN", "NULL", "null"),
 )
 
-# What is no name of a class.
+# Marks of a missing value; none is the name of a class.
 MARKS = ("?", "-", "--", ".", "*")
 
 # Texts of a feature become a column of zeros and ones each. A few may all be different;
@@ -248,22 +248,22 @@ def read_table(
     frame = frame.drop(columns=[name for name in drop if name in frame.columns])
     if not len(frame.columns):
         raise DataError(f"{path}: drop leaves no column. Leave fewer out.")
-    holes = _Holes(frame)
-    if holes.missing.any() and drop_missing:
-        frame = _restored(frame[~holes.missing].copy(), holes.counts)
+    gaps = _Gaps(frame)
+    if gaps.missing.any() and drop_missing:
+        frame = _restored(frame[~gaps.missing].copy(), gaps.counts)
         if frame.empty:
             raise DataError(
                 f"{path}: drop-missing leaves no row: each has a missing value. Leave "
                 "columns out instead, with drop."
             )
-        holes = _Holes(frame)
+        gaps = _Gaps(frame)
     return replace(
         table,
-        frame=frame if holes.missing.any() else _settled(table, frame, dtype),
+        frame=frame if gaps.missing.any() else _settled(table, frame, dtype),
         dropped=tuple(drop),
         dropped_rows=len(table) - len(frame),
-        missing=holes.counts,
-        fault=_hole(table, frame, holes, form) if holes.counts else None,
+        missing=gaps.counts,
+        fault=_gap(table, frame, gaps, form) if gaps.counts else None,
     )
 
 
@@ -408,7 +408,7 @@ def _quoted(text: str) -> str:
 # --------------------------------------------------------------- cells without a value
 
 
-class _Holes:
+class _Gaps:
     """Where a table has no finite value: missing cells, and infinite ones."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
@@ -439,12 +439,15 @@ def _restored(frame: pd.DataFrame, missed: Iterable[str]) -> pd.DataFrame:
     return frame
 
 
-def _hole(
-    table: Table, frame: pd.DataFrame, holes: _Holes, form: Mapping[str, Any]
+def _gap(
+    table: Table,
+    frame: pd.DataFrame,
+    gaps: _Gaps,
+    form: Mapping[str, Any],
 ) -> str:
     """Say where the first cell without a value is, and what to do."""
-    assert holes.first is not None
-    row, column = holes.first
+    assert gaps.first is not None
+    row, column = gaps.first
     name, place = frame.columns[column], int(frame.index[row])
     if not pd.isna(frame[name].iloc[row]):
         cell, remedy = "an infinite number", "Give finite numbers."
@@ -467,7 +470,7 @@ def _hole(
             remedy += " Where it is a value like others, set na-values = []."
     return (
         f"{table.path}: column '{name}' has no finite value in data row {place + 1}: "
-        f"{cell} ({sum(holes.counts.values())} such places in all). {remedy}"
+        f"{cell} ({sum(gaps.counts.values())} such places in all). {remedy}"
     )
 
 

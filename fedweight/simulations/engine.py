@@ -173,12 +173,12 @@ def check_local(
     """Refuse, for the local engine, what only Ray has; ``table`` has the keys."""
     if engine != "local":
         return
-    only_rays = {
+    of_ray = {
         "workers": workers,
         "gpus_per_worker": gpus_per_worker,
         "address": address,
     }
-    for name, value in only_rays.items():
+    for name, value in of_ray.items():
         if value:
             key = f"{table}.{name.replace('_', '-')}" if table else name
             raise ConfigurationError(

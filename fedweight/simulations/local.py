@@ -18,6 +18,7 @@ from .. import keys
 from ..cohort import Answers, Cohort, Gathered, Replies, Reply
 from ..errors import check_range
 from ..threads import as_in_a_new_thread, num_cores, one_thread
+from .allocator import keep_freed_memory
 from .grid import (
     RunConfig,
     SimulationGrid,
@@ -26,7 +27,6 @@ from .grid import (
     make_context,
     usable_plan,
 )
-from .memory import keep_freed_memory
 from .plan import Plan, sizes_of
 
 T = TypeVar("T")

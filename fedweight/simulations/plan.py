@@ -103,4 +103,7 @@ class Plan:
 def sizes_of(client_app: Any, clients: Sequence[int]) -> list[int] | None:
     """Return how many examples some clients have, where the app knows."""
     sizes = getattr(client_app, "sizes", None)
+    if isinstance(sizes, np.ndarray):
+        found: list[int] = sizes[np.asarray(clients, np.int64)].tolist()
+        return found
     return None if sizes is None else [int(sizes[client]) for client in clients]

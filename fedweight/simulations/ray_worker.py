@@ -21,8 +21,8 @@ from ..cohort import Cohort, Reply
 from ..local_models import ModelSum
 from ..parameters import FlatModel, Integers, Layout, as_tensor
 from ..updates import Rows
+from .allocator import keep_freed_memory
 from .grid import FIRST_NODE, RunConfig, execute, make_context
-from .memory import keep_freed_memory
 
 # Where a row lies: in which of the objects that were sent along, and where in it.
 Place = tuple[int, int]

@@ -59,14 +59,11 @@ def check_trained(size: float, known: Mapping[str, float]) -> None:
     """
     examples = known.get(keys.NUM_EXAMPLES)
     if size == 0 or examples == 0:
-        raise Unfit("dropped", NO_EXAMPLES)
+        raise Unfit("dropped", keys.NO_EXAMPLES)
     if known.get(keys.NUM_STEPS) == 0:
         several = "s" * (examples != 1)
         has = "" if examples is None else f" on its {examples:g} example{several}"
         raise Unfit("dropped", f"the model could not train{has}")
-
-
-NO_EXAMPLES = "it has no examples"
 
 
 def check_model(reply: Reply, arrays_key: str) -> None:

@@ -35,11 +35,10 @@ from ..errors import AggregationError, ConfigurationError, check_range
 from ..local_models import LocalModels, middle
 from ..parameters import FlatModel, FlatRecord, Layout, flatten, is_finite
 from ..rng import Purpose, generator
-from ..texts import TRACEBACK_LENGTH, cause, clients_called, plain_lines
+from ..texts import TRACEBACK_LENGTH, cause, clients_called, plain_lines, shown
 from ..threads import one_thread
 from ..updates import Accumulate, Updates
 from .admission import (
-    NO_EXAMPLES,
     Unfit,
     check_asked,
     check_model,
@@ -49,7 +48,13 @@ from .admission import (
     update_norm,
 )
 from .known_errors import KnownErrors
-from .reported import Good, mean_metrics, recorded_metrics, sort_metrics
+from .reported import (
+    Good,
+    OwnMetrics,
+    mean_metrics,
+    recorded_metrics,
+    sort_metrics,
+)
 from .round import TIMES_MEDIAN, ClientRecord, Round, RoundRecord, Status
 from .server_optimizers import ServerOptimizer
 from .weights import cap, effective_clients
@@ -211,6 +216,7 @@ class WeightingStrategy(Strategy):
         self._not_asked: list[int] = []
         self._without_examples: set[int] = set()
         self._errors = KnownErrors()
+        self._own_metrics = OwnMetrics()
         self._name_of: Callable[[int], str] = str
         self._cohort: Cohort | None = None
         self._outermost = False
@@ -424,6 +430,7 @@ class WeightingStrategy(Strategy):
             record.status, record.reason = "ok", ""
             return None, None
         good, models = self._sort(server_round, replies, record)
+        chosen = self._own_metrics.limit(record.clients)
         good = self._short_enough(good, models, record)
         self._errors.tell(server_round, record.clients)
         if len(good) < self.min_replies:
@@ -432,18 +439,18 @@ class WeightingStrategy(Strategy):
         try:
             round = self._round(server_round, good, models)
             parameters = self.aggregate(round)
-            for place in round.still:
-                parameters[place] = self._model.parameters[place]
-            self._check(round, parameters)
+            round.keep_still(parameters)
+            self._check_weights(round)
+            self._check_values(round, parameters)
             if self.server_optimizer is not None:
                 before = self._model.parameters.to(parameters.dtype)
                 parameters = before + self.server_optimizer.step(parameters - before)
-                self._check(round, parameters)
+                self._check_values(round, parameters)
             model = self._next_model(parameters, round, good, models)
         except AggregationError as error:
             self.load_state(saved)  # A failed round leaves the method as it was.
             return self._fail(record, str(error))
-        metrics = self._metrics(good, self.train_metrics_aggr_fn)
+        metrics = self._metrics(good, chosen, self.train_metrics_aggr_fn)
         record.status, record.reason = "ok", ""
         record.metrics |= recorded_metrics(metrics)
         self._record(record, round)
@@ -487,11 +494,14 @@ class WeightingStrategy(Strategy):
     ) -> MetricRecord | None:
         """Average the clients' evaluation metrics by data size; record them."""
         record = self.history[-1] if self.history else RoundRecord(server_round)
-        entries = {c.client: c for c in record.clients}
+        entries: dict[int, ClientRecord] = {}
+        for row in record.clients:  # Of a client that replied twice, the first.
+            entries.setdefault(row.client, row)
         nbytes = self._model.layout.num_bytes if self._model else 0
         answered = set()
-        good = []
+        good: list[Good] = []
         bad = []
+        with_own = []
         anybody = not self._asked
         for client, sent, reply in self._read(replies)[0]:
             entry = entries.get(client)
@@ -519,13 +529,18 @@ class WeightingStrategy(Strategy):
             good.append(Good(client, reply, size, known, own))
             entry.metrics |= {f"evaluate-{name}": known[name] for name in known}
             if own:
-                named = {f"evaluate-{name}": own[name] for name in own}
-                entry.own_metrics = {**entry.own_metrics, **named}
+                evaluated = ClientRecord(client, "evaluated", own_metrics=own)
+                with_own.append((entry, evaluated))
         record.clients.sort(key=lambda c: c.client)
         self._errors.tell(server_round, bad)
+        chosen = self._own_metrics.limit(evaluated for _, evaluated in with_own)
+        for entry, evaluated in with_own:
+            own = evaluated.own_metrics
+            named = {f"evaluate-{name}": own[name] for name in own}
+            entry.own_metrics = {**entry.own_metrics, **named}
         if not good:
             return None
-        result = self._metrics(good, self.evaluate_metrics_aggr_fn)
+        result = self._metrics(good, chosen, self.evaluate_metrics_aggr_fn)
         record.metrics |= recorded_metrics(result, "evaluate-")
         return result
 
@@ -653,11 +668,13 @@ class WeightingStrategy(Strategy):
         assert self._model is not None
         nbytes = self._model.layout.num_bytes
         anybody = not (self._asked or self._not_asked)
-        entries = {c: self._entry(c, "dropped", NO_EXAMPLES) for c in self._not_asked}
+        entries = {
+            c: self._entry(c, "dropped", keys.NO_EXAMPLES) for c in self._not_asked
+        }
         record.clients += entries.values()
         good: dict[int, Good] = {}
         lengths: dict[int, float] = {}
-        answered = set(self._not_asked)
+        answered: set[int] = set()
         read, models = self._read(replies)
         arrived = models is None  # As messages, perhaps from another machine.
         for client, sent, reply in read:
@@ -665,10 +682,10 @@ class WeightingStrategy(Strategy):
             record.clients.append(entry)
             entry.bytes_down = nbytes if sent else 0
             try:
-                if client in answered:
-                    raise AggregationError("it replied twice")
                 if sent is None and not anybody:
                     raise AggregationError("it was not asked")
+                if client in answered:
+                    raise AggregationError("it replied twice")
                 answered.add(client)
                 if isinstance(reply, AggregationError):
                     raise reply
@@ -683,9 +700,9 @@ class WeightingStrategy(Strategy):
                 entry.status, entry.reason = error.status, _reason(error)
             except AggregationError as error:
                 entry.status, entry.reason = "rejected", _reason(error)
-            if entry.reason == NO_EXAMPLES:
+            if entry.reason == keys.NO_EXAMPLES:
                 self._without_examples.add(client)
-        for client, reason in self.screen(list(good)).items():
+        for client, reason in self._screened(list(good)).items():
             entries[client].status, entries[client].reason = "rejected", reason
             del good[client]
         for client, times in far_longer(lengths).items():
@@ -724,7 +741,7 @@ class WeightingStrategy(Strategy):
         check_asked(reply, sent.asks)
         self._received(sent.client, reply)
         if not self.keeps(round, sent.client, sent.straggler):
-            raise Unfit("dropped", "straggler")
+            raise Unfit("dropped", keys.STRAGGLER)
         return Good(sent.client, reply, size, known, own)
 
     def _received(self, client: int, reply: Reply) -> None:
@@ -739,6 +756,19 @@ class WeightingStrategy(Strategy):
                 f"{type(self).__name__}.receive cannot take it: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    def _screened(self, clients: list[int]) -> Mapping[int, str]:
+        """Let the method look at all replies; those that it names are rejected."""
+        try:
+            odd = self.screen(clients)
+            return {client: str(odd[client]) for client in clients if client in odd}
+        except Exception as error:
+            log.debug("screen", exc_info=True)
+            why = (
+                f"{type(self).__name__}.screen cannot take the replies: "
+                f"{type(error).__name__}: {error}"
+            )
+            return dict.fromkeys(clients, why)
 
     def _entry(self, client: int, status: Status, reason: str = "") -> ClientRecord:
         if self._name_of is str:
@@ -766,11 +796,11 @@ class WeightingStrategy(Strategy):
         return [one for one in good if entries[one.client].status == "ok"]
 
     def _too_few(self, good: list[Good], record: RoundRecord) -> str:
-        if all(c.reason == NO_EXAMPLES for c in record.clients) and record.clients:
+        if all(c.reason == keys.NO_EXAMPLES for c in record.clients) and record.clients:
             return f"none of the {len(record.clients)} clients drawn has examples"
-        asked = len(record.clients) - len(self._not_asked)
+        asked = {c.client for c in record.clients if c.bytes_down}
         return (
-            f"{len(good)} good replies of {asked} clients asked, "
+            f"{len(good)} good replies of {len(asked)} clients asked, "
             f"min_replies is {self.min_replies}"
         )
 
@@ -797,8 +827,8 @@ class WeightingStrategy(Strategy):
             threads=self.threads,
         )
 
-    def _check(self, round: Round, parameters: Tensor) -> None:
-        """Refuse weights and models that are not finite or do not fit."""
+    def _check_weights(self, round: Round) -> None:
+        """Refuse weights that are not finite, all 0, or not one for each client."""
         name = type(self).__name__
         weights = round.logged_clients.get("weight")
         if weights is None:
@@ -813,10 +843,13 @@ class WeightingStrategy(Strategy):
             )
         if not weights.any():
             raise AggregationError(f"{name} gave every client the weight 0")
+
+    def _check_values(self, round: Round, parameters: Tensor) -> None:
+        """Refuse a model from which training cannot start."""
         largest = _largest(parameters)
         if not math.isfinite(largest):
             raise AggregationError("the aggregated model has NaN or infinite values")
-        if largest > max(LARGEST_VALUE, _largest(round.model.parameters)):
+        if largest > LARGEST_VALUE and largest > _largest(round.model.parameters):
             raise AggregationError(
                 f"the aggregated model has values of up to {largest:.3g}, from which "
                 f"training cannot start (at most {LARGEST_VALUE:.3g})"
@@ -878,20 +911,25 @@ class WeightingStrategy(Strategy):
         )
         return None, None
 
-    def _metrics(self, good: list[Good], custom: MetricsFn | None) -> MetricRecord:
+    def _metrics(
+        self, good: list[Good], chosen: Collection[str], custom: MetricsFn | None
+    ) -> MetricRecord:
         """Make the round's metrics of the clients'.
 
         A function of the user's is given what clients report, which may be anything:
         an error of it costs the round its metrics, and not the run.
         """
         if custom is None:
-            return mean_metrics(good, self.weighted_by_key)
+            return mean_metrics(good, self.weighted_by_key, chosen)
         contents = [
             RecordDict({keys.METRICS: MetricRecord(dict(one.reply.metrics))})
             for one in good
         ]
         try:
-            return custom(contents, self.weighted_by_key)
+            made = custom(contents, self.weighted_by_key)
+            if not isinstance(made, MetricRecord):
+                raise TypeError(f"it returned {shown(made)}, and not a MetricRecord")
+            return made
         except Exception as error:
             name = getattr(custom, "__name__", str(custom))
             log.exception(
@@ -910,7 +948,8 @@ def _largest(values: Tensor) -> float:
     """Return the largest absolute value; NaN if there is one, 0 if there is none."""
     if not values.numel():
         return 0.0
-    return float(torch.linalg.vector_norm(values, math.inf))
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high))
 
 
 def _shortened(values: Tensor, most: int = 5) -> str:

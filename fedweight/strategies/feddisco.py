@@ -120,12 +120,15 @@ class FedDisco(WeightingStrategy):
 
     def screen(self, clients: Sequence[int]) -> Mapping[int, str]:
         """Reject counts of another length than most clients', if C was not told."""
+        if self.num_classes is not None or self.target is not None:
+            return {}
         lengths = Counter(map(len, self.label_counts.values()))
         if len(lengths) <= 1:
             return {}
-        (classes, most), (_, next_most) = lengths.most_common(2)
+        (classes, most), (other, next_most) = lengths.most_common(2)
         if most == next_most:
-            why = f"as many clients count {min(lengths)} classes as {max(lengths)}"
+            few, many = sorted([classes, other])
+            why = f"as many clients count {few} classes as {many}"
             why += "; tell FedDisco num_classes"
             odd = dict.fromkeys(clients, why)
         else:

@@ -209,8 +209,7 @@ class FedLAW(WeightingStrategy):
         """Return ``gamma * sum_k weights_k w_k``; what nobody changed stays."""
         origin = round.model.parameters
         model = round.updates.combine(weights).add_(origin).mul_(gamma)
-        for place in round.still:
-            model[place] = origin[place]
+        round.keep_still(model)
         return model
 
     def aggregate_buffers(self, round: Round, buffers: Updates) -> Tensor:
@@ -280,8 +279,7 @@ class FedLAW(WeightingStrategy):
         weights, gamma = split(x, self.form)
         mean = round.updates.combine(weights).add_(round.model.parameters)
         self._module.parameters.copy_(mean).mul_(gamma)
-        for place in round.still:
-            self._module.parameters[place] = round.model.parameters[place]
+        round.keep_still(self._module.parameters)
         self._module.gradients.zero_()
         loss = self._cross_entropy(batch)
         loss.backward()  # type: ignore[no-untyped-call]

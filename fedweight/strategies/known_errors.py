@@ -19,6 +19,7 @@ class KnownErrors:
 
     def __init__(self) -> None:
         self._known: set[tuple[str, str]] = set()
+        self._told_the_rest = False
 
     def tell(self, round: int, entries: Iterable[ClientRecord]) -> None:
         """Log the errors of a round that are new, with the clients they happened to."""
@@ -29,12 +30,13 @@ class KnownErrors:
                 name = entry.name or str(entry.client)
                 found.setdefault(one, {})[entry.client] = name
         for error, names in found.items():
-            if error in self._known or len(self._known) > MOST:
+            if error in self._known or self._told_the_rest:
+                continue
+            if len(self._known) == MOST:
+                self._told_the_rest = True
+                log.warning("further errors are not shown; the record has them")
                 continue
             self._known.add(error)
-            if len(self._known) > MOST:
-                log.warning("further errors are not shown; the record has them")
-                return
             status, reason = error
             whose = clients_called([*names], names.__getitem__)
             log.warning("round %d: %s %s: %s", round, whose, status, reason)

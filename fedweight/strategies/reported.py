@@ -7,9 +7,10 @@ have ranges; all others are kept apart as the client's own, and there are not ma
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,8 @@ from flwr.app import MetricRecord
 
 from .. import keys
 from ..cohort import Reply
-from ..texts import plain
-from .round import NOTHING
+from ..texts import NAME_LENGTH, listed, plain
+from .round import NOTHING, ClientRecord
 
 # The metrics that the server knows by name, and between which values they lie.
 RANGES: dict[str, tuple[float, float]] = {
@@ -36,9 +37,10 @@ RANGES: dict[str, tuple[float, float]] = {
 # Sizes beyond this are scaled before they are added up.
 LARGE = 1e300
 
-# So many metrics of its own may a client report, with names of so many characters.
+log = logging.getLogger("fedweight")
+
+# So many metrics of their own may clients report in a run, each client in a reply.
 OWN_METRICS = 32
-NAME_LENGTH = 64
 
 
 class Good(NamedTuple):
@@ -99,7 +101,45 @@ def sort_metrics(
     return known, {plain(name, NAME_LENGTH): own[name] for name in names}
 
 
-def mean_metrics(good: Sequence[Good], key: str) -> MetricRecord:
+class OwnMetrics:
+    """The clients' own metrics that are recorded: :data:`OWN_METRICS` in a run.
+
+    Those come first that more clients of a round report, then those that the alphabet
+    has first; what is recorded once is recorded in all later rounds.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._told = False
+
+    def limit(self, reported: Iterable[ClientRecord]) -> set[str]:
+        """Leave those in clients' records, and return the names of all of a run.
+
+        The records are those of a round, with what has been reported since the last.
+        """
+        some = [entry for entry in reported if entry.own_metrics]
+        counts = Counter(name for entry in some for name in entry.own_metrics)
+        new = [name for name in counts if name not in self._names]
+        new.sort(key=lambda name: (-counts[name], name))
+        left = OWN_METRICS - len(self._names)
+        self._names.update(new[:left])
+        if new[left:] and not self._told:
+            self._told = True
+            log.warning(
+                "clients report more than %d metrics of their own; %s and whatever "
+                "else is new is not recorded",
+                OWN_METRICS,
+                listed(new[left:], most=2),
+            )
+        for entry in some:
+            own = entry.own_metrics
+            entry.own_metrics = {name: own[name] for name in own if name in self._names}
+        return self._names
+
+
+def mean_metrics(
+    good: Sequence[Good], key: str, chosen: Collection[str] = ()
+) -> MetricRecord:
     """Average each metric by data size over the clients that report a finite number.
 
     Parameters
@@ -108,12 +148,14 @@ def mean_metrics(good: Sequence[Good], key: str) -> MetricRecord:
         The clients.
     key : str
         The metric that says how much data a client has, which is left out.
+    chosen : Collection[str]
+        Which of the clients' own are averaged, too. One that has a name that the
+        server knows, but a value out of its range, never is.
     """
     names = dict.fromkeys(name for one in good for name in one.known)
     names.pop(key, None)
-    own = Counter(n for one in good for n in one.own if math.isfinite(one.own[n]))
-    del own[key]
-    others = sorted(own, key=lambda name: (-own[name], name))[:OWN_METRICS]
+    own = {name for one in good for name in one.own}
+    others = sorted(own.intersection(chosen) - RANGES.keys() - {key})
     columns = [[one.known.get(name, math.nan) for one in good] for name in names]
     columns += [[one.own.get(name, math.nan) for one in good] for name in others]
     values = np.array(columns).reshape(len(columns), len(good))

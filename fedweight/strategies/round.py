@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import keys
 from ..errors import AggregationError, ConfigurationError, closest
 from ..parameters import FlatModel
+from ..texts import listed
 from ..updates import Updates
 from .weights import size_weights
 
@@ -92,6 +93,11 @@ class Round:
             slice(*place) for place, c in zip(places, changed, strict=True) if not c
         ]
 
+    def keep_still(self, parameters: Tensor) -> None:
+        """Put back, in ``[P]``, the tensors that no client changed."""
+        for place in self.still:
+            parameters[place] = self.model.parameters[place]
+
     def metric(self, name: str) -> Tensor:
         """Return one reported scalar of every client, ``[K]``, float64.
 
@@ -111,11 +117,11 @@ class Round:
         ]
         if len(without) == self.num_clients:
             near = closest(name, (*REPORTED, *REQUESTED))
-            there_are = sorted({key for m in self.metrics for key in m})[:20]
+            reported = sorted({key for m in self.metrics for key in m})
             raise ConfigurationError(
                 f"round.metric('{name}'): no client reports it.{near} They report "
-                f"{', '.join(there_are) or 'nothing'}; a strategy's `request` may name "
-                f"{', '.join(REQUESTED)}, or what your own ClientApp knows."
+                f"{listed(reported, most=20) or 'nothing'}; a strategy's `request` may "
+                f"name {', '.join(REQUESTED)}, or what your own ClientApp knows."
             )
         if without:
             raise AggregationError(
@@ -153,13 +159,19 @@ class Round:
         Raises
         ------
         ConfigurationError
-            If the record uses the name for something else.
+            If the record uses the name for something else, or a vector is not one
+            number for each client.
         """
         if name.replace("_", "-") in TAKEN or name.startswith(TAKEN_PREFIXES):
             raise ConfigurationError(
                 f"round.log: the record uses the name '{name}' itself. Choose another."
             )
         if isinstance(value, Tensor) and value.ndim == 1:
+            if len(value) != self.num_clients and name != "weight":
+                raise ConfigurationError(
+                    f"round.log('{name}'): {len(value)} values for {self.num_clients} "
+                    "clients. Give one each, or one number."
+                )
             self.logged_clients[name] = value.detach().double()
         else:
             self.logged[name] = float(value)

@@ -45,6 +45,11 @@ def cap(weights: Tensor, most: float) -> Tensor:
         In (0, 1]. What is cut goes to the others in proportion; with ``1 / K`` or less
         all weights become equal, and 1 changes nothing.
 
+    Raises
+    ------
+    AggregationError
+        If a weight is below 0.
+
     Examples
     --------
     >>> cap(torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64), 0.5).tolist()
@@ -54,6 +59,10 @@ def cap(weights: Tensor, most: float) -> Tensor:
     """
     if most >= 1:
         return weights
+    if (weights < 0).any():
+        raise AggregationError(
+            f"max_share needs weights of 0 or more, got {float(weights.min()):.4g}"
+        )
     k = len(weights)
     total = weights.sum(0)
     if most * k <= 1:

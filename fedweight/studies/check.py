@@ -30,7 +30,7 @@ from ..data.files import (
 from ..data.schema import Schema
 from ..data.tables import Reading, is_numeric
 from ..errors import ConfigurationError, DataError, FedweightError
-from ..options import options_of, parse_setting, resolve_options, toml_value
+from ..options import kebab, options_of, parse_setting, resolve_options, toml_value
 from ..paths import clean_path, readable_file
 from ..texts import listed
 from .folder import write_whole
@@ -175,7 +175,7 @@ def _of_data(
                 f"a data file is read by the keys of [data], got '{table}.{key}'. "
                 "Check a simulation file for the others."
             )
-        if key not in NOT_OF_A_FILE:
+        if kebab(key) not in NOT_OF_A_FILE:
             yield key, toml_value(f"data.{key}", value)
 
 
@@ -276,19 +276,9 @@ def _check_site(
     if write_schema is not None:
         path = clean_path("--write-schema", write_schema)
         written = Schema(found.source, found.label, classes, found.columns, found.shape)
-        _write(path, written.write() + "\n")
+        write_whole(path, written.write() + "\n")
         checked.facts["schema"] = str(path)
     return checked
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be written: {error.strerror}. Choose another place with "
-            "--write-schema."
-        ) from None
 
 
 def _source(file: str | Path | None, options: Mapping[str, Any]) -> Source:

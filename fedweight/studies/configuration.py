@@ -33,7 +33,7 @@ from ..options import (
     split_key,
     toml_value,
 )
-from ..paths import absolute, clean_path, why_unreadable
+from ..paths import NOT_THERE, absolute, clean_path, why_unreadable
 from ..registry import Registry
 from ..simulations import ENGINES
 from ..strategies import STRATEGIES
@@ -351,7 +351,7 @@ def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def _replace(table: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Change keys of a table, however a hyphen in them is written."""
+    """Change keys of a table, where ``a-b`` and ``a_b`` are the same key."""
     for key, value in changes.items():
         for before in [k for k in table if kebab(k) == kebab(key)]:
             del table[before]
@@ -384,7 +384,7 @@ def _make_paths_whole(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     reason = why_unreadable(path)
-    if reason == "it does not exist":
+    if reason == NOT_THERE:
         raise ConfigurationError(
             f"there is no simulation file '{path}'. Those that come with fedweight "
             "are in simulations/."

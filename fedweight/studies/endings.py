@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import pandas as pd
 
-from ..texts import cause, listed, plain, rounds_listed
+from .. import keys
+from ..texts import cause, plain, rounds_listed
 from .result import BAD_REPLIES, Run
 
 LINE_LENGTH = 400  # characters of a line
@@ -26,7 +27,8 @@ EXPLODED = 1000  # times the lowest loss so far
 NOT_SMALL = 0.1  # of the first loss: what is less is no explosion, whatever came before
 ROUNDS_TO_LEARN = 10  # after so many an accuracy should be above chance
 DOMINANT = 0.5  # share of a round's weight
-DOMINANT_ROUNDS = 3  # in so many rounds, of as many clients or more
+DOMINANT_ROUNDS = 3  # in so many rounds
+DOMINANT_AMONG = 3  # of so many clients or more
 
 
 def warnings_of(run: Run) -> list[str]:
@@ -61,25 +63,20 @@ def warnings_of(run: Run) -> list[str]:
 def _asked(run: Run) -> pd.DataFrame:
     """Return the rows of clients that were asked to train, in the rounds' order.
 
-    ``lost`` says which of them are not in the model, other than for want of data, and
-    ``why`` what went wrong.
+    ``lost`` says which of them are not in the model though they have data and time,
+    and ``why`` what went wrong.
     """
     rows = run.clients[run.clients["status"] != "evaluated"]
     rows = rows.sort_values("round", kind="stable")
     reasons = rows["reason"] if "reason" in rows else pd.Series("", rows.index)
-    empty = [client for client, size in _sizes(run).items() if size == 0]
-    no_data = rows["client"].isin(empty) | reasons.str.contains(_NO_DATA, na=False)
-    if "examples" in rows:
-        no_data |= (rows["examples"] == 0).fillna(False).astype(bool)
-    dropped = (rows["status"] == "dropped") & ~no_data
+    dropped = (rows["status"] == "dropped") & ~reasons.isin(
+        [keys.NO_EXAMPLES, keys.STRAGGLER]
+    )
     pairs = zip(rows["status"], reasons, strict=True)
     return rows.assign(
         lost=rows["status"].isin(BAD_REPLIES) | dropped,
         why=[_why(status, reason) for status, reason in pairs],
     )
-
-
-_NO_DATA = re.compile(r"\b(?:no|without|0) (?:training )?(?:data|examples)\b")
 
 
 @lru_cache(maxsize=1024)
@@ -122,13 +119,13 @@ def _always_failed(run: Run, asked: pd.DataFrame) -> Iterator[str]:
         few, many = times[clients].min(), times[clients].max()
         count = f"{many}" if few == many else f"{few} to {many}"
         yield (
-            f"{_named(run, clients)} failed in every round {_they(clients)} asked "
+            f"{run.called(clients)} failed in every round {_they(clients)} asked "
             f"({count} round{'s' if many > 1 else ''}): {group['why'].iloc[-1]}"
         )
     others = [c for group in groups[MOST_REASONS:] for c in group["client"].tolist()]
     if others:
         yield (
-            f"{_named(run, others)} failed in every round {_they(others)} asked, for "
+            f"{run.called(others)} failed in every round {_they(others)} asked, for "
             "other reasons; clients.csv has them"
         )
 
@@ -145,7 +142,7 @@ def _never_evaluated(run: Run) -> Iterator[str]:
     if clients:
         failed = rows[rows["failed"] & rows["client"].isin(clients)]
         reason = _EVALUATION.split(failed["reason"].iloc[-1])[-1]
-        yield f"every evaluation of {_named(run, clients)} failed: {cause(reason)}"
+        yield f"every evaluation of {run.called(clients)} failed: {cause(reason)}"
 
 
 _EVALUATION = re.compile("evaluation failed: ")
@@ -169,7 +166,7 @@ def _never_asked(run: Run, asked: pd.DataFrame) -> Iterator[str]:
         return  # The strategy chooses: who was not asked yet may be asked later.
     never = sorted(set(there) - took_part)
     if never:
-        yield f"{_named(run, never)} never took part: {what}, but asked in no round"
+        yield f"{run.called(never)} never took part: {what}, but asked in no round"
 
 
 def _many_failed(asked: pd.DataFrame) -> Iterator[str]:
@@ -237,16 +234,16 @@ def _clients_losses(run: Run, asked: pd.DataFrame) -> Iterator[str]:
     grown = _exploded(rows, float(first["train_loss"].mean()))
     if len(grown):
         clients = sorted(set(grown["client"].tolist()))
-        whose = run.name_of(_worst(grown)["client"]) if clients[1:] else ""
+        whose = run.called([int(_worst(grown)["client"])]) if clients[1:] else ""
         yield (
-            f"the training loss of {_named(run, clients)} {_growth(grown)}"
-            f"{f' (client {whose})' if whose else ''}"
+            f"the training loss of {run.called(clients)} {_growth(grown)}"
+            f"{f'; that was {whose}' if whose else ''}"
         )
     lost = _became_nan(rows)
     if len(lost):
         clients = sorted(set(lost["client"].tolist()))
         yield (
-            f"the training loss of {_named(run, clients)} became NaN in "
+            f"the training loss of {run.called(clients)} became NaN in "
             f"{rounds_listed(lost['round'].tolist())}"
         )
 
@@ -323,12 +320,13 @@ def _dominant(run: Run, asked: pd.DataFrame) -> Iterator[str]:
     weight = rows["weight"].abs()
     by_round = weight.groupby(rows["round"])
     rows = rows.assign(share=weight / by_round.transform("sum"))
-    rows = rows[by_round.transform("size") >= DOMINANT_ROUNDS]
+    rows = rows[by_round.transform("size") >= DOMINANT_AMONG]
     ruled = rows[rows["share"] > DOMINANT]
-    for client, theirs in ruled.groupby("client"):
+    for client in sorted(set(ruled["client"].tolist())):
+        theirs = ruled[ruled["client"] == client]
         if len(theirs) >= DOMINANT_ROUNDS:
             yield (
-                f"{_named(run, [client])} had more than half of the weight in "
+                f"{run.called([client])} had more than half of the weight in "
                 f"{len(theirs)} of {rows['round'].nunique()} rounds, up to "
                 f"{theirs['share'].max():.0%}"
             )
@@ -341,7 +339,7 @@ def _huge_updates(run: Run, asked: pd.DataFrame) -> Iterator[str]:
     huge = asked.dropna(subset=["update_times_median"])
     if len(huge):
         yield (
-            f"the update of {_named(run, sorted(set(huge['client'].tolist())))} was up "
+            f"the update of {run.called(sorted(set(huge['client'].tolist())))} was up "
             f"to {huge['update_times_median'].max():,.0f} times as long as the median "
             f"({rounds_listed(huge['round'].tolist())})"
         )
@@ -359,11 +357,6 @@ def _notes(run: Run) -> list[str]:
 def _data(run: Run) -> Mapping[str, Any]:
     data = run.environment.get("data")
     return data if isinstance(data, Mapping) else {}
-
-
-def _named(run: Run, clients: Iterable[Any]) -> str:
-    names = [run.name_of(client) for client in clients]
-    return f"client{'s' if len(names) > 1 else ''} {listed(names)}"
 
 
 def _they(clients: list[int]) -> str:

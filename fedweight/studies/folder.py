@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import logging
 import math
@@ -260,9 +261,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Make room, or name "
-            "another folder; what was written before is whole."
+            f"{path} cannot be written: {error.strerror or error}. "
+            f"{'Make room, or name' if full else 'Name'} another folder; what was "
+            "written before is whole."
         ) from error
     finally:
         with contextlib.suppress(OSError):

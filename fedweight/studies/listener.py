@@ -11,7 +11,7 @@ from .._flower import NO_REPLY, reason_of
 from ..parameters import FlatRecord
 from ..strategies import ClientRecord, RoundRecord
 from ..strategies.known_errors import KnownErrors
-from ..strategies.reported import sort_metrics
+from ..strategies.reported import OwnMetrics, sort_metrics
 from ..strategies.round import Status
 from ..texts import TRACEBACK_LENGTH, plain_lines
 
@@ -40,6 +40,7 @@ class Listener:
         self.name_of = name_of
         self._asked: list[Message] = []
         self._errors = KnownErrors()
+        self._own_metrics = OwnMetrics()
 
     def asks(self, configure: Callable[..., Iterable[Message]]) -> Any:
         """Return ``configure_train`` that notes whom it asks."""
@@ -58,6 +59,7 @@ class Listener:
             record = RoundRecord(server_round)
             self.records.append(record)
             record.clients = self._entries(answers)
+            self._own_metrics.limit(record.clients)
             self._errors.tell(server_round, record.clients)
             result = aggregate(server_round, answers)
             if result[0] is None:
@@ -108,7 +110,8 @@ def _num_bytes(message: Message) -> int:
     """Return how many bytes the models in a message take."""
     found = 0
     for record in message.content.array_records.values():
-        flat = record.flat if isinstance(record, FlatRecord) else None
-        sizes = (len(array.data) for array in record.values()) if flat is None else ()
-        found += sum(sizes) if flat is None else flat.layout.num_bytes
+        if isinstance(record, FlatRecord) and record.flat is not None:
+            found += record.flat.layout.num_bytes
+        else:
+            found += sum(len(array.data) for array in record.values())
     return found

@@ -319,7 +319,7 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
         named.append(index)
         above = weight[index] > share[index]
         ax.annotate(
-            f"client {_shortened(run.name_of(clients[index]))}",
+            _shortened(run.called([clients[index]])),
             (share[index], weight[index]),
             xytext=(-5, 3) if above else (5, -3),
             textcoords="offset points",

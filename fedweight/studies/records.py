@@ -16,11 +16,12 @@ from ..strategies import ClientRecord, RoundRecord
 from ..texts import (
     NAME_LENGTH,
     REASON_LENGTH,
-    anybodys,
-    listed,
+    TRACEBACK_LENGTH,
+    clients_called,
     plain,
     plain_lines,
     rounds_listed,
+    without_client,
 )
 from .columns import CLIENT_NAMES, COUNTS
 from .folder import write_whole
@@ -113,8 +114,7 @@ class ErrorLog:
         The file; there is none until there is an error.
     """
 
-    MOST = 100  # different errors, and characters of each
-    LENGTH = 20_000
+    MOST = 100  # different errors
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -134,13 +134,13 @@ class ErrorLog:
         reason = client.reason.strip()
         if "\n" not in reason and len(reason) <= REASON_LENGTH:
             return
-        key = anybodys(reason[: self.LENGTH])
+        key = without_client(reason[:TRACEBACK_LENGTH])
         error = self._errors.get(key)
         if error is None:
             if len(self._errors) == self.MOST:
                 self._left_out += 1
                 return
-            error = self._errors[key] = Error(plain_lines(key, self.LENGTH))
+            error = self._errors[key] = Error(plain_lines(key, TRACEBACK_LENGTH))
             self._new = True
         error.rounds.add(number)
         error.clients[client.client] = client.name or str(client.client)
@@ -161,7 +161,6 @@ class ErrorLog:
 
 
 def _told(error: Error) -> str:
-    names = [plain(error.clients[c], NAME_LENGTH) for c in sorted(error.clients)]
-    whom = f"client{'s' if len(names) > 1 else ''} {listed(names, most=20)}"
+    whom = clients_called(sorted(error.clients), error.clients.__getitem__, most=20)
     rounds = rounds_listed(error.rounds, most=20)
     return f"{error.times} x, {rounds}, {whom}:\n{error.text}\n"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..errors import DataError
-from ..texts import listed, plain
+from ..texts import plain
 from .folder import write_whole
 from .result import Run
 
@@ -300,24 +300,24 @@ def _weights_in_words(run: Run) -> str:
     number = int(run.weights_by_number.index.max())
     row = pd.Series(run.weights_by_number.loc[number]).dropna()
     some = row[row != 0].sort_values(kind="stable")
-    without = [escape(run.name_of(int(client))) for client in row[row == 0].index]
-    zero = (
-        f"client{'s' if len(without) > 1 else ''} {listed(without)} had a weight of 0"
-    )
+    without = [int(client) for client in row[row == 0].index]
+    zero = f"{escape(run.called(without))} had a weight of 0"
     if some.empty:
         return f"In round {number}, no client counted: {zero}."
-    names = [escape(run.name_of(int(client))) for client in some.index]
+    least_of, most_of = (
+        escape(run.called([int(client)])) for client in (some.index[0], some.index[-1])
+    )
     most, least, uniform = some.iloc[-1], some.iloc[0], 1 / len(row)
     counted = f"In round {number}, {_plural(len(some), 'client')} counted"
     if len(some) == 1:
-        said = f"In round {number}, client {names[0]} alone counted, with {most:.4g}"
+        said = f"In round {number}, {most_of} alone counted, with {most:.4g}"
     elif most - least <= 1e-6 * abs(most):
         said = f"{counted}, all alike, with a weight of {most:.4g}"
     else:
         said = (
-            f"{counted}. Client {names[-1]} counted most, with a weight of "
-            f"{most:.4g}, {most / uniform:.2f} times the uniform weight "
-            f"{uniform:.4g}; client {names[0]} least, with {least:.4g}"
+            f"{counted}: {most_of} most, with a weight of {most:.4g}, "
+            f"{most / uniform:.2f} times the uniform weight {uniform:.4g}; "
+            f"{least_of} least, with {least:.4g}"
         )
     return f"{said}; {zero}." if without else f"{said}."
 

@@ -6,7 +6,7 @@ import csv
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..errors import DataError
 from ..paths import clean_path
-from ..texts import NAME_LENGTH, plain
+from ..texts import NAME_LENGTH, clients_called, plain
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 
 if TYPE_CHECKING:
@@ -196,6 +196,15 @@ class Run:
 
         A name that several clients share is followed by their numbers.
         """
+        shared = Counter(self._own_names.values())
+        return {
+            client: f"{name} ({client})" if shared[name] > 1 else name
+            for client, name in self._own_names.items()
+        }
+
+    @cached_property
+    def _own_names(self) -> dict[int, str]:
+        """What clients call themselves, which several may do alike."""
         found: dict[int, str] = {}
         for table in ("clients", "partition"):
             if (self.folder / f"{table}.csv").is_file():
@@ -206,17 +215,18 @@ class Run:
                     )
                     pairs = zip(named["client"].tolist(), named["name"], strict=True)
                     found |= {client: name for client, name in pairs if name}
-        shown = {c: plain(name, NAME_LENGTH) for c, name in found.items()}
-        shared = Counter(shown.values())
-        return {
-            client: f"{name} ({client})" if shared[name] > 1 else name
-            for client, name in sorted(shown.items())
-            if name != str(client)
-        }
+        shown = {c: plain(name, NAME_LENGTH) for c, name in sorted(found.items())}
+        return {client: name for client, name in shown.items() if name != str(client)}
 
     def name_of(self, client: int) -> str:
         """Return what a client is called: its name, or else its number."""
         return self.names.get(client, str(client))
+
+    def called(self, clients: Sequence[int]) -> str:
+        """Return how a message calls some clients: by number, and by name if any."""
+        return clients_called(
+            clients, lambda client: self._own_names.get(client, str(client))
+        )
 
     @cached_property
     def weights(self) -> pd.DataFrame:

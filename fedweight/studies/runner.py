@@ -181,7 +181,9 @@ class Components:
             return told
         return min(1.0, torch.cuda.device_count() / (table["workers"] or 1))
 
-    def check_feasible(self, strategy: Strategy, *, simulated: bool = True) -> None:
+    def check_feasible(
+        self, strategy: Strategy, client_app: TrainingApp, *, simulated: bool = True
+    ) -> None:
         """Refuse, before anything is written, what could only fail later.
 
         Where the run is not ``simulated``, who takes part is not known before.
@@ -193,7 +195,7 @@ class Components:
                 f"training.epochs of 2 or more, got {epochs}: a straggler does fewer "
                 "epochs than the others, but at least one."
             )
-        self._check_proximal(strategy)
+        self._check_proximal(strategy, client_app)
         self._check_model()
         if simulated:
             self._check_clients(strategy)
@@ -224,9 +226,9 @@ class Components:
                     f"{clients} clients (partition.clients)."
                 )
 
-    def _check_proximal(self, strategy: Strategy) -> None:
+    @staticmethod
+    def _check_proximal(strategy: Strategy, chosen: TrainingApp) -> None:
         """Refuse a proximal term that makes local training diverge."""
-        chosen = self.client_app()
         key, mu = "strategy.proximal-mu", getattr(strategy, "proximal_mu", None)
         if mu is None and isinstance(chosen.objective, Proximal):
             key, mu = "objective.mu", chosen.objective.mu
@@ -430,7 +432,7 @@ def make_ready(
     strategy = components.strategy()
     client_app = components.client_app()
     initial = FlatRecord(FlatModule(components.make_model()).save())
-    components.check_feasible(strategy, simulated=simulated)
+    components.check_feasible(strategy, client_app, simulated=simulated)
     return strategy, client_app, initial
 
 

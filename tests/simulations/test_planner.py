@@ -12,7 +12,7 @@ from fedweight.data import ClientData, Examples
 from fedweight.errors import ConfigurationError
 from fedweight.parameters import FlatModule, FlatRecord
 from fedweight.simulations import planner
-from fedweight.simulations.memory import keep_freed_memory
+from fedweight.simulations.allocator import keep_freed_memory
 from fedweight.simulations.plan import Plan
 
 

@@ -254,7 +254,48 @@ def test_a_clients_metrics_do_not_stand_under_the_servers_names(kit):
     }
     assert record.metrics["effective-clients"] == pytest.approx(3)
     assert record.metrics["own-weight"] == 9.0
+    # The one value out of range takes no mean's place.
+    assert "train-accuracy" not in record.metrics
+    assert "own-train-accuracy" not in record.metrics
     assert "own-f1" not in record.metrics
+
+
+def test_a_function_for_the_metrics_that_returns_something_else_is_named(kit, caplog):
+    run = federation(kit, FedAvg(train_metrics_aggr_fn=lambda *_: None), [[1.0]] * 3)
+    assert run.round().status == "ok"
+    assert "a round has no metrics: <lambda> raised TypeError" in caplog.text
+
+
+def test_a_screen_that_fails_rejects_the_replies(kit):
+    class Broken(FedAvg):
+        def screen(self, clients):
+            raise KeyError("nobody")
+
+    record = federation(kit, Broken(), [[1.0]] * 3).round()
+    assert record.status == "failed"
+    assert {c.status for c in record.clients} == {"rejected"}
+    assert "Broken.screen cannot take the replies: KeyError" in record.clients[0].reason
+
+
+def test_a_screen_may_name_clients_that_are_not_there(kit):
+    class Careful(FedAvg):
+        def screen(self, clients):
+            return {1: "odd", 99: "odd"}
+
+    record = federation(kit, Careful(), [[1.0]] * 3).round()
+    assert [c.status for c in record.clients] == ["ok", "rejected", "ok"]
+
+
+def test_an_evaluation_after_a_second_reply_is_of_the_first(kit):
+    run = federation(kit, FedAvg(), [[1.0]] * 3)
+    run.clients[1].twice = True
+    record = run.round()
+    run.clients[1].twice = False
+    evaluated = run.strategy.configure_evaluate(1, run.arrays, run.config, run.grid)
+    run.strategy.aggregate_evaluate(1, run.grid.send_and_receive(evaluated))
+    first, second = (c for c in record.clients if c.client == 1)
+    assert (first.status, second.status) == ("ok", "rejected")
+    assert first.bytes_down > second.bytes_down
 
 
 def test_a_function_for_the_metrics_that_fails_costs_them_alone(kit, caplog):
@@ -321,6 +362,13 @@ def test_a_method_cannot_log_under_the_records_names(kit, name):
         kit.make_round([[1.0]]).log(name, 1.0)
 
 
+def test_a_method_logs_one_number_for_each_client(kit):
+    round = kit.make_round([[1.0]] * 3)
+    round.log("distance", torch.ones(3))
+    with pytest.raises(ConfigurationError, match="2 values for 3 clients"):
+        round.log("distance", torch.ones(2))
+
+
 # The number of classes.
 
 
@@ -346,6 +394,16 @@ def test_where_it_is_told_the_number_is_the_servers(kit):
     assert [c.status for c in record.clients] == ["ok", *["rejected"] * 3]
     with pytest.raises(ConfigurationError, match="num_classes must be in"):
         FedDisco(num_classes=0)
+
+
+def test_a_tie_names_the_numbers_that_are_tied(kit):
+    many = [1] * 10
+    run = disco(kit, [[5, 5, 5], [5, 5, 5], [1, 9], [1, 9], many])
+    run.round()
+    reasons = {c.reason for c in run.strategy.history[-1].clients}
+    assert reasons == {
+        "as many clients count 2 classes as 3; tell FedDisco num_classes"
+    }
 
 
 def test_a_tie_says_what_to_do(kit):
@@ -384,6 +442,12 @@ def test_capped_weights(raw, most):
     assert (found[order].diff() >= -1e-9 * total).all()
     if (weights <= most * total).all():
         torch.testing.assert_close(found, weights)
+
+
+def test_weights_below_zero_have_no_share():
+    with pytest.raises(AggregationError, match=r"weights of 0 or more, got -1\.5"):
+        cap(torch.tensor([2.0, -1.5, 0.3, 0.2]), 0.5)
+    assert cap(torch.tensor([2.0, -1.0]), 1.0).tolist() == [2.0, -1.0]
 
 
 def test_weights_per_tensor_are_capped_in_each():

@@ -12,10 +12,12 @@ from fedweight.cohort import Reply
 from fedweight.strategies.reported import (
     OWN_METRICS,
     Good,
+    OwnMetrics,
     mean_metrics,
     recorded_metrics,
     sort_metrics,
 )
+from fedweight.strategies.round import ClientRecord
 
 SIZES = st.one_of(st.just(0.0), st.integers(1, 100).map(float))
 VALUES = st.one_of(st.just(float("nan")), st.floats(-1e6, 1e6), st.integers(-9, 9))
@@ -27,7 +29,8 @@ def mean(sizes: Any, **columns: Any) -> dict[str, Any]:
         metrics = {name: column[k] for name, column in columns.items()}
         sorted_ones = sort_metrics({"num-examples": size, **metrics})
         good.append(Good(k, Reply(k), size, *sorted_ones))
-    return dict(mean_metrics(good, "num-examples"))
+    entries = [ClientRecord(one.client, "ok", own_metrics=one.own) for one in good]
+    return dict(mean_metrics(good, "num-examples", OwnMetrics().limit(entries)))
 
 
 @given(st.lists(st.tuples(SIZES, VALUES, VALUES), min_size=1, max_size=12))
@@ -77,6 +80,29 @@ def test_names_of_one_client_do_not_crowd_out_others() -> None:
     found = mean([1, 1, 1], **{"0": [math.nan, 2.0, 4.0]}, **own)
     assert found["0"] == 3.0
     assert len(found) == OWN_METRICS
+
+
+def test_a_run_records_so_many_metrics_of_clients_own_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limit = OwnMetrics()
+    for number in range(40):
+        entries = [
+            ClientRecord(k, "ok", own_metrics={f"m{number}-{k}": 1.0, "f1": 0.5})
+            for k in range(3)
+        ]
+        names = limit.limit(entries)
+        assert all("f1" in entry.own_metrics for entry in entries)
+        assert {n for e in entries for n in e.own_metrics} <= names
+    assert len(names) == OWN_METRICS
+    (line,) = [r.message for r in caplog.records]
+    assert line.startswith("clients report more than 32 metrics of their own; m")
+
+
+def test_no_value_out_of_range_takes_the_place_of_the_servers_mean() -> None:
+    found = mean([1, 1, 1], **{"train-accuracy": [0.5, 87.5, 0.7]})
+    assert found == {"train-accuracy": pytest.approx(0.6)}
+    assert mean([1], **{"train-accuracy": [87.5]}) == {}
 
 
 def test_a_known_name_out_of_its_range_is_a_number_of_the_clients_own() -> None:

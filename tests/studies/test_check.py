@@ -12,7 +12,7 @@ import pytest
 
 from fedweight import data
 from fedweight.cli import main
-from fedweight.errors import ConfigurationError, DataError, FedweightError
+from fedweight.errors import ConfigurationError, DataError, FedweightError, OutputError
 from fedweight.studies import check_file
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +136,11 @@ def test_settings_of_a_run_that_are_not_about_the_file_are_passed_over(patients)
 # ------------------------------------------------------------------- one site's file
 
 
+def test_keys_that_are_not_of_a_file_may_be_written_in_pythons_way():
+    given = {"data.label": "diagnosis", "data.held_out": 0.1}
+    assert check_file("simulations/own_data.csv", given).refused == []
+
+
 def test_a_schema_goes_from_site_to_site(tmp_path, patients):
     server = tmp_path / "server.csv"
     server.write_text("age,dose,outcome\n50,1,0\n60,2,1\n70,3,2\n")
@@ -182,7 +187,7 @@ def test_a_schema_of_arrays(tmp_path):
 
 def test_where_no_schema_can_be(tmp_path, patients):
     for wrong in (tmp_path / "none" / "s.json", tmp_path):
-        with pytest.raises(ConfigurationError, match="cannot be written"):
+        with pytest.raises(OutputError, match=r"cannot be written: [A-Z]"):
             check_file(patients, {"data.drop": ["sex", "site"]}, write_schema=wrong)
     with pytest.raises(ConfigurationError, match="a schema is of one data file"):
         check_file(ROOT / "simulations" / "quickstart.toml", schema="s.json")

@@ -55,7 +55,7 @@ def test_report_holds_what_was_run(make_run: MakeRun) -> None:
     assert all(svg["aria-label"] for svg in page.all("svg"))
     assert "70.0 %" in text  # the last test accuracy
     assert "too few replies" in text
-    assert "Client 3 counted most" in text
+    assert "counted: client 3 most, with a weight" in text
     assert "discrepancy" in text
     assert "nested.deep" in text
 
@@ -164,9 +164,9 @@ def test_failure_keeps_the_former_report(
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ([0.1, 0.2, 0.3, 0.4], "4 clients counted. Client 3 counted most, with a"),
+        ([0.1, 0.2, 0.3, 0.4], "4 clients counted: client 3 most, with a weight"),
         ([0.1, 0.2, 0.3, 0.4], "; client 0 least, with 0.1."),
-        ([0.0, 0.5, 0.2, 0.3], "3 clients counted. Client 1 counted most"),
+        ([0.0, 0.5, 0.2, 0.3], "3 clients counted: client 1 most"),
         ([0.0, 0.5, 0.2, 0.3], "2 least, with 0.2; client 0 had a weight of 0."),
         ([0.25] * 4, "4 clients counted, all alike, with a weight of 0.25."),
         ([0.0, 1.0, 0.0, 0.0], "client 1 alone counted, with 1; clients 0, 2 and 3"),
@@ -224,7 +224,7 @@ def test_names_are_in_every_table(make_run: MakeRun) -> None:
         (table,) = re.findall(rf"<caption>{caption}.*?</table>", text)
         assert "<th scope='col'>name</th>" in table
         assert f"<td>{name}</td>" in table
-    assert "Client South counted most" in text
+    assert " (South) most, with a weight" in text
 
 
 def test_letters_that_matplotlib_lacks_are_no_warning(make_run: MakeRun) -> None:
