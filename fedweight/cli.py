@@ -139,8 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except KeyboardInterrupt as stop:
                 return _interrupted(stop)
     except FedweightError as error:
-        _say(f"fedweight: {' '.join(str(error).split())}")
-        return 2 if isinstance(error, ConfigurationError | DataError) else 1
+        recorded = _recorded(error)
+        _say(f"fedweight: {' '.join(str(error).split())} {recorded}".rstrip())
+        refused = isinstance(error, ConfigurationError | DataError) and not recorded
+        return 2 if refused else 1
     except OSError as error:
         # Where the reader of our output has gone there is nobody left to tell.
         if not isinstance(error, BrokenPipeError):
@@ -155,12 +157,15 @@ def _interrupted(stop: KeyboardInterrupt) -> int:
     """Say what was recorded when a signal came; return the exit status."""
     number = getattr(stop, "number", signal.SIGINT)
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-    said = f"\nfedweight: interrupted{by}"
-    for folder in getattr(stop, "__notes__", ()):
-        said += f"; what was recorded is in {folder}. To see it: "
-        said += f"fedweight report {folder}"
-    _say(said)
+    _say(f"\nfedweight: interrupted{by}. {_recorded(stop)}".rstrip())
     return SIGNALLED + number
+
+
+def _recorded(stop: BaseException) -> str:
+    """Say where what was recorded is, if a run had begun."""
+    for folder in getattr(stop, "__notes__", ()):
+        return f"What was recorded is in {folder}. To see it: fedweight report {folder}"
+    return ""
 
 
 def _say(text: str) -> None:

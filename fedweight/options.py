@@ -298,7 +298,7 @@ pop from empty list (<doctest fedweight.options.make[0]>, line 1).
         return call()
     except FedweightError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         *_, place = traceback.extract_tb(error.__traceback__)
         text = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(

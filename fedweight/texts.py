@@ -111,6 +111,20 @@ def cause(reason: str) -> str:
     return plain(without_client(reason.strip().split("\n", 1)[0]))
 
 
+def without_numbers(reason: str) -> str:
+    """Return a reason that is the same for all that differ in their numbers only.
+
+    Examples
+    --------
+    >>> without_numbers("its update has norm 5.1, above 2")
+    'its update has norm 0, above 0'
+    """
+    return _NUMBERS.sub("0", reason)
+
+
+_NUMBERS = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.ASCII)
+
+
 def without_client(reason: str) -> str:
     """Return a reason without the number of the client that gave it."""
     return _WHOSE.sub(r"\1", reason, count=1)

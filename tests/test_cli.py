@@ -317,12 +317,12 @@ def ignore_interrupts():
 @pytest.mark.parametrize(
     ("threads", "number", "background", "said"),
     [
-        (1, signal.SIGINT, False, "interrupted; what"),
-        (2, signal.SIGINT, False, "interrupted; what"),
-        (1, signal.SIGINT, True, "interrupted; what"),  # as a script's `... &` is
-        (1, signal.SIGTERM, False, "interrupted by SIGTERM; what"),
-        (2, signal.SIGTERM, True, "interrupted by SIGTERM; what"),
-        (1, signal.SIGHUP, False, "interrupted by SIGHUP; what"),
+        (1, signal.SIGINT, False, "interrupted. What"),
+        (2, signal.SIGINT, False, "interrupted. What"),
+        (1, signal.SIGINT, True, "interrupted. What"),  # as a script's `... &` is
+        (1, signal.SIGTERM, False, "interrupted by SIGTERM. What"),
+        (2, signal.SIGTERM, True, "interrupted by SIGTERM. What"),
+        (1, signal.SIGHUP, False, "interrupted by SIGHUP. What"),
     ],
 )
 def test_a_signal_ends_a_run_at_once_and_keeps_what_was_recorded(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
@@ -35,7 +34,15 @@ from ..errors import AggregationError, ConfigurationError, check_range
 from ..local_models import LocalModels, middle
 from ..parameters import FlatModel, FlatRecord, Layout, flatten, is_finite
 from ..rng import Purpose, generator
-from ..texts import TRACEBACK_LENGTH, cause, clients_called, plain_lines, shown
+from ..texts import (
+    TRACEBACK_LENGTH,
+    cause,
+    clients_called,
+    plain,
+    plain_lines,
+    shown,
+    without_numbers,
+)
 from ..threads import one_thread
 from ..updates import Accumulate, Updates
 from .admission import (
@@ -199,6 +206,10 @@ class WeightingStrategy(Strategy):
         check_range("min_available_nodes", self.min_available_nodes, 0)
         check_range("max_share", self.max_share, 0, 1, low_open=True)
         own = type(self).aggregate is not WeightingStrategy.aggregate
+        if not own and type(self).weights is WeightingStrategy.weights:
+            raise ConfigurationError(
+                f"{type(self).__name__} must define weights(round) or aggregate(round)."
+            )
         if self.max_share < 1 and own and not self.caps_weights:
             raise ConfigurationError(
                 f"max_share is {self.max_share:g}, but {type(self).__name__} makes the "
@@ -209,6 +220,11 @@ class WeightingStrategy(Strategy):
             check_range("max_update_norm", self.max_update_norm, 0, low_open=True)
         if self.threads is not None:
             check_range("threads", self.threads, 1)
+        if isinstance(self.request, str):
+            raise ConfigurationError(
+                f"{type(self).__name__}.request must be a tuple of names, got "
+                f"{self.request!r}. Write ({self.request!r},)."
+            )
         check_range("seed", self.seed, 0)
         self.history: list[RoundRecord] = []
         self._model: FlatModel | None = None
@@ -237,9 +253,7 @@ class WeightingStrategy(Strategy):
             Shape ``[K]``, or ``[K, T]`` for weights per named tensor. Finite; whether
             they sum to one is the method's own law.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} must define weights(round) or aggregate(round)."
-        )
+        raise NotImplementedError
 
     def aggregate(self, round: Round) -> Tensor:
         """Return the next global parameters, ``[P]``.
@@ -315,7 +329,7 @@ class WeightingStrategy(Strategy):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
-        self._without_examples = set(state["without-examples"])
+        self._without_examples = set(state.get("without-examples", ()))
         if self.server_optimizer is not None:
             self.server_optimizer.load_state(state["server-optimizer"])
 
@@ -438,7 +452,7 @@ class WeightingStrategy(Strategy):
         saved = self.state()
         try:
             round = self._round(server_round, good, models)
-            parameters = self.aggregate(round)
+            parameters = _as_parameters(self, self.aggregate(round), round)
             round.keep_still(parameters)
             self._check_weights(round)
             self._check_values(round, parameters)
@@ -760,7 +774,7 @@ class WeightingStrategy(Strategy):
     def _screened(self, clients: list[int]) -> Mapping[int, str]:
         """Let the method look at all replies; those that it names are rejected."""
         try:
-            odd = self.screen(clients)
+            odd = self.screen(clients) or {}
             return {client: str(odd[client]) for client in clients if client in odd}
         except Exception as error:
             log.debug("screen", exc_info=True)
@@ -901,12 +915,17 @@ class WeightingStrategy(Strategy):
     def _fail(self, record: RoundRecord, reason: str) -> tuple[None, None]:
         """Keep the global model, and say so."""
         record.status, record.reason = "failed", reason
-        counts = Counter(cause(c.reason) for c in record.clients if c.status != "ok")
-        causes = "; ".join(f"{n} x {why}" for why, n in counts.most_common(3))
+        alike: dict[str, list[str]] = {}
+        for entry in record.clients:
+            if entry.status != "ok":
+                why = cause(entry.reason)
+                alike.setdefault(without_numbers(why), []).append(why)
+        common = sorted(alike.values(), key=len, reverse=True)[:3]
+        causes = "; ".join(f"{len(some)} x {some[0]}" for some in common)
         log.error(
             "round %d failed, the global model is kept: %s%s",
             record.number,
-            reason,
+            plain(reason),
             f" ({causes})" if causes else "",
         )
         return None, None
@@ -957,10 +976,28 @@ def _shortened(values: Tensor, most: int = 5) -> str:
     return f"[{shown}, ...]" if len(values) > most else f"[{shown}]"
 
 
+def _as_parameters(strategy: WeightingStrategy, made: Any, round: Round) -> Tensor:
+    """Return what ``aggregate(round)`` gave, if it is a vector of parameters."""
+    shape = list(round.model.parameters.shape)
+    if isinstance(made, Tensor) and made.is_floating_point():
+        if list(made.shape) == shape:
+            return made
+        got = f"shape {list(made.shape)}"
+    else:
+        got = str(made.dtype) if isinstance(made, Tensor) else type(made).__name__
+    raise ConfigurationError(
+        f"{type(strategy).__name__}.aggregate must return the next global parameters, "
+        f"a floating tensor of shape {shape}, got {got}."
+    )
+
+
 def _as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tensor:
     """Return what ``weights(round)`` gave as a tensor, if it is one weight each."""
     try:
-        tensor = torch.as_tensor(weights, dtype=torch.float64)
+        tensor = torch.as_tensor(weights)
+        if tensor.is_complex():
+            raise TypeError("complex numbers are no weights")
+        tensor = tensor.double()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"{type(strategy).__name__}.weights must return numbers, got "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from ..texts import cause, clients_called
+from ..texts import cause, clients_called, without_numbers
 from .round import ClientRecord
 
 log = logging.getLogger("fedweight")
@@ -15,7 +15,10 @@ MOST = 20
 
 
 class KnownErrors:
-    """Logs what went wrong with clients, each different error once in a run."""
+    """Logs what went wrong with clients, each different error once in a run.
+
+    Errors that differ in their numbers only are alike.
+    """
 
     def __init__(self) -> None:
         self._known: set[tuple[str, str]] = set()
@@ -23,13 +26,14 @@ class KnownErrors:
 
     def tell(self, round: int, entries: Iterable[ClientRecord]) -> None:
         """Log the errors of a round that are new, with the clients they happened to."""
-        found: dict[tuple[str, str], dict[int, str]] = {}
+        found: dict[tuple[str, str], tuple[str, dict[int, str]]] = {}
         for entry in entries:
             if entry.status in ("rejected", "failed", "missing"):
-                one: tuple[str, str] = (entry.status, cause(entry.reason))
+                why = cause(entry.reason)
+                kind: tuple[str, str] = (entry.status, without_numbers(why))
                 name = entry.name or str(entry.client)
-                found.setdefault(one, {})[entry.client] = name
-        for error, names in found.items():
+                found.setdefault(kind, (why, {}))[1][entry.client] = name
+        for error, (reason, names) in found.items():
             if error in self._known or self._told_the_rest:
                 continue
             if len(self._known) == MOST:
@@ -37,6 +41,5 @@ class KnownErrors:
                 log.warning("further errors are not shown; the record has them")
                 continue
             self._known.add(error)
-            status, reason = error
             whose = clients_called([*names], names.__getitem__)
-            log.warning("round %d: %s %s: %s", round, whose, status, reason)
+            log.warning("round %d: %s %s: %s", round, whose, error[0], reason)

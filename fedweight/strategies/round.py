@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import keys
 from ..errors import AggregationError, ConfigurationError, closest
 from ..parameters import FlatModel
-from ..texts import listed
+from ..texts import clients_called, listed, shown
 from ..updates import Updates
 from .weights import size_weights
 
@@ -141,12 +141,18 @@ class Round:
         """
         given = [p.get(name) for p in self.profiles]
         lengths = [len(v) if isinstance(v, list) else -1 for v in given]
-        usual = max(sorted(set(lengths)), key=lengths.count)
-        odd = [c for c, n in zip(self.clients, lengths, strict=True) if n != usual]
-        if odd or usual < 0:
+        if max(lengths) < 0:
             raise AggregationError(
-                f"round.profile('{name}'): client {(odd or self.clients)[0]} gives "
-                f"no list of {max(usual, 0)} numbers, as most do. Name it in the "
+                f"round.profile('{name}'): no client gives it. Name it in the "
+                "strategy's `request`."
+            )
+        known = [n for n in lengths if n >= 0]
+        usual = max(sorted(set(known)), key=known.count)
+        odd = [c for c, n in zip(self.clients, lengths, strict=True) if n != usual]
+        if odd:
+            raise AggregationError(
+                f"round.profile('{name}'): {clients_called(odd)} did not give a list "
+                f"of {usual} numbers, as most others did. Name it in the "
                 "strategy's `request`, and check it in `receive` or `screen`."
             )
         return torch.tensor(given, dtype=torch.float64)
@@ -159,9 +165,13 @@ class Round:
         Raises
         ------
         ConfigurationError
-            If the record uses the name for something else, or a vector is not one
-            number for each client.
+            If the record uses the name for something else, or the value is no number
+            and not one for each client.
         """
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"round.log: the name must be a text, got {shown(name)}."
+            )
         if name.replace("_", "-") in TAKEN or name.startswith(TAKEN_PREFIXES):
             raise ConfigurationError(
                 f"round.log: the record uses the name '{name}' itself. Choose another."
@@ -173,8 +183,14 @@ class Round:
                     "clients. Give one each, or one number."
                 )
             self.logged_clients[name] = value.detach().double()
-        else:
+            return
+        try:
             self.logged[name] = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"round.log('{name}'): the value must be a number, or a tensor of one "
+                f"for each of the {self.num_clients} clients, got {shown(value)}."
+            ) from error
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from .. import keys
-from ..texts import cause, plain, rounds_listed
+from ..texts import cause, plain, rounds_listed, without_numbers
 from .result import BAD_REPLIES, Run
 
 LINE_LENGTH = 400  # characters of a line
@@ -88,12 +88,6 @@ def _why(status: str, reason: str) -> str:
     return f"{status}, {reason}"
 
 
-@lru_cache(maxsize=1024)
-def _kind(why: str) -> str:
-    """Return a reason without its numbers: what they differ in is no other kind."""
-    return re.sub(r"\d+", "0", why)
-
-
 def _sizes(run: Run) -> Mapping[int, int]:
     """Return how much each client trains on, as far as the partition tells."""
     if not (run.folder / "partition.csv").is_file():
@@ -112,7 +106,9 @@ def _always_failed(run: Run, asked: pd.DataFrame) -> Iterator[str]:
         return
     times = rows.groupby("client").size()
     last = rows.drop_duplicates("client", keep="last")
-    groups = [group for _, group in last.groupby(last["why"].map(_kind), sort=False)]
+    groups = [
+        group for _, group in last.groupby(last["why"].map(without_numbers), sort=False)
+    ]
     groups.sort(key=len, reverse=True)
     for group in groups[:MOST_REASONS]:
         clients = group["client"].tolist()
@@ -179,7 +175,7 @@ def _many_failed(asked: pd.DataFrame) -> Iterator[str]:
         return
     of = sizes.reindex(bad.index)
     worst = int((bad / of).to_numpy().argmax())
-    kinds = lost["why"].map(_kind)
+    kinds = lost["why"].map(without_numbers)
     common = lost["why"][kinds == kinds.value_counts().index[0]].iloc[0]
     yield (
         f"a tenth or more of the clients failed in {len(bad)} of {len(sizes)} rounds "

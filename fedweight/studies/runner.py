@@ -41,7 +41,13 @@ from ..data import (
 from ..data import check as check_data
 from ..data.examples import channels_last
 from ..data.files import load_one_csv
-from ..errors import ConfigurationError, DataError, OutputError, check_choice
+from ..errors import (
+    ConfigurationError,
+    DataError,
+    FedweightError,
+    OutputError,
+    check_choice,
+)
 from ..options import make, options_of, parse_setting
 from ..parameters import FlatModule, FlatRecord, Layout, as_tensor, flatten
 from ..signals import interruptible
@@ -55,7 +61,7 @@ from ..simulations.planner import (
     estimated_seconds,
     machine,
 )
-from ..strategies import RoundRecord, strategy_class
+from ..strategies import RoundRecord, WeightingStrategy, strategy_class
 from ..strategies.server_optimizers import server_optimizer
 from ..texts import NAME_LENGTH, plain, shown
 from ..threads import one_thread
@@ -355,7 +361,13 @@ class Components:
             check_choice(f"strategy '{name}': needs", needed, of_the_server)
             arguments[needed] = of_the_server[needed]()
         arguments |= self.configuration.options("strategy")
-        return named("strategy", partial(chosen, **arguments))
+        made = named("strategy", partial(chosen, **arguments))
+        if isinstance(made, WeightingStrategy) and not hasattr(made, "history"):
+            raise ConfigurationError(
+                f"strategy '{name}': its __init__ must call super().__init__(...) with "
+                "the arguments that are not its own."
+            )
+        return made
 
 
 def named(table: str, call: Callable[[], T]) -> T:
@@ -584,7 +596,7 @@ def run(
             result = Run(folder)
             if report:
                 result.report()
-        except KeyboardInterrupt as stop:
+        except (KeyboardInterrupt, FedweightError) as stop:
             if folder is not None:
                 stop.add_note(str(folder))  # Who catches it can say where it is.
             raise

@@ -189,7 +189,7 @@ def test_each_different_error_is_logged_once(kit, caplog):
 def test_no_more_than_so_many_errors_are_logged_and_all_are_recorded(kit, caplog):
     run = federation(kit, FedAvg(), [[1.0]] * (MOST + 9))
     for k in range(1, len(run.clients)):
-        run.clients[k].error = f"no power in {k}"
+        run.clients[k].error = f"no power in ward {'x' * k}"
     record = run.round()
     run.round()
     assert record.count("failed") == len(run.clients) - 1
@@ -352,7 +352,9 @@ def test_side_data_of_another_length_fails_the_round(kit):
     round = kit.make_round([[1.0]] * 3)
     given = ({"v": [1, 2]}, {"v": [1, 2, 3]}, {"v": [3, 4]})
     round = type(round)(**{**vars(round), "profiles": given})
-    with pytest.raises(AggregationError, match="client 1 gives no list of 2 numbers"):
+    with pytest.raises(
+        AggregationError, match="client 1 did not give a list of 2 numbers"
+    ):
         round.profile("v")
 
 

@@ -212,7 +212,7 @@ def test_what_is_said_of_the_last_round_is_of_the_last_round(make_run: MakeRun) 
 
 def test_names_are_in_every_table(make_run: MakeRun) -> None:
     run = Run(make_run())
-    vars(run)["names"] = {0: "<i>North</i>", 3: "South"}
+    vars(run)["_own_names"] = {0: "<i>North</i>", 3: "South"}
     text = report.render(run)
     Page(text)
     assert "<i>" not in text
