@@ -215,6 +215,11 @@ def check(dataset: DataSet) -> DataSet:
         )
     if not len(dataset.train):
         raise DataError(f"{what} has no training examples.")
+    if 0 in dataset.input_shape:
+        raise DataError(
+            f"{what}: an example has shape {dataset.input_shape}, which holds no "
+            "number. Give each a feature or more."
+        )
     for part, examples in (("train", dataset.train), ("test", dataset.test)):
         x, y = examples.x, examples.y
         if x.shape[1:] != dataset.input_shape:

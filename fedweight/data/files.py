@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -192,8 +193,14 @@ def load_npz(
         rows, test_rows = _split(len(train), test_fraction, seed)
         train, test = train.take(rows), train.take(test_rows)
         natural = None if natural is None else natural[rows]
+    labels = np.unique(np.concatenate([train.y, test.y]))
+    if len(labels) == 1 and num_classes in (None, 1):
+        raise DataError(
+            f"{path}: 'y' has one value only, {labels[0]}. There must be two classes "
+            "or more to tell apart; where others have them, set num-classes."
+        )
     if num_classes is None:
-        num_classes = _count_classes(path, np.concatenate([train.y, test.y]))
+        num_classes = _count_classes(path, labels)
     return DataSet(
         name=path.stem,
         train=train,
@@ -227,8 +234,8 @@ def load_one_csv(
     order, or refused. Other options are those of :func:`load_csv`.
     """
     if schema is not None:
-        label = label or schema.label or None
-        classes = classes or schema.classes or None
+        label = (schema.label or None) if label is None else label
+        classes = (schema.classes or None) if classes is None else classes
     source = read_source(
         path, label, client, sensitive, sensitive_features, reading, one=True
     )
@@ -350,7 +357,8 @@ def read_source(
     table = read_table(path, **reading, lenient=one)
     label = table.columns[-1] if label is None else label
     sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
-    table.check_columns([label, *([client] if client else []), *sensitive])
+    named = [label, client, *sensitive]
+    table.check_columns(column for column in named if column is not None)
     left_out = {label, client} | (set() if sensitive_features else set(sensitive))
     features = [column for column in table.columns if column not in left_out]
     if not features:
@@ -392,12 +400,26 @@ def faults(
         if not is_numeric(clients):
             named = replace(table, categories=frozenset([source.client]))
             fault = text_fault(named, clients, feature=False)
-            if fault:
-                yield fault
+        else:
+            fault = _digits_fault(table, clients)
+        if fault:
+            yield fault
     labels = [file.frame[source.label] for file in tables]
     fault = _label_fault(table, labels, classes)
     if fault:
         yield fault
+
+
+def _digits_fault(table: Table, values: pd.Series[Any]) -> str | None:
+    """Return why numbers cannot tell clients or classes apart, or ``None``."""
+    large = values[values.abs() >= 2**53] if values.dtype.kind == "f" else values[:0]
+    if not len(large):
+        return None
+    return (
+        f"{table.path}: column '{values.name}' holds numbers such as {large.iloc[0]} "
+        "among decimals, where two that differ in their last digits become one. Set "
+        f"dtype = {{'{values.name}' = 'category'}}."
+    )
 
 
 def _label_fault(
@@ -409,6 +431,10 @@ def _label_fault(
     if texts:
         named = replace(table, categories=frozenset([str(name)]))
         fault = text_fault(named, pd.concat(texts), feature=False)
+        if fault:
+            return fault
+    for part in parts:
+        fault = _digits_fault(table, part) if is_numeric(part) else None
         if fault:
             return fault
     if classes is not None:
@@ -548,10 +574,11 @@ def _codes(
 
 def _number(value: Any) -> Any:
     """Return a value as the number that it is or reads as, or else as it is."""
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return value
+    if isinstance(value, str):
+        for kind in (int, float):  # A float holds no more than 15 digits for sure.
+            with suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def _attribute(
@@ -669,8 +696,8 @@ def _examples(path: Path, arrays: Mapping[str, Array], x: str, y: str) -> Exampl
     return Examples(as_inputs(f"{path}: '{x}' is", inputs), labels)
 
 
-def _count_classes(path: Path, y: Array) -> int:
-    largest, occur = int(y.max(initial=0)), len(np.unique(y))
+def _count_classes(path: Path, labels: Array) -> int:
+    largest, occur = int(labels.max(initial=0)), len(labels)
     empty = largest + 1 - occur
     if empty > max(FEW_EMPTY_CLASSES, EMPTY_CLASSES * occur):
         raise DataError(

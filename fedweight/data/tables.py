@@ -233,6 +233,10 @@ def read_table(
     )
     if frame.empty:
         raise DataError(f"{path} has no rows below its header.")
+    for name in frame.columns:
+        if not is_numeric(frame[name]):  # pandas misses some beside long numbers
+            missing = frame[name].isin(["", *map(str, na_values)])
+            frame[name] = frame[name].mask(missing) if missing.any() else frame[name]
     table = Table(
         path,
         frame,
@@ -250,7 +254,7 @@ def read_table(
         raise DataError(f"{path}: drop leaves no column. Leave fewer out.")
     gaps = _Gaps(frame)
     if gaps.missing.any() and drop_missing:
-        frame = _restored(frame[~gaps.missing].copy(), gaps.counts)
+        frame = _restored(table, frame[~gaps.missing].copy(), gaps.counts, form)
         if frame.empty:
             raise DataError(
                 f"{path}: drop-missing leaves no row: each has a missing value. Leave "
@@ -427,16 +431,44 @@ class _Gaps:
         self.first = min(places, default=None)
 
 
-def _restored(frame: pd.DataFrame, missed: Iterable[str]) -> pd.DataFrame:
+def _restored(
+    table: Table,
+    frame: pd.DataFrame,
+    missed: Iterable[str],
+    form: Mapping[str, Any],
+) -> pd.DataFrame:
     """Give columns that missing values have widened the type that they had before."""
     frame = frame.infer_objects()
     for name in missed:
-        values = frame[name]
+        texts = values = frame[name]
         if pd.api.types.is_float_dtype(values):
-            whole = (values == values.round()) & (values.abs() < 2**53)
-            if whole.all():
+            if (values != values.round()).any():
+                continue
+            if (values.abs() < 2**53).all():
                 frame[name] = values.astype(np.int64)
+                continue
+            # A float does not hold so many digits; the file does.
+            texts = _texts(table, name, form).loc[frame.index]
+        elif is_numeric(values) or name in table.categories:
+            continue
+        texts = texts.astype(str).str.strip()
+        if texts.str.fullmatch(r"[-+]?\d+").all():
+            whole = pd.to_numeric(texts)
+            frame[name] = whole if pd.api.types.is_integer_dtype(whole) else texts
     return frame
+
+
+def _texts(table: Table, name: str, form: Mapping[str, Any]) -> pd.Series[Any]:
+    """Return a column's cells as they stand in the file."""
+    column: pd.Series[Any] = _parse(
+        table.path,
+        header=None if table.header is False else 0,
+        usecols=[table.columns.index(name)],
+        dtype="str",
+        na_filter=False,
+        **form,
+    ).iloc[:, 0]
+    return column
 
 
 def _gap(
@@ -452,15 +484,7 @@ def _gap(
     if not pd.isna(frame[name].iloc[row]):
         cell, remedy = "an infinite number", "Give finite numbers."
     else:
-        texts = _parse(
-            table.path,
-            header=None if table.header is False else 0,
-            usecols=[table.columns.index(name)],
-            dtype="str",
-            na_filter=False,
-            **form,
-        )
-        text = str(texts.iloc[place, 0])
+        text = str(_texts(table, name, form).iloc[place])
         cell = shown(text) if text else "an empty cell"
         remedy = (
             "Fill in or drop them first, or leave such rows out with drop-missing = "
@@ -546,7 +570,7 @@ def text_fault(table: Table, values: pd.Series[Any], *, feature: bool) -> str | 
     numeric = int((~values.astype(str).isin(odd)).sum())
     different = len(texts) - len(odd)
     several = different > FEW_ROWS and 2 * different > numeric
-    if (different > FEW_NUMBERS or several) and 2 * numeric > len(values):
+    if odd and (different > FEW_NUMBERS or several) and 2 * numeric > len(values):
         return _odd_among_numbers(table, values, odd)
     mark = "," if table.decimal == "." else "."
     marked = [text for text in texts if mark in text]

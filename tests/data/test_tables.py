@@ -225,6 +225,52 @@ def test_rows_that_are_left_out_change_no_whole_number(tmp_path):
     assert "leaves no row" in refused(everywhere, drop_missing=True)
 
 
+LONG = (9007199254740992, 9007199254740993)  # alike as floats
+
+
+@pytest.mark.parametrize("ids", [LONG, (2**64 - 2, 2**64 - 1), (10**30, 10**30 + 1)])
+@pytest.mark.parametrize("column", ["site", "y"])
+def test_rows_that_are_left_out_keep_long_ids_apart(tmp_path, ids, column):
+    body = "".join(f"{i % 5},{ids[i % 2]},{i % 2}\n" for i in range(40))
+    options = {"client": "site"}
+    head = "a,site,y\n"
+    if column == "y":
+        options, head = {}, "a,b,y\n"
+        body = "".join(f"{i % 5},{i % 2},{ids[i % 2]}\n" for i in range(40))
+    hole = "1,,1\n" if column == "site" else "1,1,\n"
+    whole = data.load("csv", csv(tmp_path, head + body), **options)
+    path = csv(tmp_path, head + hole + body, "hole.csv")
+    assert "data row 1: an empty cell" in refused(path, **options)
+    own = data.load("csv", path, drop_missing=True, **options)
+    same(own, whole)
+    assert own.natural_names == whole.natural_names
+    names = own.natural_names if column == "site" else own.class_names
+    assert names == tuple(map(str, ids))
+
+
+@pytest.mark.parametrize("column", ["site", "y"])
+def test_long_ids_written_as_decimals_are_refused(tmp_path, column):
+    body = "".join(f"{i % 5},{LONG[i % 2]}.0,{i % 2}\n" for i in range(40))
+    head = "a,site,y\n" if column == "site" else "a,y,site\n"
+    path = csv(tmp_path, head + body)
+    options = {"client": "site"} if column == "site" else {"label": "y"}
+    assert f"dtype = {{'{column}' = 'category'}}" in refused(path, **options)
+    own = data.load("csv", path, dtype={column: "category"}, **options)
+    names = own.natural_names if column == "site" else own.class_names
+    assert names == tuple(f"{number}.0" for number in LONG)
+
+
+def test_a_long_label_is_not_taken_for_its_neighbour(tmp_path):
+    body = "".join(f"{i % 5},{LONG[1]}\n" for i in range(9))
+    path = csv(tmp_path, "a,y\n" + body)
+    assert f"holds {LONG[1]}, which is none" in refused(path, classes=[LONG[0], 1])
+
+
+@pytest.mark.parametrize("option", ["client", "label", "sensitive", "drop"])
+def test_an_empty_name_is_no_column(tmp_path, option):
+    assert "has no column ''" in refused(csv(tmp_path, PLAIN), **{option: ""})
+
+
 def test_none_is_a_name_and_na_is_missing(tmp_path):
     names = [("None", "Some")[i % 2] for i in range(40)]
     body = "".join(f"{i},{name}\n" for i, name in enumerate(names))
@@ -377,6 +423,13 @@ def test_names_of_many_digits_are_names(tmp_path):
     body = "".join(f"{10**25 + i % 2},{i},{i % 2}\n" for i in range(20))
     own = data.load("csv", csv(tmp_path, "card,a,y\n" + body))
     assert own.feature_names == (f"card={10**25}", f"card={10**25 + 1}", "a")
+
+
+def test_names_of_many_digits_in_every_row(tmp_path):
+    body = "".join(f"{10**30 + i},{i % 4},{i % 2}\n" for i in range(60))
+    path = csv(tmp_path, "card,a,y\n" + body)
+    assert "drop = ['card']" in refused(path)
+    assert "look like names of rows" in refused(path, label="card")
 
 
 def test_a_few_texts_among_few_numbers_are_categories(tmp_path):
