@@ -408,7 +408,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         hint = ""
         if path.suffix.lower() in (".csv", ".npz", ".txt", ".tsv"):
             hint = " 'fedweight check' looks at a file of data."
-        elif "Unescaped" in str(error) or "escape" in str(error):
+        elif any(word in str(error).lower() for word in ("escape", "hex value")):
             hint = " Write a Windows path in single quotes: 'C:\\data\\own.csv'."
         deep = isinstance(error, RecursionError)
         text = "it is nested too deep" if deep else " ".join(str(error).split())
