@@ -403,6 +403,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             "as UTF-8 without one."
         )
     try:
+        if b"\0" in content:
+            raise UnicodeError
         return tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:
         hint = ""
@@ -412,6 +414,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             hint = " Write a Windows path in single quotes: 'C:\\data\\own.csv'."
         deep = isinstance(error, RecursionError)
         text = "it is nested too deep" if deep else " ".join(str(error).split())
+        if isinstance(error, UnicodeError):
+            text = "it is not written in UTF-8. Save it as UTF-8"
         raise ConfigurationError(f"{path} is not a TOML file: {text}.{hint}") from None
 
 
