@@ -393,6 +393,8 @@ def faults(
         values = table.frame[name]
         if not is_numeric(values):
             fault = text_fault(table, values, feature=name in source.features)
+            if not fault and name not in table.categories:
+                fault = _number_fault(table, values)
             if fault:
                 yield fault
     if source.client is not None:
@@ -400,6 +402,8 @@ def faults(
         if not is_numeric(clients):
             named = replace(table, categories=frozenset([source.client]))
             fault = text_fault(named, clients, feature=False)
+            if not fault and source.client not in table.categories:
+                fault = _number_fault(table, clients)
         else:
             fault = _digits_fault(table, clients)
         if fault:
@@ -420,6 +424,20 @@ def _digits_fault(table: Table, values: pd.Series[Any]) -> str | None:
         "among decimals, where two that differ in their last digits become one. Set "
         f"dtype = {{'{values.name}' = 'category'}}."
     )
+
+
+def _number_fault(table: Table, values: pd.Series[Any]) -> str | None:
+    """Return which texts of a column are one number, written differently."""
+    seen: dict[str, str] = {}
+    for text in map(str, values.unique()):
+        before = seen.setdefault(_text(text), text)
+        if before != text:
+            return (
+                f"{table.path}: column '{values.name}' holds {shown(before)} and "
+                f"{shown(text)}, which are one number. Write them alike, or where they "
+                f"differ set dtype = {{'{values.name}' = 'category'}}."
+            )
+    return None
 
 
 def _label_fault(
@@ -494,6 +512,14 @@ def remarks(source: Source) -> list[str]:
                 f"different whole numbers from {least} to {most}, each a class of its "
                 "own; to predict a quantity (regression) is not offered"
             )
+    named = [*source.features, *source.sensitive, source.label, source.client]
+    for column in dict.fromkeys(name for name in named if name is not None):
+        alike = _capitals(table.frame[column])
+        if alike:
+            lines.append(
+                f"{table.path.name}: '{column}' holds {shown(alike[0])} and "
+                f"{shown(alike[1])}, which differ by capitals only and count as two"
+            )
     for name in source.features:
         if len(table) >= MANY_ROWS and _counts_rows(table.frame[name]):
             lines.append(
@@ -501,6 +527,16 @@ def remarks(source: Source) -> list[str]:
                 f"a number of the row is; if it is one, leave it out: drop = ['{name}']"
             )
     return lines
+
+
+def _capitals(values: pd.Series[Any]) -> tuple[str, str] | None:
+    """Return two texts of a column that differ by capitals only, if there are any."""
+    seen: dict[str, str] = {}
+    for text in () if is_numeric(values) else map(str, values.unique()):
+        before = seen.setdefault(text.casefold(), text)
+        if before != text:
+            return before, text
+    return None
 
 
 def _counts_rows(values: pd.Series[Any]) -> bool:
@@ -666,6 +702,13 @@ def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:
 
 
 def _read_arrays(path: Path) -> dict[str, Array]:
+    with path.open("rb") as opened:
+        if opened.read(2) != b"PK":
+            raise DataError(
+                f"{path} cannot be read as an NPZ file, which is a ZIP archive of "
+                "arrays. Write it with numpy.savez; a CSV file is read with name = "
+                "'csv'."
+            )
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
