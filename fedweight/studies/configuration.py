@@ -454,8 +454,7 @@ def _resolve(where: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]
         for key, rule in fixed.items()
         if key in given or key in SCHEMA[table]
     }
-    resolved |= resolve_options(where, options, given, fixed)
-    return {key: _lists(value) for key, value in resolved.items()}
+    return resolved | resolve_options(where, options, given, fixed)
 
 
 def _keys(where: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -470,15 +469,6 @@ def _keys(where: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
                 f"{where} has the key '{before}' twice, also as '{key}'. Keep one."
             )
         yield key, value
-
-
-def _lists(value: Any) -> Any:
-    """Return a value as TOML reads it: tuples are lists there."""
-    if isinstance(value, list | tuple):
-        return [_lists(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _lists(v) for k, v in value.items()}
-    return value
 
 
 def _checked(where: str, value: Any, rule: Key) -> Any:
