@@ -363,8 +363,9 @@ def resolve_options(
             raise ConfigurationError(f"{where} needs the key '{key}'.")
         if written is not None:
             check_type(f"{where}.{key}", value, option.annotation)
-        if written is not None or _is_toml(value):
             resolved[key] = value
+        elif _is_toml(value):
+            resolved[key] = toml_value(f"{where}.{key}", value)
     known = {*fixed, *options}
     others = {
         key: value

@@ -215,6 +215,11 @@ def check(dataset: DataSet) -> DataSet:
         )
     if not len(dataset.train):
         raise DataError(f"{what} has no training examples.")
+    if 0 in dataset.input_shape:
+        raise DataError(
+            f"{what}: an example has shape {dataset.input_shape}, which holds no "
+            "number. Give each a feature or more."
+        )
     for part, examples in (("train", dataset.train), ("test", dataset.test)):
         x, y = examples.x, examples.y
         if x.shape[1:] != dataset.input_shape:
@@ -264,7 +269,7 @@ def _numbered(dataset: DataSet) -> DataSet:
             )
         return dataset
     given = as_array("natural_clients", dataset.natural_clients)
-    if given.shape != (len(dataset.train),):
+    if len(given) != len(dataset.train):
         raise DataError(
             f"{what}: natural_clients has {len(given)} entries for "
             f"{len(dataset.train)} training examples. Give one each."
@@ -300,7 +305,8 @@ def name_clients(clients: Array, what: str = "data") -> tuple[tuple[str, ...], I
     Parameters
     ----------
     clients : ndarray
-        Shape ``[n]``: what each example's client is called, numbers or texts.
+        Shape ``[n]`` or ``[n, 1]``: what each example's client is called, numbers or
+        texts.
     what : str
         How a message calls the data.
 
@@ -316,6 +322,13 @@ def name_clients(clients: Array, what: str = "data") -> tuple[tuple[str, ...], I
     >>> names, numbers.tolist()
     (('7', '40'), [1, 0, 1])
     """
+    if clients.ndim == 2 and clients.shape[1] == 1:
+        clients = clients[:, 0]
+    if clients.ndim != 1:
+        raise DataError(
+            f"{what}: clients have shape {list(clients.shape)}. Give each example one "
+            "number or text, in shape [n]."
+        )
     if clients.dtype.kind == "O":
         clients = clients.astype(str)
     if clients.dtype.kind not in "biufUS":
@@ -327,6 +340,11 @@ def name_clients(clients: Array, what: str = "data") -> tuple[tuple[str, ...], I
         v.decode(errors="replace") if isinstance(v, bytes) else str(v)
         for v in values.tolist()
     ]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"{what}: clients are bytes that are not UTF-8, and some read alike. Give "
+            "texts: numpy.char.decode(client, 'latin-1')."
+        )
     return tuple(names), numbers_.astype(np.int64)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -192,8 +193,14 @@ def load_npz(
         rows, test_rows = _split(len(train), test_fraction, seed)
         train, test = train.take(rows), train.take(test_rows)
         natural = None if natural is None else natural[rows]
+    labels = np.unique(np.concatenate([train.y, test.y]))
+    if len(labels) == 1 and num_classes in (None, 1):
+        raise DataError(
+            f"{path}: 'y' has one value only, {labels[0]}. There must be two classes "
+            "or more to tell apart; where others have them, set num-classes."
+        )
     if num_classes is None:
-        num_classes = _count_classes(path, np.concatenate([train.y, test.y]))
+        num_classes = _count_classes(path, labels)
     return DataSet(
         name=path.stem,
         train=train,
@@ -227,8 +234,8 @@ def load_one_csv(
     order, or refused. Other options are those of :func:`load_csv`.
     """
     if schema is not None:
-        label = label or schema.label or None
-        classes = classes or schema.classes or None
+        label = (schema.label or None) if label is None else label
+        classes = (schema.classes or None) if classes is None else classes
     source = read_source(
         path, label, client, sensitive, sensitive_features, reading, one=True
     )
@@ -350,7 +357,8 @@ def read_source(
     table = read_table(path, **reading, lenient=one)
     label = table.columns[-1] if label is None else label
     sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
-    table.check_columns([label, *([client] if client else []), *sensitive])
+    named = [label, client, *sensitive]
+    table.check_columns(column for column in named if column is not None)
     left_out = {label, client} | (set() if sensitive_features else set(sensitive))
     features = [column for column in table.columns if column not in left_out]
     if not features:
@@ -385,6 +393,8 @@ def faults(
         values = table.frame[name]
         if not is_numeric(values):
             fault = text_fault(table, values, feature=name in source.features)
+            if not fault and name not in table.categories:
+                fault = _number_fault(table, values)
             if fault:
                 yield fault
     if source.client is not None:
@@ -392,12 +402,42 @@ def faults(
         if not is_numeric(clients):
             named = replace(table, categories=frozenset([source.client]))
             fault = text_fault(named, clients, feature=False)
-            if fault:
-                yield fault
+            if not fault and source.client not in table.categories:
+                fault = _number_fault(table, clients)
+        else:
+            fault = _digits_fault(table, clients)
+        if fault:
+            yield fault
     labels = [file.frame[source.label] for file in tables]
     fault = _label_fault(table, labels, classes)
     if fault:
         yield fault
+
+
+def _digits_fault(table: Table, values: pd.Series[Any]) -> str | None:
+    """Return why numbers cannot tell clients or classes apart, or ``None``."""
+    large = values[values.abs() >= 2**53] if values.dtype.kind == "f" else values[:0]
+    if not len(large):
+        return None
+    return (
+        f"{table.path}: column '{values.name}' holds numbers such as {large.iloc[0]} "
+        "among decimals, where two that differ in their last digits become one. Set "
+        f"dtype = {{'{values.name}' = 'category'}}."
+    )
+
+
+def _number_fault(table: Table, values: pd.Series[Any]) -> str | None:
+    """Return which texts of a column are one number, written differently."""
+    seen: dict[str, str] = {}
+    for text in map(str, values.unique()):
+        before = seen.setdefault(_text(text), text)
+        if before != text:
+            return (
+                f"{table.path}: column '{values.name}' holds {shown(before)} and "
+                f"{shown(text)}, which are one number. Write them alike, or where they "
+                f"differ set dtype = {{'{values.name}' = 'category'}}."
+            )
+    return None
 
 
 def _label_fault(
@@ -409,6 +449,10 @@ def _label_fault(
     if texts:
         named = replace(table, categories=frozenset([str(name)]))
         fault = text_fault(named, pd.concat(texts), feature=False)
+        if fault:
+            return fault
+    for part in parts:
+        fault = _digits_fault(table, part) if is_numeric(part) else None
         if fault:
             return fault
     if classes is not None:
@@ -468,6 +512,14 @@ def remarks(source: Source) -> list[str]:
                 f"different whole numbers from {least} to {most}, each a class of its "
                 "own; to predict a quantity (regression) is not offered"
             )
+    named = [*source.features, *source.sensitive, source.label, source.client]
+    for column in dict.fromkeys(name for name in named if name is not None):
+        alike = _capitals(table.frame[column])
+        if alike:
+            lines.append(
+                f"{table.path.name}: '{column}' holds {shown(alike[0])} and "
+                f"{shown(alike[1])}, which differ by capitals only and count as two"
+            )
     for name in source.features:
         if len(table) >= MANY_ROWS and _counts_rows(table.frame[name]):
             lines.append(
@@ -475,6 +527,16 @@ def remarks(source: Source) -> list[str]:
                 f"a number of the row is; if it is one, leave it out: drop = ['{name}']"
             )
     return lines
+
+
+def _capitals(values: pd.Series[Any]) -> tuple[str, str] | None:
+    """Return two texts of a column that differ by capitals only, if there are any."""
+    seen: dict[str, str] = {}
+    for text in () if is_numeric(values) else map(str, values.unique()):
+        before = seen.setdefault(text.casefold(), text)
+        if before != text:
+            return before, text
+    return None
 
 
 def _counts_rows(values: pd.Series[Any]) -> bool:
@@ -548,10 +610,11 @@ def _codes(
 
 def _number(value: Any) -> Any:
     """Return a value as the number that it is or reads as, or else as it is."""
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return value
+    if isinstance(value, str):
+        for kind in (int, float):  # A float holds no more than 15 digits for sure.
+            with suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def _attribute(
@@ -639,6 +702,13 @@ def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:
 
 
 def _read_arrays(path: Path) -> dict[str, Array]:
+    with path.open("rb") as opened:
+        if opened.read(2) != b"PK":
+            raise DataError(
+                f"{path} cannot be read as an NPZ file, which is a ZIP archive of "
+                "arrays. Write it with numpy.savez; a CSV file is read with name = "
+                "'csv'."
+            )
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -669,8 +739,8 @@ def _examples(path: Path, arrays: Mapping[str, Array], x: str, y: str) -> Exampl
     return Examples(as_inputs(f"{path}: '{x}' is", inputs), labels)
 
 
-def _count_classes(path: Path, y: Array) -> int:
-    largest, occur = int(y.max(initial=0)), len(np.unique(y))
+def _count_classes(path: Path, labels: Array) -> int:
+    largest, occur = int(labels.max(initial=0)), len(labels)
     empty = largest + 1 - occur
     if empty > max(FEW_EMPTY_CLASSES, EMPTY_CLASSES * occur):
         raise DataError(

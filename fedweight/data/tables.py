@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from ..errors import ConfigurationError, DataError, check_choice, closest
-from ..texts import listed, shown
+from ..texts import NAME_LENGTH, listed, plain, shown
 
 Array = npt.NDArray[Any]
 
@@ -79,6 +79,9 @@ _PACKED = (".gz", ".bz2", ".zip", ".xz", ".zst", ".tar")
 _SEPARATORS = (";", "\t", "|", ",")
 _POINT_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.A)
 _COMMA_NUMBER = re.compile(r"\s*[-+]?(\d+,?\d*|,\d+)([eE][-+]?\d+)?\s*", re.A)
+
+# Other minus signs than "-".
+_DASHES = str.maketrans(dict.fromkeys("\u2012\u2013\u2212\ufe63\uff0d", "-"))
 
 
 class Reading(TypedDict, total=False):
@@ -179,10 +182,10 @@ class Table:
             if column in self.dropped:
                 raise DataError(f"{self.path}: column '{column}' is left out by drop.")
             if column not in self.frame.columns:
+                names = [plain(name, NAME_LENGTH) for name in self.columns]
                 raise DataError(
                     f"{self.path} has no column {shown(column)}."
-                    f"{closest(column, self.columns)} "
-                    f"It has {listed(self.columns, most=20)}."
+                    f"{closest(column, names)} It has {listed(names, most=20)}."
                 )
 
 
@@ -233,6 +236,10 @@ def read_table(
     )
     if frame.empty:
         raise DataError(f"{path} has no rows below its header.")
+    for name in frame.columns:
+        if not is_numeric(frame[name]):  # pandas misses some beside long numbers
+            missing = frame[name].isin(["", *map(str, na_values)])
+            frame[name] = frame[name].mask(missing) if missing.any() else frame[name]
     table = Table(
         path,
         frame,
@@ -243,6 +250,8 @@ def read_table(
     )
     if header is None:
         _check_header(path, frame, names, decimal)
+    elif header is False:
+        _check_no_header(table)
     named = [*drop, *dtype]
     table.check_columns(c for c in named if not lenient or c in frame.columns)
     frame = frame.drop(columns=[name for name in drop if name in frame.columns])
@@ -250,7 +259,7 @@ def read_table(
         raise DataError(f"{path}: drop leaves no column. Leave fewer out.")
     gaps = _Gaps(frame)
     if gaps.missing.any() and drop_missing:
-        frame = _restored(frame[~gaps.missing].copy(), gaps.counts)
+        frame = _restored(table, frame[~gaps.missing].copy(), gaps.counts, form)
         if frame.empty:
             raise DataError(
                 f"{path}: drop-missing leaves no row: each has a missing value. Leave "
@@ -323,7 +332,9 @@ def _names(
     if len(first) == 1:
         counts = {s: first[0].count(s) for s in _SEPARATORS if s != form["sep"]}
         other = max(counts, key=lambda s: counts[s])
-        if counts[other]:
+        if not counts[other] and first[0].strip().count(" "):
+            other = " "
+        if other == " " or counts[other]:
             raise DataError(
                 f"{path} has one column only, {shown(first[0])}. Are its cells "
                 f"separated by {other!r}? Then set sep = {_quoted(other)}."
@@ -353,6 +364,24 @@ def _check_header(
         name, values = found[0]
         reason = f"stands in its column, too, in {_cells(values, name)}"
         raise DataError(_no_header(path, shown(name), reason))
+
+
+def _check_no_header(table: Table) -> None:
+    """Refuse a first line of texts only, one of which stands above numbers only."""
+    first = table.frame.iloc[0].tolist()
+    number = _number(table.decimal)
+    if any(not isinstance(text, str) or number.fullmatch(text) for text in first):
+        return
+    for name, text in zip(table.columns, first, strict=True):
+        below = table.frame[name].iloc[1:].dropna().astype(str).unique()
+        if name in table.categories or text in MARKS or not len(below):
+            continue
+        if all(number.fullmatch(other) for other in below):
+            raise DataError(
+                f"{table.path} begins with {shown(text)}, which stands above numbers "
+                f"in column '{name}'. If that is a header, leave header out; if it is "
+                f"a name like the numbers, set dtype = {{'{name}' = 'category'}}."
+            )
 
 
 def _names_itself(name: str, values: pd.Series[Any]) -> bool:
@@ -391,6 +420,8 @@ def _parse(path: Path, **options: Any) -> pd.DataFrame:
                 "that holds the separator stands in double quotes; with decimals after "
                 "a comma set sep and decimal"
             )
+        elif isinstance(error, pd.errors.EmptyDataError):
+            text = "it is empty"
         elif "EOF inside string" in text:
             text = "a double quote is opened and not closed"
         text = " ".join((text or type(error).__name__).split()).rstrip(".")
@@ -427,16 +458,44 @@ class _Gaps:
         self.first = min(places, default=None)
 
 
-def _restored(frame: pd.DataFrame, missed: Iterable[str]) -> pd.DataFrame:
+def _restored(
+    table: Table,
+    frame: pd.DataFrame,
+    missed: Iterable[str],
+    form: Mapping[str, Any],
+) -> pd.DataFrame:
     """Give columns that missing values have widened the type that they had before."""
     frame = frame.infer_objects()
     for name in missed:
-        values = frame[name]
+        texts = values = frame[name]
         if pd.api.types.is_float_dtype(values):
-            whole = (values == values.round()) & (values.abs() < 2**53)
-            if whole.all():
+            if (values != values.round()).any():
+                continue
+            if (values.abs() < 2**53).all():
                 frame[name] = values.astype(np.int64)
+                continue
+            # A float does not hold so many digits; the file does.
+            texts = _texts(table, name, form).loc[frame.index]
+        elif is_numeric(values) or name in table.categories:
+            continue
+        texts = texts.astype(str).str.strip()
+        if texts.str.fullmatch(r"[-+]?\d+").all():
+            whole = pd.to_numeric(texts)
+            frame[name] = whole if pd.api.types.is_integer_dtype(whole) else texts
     return frame
+
+
+def _texts(table: Table, name: str, form: Mapping[str, Any]) -> pd.Series[Any]:
+    """Return a column's cells as they stand in the file."""
+    column: pd.Series[Any] = _parse(
+        table.path,
+        header=None if table.header is False else 0,
+        usecols=[table.columns.index(name)],
+        dtype="str",
+        na_filter=False,
+        **form,
+    ).iloc[:, 0]
+    return column
 
 
 def _gap(
@@ -452,15 +511,7 @@ def _gap(
     if not pd.isna(frame[name].iloc[row]):
         cell, remedy = "an infinite number", "Give finite numbers."
     else:
-        texts = _parse(
-            table.path,
-            header=None if table.header is False else 0,
-            usecols=[table.columns.index(name)],
-            dtype="str",
-            na_filter=False,
-            **form,
-        )
-        text = str(texts.iloc[place, 0])
+        text = str(_texts(table, name, form).iloc[place])
         cell = shown(text) if text else "an empty cell"
         remedy = (
             "Fill in or drop them first, or leave such rows out with drop-missing = "
@@ -546,14 +597,12 @@ def text_fault(table: Table, values: pd.Series[Any], *, feature: bool) -> str | 
     numeric = int((~values.astype(str).isin(odd)).sum())
     different = len(texts) - len(odd)
     several = different > FEW_ROWS and 2 * different > numeric
-    if (different > FEW_NUMBERS or several) and 2 * numeric > len(values):
+    if odd and (different > FEW_NUMBERS or several) and 2 * numeric > len(values):
         return _odd_among_numbers(table, values, odd)
-    mark = "," if table.decimal == "." else "."
-    marked = [text for text in texts if mark in text]
-    if marked and all(_number(mark).fullmatch(text) for text in texts):
+    remedy = _other_marks(table, name, texts)
+    if remedy:
         return (
-            f"{path}: column '{name}' holds numbers such as {shown(marked[0])}. Set "
-            f"decimal = '{mark}'."
+            f"{path}: column '{name}' holds numbers such as {shown(odd[0])}. {remedy}"
         )
     if not feature:
         return None
@@ -585,17 +634,49 @@ def _odd_among_numbers(table: Table, values: pd.Series[Any], odd: list[str]) -> 
     """Say which texts stand among a column's numbers, and what to do."""
     texts = values.astype(str)
     text = str(texts[texts.isin(odd)].iloc[0])
-    mark = "," if table.decimal == "." else "."
-    if mark in text and _number(mark).fullmatch(text):
-        remedy = f"If that is a number, set decimal = '{mark}'."
-    else:
-        remedy = missing_or_name(values.name, text)
+    remedy = _other_marks(table, values.name, [text]) or missing_or_name(
+        values.name, text
+    )
     if table.header is False and str(texts.iloc[0]) == text:
         remedy += " If the file has a header, leave header out."
     others = f" and {len(odd) - 1:,} other texts" if len(odd) > 1 else ""
     return (
         f"{table.path}: column '{values.name}' holds numbers, but {shown(text)} in "
         f"{_cells(values, text)}{others}. {remedy}"
+    )
+
+
+def _other_marks(table: Table, name: Any, texts: Sequence[str]) -> str | None:
+    """Say what to do where texts are numbers with other marks than the table's.
+
+    ``None`` where one of them is no number in any way.
+    """
+    mark = "," if table.decimal == "." else "."
+    number, grouped = _number(table.decimal), _grouped(mark, table.decimal)
+    odd = [text for text in texts if not number.fullmatch(text)]
+    if not odd:
+        return None
+    thousands = all(grouped.fullmatch(text) for text in odd)
+    if all(_number(mark).fullmatch(text) for text in texts):
+        remedy = f"Where '{mark}' stands before decimals, set decimal = '{mark}'."
+        if thousands:
+            remedy += " Where it stands between thousands, remove it from the file."
+        return remedy
+    plain_signs = (text.strip().translate(_DASHES) for text in odd)
+    if thousands:
+        what = "Remove the marks between thousands from the file"
+    elif all(number.fullmatch(text) for text in plain_signs):
+        what = "Write its minus sign as '-' and no space of another kind beside it"
+    else:
+        return None
+    return f"{what}; if it is a name, set dtype = {{'{name}' = 'category'}}."
+
+
+def _grouped(mark: str, decimal: str) -> re.Pattern[str]:
+    """Return the pattern of numbers with a mark or a space between thousands."""
+    return re.compile(
+        rf"\s*[-+]?\d{{1,3}}([{re.escape(mark)}\s'’]\d{{3}})+"
+        rf"({re.escape(decimal)}\d*)?\s*"
     )
 
 

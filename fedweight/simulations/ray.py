@@ -236,6 +236,11 @@ def _start_ray(workers: int | None, address: str | None) -> contextlib.ExitStack
         ray.shutdown()
         ours.close()
         if isinstance(error, Exception):
+            if address == "auto" and isinstance(error, ConnectionError):
+                raise EngineError(
+                    "address is 'auto', but no Ray cluster runs on this machine. Start "
+                    "one with 'ray start --head', or leave the address out."
+                ) from error
             where = "start Ray" if address is None else f"join Ray at {address!r}"
             raise EngineError(f"cannot {where}: {error}") from error
         raise

@@ -403,15 +403,19 @@ def _read_toml(path: Path) -> dict[str, Any]:
             "as UTF-8 without one."
         )
     try:
+        if b"\0" in content:
+            raise UnicodeError
         return tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:
         hint = ""
         if path.suffix.lower() in (".csv", ".npz", ".txt", ".tsv"):
             hint = " 'fedweight check' looks at a file of data."
-        elif "Unescaped" in str(error) or "escape" in str(error):
+        elif any(word in str(error).lower() for word in ("escape", "hex value")):
             hint = " Write a Windows path in single quotes: 'C:\\data\\own.csv'."
         deep = isinstance(error, RecursionError)
         text = "it is nested too deep" if deep else " ".join(str(error).split())
+        if isinstance(error, UnicodeError):
+            text = "it is not written in UTF-8. Save it as UTF-8"
         raise ConfigurationError(f"{path} is not a TOML file: {text}.{hint}") from None
 
 
@@ -450,8 +454,7 @@ def _resolve(where: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]
         for key, rule in fixed.items()
         if key in given or key in SCHEMA[table]
     }
-    resolved |= resolve_options(where, options, given, fixed)
-    return {key: _lists(value) for key, value in resolved.items()}
+    return resolved | resolve_options(where, options, given, fixed)
 
 
 def _keys(where: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -466,15 +469,6 @@ def _keys(where: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
                 f"{where} has the key '{before}' twice, also as '{key}'. Keep one."
             )
         yield key, value
-
-
-def _lists(value: Any) -> Any:
-    """Return a value as TOML reads it: tuples are lists there."""
-    if isinstance(value, list | tuple):
-        return [_lists(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _lists(v) for k, v in value.items()}
-    return value
 
 
 def _checked(where: str, value: Any, rule: Key) -> Any:

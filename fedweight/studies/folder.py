@@ -108,7 +108,7 @@ def _make_folder(out: str | Path | None, name: str, overwrite: bool) -> Path:
         _check_content(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    name = re.sub(r"[/\\]+", "-", name)
+    name = re.sub(r"[/\\]+", "-", name).lstrip(".- ")  # A hidden one is not found.
     if overwrite:
         return _make_folder(Path("runs") / name, name, overwrite)
     for number in range(1, 1_000_000):

@@ -439,10 +439,16 @@ X, Y = np.zeros((4, 2)), np.array([0, 1, 0, 1])
         ({"x": X, "y": Y, "clients": Y}, {}, "'clients'. Did you mean 'client'"),
         ({"x": X, "y": Y[:3]}, {}, "'x' has 4 rows and 'y' has 3"),
         ({"x": X, "y": Y, "client": Y[:3]}, {}, "'client' has 3 rows"),
+        ({"x": X, "y": Y, "client": X}, {}, r"'client': clients have shape \[4, 2\]"),
+        ({"x": X, "y": Y, "client": np.array([b"\xff", b"\xfe"] * 2)}, {}, "not UTF-8"),
         ({"x": X, "y": Y / 2}, {}, "'y' is float64"),
         ({"x": X, "y": Y - 1}, {}, "labels reach from -1"),
         ({"x": X, "y": Y}, {"num_classes": 1}, "1 classes allow 0 to 0"),
+        ({"x": X, "y": 0 * Y}, {}, "'y' has one value only, 0"),
+        ({"x": X, "y": 0 * Y + 3}, {}, "'y' has one value only, 3"),
+        ({"x": X, "y": 0 * Y}, {"num_classes": 1}, "'y' has one value only, 0"),
         ({"x": X[:, 0], "y": Y}, {}, "'x' has shape"),
+        ({"x": X[:, :0], "y": Y}, {}, r"shape \(0,\), which holds no number"),
         ({"x": X.astype(str), "y": Y}, {}, "'x' is <U"),
         ({"x": X * np.nan, "y": Y}, {}, "example 0 holds NaN"),
         ({"x": X, "y": Y, "x_test": X[:, :1], "y_test": Y}, {}, "Make them equal"),
@@ -458,8 +464,8 @@ def test_npz_errors(tmp_path, arrays, options, message):
 
 def test_npz_that_is_none(tmp_path):
     path = tmp_path / "own.npz"
-    path.write_bytes(b"hello")
-    with pytest.raises(DataError, match="cannot be read as an NPZ file"):
+    path.write_bytes(b"a,b,y\n1,2,0\n")
+    with pytest.raises(DataError, match=r"cannot be read as an NPZ file.*name = 'csv'"):
         data.load("npz", path)
     with path.open("wb") as file:
         np.save(file, np.zeros(3))

@@ -128,6 +128,47 @@ def test_decimals_after_a_comma(tmp_path, plain):
     assert "decimal = '.'" in refused(csv(tmp_path, PLAIN), decimal=",")
 
 
+@pytest.mark.parametrize(
+    ("cells", "remedies"),
+    [
+        (["1,000", "2,000", "3"], ["set decimal = ','", "remove it from the file"]),
+        (["1,000,500", "2.5"], ["Remove the marks between thousands"]),
+        (["1,000.5", "999.5"], ["Remove the marks between thousands"]),
+        (["1 000", "2\u00a0000"], ["Remove the marks between thousands"]),
+        (["\u22121", "1", "2"], ["Write its minus sign as '-'"]),
+        (["1\u00a0", "2"], ["no space of another kind"]),
+    ],
+)
+def test_numbers_with_other_marks(tmp_path, cells, remedies):
+    body = "".join(f'{i},"{cells[i % len(cells)]}",{i % 2}\n' for i in range(60))
+    path = csv(tmp_path, "a,b,y\n" + body)
+    message = refused(path)
+    assert all(remedy in message for remedy in remedies)
+    assert "'b' holds numbers such as" in message
+    own = data.load("csv", path, dtype={"b": "category"})
+    assert own.input_shape == (1 + len(cells),)
+    rows = "".join(f'{i},"{i}.5",{i % 2}\n' for i in range(60))
+    among = refused(csv(tmp_path, f'a,b,y\n0,"{cells[0]}",1\n' + rows))
+    assert any(remedy in among for remedy in [*remedies, "no space"])
+
+
+def test_cells_between_spaces(tmp_path, plain):
+    path = csv(tmp_path, PLAIN.replace(",", " "))
+    assert "set sep = ' '" in refused(path)
+    same(data.load("csv", path, sep=" "), plain)
+    assert "set sep = ';'" in refused(csv(tmp_path, "a b c;y\n1;2\n"))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", b"\xef\xbb\xbf"])
+def test_an_empty_file(tmp_path, content):
+    assert "it is empty" in refused(csv(tmp_path, content))
+
+
+def test_a_long_name_is_shortened(tmp_path):
+    path = csv(tmp_path, PLAIN.replace("a,b,y", "a" * 5000 + ",b,y"))
+    assert "It has aaaaa" in refused(path, label="z")
+
+
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path, plain):
     path = csv(tmp_path, b"\xef\xbb\xbf" + PLAIN.encode())
     same(data.load("csv", path), plain)
@@ -169,6 +210,18 @@ def test_a_first_line_of_data_is_no_header(tmp_path, content, reason):
     message = refused(csv(tmp_path, content))
     assert reason in message
     assert "header = false" in message
+
+
+def test_a_header_is_no_data(tmp_path):
+    body = "".join(f"{i % 5},{i % 2},{'ab'[i % 2]}\n" for i in range(60))
+    path = csv(tmp_path, "age,sex,y\n" + body)
+    message = refused(path, header=False)
+    assert "begins with 'age', which stands above numbers in column '0'" in message
+    assert "leave header out" in message
+    assert data.load("csv", csv(tmp_path, body), header=False).input_shape == (2,)
+    names = csv(tmp_path, "red,f,a\n" + body.replace("0,", "blue,"))
+    dtype = {"0": "category", "1": "category"}
+    assert data.load("csv", names, header=False, dtype=dtype).num_classes == 2
 
 
 @pytest.mark.parametrize("first", ["0,1,2", "1,2,3", "1990,1991,y"])
@@ -223,6 +276,52 @@ def test_rows_that_are_left_out_change_no_whole_number(tmp_path):
     assert "3 of 33 rows" in own.notes[0]
     everywhere = csv(tmp_path, "a,y\n,1\n2,\n", "e.csv")
     assert "leaves no row" in refused(everywhere, drop_missing=True)
+
+
+LONG = (9007199254740992, 9007199254740993)  # alike as floats
+
+
+@pytest.mark.parametrize("ids", [LONG, (2**64 - 2, 2**64 - 1), (10**30, 10**30 + 1)])
+@pytest.mark.parametrize("column", ["site", "y"])
+def test_rows_that_are_left_out_keep_long_ids_apart(tmp_path, ids, column):
+    body = "".join(f"{i % 5},{ids[i % 2]},{i % 2}\n" for i in range(40))
+    options = {"client": "site"}
+    head = "a,site,y\n"
+    if column == "y":
+        options, head = {}, "a,b,y\n"
+        body = "".join(f"{i % 5},{i % 2},{ids[i % 2]}\n" for i in range(40))
+    hole = "1,,1\n" if column == "site" else "1,1,\n"
+    whole = data.load("csv", csv(tmp_path, head + body), **options)
+    path = csv(tmp_path, head + hole + body, "hole.csv")
+    assert "data row 1: an empty cell" in refused(path, **options)
+    own = data.load("csv", path, drop_missing=True, **options)
+    same(own, whole)
+    assert own.natural_names == whole.natural_names
+    names = own.natural_names if column == "site" else own.class_names
+    assert names == tuple(map(str, ids))
+
+
+@pytest.mark.parametrize("column", ["site", "y"])
+def test_long_ids_written_as_decimals_are_refused(tmp_path, column):
+    body = "".join(f"{i % 5},{LONG[i % 2]}.0,{i % 2}\n" for i in range(40))
+    head = "a,site,y\n" if column == "site" else "a,y,site\n"
+    path = csv(tmp_path, head + body)
+    options = {"client": "site"} if column == "site" else {"label": "y"}
+    assert f"dtype = {{'{column}' = 'category'}}" in refused(path, **options)
+    own = data.load("csv", path, dtype={column: "category"}, **options)
+    names = own.natural_names if column == "site" else own.class_names
+    assert names == tuple(f"{number}.0" for number in LONG)
+
+
+def test_a_long_label_is_not_taken_for_its_neighbour(tmp_path):
+    body = "".join(f"{i % 5},{LONG[1]}\n" for i in range(9))
+    path = csv(tmp_path, "a,y\n" + body)
+    assert f"holds {LONG[1]}, which is none" in refused(path, classes=[LONG[0], 1])
+
+
+@pytest.mark.parametrize("option", ["client", "label", "sensitive", "drop"])
+def test_an_empty_name_is_no_column(tmp_path, option):
+    assert "has no column ''" in refused(csv(tmp_path, PLAIN), **{option: ""})
 
 
 def test_none_is_a_name_and_na_is_missing(tmp_path):
@@ -379,6 +478,13 @@ def test_names_of_many_digits_are_names(tmp_path):
     assert own.feature_names == (f"card={10**25}", f"card={10**25 + 1}", "a")
 
 
+def test_names_of_many_digits_in_every_row(tmp_path):
+    body = "".join(f"{10**30 + i},{i % 4},{i % 2}\n" for i in range(60))
+    path = csv(tmp_path, "card,a,y\n" + body)
+    assert "drop = ['card']" in refused(path)
+    assert "look like names of rows" in refused(path, label="card")
+
+
 def test_a_few_texts_among_few_numbers_are_categories(tmp_path):
     body = "".join(f"{'012?'[i % 4]},{i},{i % 2}\n" for i in range(40))
     own = data.load("csv", csv(tmp_path, "grade,a,y\n" + body))
@@ -393,6 +499,26 @@ def test_texts_that_differ_by_spaces_only(tmp_path):
     plain = csv(tmp_path, "a,y\n" + body.replace(" dog", "dog"))
     test = csv(tmp_path, "a,y\n1,dog \n2,cat\n", "test.csv")
     assert "differ by spaces only" in refused(plain, test=test)
+
+
+@pytest.mark.parametrize("column", ["site", "b"])
+def test_one_number_written_in_two_ways_is_refused_beside_texts(tmp_path, column):
+    body = "".join(f"{i},{('1', '1.0', 'A')[i % 3]},{i % 2}\n" for i in range(40))
+    path = csv(tmp_path, f"a,{column},y\n" + body)
+    options = {"client": "site"} if column == "site" else {}
+    message = refused(path, **options)
+    assert "holds '1' and '1.0', which are one number" in message
+    own = data.load("csv", path, dtype={column: "category"}, **options)
+    assert len(own.natural_names or own.feature_names[1:]) == 3
+
+
+@pytest.mark.parametrize("column", ["y", "b"])
+def test_texts_that_differ_by_capitals_only_are_noted(tmp_path, column):
+    texts = ("Yes", "yes", "no")
+    body = "".join(f"{i % 2},{texts[i % 3]}\n" for i in range(40))
+    path = csv(tmp_path, ("a,y\n" if column == "y" else "y,b\n") + body)
+    (note,) = data.load("csv", path, label="y").notes
+    assert "holds 'Yes' and 'yes', which differ by capitals only" in note
 
 
 def test_features_of_too_many_texts(tmp_path, monkeypatch):

@@ -406,6 +406,14 @@ def test_addresses_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             ConfigurationError, match=r"must be 'auto' or the host:port"
         ):
             RayGrid(ClientApp(), 2, address=address)
+
+    def nobody(**options: object) -> None:
+        raise ConnectionError("Set --address")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ray.init", nobody)
+        with pytest.raises(EngineError, match="no Ray cluster runs on this machine"):
+            RayGrid(ClientApp(), 2, address="auto")
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
     with pytest.raises(EngineError, match=r"nobody answers .*ray start --head"):

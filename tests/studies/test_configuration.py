@@ -512,6 +512,11 @@ def test_a_setting_overrides_a_key_however_its_hyphen_is_written(tmp_path):
     [
         (b"\xef\xbb\xbf[run]\n", "begins with a byte order mark"),
         (b'[data]\npath = "C:\\data\\own.csv"\n', "in single quotes: 'C:"),
+        (b'[data]\npath = "C:\\Users\\x.csv"\n', "in single quotes: 'C:"),
+        (b'[data]\npath = "C:\\x\\own.csv"\n', "in single quotes: 'C:"),
+        ('[run]\nname = "é"\n'.encode("latin-1"), "Save it as UTF-8"),
+        ('[run]\nname = "a"\n'.encode("utf-16"), "Save it as UTF-8"),
+        ('[run]\nname = "a"\n'.encode("utf-16-le"), "Save it as UTF-8"),
         (b"[run]\nrounds = " + b"9" * 5000 + b"\n", "is not a TOML file"),
         (b"[model]\nhidden = " + b"[" * 5000 + b"\n", "is not a TOML file"),
         (b"[model]\nhidden = " + b"[" * 100 + b"1" + b"]" * 100, "more than 20 deep"),
@@ -519,7 +524,7 @@ def test_a_setting_overrides_a_key_however_its_hyphen_is_written(tmp_path):
         (b'[run]\nname = "a\\u0000b"\n', "must not hold NUL"),
         (b'[data]\npath = "C:\\new\\table.csv"\n', "in single quotes"),
     ],
-    ids=range(8),
+    ids=range(13),
 )
 def test_a_file_that_is_none_is_one_line(tmp_path, content, reason):
     file = tmp_path / "own.toml"

@@ -43,6 +43,12 @@ def test_a_runs_name_never_leads_out_of_runs(tmp_path, monkeypatch, name):
     assert made.resolve().parent == tmp_path / "runs"
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "", "./a", "-"])
+def test_a_runs_folder_is_not_hidden(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert take(None, f"{name}-fedavg-seed0").name[0].isalpha()
+
+
 def test_a_folder_of_ones_own_must_be_empty(tmp_path):
     for _ in range(2):
         with new_folder(tmp_path / "x" / "y", "a") as made:

@@ -43,6 +43,7 @@ class Made:
     clients: dict[str, int] = field(default_factory=dict)
     columns: int = 0
     fault: str = ""
+    odd: str = ""  # the key of a simulation file that is none, or does not fit
     sure: bool = True  # whether the fault must be found
 
 
@@ -55,9 +56,9 @@ FAULTS = (
 )
 
 
-def make_csv(rng: random.Random, path: Path) -> Made:
+def make_csv(rng: random.Random, path: Path, faults: Any = FAULTS) -> Made:
     """Write a CSV file, right or with one fault."""
-    made = Made(path, fault=rng.choice(FAULTS))
+    made = Made(path, fault=rng.choice(faults))
     made.rows = n = rng.randint(12, 80)
     made.sure = made.fault not in ("cut", "huge", "encoding", "twice", "short row")
     columns: dict[str, list[Any]] = {}
@@ -262,26 +263,35 @@ def test_a_data_file_is_understood_or_refused_in_one_line(tmp_path_factory, part
 
 
 def make_simulation(rng: random.Random, folder: Path) -> tuple[Path, Made]:
-    """Write a simulation file over a CSV file; some keys are none, or out of range."""
-    made = make_csv(rng, folder / "own.csv")
+    """Write a simulation file over a CSV file; some keys are none, or do not fit."""
+    right = [""] * len(FAULTS)
+    made = make_csv(rng, folder / "own.csv", [*FAULTS, *right])
     table = {key.removeprefix("data."): value for key, value in made.settings.items()}
     tables: dict[str, dict[str, Any]] = {
         "run": {"rounds": 1, "name": rng.choice(["a", "é", "x/y"])},
         "data": {"name": "csv", "path": "own.csv", **table},
         "partition": {
             "name": rng.choice(["iid", "dirichlet", "quantity", "natural", "shards"]),
-            "clients": rng.choice([0, 1, 2, 5]),
+            "clients": rng.choice([0, 1, 1, 2, 2, 5]),
         },
-        "model": {"name": rng.choice(["softmax", "mlp", "mlp", "cnn"])},
+        "model": {"name": rng.choice(["softmax", "mlp", "mlp", "mlp", "cnn"])},
         "training": {"epochs": 1, "batch-size": rng.choice([1, 8, 1000])},
         "strategy": {"name": rng.choice(["fedavg", "feddisco", "ida", "fedprox"])},
         "engine": {"name": "local", "plan": rng.choice(["loop", "auto", "batched-2"])},
     }
+    partition, natural = tables["partition"], tables["partition"]["name"] == "natural"
+    if tables["model"]["name"] == "cnn":
+        made.odd = "model.name"
+    elif natural and not made.clients:
+        made.odd = "partition.name"
+    elif not natural and partition["clients"] == 0:
+        made.odd = "partition.clients"
     if rng.random() < 0.3:
         name = rng.choice(list(tables))
         key = rng.choice([*tables[name], "seed", "x"])
         odd = [0, -1, 10**30, 1e308, "", "x:y", "builtins:dict", [1], True, 2**62]
         tables[name][key] = rng.choice(odd)
+        made.odd = f"{name}.{key}"
     file = folder / "own.toml"
     file.write_text(tomli_w.dumps(tables), encoding="utf-8")
     return file, made
@@ -301,6 +311,7 @@ def test_a_simulation_file_is_ready_or_refused_in_one_line(tmp_path_factory, see
     for line in refused:
         assert "\n" not in line
         assert len(line) < 1500
+    assert not refused or made.fault or made.odd, f"refused: {refused}"
     if not refused and not made.fault:
         assert len(checked.facts["columns"]) == made.columns
         assert set(checked.facts["classes"]) == set(made.classes)
@@ -343,15 +354,24 @@ def test_a_data_file_as_a_command(tmp_path, seed):
     assert {path.name for path in tmp_path.iterdir()} == {"own.csv"}
 
 
-@pytest.mark.parametrize("seed", range(10))
+SEEDS = range(5, 15)
+
+
+def test_some_simulation_files_are_right(tmp_path):
+    made = [make_simulation(random.Random(seed), tmp_path)[1] for seed in SEEDS]
+    assert sum(not (one.fault or one.odd) for one in made) >= 3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_simulation_file_as_a_command(tmp_path, seed):
-    file, _ = make_simulation(random.Random(seed), tmp_path)
+    file, made = make_simulation(random.Random(seed), tmp_path)
     done = command(tmp_path, "run", file.name, "--json", "--out", "out")
     if ended_well(done):
         summary = json.loads(done.stdout)
         assert (summary["rounds"], summary["failed_rounds"]) == (1, 0)
         assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     else:
+        assert made.fault or made.odd, done.stderr
         assert done.stdout == ""
         assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.part"))
