@@ -341,7 +341,7 @@ def middle(several: Sequence[Integers]) -> Integers:
     """Return the integer tensors in the middle of some clients', element by element.
 
     Integers are never averaged. Of an even number of values it is the lower one of the
-    two in the middle: a single client does not decide.
+    two in the middle: from three clients on, a single one does not decide.
 
     Examples
     --------

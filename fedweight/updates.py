@@ -719,8 +719,8 @@ def changed_tensors(
     # One value of a tensor tells, nearly always, that a model has changed it.
     full = torch.nonzero(stops > starts)[:, 0]
     middles = (starts[full] + stops[full]) // 2
-    for model in models[:1]:
-        found[full] = model[middles] != origin[middles]
+    if models:
+        found[full] = models[0][middles] != origin[middles]
     for tensor in full[~found[full]].tolist():
         here = slice(offsets[tensor], offsets[tensor + 1])
         same = (torch.equal(model[here], origin[here]) for model in models)
