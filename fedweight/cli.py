@@ -163,9 +163,7 @@ def _interrupted(stop: KeyboardInterrupt) -> int:
 
 def _recorded(stop: BaseException) -> str:
     """Say where what was recorded is, if a run had begun."""
-    for folder in getattr(stop, "__notes__", ()):
-        return f"What was recorded is in {folder}. To see it: fedweight report {folder}"
-    return ""
+    return " ".join(getattr(stop, "__notes__", ()))
 
 
 def _say(text: str) -> None:

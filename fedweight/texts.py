@@ -125,6 +125,17 @@ def without_numbers(reason: str) -> str:
 _NUMBERS = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.ASCII)
 
 
+def one_of(reasons: Sequence[str]) -> str:
+    """Return the first of several reasons, and whether others differ from it.
+
+    Examples
+    --------
+    >>> one_of(["too long: 5.1", "too long: 7"]), one_of(["no power", "no power"])
+    ('too long: 5.1 (or similar)', 'no power')
+    """
+    return reasons[0] if len(set(reasons)) == 1 else f"{reasons[0]} (or similar)"
+
+
 def without_client(reason: str) -> str:
     """Return a reason without the number of the client that gave it."""
     return _WHOSE.sub(r"\1", reason, count=1)

@@ -38,6 +38,7 @@ from ..texts import (
     TRACEBACK_LENGTH,
     cause,
     clients_called,
+    one_of,
     plain,
     plain_lines,
     shown,
@@ -921,7 +922,7 @@ class WeightingStrategy(Strategy):
                 why = cause(entry.reason)
                 alike.setdefault(without_numbers(why), []).append(why)
         common = sorted(alike.values(), key=len, reverse=True)[:3]
-        causes = "; ".join(f"{len(some)} x {some[0]}" for some in common)
+        causes = "; ".join(f"{len(some)} x {one_of(some)}" for some in common)
         log.error(
             "round %d failed, the global model is kept: %s%s",
             record.number,

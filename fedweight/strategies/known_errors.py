@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from ..texts import cause, clients_called, without_numbers
+from ..texts import cause, clients_called, one_of, without_numbers
 from .round import ClientRecord
 
 log = logging.getLogger("fedweight")
@@ -26,14 +26,13 @@ class KnownErrors:
 
     def tell(self, round: int, entries: Iterable[ClientRecord]) -> None:
         """Log the errors of a round that are new, with the clients they happened to."""
-        found: dict[tuple[str, str], tuple[str, dict[int, str]]] = {}
+        found: dict[tuple[str, str], list[tuple[ClientRecord, str]]] = {}
         for entry in entries:
             if entry.status in ("rejected", "failed", "missing"):
                 why = cause(entry.reason)
                 kind: tuple[str, str] = (entry.status, without_numbers(why))
-                name = entry.name or str(entry.client)
-                found.setdefault(kind, (why, {}))[1][entry.client] = name
-        for error, (reason, names) in found.items():
+                found.setdefault(kind, []).append((entry, why))
+        for error, cases in found.items():
             if error in self._known or self._told_the_rest:
                 continue
             if len(self._known) == MOST:
@@ -41,5 +40,7 @@ class KnownErrors:
                 log.warning("further errors are not shown; the record has them")
                 continue
             self._known.add(error)
+            names = {e.client: e.name or str(e.client) for e, _ in cases}
             whose = clients_called([*names], names.__getitem__)
+            reason = one_of([why for _, why in cases])
             log.warning("round %d: %s %s: %s", round, whose, error[0], reason)

@@ -26,6 +26,7 @@ MANY = 0.1  # share of a cohort whose failing is worth a line
 EXPLODED = 1000  # times the lowest loss so far
 NOT_SMALL = 0.1  # of the first loss: what is less is no explosion, whatever came before
 ROUNDS_TO_LEARN = 10  # after so many an accuracy should be above chance
+FAR_FROM_ONE = 2  # times too large or too small is worth a line
 DOMINANT = 0.5  # share of a round's weight
 DOMINANT_ROUNDS = 3  # in so many rounds
 DOMINANT_AMONG = 3  # of so many clients or more
@@ -48,6 +49,8 @@ def warnings_of(run: Run) -> list[str]:
             *_never_asked(run, asked),
             *_many_failed(asked),
             *_clients_losses(run, asked),
+            *_empty_sites(run),
+            *_odd_weights(run, asked),
             *_dominant(run, asked),
             *_huge_updates(run, asked),
         ]
@@ -305,7 +308,37 @@ def _chance(run: Run) -> Iterator[str]:
         yield f"the accuracy after round {number}, {value:.3g}, is chance: {what}"
 
 
-# ------------------------------------------------------------------- clients that rule
+# ------------------------------------------------------- clients that count, or do not
+
+
+def _empty_sites(run: Run) -> Iterator[str]:
+    """Name clients with a name that have nothing to train on; others are drawn so."""
+    empty = [c for c, size in _sizes(run).items() if size == 0 and c in run.names]
+    if empty:
+        have = "have" if len(empty) > 1 else "has"
+        yield f"{run.called(empty)} {have} no examples to train on, and did not count"
+
+
+def _odd_weights(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+    """Tell of weights that are negative, or whose sum is far from one."""
+    if "weight" not in asked:
+        return
+    rows = asked[(asked["status"] == "ok") & asked["weight"].notna()]
+    negative = rows[rows["weight"] < 0]
+    if len(negative):
+        clients = sorted(set(negative["client"].tolist()))
+        yield (
+            f"{run.called(clients)} had a negative weight "
+            f"({rounds_listed(negative['round'].tolist())})"
+        )
+    sums = rows.groupby("round")["weight"].sum()
+    odd = sums[(sums < 1 / FAR_FROM_ONE) | (sums > FAR_FROM_ONE)]
+    odd = odd[odd != 0]  # With weights of 0 a round has failed, and says so.
+    if len(odd):
+        yield (
+            f"the weights summed to {odd.iloc[-1]:.4g} and not to 1 "
+            f"({rounds_listed(odd.index.tolist())}); the global model is scaled by that"
+        )
 
 
 def _dominant(run: Run, asked: pd.DataFrame) -> Iterator[str]:

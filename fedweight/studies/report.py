@@ -137,7 +137,7 @@ def _notice(summary: Mapping[str, Any]) -> str:
     if asked is not None and done < asked:
         parts = (
             f"<p class='notice'>This run stands at round {done} of {asked}. "
-            "It was interrupted; what follows is of the rounds that ended.</p>"
+            "It ended early; what follows is of the rounds that ended.</p>"
         ) + parts
     return parts
 

@@ -44,7 +44,6 @@ from ..data.files import load_one_csv
 from ..errors import (
     ConfigurationError,
     DataError,
-    FedweightError,
     OutputError,
     check_choice,
 )
@@ -596,9 +595,12 @@ def run(
             result = Run(folder)
             if report:
                 result.report()
-        except (KeyboardInterrupt, FedweightError) as stop:
+        except BaseException as stop:
             if folder is not None:
-                stop.add_note(str(folder))  # Who catches it can say where it is.
+                stop.add_note(
+                    f"What was recorded is in {folder}. To see it: fedweight report "
+                    f"{folder}"
+                )
             raise
     return result
 

@@ -87,6 +87,27 @@ def test_a_client_that_failed_once_of_many_is_no_line(tell: Tell) -> None:
     assert tell(rows) == []
 
 
+def test_a_site_without_examples_is_named_and_a_number_is_not(tell: Tell) -> None:
+    empty = {"status": "dropped", "reason": "it has no examples"}
+    rows = asked(2, 30, client_2=empty)
+    sizes = {k: 0 if k == 2 else 9 for k in range(30)}
+    assert tell(rows, sizes=sizes) == []
+    (line,) = tell(rows, sizes=sizes, names={2: "Lone", 3: "B"})
+    assert line == "client 2 (Lone) has no examples to train on, and did not count"
+
+
+def test_weights_that_are_none_of_a_mean_are_told(tell: Tell) -> None:
+    rows = [row | {"weight": 1.0} for row in asked(3, 5)]
+    (line,) = tell(rows)
+    assert line == (
+        "the weights summed to 5 and not to 1 (rounds 1 to 3); the global model is "
+        "scaled by that"
+    )
+    rows = [row | {"weight": -0.5 if row["client"] == 1 else 0.375} for row in rows]
+    line, *_ = tell(rows)
+    assert line == "client 1 had a negative weight (rounds 1 to 3)"
+
+
 def test_a_client_without_data_is_not_lost(tell: Tell) -> None:
     empty = {"status": "dropped", "reason": "it has no examples"}
     assert tell(asked(2, 30, client_2=empty)) == []
@@ -317,7 +338,10 @@ def test_a_client_with_most_of_the_weight_is_named(tell: Tell) -> None:
 def test_one_of_two_or_for_two_rounds_may_rule(
     tell: Tell, rounds: int, clients: int
 ) -> None:
-    rows = [row | {"weight": 0.9 - row["client"] / 3} for row in asked(rounds, clients)]
+    rows = [
+        row | {"weight": 0.7 if not row["client"] else 0.1}
+        for row in asked(rounds, clients)
+    ]
     assert tell(rows) == []
 
 

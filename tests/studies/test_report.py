@@ -135,7 +135,7 @@ def test_sections_without_data_are_left_out(make_run: MakeRun) -> None:
 def test_interrupted_run_says_so(make_run: MakeRun) -> None:
     text = report.render(Run(make_run(rounds=2, asked=9, model=False)))
     assert "stands at round 2 of 9" in text
-    assert "It was interrupted" in text
+    assert "It ended early" in text
 
 
 def test_many_clients_stay_a_small_file(make_run: MakeRun) -> None:

@@ -386,7 +386,8 @@ def test_an_interrupt_at_any_time_leaves_a_folder_that_can_be_read(
             monkeypatch.setattr(module, "write_whole", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             quick(out=str(number), report=True)
-        assert caught.value.__notes__ == [str(tmp_path / str(number))]
+        (note,) = caught.value.__notes__
+        assert note.startswith(f"What was recorded is in {tmp_path / str(number)}. ")
         for module in (runner, report_module):
             monkeypatch.setattr(module, "write_whole", whole)
         assert Run(tmp_path / str(number)).report().is_file()
