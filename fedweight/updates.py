@@ -19,7 +19,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -713,19 +713,26 @@ def changed_tensors(
     >>> changed_tensors([torch.tensor([1.0, 5.0, 3.0])], origin, [0, 2, 3]).tolist()
     [True, False]
     """
-    places = torch.tensor(offsets)
-    starts, stops = places[:-1], places[1:]
-    found = torch.zeros(len(starts), dtype=torch.bool)
+    found = [False] * (len(offsets) - 1)
+    if not models:
+        return torch.tensor(found, dtype=torch.bool)
+    full, middles = _middles(tuple(offsets))
     # One value of a tensor tells, nearly always, that a model has changed it.
-    full = torch.nonzero(stops > starts)[:, 0]
-    middles = (starts[full] + stops[full]) // 2
-    if models:
-        found[full] = models[0][middles] != origin[middles]
-    for tensor in full[~found[full]].tolist():
+    differ = (models[0][middles] != origin[middles]).tolist()
+    for tensor, differs in zip(full, differ, strict=True):
         here = slice(offsets[tensor], offsets[tensor + 1])
-        same = (torch.equal(model[here], origin[here]) for model in models)
-        found[tensor] = not all(same)
-    return found
+        found[tensor] = differs or not all(
+            torch.equal(model[here], origin[here]) for model in models
+        )
+    return torch.tensor(found, dtype=torch.bool)
+
+
+@lru_cache(maxsize=16)
+def _middles(offsets: tuple[int, ...]) -> tuple[list[int], Tensor]:
+    """Return which tensors have values, and the place in the middle of each."""
+    pairs = list(pairwise(offsets))
+    full = [tensor for tensor, (start, stop) in enumerate(pairs) if stop > start]
+    return full, torch.tensor([sum(pairs[tensor]) // 2 for tensor in full])
 
 
 def _check_shape(name: str, given: Tensor, size: int, what: str) -> None:

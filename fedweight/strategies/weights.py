@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def size_weights(num_examples: Tensor) -> Tensor:
     """
     n = num_examples.double()
     total = n.sum()
-    if total.isinf():
+    if math.isinf(float(total)):
         n = n / n.max()
         total = n.sum()
     return n / total if total > 0 else torch.full_like(n, 1 / max(len(n), 1))
@@ -96,12 +97,13 @@ def effective_clients(weights: Tensor) -> float:
     >>> effective_clients(torch.tensor([0.5, 0.5, 0.0]))
     2.0
     """
-    largest = float(weights.abs().max())
+    values = weights.double().numpy()
+    largest = float(np.abs(values).max())
     if largest == 0:
         return 0.0
     # By a power of 2, which changes no digit, so that no square is too large.
-    scaled = weights.double() / 2.0 ** math.frexp(largest)[1]
-    return float(scaled.sum()) ** 2 / float(scaled.square().sum())
+    scaled = values / 2.0 ** math.frexp(largest)[1]
+    return float(scaled.sum()) ** 2 / float(np.square(scaled).sum())
 
 
 def normalise(raw: Tensor, fallback: Tensor) -> Tensor:
