@@ -357,8 +357,8 @@ def flatten(
     if missing or unexpected:
         raise AggregationError(
             f"{given} has other tensors than {expected}: missing "
-            f"{listed(missing) or 'none'}, unexpected "
-            f"{listed(sorted(unexpected)) or 'none'}."
+            f"{listed(map(repr, missing)) or 'none'}, unexpected "
+            f"{listed(map(repr, sorted(unexpected))) or 'none'}."
         )
     numpy_dtype = np.float64 if layout.dtype == torch.float64 else np.float32
     vectors = {

@@ -114,8 +114,8 @@ def test_the_order_of_a_reply_does_not_matter():
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ({"a": np.zeros(2)}, "missing ['n']"),
-        ({"a": np.zeros(2), "n": 1, "b": 0.0}, "unexpected ['b']"),
+        ({"a": np.zeros(2)}, "missing 'n'"),
+        ({"a": np.zeros(2), "n": 1, "b": 0.0}, "unexpected 'b'"),
         ({"a": np.zeros(3), "n": 1}, "'a' has shape [3] in the record, and [2] in"),
         ({"a": np.zeros((2, 1)), "n": 1}, "'a' has shape [2, 1]"),
         ({"a": np.zeros(2, complex), "n": 1}, "'a' has dtype complex128"),

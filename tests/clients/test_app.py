@@ -312,7 +312,7 @@ def test_missing_or_other_arrays_are_a_clear_error(kit):
     with pytest.raises(ClientError, match="0 array records"):
         app(kit.message(None), kit.context(0))
     other = ArrayRecord({"weight": torch.zeros(3, 4), "bais": torch.zeros(3)})
-    with pytest.raises(AggregationError, match=r"missing .'bias'.*unexpected .'bais'"):
+    with pytest.raises(AggregationError, match=r"missing 'bias', unexpected 'bais'"):
         app(kit.message(other), kit.context(0))
     wide = ArrayRecord({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)})
     with pytest.raises(AggregationError, match=r"'weight' has shape \[3, 5\]"):

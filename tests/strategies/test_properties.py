@@ -335,10 +335,10 @@ def spoil(kit, how):
         arrays = {**named(good), "bias": np.zeros(CLASSES + 1)}
         return client(kit, arrays), "rejected", "'bias' has shape [4]"
     if how == "missing array":
-        return client(kit, {"bias": np.zeros(CLASSES)}), "rejected", "missing weight"
+        return client(kit, {"bias": np.zeros(CLASSES)}), "rejected", "missing 'weight'"
     if how == "another array":
         arrays = {**named(good), "extra": np.zeros(1)}
-        return client(kit, arrays), "rejected", "unexpected extra"
+        return client(kit, arrays), "rejected", "unexpected 'extra'"
     if how == "kind":
         arrays = {**named(good), "bias": np.array(["a", "b", "c"])}
         return client(kit, arrays), "rejected", "'bias' has dtype <U1"
