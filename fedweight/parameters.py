@@ -389,6 +389,9 @@ def flatten(
     return FlatModel(layout, parameters, buffers, integers, frozen)
 
 
+_MAKING = threading.Lock()
+
+
 class FlatRecord(ArrayRecord):
     """Flower's ``ArrayRecord`` over a :class:`FlatModel`.
 
@@ -411,11 +414,13 @@ class FlatRecord(ArrayRecord):
 
     def _make(self) -> None:
         flat = self.flat
-        if flat is not None and not self.__dict__["_made"]:
-            self.__dict__["_made"] = True
-            data: dict[str, Array] = self.__dict__["_data"]
-            for name, values in flat.named_arrays():
-                data[name] = Array(np.asarray(values))
+        if flat is None or self.__dict__["_made"]:
+            return
+        with _MAKING:  # Clients that train in several threads read the same record.
+            if not self.__dict__["_made"]:
+                arrays = [(n, Array(np.asarray(v))) for n, v in flat.named_arrays()]
+                self.__dict__["_data"].update(arrays)
+                self.__dict__["_made"] = True
 
     def plain(self) -> ArrayRecord:
         """Return an ordinary ``ArrayRecord`` with the same arrays."""

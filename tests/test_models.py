@@ -145,7 +145,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         ("mlpp", (4,), {}, "Did you mean 'mlp'"),
         ("mlp", (4,), {"hiden": 3}, "no option 'hiden'. Did you mean 'hidden'"),
         ("mlp", (4,), {"hidden": 0}, "hidden must be whole numbers from 1"),
-        ("mlp", (4,), {"hidden": ["a"]}, "hidden must be whole numbers from 1"),
+        ("mlp", (4,), {"hidden": ["a"]}, "hidden must be a whole number or a list"),
         ("cnn", (4,), {}, r"images of shape \(c, h, w\).*4 or more"),
         ("cnn", (1, 3, 8), {}, "4 or more"),
         ("cnn", (1, 8, 8), {"channels": [8]}, "channels must be two"),

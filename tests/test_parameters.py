@@ -1,5 +1,7 @@
 import pickle
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from unittest import mock
 
@@ -638,3 +640,17 @@ def test_weights_of_other_dtypes_are_refused_by_name(dtype):
     layer = nn.Linear(2, 2, dtype=getattr(torch, dtype))
     with pytest.raises(ConfigurationError, match=f"'weight' is {dtype}"):
         FlatModule(layer)
+
+
+def test_threads_that_look_first_at_once_see_all_arrays(monkeypatch):
+    def slow(values):
+        time.sleep(0.005)
+        return Array(values)
+
+    monkeypatch.setattr("fedweight.parameters.Array", slow)
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            record = FlatRecord(FlatModule(module).save())
+            found = list(pool.map(lambda k: sorted(record), range(4)))  # noqa: B023
+            assert found == [sorted(module.state_dict())] * 4

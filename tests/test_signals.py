@@ -25,6 +25,8 @@ STOPS = (signal.SIGTERM, signal.SIGHUP)
 def _handlers() -> Iterator[None]:
     numbers = (signal.SIGINT, *STOPS)
     before = {number: signal.getsignal(number) for number in numbers}
+    for number in STOPS:  # Whatever else of this process has set, or nohup.
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -412,6 +412,7 @@ def test_addresses_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr("ray.init", nobody)
+        patched.setattr("ray.shutdown", lambda: None)  # The session is others', too.
         with pytest.raises(EngineError, match="no Ray cluster runs on this machine"):
             RayGrid(ClientApp(), 2, address="auto")
     with socket.create_server(("127.0.0.1", 0)) as server:
