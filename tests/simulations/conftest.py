@@ -186,8 +186,8 @@ class Script:
         return output
 
     def left_behind(self) -> list[str]:
-        """Return the commands of the processes that outlive it by two seconds."""
-        deadline = time.monotonic() + 2
+        """Return the commands of the processes that outlive it by five seconds."""
+        deadline = time.monotonic() + 5
         while (left := self._members()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return list(left.values())
