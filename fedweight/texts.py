@@ -183,6 +183,17 @@ def rounds_listed(rounds: Iterable[int], most: int = 4) -> str:
     return f"round{'s' if len(numbers) > 1 else ''} {listed(words, most)}"
 
 
+def own_name(client: int, name: str) -> str:
+    """Return a client's name; empty where that is only its number.
+
+    Examples
+    --------
+    >>> own_name(3, "Bern"), own_name(3, "3")
+    ('Bern', '')
+    """
+    return "" if name == str(client) else name
+
+
 def clients_called(
     clients: Sequence[int], name_of: Callable[[int], str] = str, most: int = 3
 ) -> str:
@@ -195,7 +206,6 @@ def clients_called(
     """
     words = []
     for client in clients:
-        name = name_of(client)
-        own = "" if name == str(client) else f" ({plain(name, NAME_LENGTH)})"
-        words.append(f"{client}{own}")
+        name = plain(own_name(client, name_of(client)), NAME_LENGTH)
+        words.append(f"{client} ({name})" if name else f"{client}")
     return f"client{'s' * (len(words) > 1)} {listed(words, most)}"

@@ -66,6 +66,14 @@ def check_trained(size: float, known: Mapping[str, float]) -> None:
         raise Unfit("dropped", f"the model could not train{has}")
 
 
+def check_sender(asked: bool, answered: bool) -> None:
+    """Raise :class:`AggregationError` unless a reply is the one that is waited for."""
+    if not asked:
+        raise AggregationError("it was not asked")
+    if answered:
+        raise AggregationError("it replied twice")
+
+
 def check_model(reply: Reply, arrays_key: str) -> None:
     """Raise :class:`AggregationError` if a model could not be aggregated."""
     if reply.model is None and not reply.summed:

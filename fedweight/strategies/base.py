@@ -39,6 +39,7 @@ from ..texts import (
     cause,
     clients_called,
     one_of,
+    own_name,
     plain,
     plain_lines,
     shown,
@@ -50,6 +51,7 @@ from .admission import (
     Unfit,
     check_asked,
     check_model,
+    check_sender,
     check_trained,
     far_longer,
     size_of,
@@ -529,10 +531,7 @@ class WeightingStrategy(Strategy):
                     raise AggregationError(str(reply))
                 if reply.error is not None:
                     raise AggregationError(reply.error)
-                if sent is None and not anybody:
-                    raise AggregationError("it was not asked")
-                if client in answered:
-                    raise AggregationError("it replied twice")
+                check_sender(sent is not None or anybody, client in answered)
                 size = size_of(reply.metrics, self.weighted_by_key)
             except AggregationError as error:
                 note = f"evaluation failed: {_reason(error)}"
@@ -697,10 +696,7 @@ class WeightingStrategy(Strategy):
             record.clients.append(entry)
             entry.bytes_down = nbytes if sent else 0
             try:
-                if sent is None and not anybody:
-                    raise AggregationError("it was not asked")
-                if client in answered:
-                    raise AggregationError("it replied twice")
+                check_sender(sent is not None or anybody, client in answered)
                 answered.add(client)
                 if isinstance(reply, AggregationError):
                     raise reply
@@ -788,9 +784,8 @@ class WeightingStrategy(Strategy):
     def _entry(self, client: int, status: Status, reason: str = "") -> ClientRecord:
         if self._name_of is str:
             return ClientRecord(client, status, reason)
-        name = self._name_of(client)
-        own = "" if name == str(client) else name
-        return ClientRecord(client, status, reason, name=own)
+        name = own_name(client, self._name_of(client))
+        return ClientRecord(client, status, reason, name=name)
 
     def _short_enough(
         self, good: list[Good], models: LocalModels, record: RoundRecord

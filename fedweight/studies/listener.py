@@ -13,7 +13,7 @@ from ..strategies import ClientRecord, RoundRecord
 from ..strategies.known_errors import KnownErrors
 from ..strategies.reported import OwnMetrics, sort_metrics
 from ..strategies.round import Status
-from ..texts import TRACEBACK_LENGTH, plain_lines
+from ..texts import TRACEBACK_LENGTH, own_name, plain_lines
 
 
 class Listener:
@@ -100,10 +100,8 @@ class Listener:
 
     def _entry(self, node: int, status: Status, reason: str = "") -> ClientRecord:
         client = self.client_of(node)
-        name = self.name_of(client)
-        return ClientRecord(
-            client, status, reason, name="" if name == str(client) else name
-        )
+        name = own_name(client, self.name_of(client))
+        return ClientRecord(client, status, reason, name=name)
 
 
 def _num_bytes(message: Message) -> int:

@@ -18,6 +18,7 @@ from ..texts import (
     REASON_LENGTH,
     TRACEBACK_LENGTH,
     clients_called,
+    own_name,
     plain,
     plain_lines,
     rounds_listed,
@@ -37,9 +38,9 @@ def client_row(number: int, record: ClientRecord) -> Row:
         whole = column in COUNTS and math.isfinite(value)
         row[column] = int(value) if whole else value
     row |= {f"own_{snake_case(name)}": v for name, v in record.own_metrics.items()}
-    named = plain(record.name, NAME_LENGTH) if record.name else ""
-    if named not in ("", str(record.client)):
-        row["name"] = named
+    if record.name:
+        name = own_name(record.client, plain(record.name, NAME_LENGTH))
+        row |= {"name": name} if name else {}
     return row | {
         "round": number,
         "client": record.client,
