@@ -273,13 +273,10 @@ class Answers:
     def sum_up(self, cohort: Cohort) -> None:
         """Add up the models of those who trained, and let go of all."""
         assert cohort.summed_by is not None
-        models = {
-            reply.node: (model, float(reply.metrics[cohort.summed_by]))
-            for reply, model in _trained(self.replies)
-        }
+        trained = list(_trained(self.replies))
         good = {
-            reply.node: models[reply.node]
-            for reply, _ in _trained(self.replies)
+            reply.node: (model, float(reply.metrics[cohort.summed_by]))
+            for reply, model in trained
             if reply.node not in cohort.left_out
             and reply.metrics.get(keys.NUM_STEPS) != 0
         }
@@ -293,11 +290,10 @@ class Answers:
             layout = next(model.layout for model, _ in good.values())
             start = flatten(cohort.arrays, layout).parameters
             self.total.changed = changed_tensors(rows, start, layout.offsets)
-        for reply in self.replies:
-            if reply.node in models:
-                if reply.node not in good:
-                    reply.is_finite()
-                reply.model, reply.summed = None, True
+        for reply, _ in trained:
+            if reply.node not in good:
+                reply.is_finite()
+            reply.model, reply.summed = None, True
 
 
 def _trained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, FlatModel]]:

@@ -117,7 +117,7 @@ class ModelSum:
         The sums, ``[P]`` and ``[B]``; ``None`` as long as there is nothing in them.
     integers : dict[int, dict[str, ndarray]]
         Each model's integer tensors, by node.
-    changed : Tensor, optional
+    changed : ndarray, optional
         Which named tensors of the parameters any model changed, ``[T]``, bool; as far
         as somebody has looked.
     """
@@ -126,7 +126,7 @@ class ModelSum:
     parameters: Tensor | None = None
     buffers: Tensor | None = None
     integers: dict[int, Integers] = field(default_factory=dict)
-    changed: Tensor | None = None
+    changed: npt.NDArray[np.bool_] | None = None
 
     @classmethod
     def of(
@@ -171,17 +171,18 @@ class ModelSum:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as NumPy arrays, which Ray shares between processes."""
-        vectors = [self.parameters, self.buffers, self.changed]
+        vectors = [self.parameters, self.buffers]
         arrays = [None if v is None else v.detach().cpu().numpy() for v in vectors]
-        return _model_sum, (self.coefficients, self.integers, *arrays)
+        return _model_sum, (self.coefficients, self.integers, self.changed, *arrays)
 
 
 def _model_sum(
     coefficients: dict[int, float],
     integers: dict[int, Integers],
+    changed: npt.NDArray[np.bool_] | None,
     *arrays: npt.NDArray[Any] | None,
 ) -> ModelSum:
-    parameters, buffers, changed = (
+    parameters, buffers = (
         None if array is None else as_tensor(array) for array in arrays
     )
     return ModelSum(coefficients, parameters, buffers, integers, changed)
@@ -206,13 +207,14 @@ def _sum_of_few(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return ``sum_k c_k row_k``; in the rows' own precision by default."""
+    if not rows[0].numel():
+        return torch.zeros_like(rows[0], dtype=dtype)
     matrix = _together(rows) if dtype is None else None
     if matrix is not None:  # One product instead of a sum over rows.
         return torch.mv(matrix.T, torch.tensor(coefficients, dtype=matrix.dtype))
     total = torch.zeros_like(rows[0], dtype=dtype)
-    if total.numel():
-        for row, coefficient in zip(rows, coefficients, strict=True):
-            total.add_(row, alpha=coefficient)
+    for row, coefficient in zip(rows, coefficients, strict=True):
+        total.add_(row, alpha=coefficient)
     return total
 
 
@@ -220,9 +222,8 @@ def _together(rows: Sequence[Tensor]) -> Tensor | None:
     """Return rows that follow one another in memory as the matrix that they are."""
     first, size = rows[0], rows[0].numel()
     begin, step = first.data_ptr(), size * first.element_size()
-    if not size or any(
-        row.data_ptr() != begin + k * step for k, row in enumerate(rows)
-    ):
+    places = range(begin, begin + len(rows) * step, step)
+    if [row.data_ptr() for row in rows] != list(places):
         return None
     place = first.storage_offset() * first.element_size()
     if first.untyped_storage().nbytes() < place + len(rows) * step:
@@ -255,7 +256,7 @@ class SummedModels(LocalModels):
             nodes, start.parameters, self.total.parameters, start.layout.offsets
         )
         if self.total.changed is not None:
-            updates.changed = self.total.changed
+            updates.changed = torch.from_numpy(self.total.changed)
         return updates
 
     def buffers(self, nodes: Sequence[int], start: FlatModel) -> Updates:  # noqa: D102

@@ -847,4 +847,6 @@ def _describe(value: Any) -> str:
 
 def is_finite(values: Tensor) -> bool:
     """Tell whether all values are finite; the sum of finite values seldom is not."""
+    if not values.numel():
+        return True
     return math.isfinite(values.sum().item()) or bool(values.isfinite().all())

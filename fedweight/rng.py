@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,13 +111,12 @@ def key_table(
             sequence = np.random.SeedSequence(name)
             result[place] = sequence.generate_state(1, np.uint64)[0]
         return result
-    shape = len(kinds) * len(numbers)
-    entropy = [
-        *(np.full(shape, word, np.uint32) for word in _words(seed)),
-        np.repeat(kinds, len(numbers)),
-        *(np.full(shape, word, np.uint32) for word in _words(round)),
-        np.tile(numbers.astype(np.uint32), len(kinds)),
-    ]
+    count = len(kinds) * len(numbers)
+    words = [*_words(seed), 0, *_words(round), 0]
+    entropy = np.empty((len(words), count), np.uint32)
+    entropy[:] = np.array(words, np.uint32)[:, None]
+    entropy[len(_words(seed))] = np.repeat(kinds, len(numbers))
+    entropy[-1] = np.tile(numbers.astype(np.uint32), len(kinds))
     return _generate(_mixed_pool(entropy)).reshape(len(kinds), len(numbers))
 
 
@@ -159,7 +159,7 @@ def _mix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 # NumPy's SeedSequence (after M. O'Neill's seed_seq), for many sequences at once. NumPy
 # guarantees that its output never changes, and a test compares the two.
 
-_Words = npt.NDArray[np.uint32]
+_Words = npt.NDArray[np.uint32]  # A row a word, a column a sequence.
 
 FEW = 8
 
@@ -172,37 +172,43 @@ def _words(value: int) -> list[int]:
     return words
 
 
-def _mixed_pool(entropy: list[_Words]) -> list[_Words]:
-    constant = 0x43B0D7E5
+def _hashed(value: _Words, first: int, factor: int, constants: range) -> _Words:
+    """Hash words with some of the constants ``first * factor**k``, one for a row."""
+    before, after = _constants(first, factor, constants)
+    value = (value ^ before) * after
+    return value ^ (value >> np.uint32(16))
 
-    def hashed(value: _Words) -> _Words:
-        nonlocal constant
-        value = value ^ np.uint32(constant)
-        constant = constant * 0x931E8875 & 0xFFFFFFFF
-        value = value * np.uint32(constant)
-        return value ^ (value >> np.uint32(16))
+
+@cache
+def _constants(first: int, factor: int, constants: range) -> tuple[_Words, _Words]:
+    """Return what a hash begins with, and what it multiplies by, as columns."""
+    powers = [pow(factor, k, 1 << 32) for k in (*constants, constants.stop)]
+    column = np.array([[first * power & 0xFFFFFFFF] for power in powers], np.uint32)
+    return column[:-1], column[1:]
+
+
+def _mixed_pool(entropy: _Words) -> _Words:
+    used = 0
+
+    def hashed(value: _Words, times: int) -> _Words:
+        nonlocal used
+        constants = range(used, used + times)
+        used += times
+        return _hashed(value, 0x43B0D7E5, 0x931E8875, constants)
 
     def mixed(x: _Words, y: _Words) -> _Words:
         result: _Words = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
         return result ^ (result >> np.uint32(16))
 
-    pool = [hashed(word) for word in entropy[:4]]
+    pool = hashed(entropy[:4], 4)
     for source in range(4):
-        for target in range(4):
-            if source != target:
-                pool[target] = mixed(pool[target], hashed(pool[source]))
+        others = [target for target in range(4) if target != source]
+        pool[others] = mixed(pool[others], hashed(pool[source], 3))
     for word in entropy[4:]:
-        for target in range(4):
-            pool[target] = mixed(pool[target], hashed(word))
+        pool = mixed(pool, hashed(word, 4))
     return pool
 
 
-def _generate(pool: list[_Words]) -> npt.NDArray[np.uint64]:
-    constant = 0x8B51F9DD
-    halves = []
-    for word in pool[:2]:
-        word = word ^ np.uint32(constant)
-        constant = constant * 0x58F38DED & 0xFFFFFFFF
-        word = word * np.uint32(constant)
-        halves.append((word ^ (word >> np.uint32(16))).astype(np.uint64))
-    return halves[0] | (halves[1] << np.uint64(32))
+def _generate(pool: _Words) -> npt.NDArray[np.uint64]:
+    low, high = _hashed(pool[:2], 0x8B51F9DD, 0x58F38DED, range(2)).astype(np.uint64)
+    return low | (high << np.uint64(32))  # type: ignore[no-any-return]

@@ -19,8 +19,8 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property, lru_cache, reduce
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -53,6 +53,12 @@ KEPT_SIZES = 4
 # With more values than this in the rows, all cores share the work by default.
 WORTH_THREADS = 1 << 22
 
+
+# What the kernels are given where there is no vector.
+NO_VALUES: dict[torch.dtype, npt.NDArray[Any]] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+}
 
 T = TypeVar("T")
 
@@ -105,8 +111,8 @@ class Rows:
         # What the kernels know of the rows; the list above keeps them alive.
         self._matrix = (
             np.array([model.data_ptr() for model in self.models], np.uint64),
-            np.cumsum([0, *sizes]),
-            torch.empty(0, dtype=dtype).numpy(),
+            np.array([*accumulate(sizes, initial=0)]),
+            NO_VALUES[dtype],
             TILE_ROWS,
         )
 
@@ -280,7 +286,7 @@ class Rows:
 
     def changed(self, origin: Tensor, offsets: Sequence[int]) -> Tensor:
         """Return which named tensors differ from the origin in any model, ``[T]``."""
-        return changed_tensors(self.models, origin, offsets)
+        return torch.from_numpy(changed_tensors(self.models, origin, offsets))
 
 
 class Updates(ABC):
@@ -329,7 +335,7 @@ class Updates(ABC):
         if accumulate is None:
             accumulate = "float64" if origin.dtype == torch.float64 else "float32"
         check_choice("accumulate", accumulate, ["float64", "float32"])
-        self.members = [torch.tensor(rows, dtype=torch.int64) for rows in members]
+        self.members = [torch.from_numpy(np.array(rows, np.int64)) for rows in members]
         self.num_clients = sum(map(len, members))
         if sorted(k for rows in members for k in rows) != [*range(self.num_clients)]:
             raise ValueError("every row must be in one part")
@@ -496,10 +502,7 @@ class Updates(ABC):
     def changed(self) -> Tensor:
         """Which named tensors any row changes: ``[T]``, bool."""
         arguments = [(self.origin, self.offsets)] * len(self.members)
-        found = torch.zeros(self.num_tensors, dtype=torch.bool)
-        for answer in self._ask("changed", arguments):
-            found |= answer
-        return found
+        return reduce(torch.logical_or, self._ask("changed", arguments))
 
     def gram(self) -> Tensor:
         """Return the inner products of all pairs of rows: ``[K, K]``."""
@@ -682,21 +685,21 @@ def _given(
     vector: Tensor | Sum | None, dtype: torch.dtype
 ) -> tuple[Tensor, npt.NDArray[Any], float]:
     """Return a vector as the kernels take it: its values, or the weights of a sum."""
-    nothing = torch.empty(0, dtype=dtype)
+    nothing = torch.from_numpy(NO_VALUES[dtype])
     if isinstance(vector, Sum):
         return nothing, _plain(vector.weights, dtype).numpy(), vector.total_weight
-    return nothing if vector is None else vector, nothing.numpy(), 0.0
+    return nothing if vector is None else vector, NO_VALUES[dtype], 0.0
 
 
 def changed_tensors(
     models: Sequence[Tensor], origin: Tensor, offsets: Sequence[int]
-) -> Tensor:
+) -> npt.NDArray[np.bool_]:
     """Return which named tensors differ from the origin in any model.
 
     Parameters
     ----------
     models : Sequence[Tensor]
-        k vectors ``[P]``.
+        k vectors ``[P]``, in this process's memory.
     origin : Tensor
         ``[P]``.
     offsets : Sequence[int]
@@ -704,8 +707,8 @@ def changed_tensors(
 
     Returns
     -------
-    Tensor
-        Shape ``[T]``, bool; False for a tensor without values.
+    ndarray
+        Shape ``[T]``; False for a tensor without values.
 
     Examples
     --------
@@ -713,26 +716,27 @@ def changed_tensors(
     >>> changed_tensors([torch.tensor([1.0, 5.0, 3.0])], origin, [0, 2, 3]).tolist()
     [True, False]
     """
-    found = [False] * (len(offsets) - 1)
+    found = np.zeros(len(offsets) - 1, np.bool_)
     if not models:
-        return torch.tensor(found, dtype=torch.bool)
+        return found
     full, middles = _middles(tuple(offsets))
     # One value of a tensor tells, nearly always, that a model has changed it.
-    differ = (models[0][middles] != origin[middles]).tolist()
-    for tensor, differs in zip(full, differ, strict=True):
-        here = slice(offsets[tensor], offsets[tensor + 1])
-        found[tensor] = differs or not all(
-            torch.equal(model[here], origin[here]) for model in models
-        )
-    return torch.tensor(found, dtype=torch.bool)
+    found[full] = models[0].detach().numpy()[middles] != origin.numpy()[middles]
+    for tensor in full:
+        if not found[tensor]:
+            here = slice(offsets[tensor], offsets[tensor + 1])
+            found[tensor] = not all(
+                torch.equal(model[here], origin[here]) for model in models
+            )
+    return found
 
 
 @lru_cache(maxsize=16)
-def _middles(offsets: tuple[int, ...]) -> tuple[list[int], Tensor]:
+def _middles(offsets: tuple[int, ...]) -> tuple[list[int], npt.NDArray[np.int64]]:
     """Return which tensors have values, and the place in the middle of each."""
     pairs = list(pairwise(offsets))
     full = [tensor for tensor, (start, stop) in enumerate(pairs) if stop > start]
-    return full, torch.tensor([sum(pairs[tensor]) // 2 for tensor in full])
+    return full, np.array([sum(pairs[tensor]) // 2 for tensor in full], np.int64)
 
 
 def _check_shape(name: str, given: Tensor, size: int, what: str) -> None:
@@ -746,6 +750,9 @@ def _check_shape(name: str, given: Tensor, size: int, what: str) -> None:
 
 def _plain(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values as the kernels take them; without a copy, if they are so."""
+    # Asking is quicker than three calls that have nothing to do.
+    if values.dtype == dtype and values.is_cpu and values.is_contiguous():
+        return values.detach() if values.requires_grad else values
     return values.detach().to("cpu", dtype).contiguous()
 
 
@@ -757,12 +764,13 @@ def empty(size: int, dtype: torch.dtype) -> Tensor:
     find and to clear other memory first.
     """
     line, nbytes = 64, size * dtype.itemsize
+    if nbytes < LARGE_BYTES:
+        return torch.empty(size, dtype=dtype)
     memory = _let_go().pop(nbytes, None)
     if memory is None:
         memory = np.empty(nbytes + line, np.uint8)
     lent = memory[-memory.ctypes.data % line :][:nbytes]
-    if nbytes >= LARGE_BYTES:
-        weakref.finalize(lent, _keep, memory, nbytes).atexit = False
+    weakref.finalize(lent, _keep, memory, nbytes).atexit = False
     return torch.from_numpy(lent).view(dtype)
 
 

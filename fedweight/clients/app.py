@@ -451,7 +451,8 @@ class TrainingApp(ClientApp):
     def _tasks(self, visits: Sequence[_Visit]) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
         for visit in visits:
-            least = visit.data.train.y.min(initial=0)
+            labels = visit.data.train.y
+            least = np.minimum.reduce(labels) if len(labels) else 0
             if least < 0:
                 raise ClientError(
                     f"client {visit.client} has an example with label {least}; labels "

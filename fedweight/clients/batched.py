@@ -559,9 +559,9 @@ class _State:
         """Give every client the global model."""
         received, buffers, integers = _on(device, start)
         trained = TrainedRows(
-            received.repeat(clients, 1),
-            buffers.repeat(clients, 1),
-            {n: t.expand(clients, *t.shape).clone() for n, t in integers.items()},
+            _copies(received, clients),
+            _copies(buffers, clients),
+            {name: _copies(values, clients) for name, values in integers.items()},
             torch.zeros(clients, device=device),
             torch.zeros(clients, device=device),
             np.zeros(clients, np.int64),
@@ -627,6 +627,13 @@ class _ChunkMemory:
         if key not in self._steps:
             self._steps[key] = Replayed(step)
         return self._steps[key]
+
+
+def _copies(values: Tensor, clients: int) -> Tensor:
+    """Return a tensor once for each client, ``[C, ...]``; quicker than ``repeat``."""
+    return values.expand(clients, *values.shape).clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 def _kind_of_room(size: Sequence[int], like: Tensor) -> tuple[Any, ...]:

@@ -272,6 +272,9 @@ class Trials:
 
         The first time a warning says it, too.
         """
+        known: str | None = self._found.get(("at once", kind))
+        if known is not None:
+            return known
         findings = self.alone(kind, context, None, cancelled)
 
         def ask(examples: Examples) -> str:
@@ -285,10 +288,9 @@ class Trials:
                 cancelled,
             )
 
-        known = ("at once", kind) in self._found
         failed = "no trial with the first clients' examples succeeded"
         why = self._ask("at once", kind, context, None, ask, failed, cancelled)
-        if why and not known:
+        if why:
             with own_streams(SEED, torch.device(self._device)):
                 name = type(self.make()).__name__
             log.warning("model %s trains one client after another: %s.", name, why)

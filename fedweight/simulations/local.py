@@ -185,6 +185,8 @@ class LocalGrid(SimulationGrid):
         threads: int | None = None,
     ) -> Iterator[T]:
         """Yield the jobs' results, in order; those that begin too late have none."""
+        if not jobs:
+            return
         with as_in_a_new_thread(), one_thread():
             if (threads or self.threads or 1) > 1:
                 yield from self._in_threads(jobs, deadline)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,11 @@ class Plan:
         """
         if not cohort.nodes:
             return []
-        nodes = np.array(cohort.nodes)
+        nodes = cohort.nodes
         train = cohort.message_type == "train"
         if train and sizes is not None:
-            nodes = nodes[np.argsort(-np.asarray(sizes), kind="stable")]
+            order = np.argsort(-np.asarray(sizes), kind="stable").tolist()
+            nodes = [nodes[k] for k in order]
         if not train:
             limit = EVALUATION_CHUNK
         elif self.chunk > 1:
@@ -97,7 +99,10 @@ class Plan:
         count = -(-len(nodes) // limit)
         if train and self.chunk > 1:
             count = min(count, max(len(nodes) // 2, 1))
-        return [part.tolist() for part in np.array_split(nodes, count)]
+        # The first lists have one more, where they cannot all be alike.
+        least, more = divmod(len(nodes), count)
+        ends = [k * least + min(k, more) for k in range(count + 1)]
+        return [nodes[start:end] for start, end in pairwise(ends)]
 
 
 def sizes_of(client_app: Any, clients: Sequence[int]) -> list[int] | None:

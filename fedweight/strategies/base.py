@@ -846,12 +846,13 @@ class WeightingStrategy(Strategy):
                 f"{name}.aggregate must record the weights it used: "
                 'round.log("weight", weights), one for each client.'
             )
-        if len(weights) != round.num_clients or not weights.isfinite().all():
+        values = weights.tolist()
+        if len(values) != round.num_clients or not all(map(math.isfinite, values)):
             raise AggregationError(
                 f"{name} gave weights {_shortened(weights)} for {round.num_clients} "
                 "clients; they must be finite, one each"
             )
-        if not weights.any():
+        if not any(values):
             raise AggregationError(f"{name} gave every client the weight 0")
 
     def _check_values(self, round: Round, parameters: Tensor) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import MetricRecord
 
 from .. import keys
@@ -89,7 +90,8 @@ def sort_metrics(
         if number is None:
             continue
         limits = RANGES.get(name)
-        if limits and (limits[0] <= number <= limits[1] or math.isnan(number)):
+        # What differs from itself is NaN.
+        if limits and (limits[0] <= number <= limits[1] or number != number):
             known[name] = number
         elif own is None:
             own = {name: number}
@@ -152,28 +154,43 @@ def mean_metrics(
         Which of the clients' own are averaged, too. One that has a name that the
         server knows, but a value out of its range, never is.
     """
-    names = dict.fromkeys(name for one in good for name in one.known)
+    names = dict(good[0].known)
+    own: set[str] = set()
+    for one in good:
+        if one.known.keys() != names.keys():
+            names |= one.known
+        own.update(one.own)
     names.pop(key, None)
-    own = {name for one in good for name in one.own}
     others = sorted(own.intersection(chosen) - RANGES.keys() - {key})
     columns = [[one.known.get(name, math.nan) for one in good] for name in names]
     columns += [[one.own.get(name, math.nan) for one in good] for name in others]
     values = np.array(columns).reshape(len(columns), len(good))
+    sizes = np.array([one.num_examples for one in good])
+    largest = float(sizes.max())
+    if largest > LARGE:
+        sizes /= largest
+    with np.errstate(all="ignore"):
+        means = (values * sizes).sum(1) / sizes.sum()
+        if not np.isfinite(means).all():
+            means = _means_of_known(values, sizes)
+    pairs = zip([*names, *others], means.tolist(), strict=True)
+    return MetricRecord({name: mean for name, mean in pairs if mean == mean})
+
+
+def _means_of_known(
+    values: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the rows' means by size over what is finite; NaN where nothing is."""
     known = np.isfinite(values)
     values = np.where(known, values, 0)
-    sizes = np.array([one.num_examples for one in good])
-    if sizes.max() > LARGE:
-        sizes /= sizes.max()
     p = known * sizes
     p = np.where(p.any(1, keepdims=True), p, known)  # Alike, if none of them has data.
     totals = p.sum(1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        means = (values * p).sum(1) / np.where(totals > 0, totals, 1)
-        large = ~np.isfinite(means)
-        # What is too large to be added up is weighed first.
-        means[large] = (values[large] * (p[large] / totals[large, None])).sum(1)
-    pairs = zip([*names, *others], means.tolist(), totals.tolist(), strict=True)
-    return MetricRecord({name: mean for name, mean, total in pairs if total})
+    means: npt.NDArray[np.float64] = (values * p).sum(1) / totals
+    large = ~np.isfinite(means)
+    # What is too large to be added up is weighed first.
+    means[large] = (values[large] * (p[large] / totals[large, None])).sum(1)
+    return means
 
 
 def recorded_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

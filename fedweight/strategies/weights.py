@@ -28,10 +28,10 @@ def size_weights(num_examples: Tensor) -> Tensor:
     [0.5, 0.25, 0.25]
     """
     n = num_examples.double()
-    total = n.sum()
-    if math.isinf(float(total)):
+    total = float(n.sum())
+    if math.isinf(total):
         n = n / n.max()
-        total = n.sum()
+        total = float(n.sum())
     return n / total if total > 0 else torch.full_like(n, 1 / max(len(n), 1))
 
 
