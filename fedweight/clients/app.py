@@ -484,13 +484,15 @@ class TrainingApp(ClientApp):
 
     def _prepare(self, cohort: Cohort, context_of: Callable[[int], Context]) -> None:
         """Make the keys of a whole cohort at its first list: one by one they cost."""
+        if self._prepared() is cohort:
+            return
         with self._making:
             if self._prepared() is cohort:
                 return
-            self._prepared = weakref.ref(cohort)
             round = int(cohort.config(cohort.nodes[0]).get(keys.ROUND, 1))  # type: ignore[arg-type]
             clients = [client_number(context_of(node)) for node in cohort.nodes]
             self._streams = self._streams_of(round, clients)
+            self._prepared = weakref.ref(cohort)
 
     def _evaluate_all(
         self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
