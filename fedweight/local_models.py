@@ -256,7 +256,7 @@ class SummedModels(LocalModels):
             nodes, start.parameters, self.total.parameters, start.layout.offsets
         )
         if self.total.changed is not None:
-            updates.changed = torch.from_numpy(self.total.changed)
+            updates.changed = as_tensor(self.total.changed)
         return updates
 
     def buffers(self, nodes: Sequence[int], start: FlatModel) -> Updates:  # noqa: D102

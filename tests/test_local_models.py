@@ -1,5 +1,7 @@
 """Local models that are added up as they come, against models that are kept."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -325,3 +327,17 @@ def test_the_integers_in_the_middle_stand_for_all():
     for kept in (SummedModels(whole), HeldModels(models)):
         assert middle(kept.integers([4, 6, 8])) == {"1.num_batches_tracked": 8}
         assert middle(kept.integers([6, 4])) == {"1.num_batches_tracked": 4}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sum_that_came_in_shared_memory_is_read_without_a_warning():
+    start = FlatModule(nn.Linear(2, 1)).save()
+    total = ModelSum.of({1: (start, 2.0)})
+    total.changed = np.array([True, False])
+    apart = []
+    sent = pickle.dumps(total, protocol=5, buffer_callback=apart.append)
+    shared = [bytes(part.raw()) for part in apart]  # As Ray's: nobody may write to it.
+    gathered = ModelSum()
+    gathered.join(pickle.loads(sent, buffers=shared))
+    updates = SummedModels(gathered).updates([1], start)
+    assert updates.changed.tolist() == [True, False]

@@ -174,7 +174,7 @@ def mean_metrics(
         if not np.isfinite(means).all():
             means = _means_of_known(values, sizes)
     pairs = zip([*names, *others], means.tolist(), strict=True)
-    return MetricRecord({name: mean for name, mean in pairs if mean == mean})
+    return MetricRecord({name: mean for name, mean in pairs if not math.isnan(mean)})
 
 
 def _means_of_known(
