@@ -318,8 +318,8 @@ class SummedUpdates(Updates):
         """
         weights = weights.to(torch.float64)
         whole, known = weights.sum().item(), self.coefficients.sum().item()
-        if weights.ndim != 1 or not torch.allclose(
-            weights * known, self.coefficients * whole, rtol=1e-9, atol=0
+        if weights.shape != self.coefficients.shape or not _close(
+            weights.detach().numpy() * known, self.coefficients.numpy() * whole
         ):
             raise self._not_kept("weights other than those that they were summed with")
         if not known:
@@ -336,6 +336,11 @@ class SummedUpdates(Updates):
             f"the clients' models were added up as they came, by data size, which does "
             f"not allow {what}"
         )
+
+
+def _close(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> bool:
+    """Tell whether values are the same but for their last digits."""
+    return bool((np.abs(one - other) <= 1e-9 * np.abs(other)).all())
 
 
 def middle(several: Sequence[Integers]) -> Integers:

@@ -22,7 +22,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from io import BytesIO
 from operator import is_
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -73,6 +73,12 @@ class Entry:
     stop: int
 
 
+@lru_cache(maxsize=64)
+def _shared(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Return the entries that are equal to these and came first."""
+    return entries
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names, shapes and places of a model's tensors, in state-dict order.
@@ -83,6 +89,10 @@ class Layout:
     """
 
     entries: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        """Have the same entries as layouts that are equal: they compare quickly."""
+        object.__setattr__(self, "entries", _shared(self.entries))
 
     @classmethod
     def of(

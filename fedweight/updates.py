@@ -721,22 +721,25 @@ def changed_tensors(
         return found
     full, middles = _middles(tuple(offsets))
     # One value of a tensor tells, nearly always, that a model has changed it.
-    found[full] = models[0].detach().numpy()[middles] != origin.numpy()[middles]
-    for tensor in full:
-        if not found[tensor]:
-            here = slice(offsets[tensor], offsets[tensor + 1])
-            found[tensor] = not all(
-                torch.equal(model[here], origin[here]) for model in models
-            )
+    differ = models[0].detach().numpy()[middles] != origin.numpy()[middles]
+    found[full] = differ
+    for tensor in full[~differ].tolist():
+        here = slice(offsets[tensor], offsets[tensor + 1])
+        found[tensor] = not all(
+            torch.equal(model[here], origin[here]) for model in models
+        )
     return found
 
 
 @lru_cache(maxsize=16)
-def _middles(offsets: tuple[int, ...]) -> tuple[list[int], npt.NDArray[np.int64]]:
+def _middles(
+    offsets: tuple[int, ...],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return which tensors have values, and the place in the middle of each."""
     pairs = list(pairwise(offsets))
     full = [tensor for tensor, (start, stop) in enumerate(pairs) if stop > start]
-    return full, np.array([sum(pairs[tensor]) // 2 for tensor in full], np.int64)
+    middles = [sum(pairs[tensor]) // 2 for tensor in full]
+    return np.array(full, np.int64), np.array(middles, np.int64)
 
 
 def _check_shape(name: str, given: Tensor, size: int, what: str) -> None:

@@ -253,7 +253,8 @@ class BatchedTrainer:
         counters = [trained.integers[e.name] for e in self.integers]
         frozen = [own.frozen[e.start : e.stop].view(e.shape) for e in self.frozen]
         optimizer: LocalOptimizer | None = None
-        seeds = torch.tensor([task.noise_key for task in tasks], device=self.device)
+        keys = np.array([task.noise_key for task in tasks], np.int64)
+        seeds = torch.from_numpy(keys).to(self.device)
         counts = plan.counts.to(self.device)
         of_steps = [counts, torch.arange(plan.total, device=self.device)]
         if plan.ragged:
@@ -631,6 +632,8 @@ class _ChunkMemory:
 
 def _copies(values: Tensor, clients: int) -> Tensor:
     """Return a tensor once for each client, ``[C, ...]``; quicker than ``repeat``."""
+    if not values.numel():
+        return values.new_empty((clients, *values.shape))
     return values.expand(clients, *values.shape).clone(
         memory_format=torch.contiguous_format
     )
@@ -770,6 +773,9 @@ class _Schedule:
             orders = permutations(keys, epoch, size)
             steps = int(self.per_epoch[alike[0]])
             before = (steps - 1) * self.batch_size
+            if size == steps * self.width:  # Every step is full.
+                yield alike, orders.reshape(len(alike), steps, self.width)
+                continue
             rows = np.zeros((len(alike), steps, self.width), np.int64)
             full = len(alike), steps - 1, self.batch_size
             rows[:, :-1, : self.batch_size] = orders[:, :before].reshape(full)
@@ -787,8 +793,9 @@ class _Schedule:
         rows[:] = np.asarray(first)[:, None]
         for step in self.passes:
             for alike, orders in self._orders(tasks, step):
+                these = alike if len(alike) < len(tasks) else slice(None)
                 steps = orders.shape[1]
-                rows[step : step + steps, alike] += orders.transpose(1, 0, 2)
+                rows[step : step + steps, these] += orders.transpose(1, 0, 2)
         return rows
 
     def batch(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -858,22 +865,21 @@ def home(
     >>> whole is everybody, first
     (True, [4, 0])
     """
-    alike = arrays[0]
-    whole = _base(alike)
-    bytes_of_row = alike.itemsize * math.prod(alike.shape[1:])
+    whole, shape = _base(arrays[0]), arrays[0].shape[1:]
+    bytes_of_row = whole.itemsize * math.prod(shape)
     if not bytes_of_row or whole.nbytes % bytes_of_row or not whole.flags.c_contiguous:
         return None
-    begin, first = _address(whole), []
     for array in arrays:
-        row, rest = divmod(_address(array) - begin, bytes_of_row)
-        here = _base(array) is whole and array.flags.c_contiguous
-        fits = array.dtype == whole.dtype and array.shape[1:] == alike.shape[1:]
-        if rest or not (here and fits):
+        fits = array.dtype == whole.dtype and array.shape[1:] == shape
+        if not fits or not array.flags.c_contiguous or _base(array) is not whole:
             return None
-        first.append(row)
-    if whole.shape[1:] != alike.shape[1:]:
-        whole = whole.reshape(-1, *alike.shape[1:])
-    return whole, first
+    begin = _address(whole)
+    places = [divmod(_address(array) - begin, bytes_of_row) for array in arrays]
+    if any(rest for _, rest in places):
+        return None
+    if whole.shape[1:] != shape:
+        whole = whole.reshape(-1, *shape)
+    return whole, [row for row, _ in places]
 
 
 def _base(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -918,8 +924,9 @@ def _free_bytes(device: torch.device) -> float:
 
 def _views(rows: Tensor, entries: Sequence[Entry]) -> list[Tensor]:
     """Return named tensors ``[C, *shape]`` as views of rows ``[C, P]``."""
-    clients = rows.shape[0]
+    if not entries:
+        return []
+    parts = rows.split_with_sizes([e.stop - e.start for e in entries], 1)
     return [
-        rows.narrow(1, e.start, e.stop - e.start).view(clients, *e.shape)
-        for e in entries
+        part.view(len(rows), *e.shape) for part, e in zip(parts, entries, strict=True)
     ]

@@ -8,7 +8,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -347,9 +347,41 @@ def drop_idle(graph: fx.Graph) -> None:
         if node.target is aten.mul.Scalar and node.args[1] == 1:
             # A product lies closer together than what was picked out of more.
             idle = node.meta["stride"] == node.args[0].meta.get("stride")
+            # It does not matter where that is only added to what lies together.
+            idle |= all(_is_added(user) for user in node.users)
         if idle:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _is_added(node: fx.Node) -> bool:
+    """Tell whether a view, as of a bias ``[C, 1, d]``, is only added to whole tensors.
+
+    It has the tensor's dimensions and some of 1; the sums lie as their other term does.
+    """
+    if node.target not in RESHAPES or _long(node) != _long(cast(fx.Node, node.args[0])):
+        return False
+    for user in node.users:
+        if user.target is not aten.add.Tensor or user.args[0] is not node:
+            return False
+        other = user.args[1]
+        if not isinstance(other, fx.Node) or not _same_shape(user, other):
+            return False
+        if other.meta["stride"] != user.meta["stride"] or not _is_dense(other):
+            return False
+    return True
+
+
+def _long(node: fx.Node) -> list[int]:
+    """Return the dimensions of a tensor that are not 1."""
+    return [size for size in node.meta["shape"] if size != 1]
+
+
+def _is_dense(node: fx.Node) -> bool:
+    """Tell whether a tensor's rows follow one another without gaps."""
+    shape, stride = node.meta["shape"], node.meta["stride"]
+    dense = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+    return stride == dense  # type: ignore[no-any-return]
 
 
 def fuse_descent(graph: fx.Graph) -> None:
@@ -674,17 +706,15 @@ def _alike(found: Tensor, right: Tensor) -> bool:
     return torch.allclose(found, right, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-@contextmanager
-def plain_execution() -> Iterator[None]:
-    """Let TorchScript run what was traced, as it was traced.
+def plain_execution() -> AbstractContextManager[None]:
+    """Return a context in which TorchScript runs what was traced, as it was traced.
 
     It would measure the first calls and change later ones, and perhaps their bits.
     """
-    with ExitStack() as stack:
-        # Where this is missing, nothing has been made TorchScript either.
-        with suppress(Exception):
-            stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
-        yield
+    try:
+        return torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+    except Exception:  # Then nothing has been made TorchScript either.
+        return nullcontext()
 
 
 @contextmanager

@@ -120,6 +120,8 @@ class OwnMetrics:
         The records are those of a round, with what has been reported since the last.
         """
         some = [entry for entry in reported if entry.own_metrics]
+        if not some:
+            return self._names
         counts = Counter(name for entry in some for name in entry.own_metrics)
         new = [name for name in counts if name not in self._names]
         new.sort(key=lambda name: (-counts[name], name))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fedweight.clients import TrainingSettings, batched, graphs
 from fedweight.clients.batched import BatchedTrainer
@@ -115,6 +116,23 @@ def test_what_nobody_uses_goes_but_for_what_changes_something():
     mine, its = [x.clone(), y.clone()], [x.clone(), y.clone()]
     assert torch.equal(traced(*mine)[0], unused(*its)[0])
     assert torch.equal(mine[0], its[0])
+
+
+def test_biases_are_added_as_they_lie_in_the_rows():
+    rows, x = torch.randn(3, 4 * 5 + 5), torch.randn(3, 2, 4)
+
+    def layer(rows, x):
+        weight, bias = rows.split([20, 5], 1)
+        return [torch.vmap(F.linear)(x, weight.view(3, 5, 4), bias)]
+
+    product = torch.ops.aten.mul.Scalar
+    traced = graphs.trace(layer, [rows.clone(), x.clone()])
+    before = traced.graph.find_nodes(op="call_function", target=product)
+    graphs.drop_idle(traced.graph)
+    traced.recompile()
+    assert len(before) == 1  # vmap multiplies a bias by 1.
+    assert not traced.graph.find_nodes(op="call_function", target=product)
+    assert torch.equal(traced(rows, x)[0], layer(rows, x)[0])
 
 
 def test_gradients_are_those_of_torch_func():
