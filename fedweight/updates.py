@@ -721,7 +721,9 @@ def changed_tensors(
         return found
     full, middles = _middles(tuple(offsets))
     # One value of a tensor tells, nearly always, that a model has changed it.
-    differ = models[0].detach().numpy()[middles] != origin.numpy()[middles]
+    differ = models[0].detach().numpy().take(middles) != origin.numpy().take(middles)
+    if len(differ) == len(found) and differ.all():
+        return differ  # type: ignore[no-any-return]
     found[full] = differ
     for tensor in full[~differ].tolist():
         here = slice(offsets[tensor], offsets[tensor + 1])
