@@ -711,10 +711,18 @@ def plain_execution() -> AbstractContextManager[None]:
 
     It would measure the first calls and change later ones, and perhaps their bits.
     """
+    execution: Any = getattr(torch.jit, "optimized_execution", None)
+    return execution(False) if _can_be_entered(execution) else nullcontext()
+
+
+@cache
+def _can_be_entered(execution: Any) -> bool:
+    """Tell whether that works; if not, nothing has been made TorchScript either."""
     try:
-        return torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
-    except Exception:  # Then nothing has been made TorchScript either.
-        return nullcontext()
+        with execution(False):
+            return True
+    except Exception:
+        return False
 
 
 @contextmanager

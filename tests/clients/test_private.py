@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -131,6 +132,12 @@ def breaks(*_, **__):
     raise RuntimeError("not today")
 
 
+@contextmanager
+def breaks_inside(*_, **__):
+    raise RuntimeError("not today")
+    yield
+
+
 def wrong(module, examples, **_):
     """A trace that does something else, as a broken TorchScript might."""
 
@@ -150,6 +157,7 @@ def wrong(module, examples, **_):
         ("trace", wrong, "a training step as TorchScript gave other values"),
         ("optimized_execution", None, "runs in Python"),
         ("optimized_execution", breaks, "runs in Python: not today"),
+        ("optimized_execution", breaks_inside, "runs in Python: not today"),
     ],
 )
 def test_without_torchscript_steps_are_slower_and_the_same(
