@@ -172,43 +172,62 @@ def _words(value: int) -> list[int]:
     return words
 
 
-def _hashed(value: _Words, first: int, factor: int, constants: range) -> _Words:
-    """Hash words with some of the constants ``first * factor**k``, one for a row."""
-    before, after = _constants(first, factor, constants)
-    value = (value ^ before) * after
-    return value ^ (value >> np.uint32(16))
+def _hashed(value: _Words, constants: tuple[_Words, _Words]) -> _Words:
+    """Hash words, with a constant for a row."""
+    before, after = constants
+    value = value ^ before
+    value *= after
+    value ^= value >> np.uint32(16)
+    return value
 
 
 @cache
 def _constants(first: int, factor: int, constants: range) -> tuple[_Words, _Words]:
-    """Return what a hash begins with, and what it multiplies by, as columns."""
+    """Return what a hash begins with, and what it multiplies by, as columns.
+
+    They are some of the numbers ``first * factor**k``.
+    """
     powers = [pow(factor, k, 1 << 32) for k in (*constants, constants.stop)]
     column = np.array([[first * power & 0xFFFFFFFF] for power in powers], np.uint32)
     return column[:-1], column[1:]
 
 
 def _mixed_pool(entropy: _Words) -> _Words:
-    used = 0
-
-    def hashed(value: _Words, times: int) -> _Words:
-        nonlocal used
-        constants = range(used, used + times)
-        used += times
-        return _hashed(value, 0x43B0D7E5, 0x931E8875, constants)
-
-    def mixed(x: _Words, y: _Words) -> _Words:
-        result: _Words = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
-        return result ^ (result >> np.uint32(16))
-
-    pool = hashed(entropy[:4], 4)
+    pool = _hashed(entropy[:4], _pool_constants(0, 4))
     for source in range(4):
-        others = [target for target in range(4) if target != source]
-        pool[others] = mixed(pool[others], hashed(pool[source], 3))
-    for word in entropy[4:]:
-        pool = mixed(pool, hashed(word, 4))
+        # The three others are mixed with the source. To mix all four and put the
+        # All four are mixed and the source is put back: faster than to pick three.
+        kept = pool[source].copy()
+        _mix(pool, _hashed(kept, _constants_of_others(source)))
+        pool[source] = kept
+    for extra, word in enumerate(entropy[4:]):
+        _mix(pool, _hashed(word, _pool_constants(16 + 4 * extra, 4)))
     return pool
 
 
+def _mix(pool: _Words, other: _Words) -> None:
+    """Mix each word of a pool with another one, in place."""
+    pool *= np.uint32(0xCA01F9DD)
+    pool -= other * np.uint32(0x4973F715)
+    pool ^= pool >> np.uint32(16)
+
+
+def _pool_constants(used: int, times: int) -> tuple[_Words, _Words]:
+    """Return the next constants of the hash that fills the pool."""
+    return _constants(0x43B0D7E5, 0x931E8875, range(used, used + times))
+
+
+@cache
+def _constants_of_others(source: int) -> tuple[_Words, _Words]:
+    """Return the constants for three words, with a row that is not used for the source.
+
+    The first four of all were used to fill the pool.
+    """
+    before, after = _pool_constants(4 + 3 * source, 3)
+    return np.insert(before, source, 0, axis=0), np.insert(after, source, 0, axis=0)
+
+
 def _generate(pool: _Words) -> npt.NDArray[np.uint64]:
-    low, high = _hashed(pool[:2], 0x8B51F9DD, 0x58F38DED, range(2)).astype(np.uint64)
+    constants = _constants(0x8B51F9DD, 0x58F38DED, range(2))
+    low, high = _hashed(pool[:2], constants).astype(np.uint64)
     return low | (high << np.uint64(32))  # type: ignore[no-any-return]
