@@ -195,7 +195,6 @@ def _constants(first: int, factor: int, constants: range) -> tuple[_Words, _Word
 def _mixed_pool(entropy: _Words) -> _Words:
     pool = _hashed(entropy[:4], _pool_constants(0, 4))
     for source in range(4):
-        # The three others are mixed with the source. To mix all four and put the
         # All four are mixed and the source is put back: faster than to pick three.
         kept = pool[source].copy()
         _mix(pool, _hashed(kept, _constants_of_others(source)))
