@@ -29,7 +29,7 @@ help:
 	@echo "make run         the quick start: a simulation of a few seconds, after set-up"
 	@echo "make test        the tests, without the slow ones"
 	@echo "make test-all    the tests, with the slow ones"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy, and who imports whom"
 	@echo "make format      let ruff rewrite the files"
 	@echo "make all-checks  lint, then test-all"
 	@echo "make build       the wheel and the source archive, in dist/"
@@ -49,6 +49,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict fedweight
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -27,10 +27,10 @@ import torch
 from engines import results
 from torch import Tensor, nn
 
-from fedweight import keys
-from fedweight.parameters import FlatModel, Layout
+from fedweight.core.layout import FlatModel, Layout
+from fedweight.core.updates import StackedUpdates
+from fedweight.messages import keys
 from fedweight.strategies import STRATEGIES, Round, WeightingStrategy, strategy_class
-from fedweight.updates import StackedUpdates
 
 COLUMNS = (
     "strategy",

@@ -33,9 +33,9 @@ from fedweight.clients import TrainingSettings
 from fedweight.clients.batched import BatchedTrainer
 from fedweight.clients.objectives import Plain
 from fedweight.clients.training import Task, train
+from fedweight.core.module import FlatModule
+from fedweight.core.rng import Purpose, keys
 from fedweight.data import Examples
-from fedweight.parameters import FlatModule
-from fedweight.rng import Purpose, keys
 
 STEPS = SAMPLES // BATCH
 SETTINGS = TrainingSettings(batch_size=BATCH, learning_rate=LEARNING_RATE)

@@ -22,9 +22,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from . import keys
-from .errors import AggregationError, ConfigurationError, check_range
-from .texts import NAME_LENGTH, plain, shown
+from .core.errors import AggregationError, ConfigurationError, check_range
+from .core.texts import NAME_LENGTH, plain, shown
+from .messages import keys
 
 if TYPE_CHECKING:
     from .data import Schema
@@ -362,7 +362,7 @@ def _num_classes(run_config: Frozen) -> int:
 
 
 def _absolute(key: str, path: str) -> Path:
-    from .paths import clean_path
+    from .core.paths import clean_path
 
     whole = clean_path(f"run config: {key}", path)
     if not whole.is_absolute():
@@ -406,11 +406,11 @@ def _server_components(run_config: Frozen) -> Components:
     """
     import numpy as np
 
+    from .core.options import options_of
+    from .core.rng import Purpose, generator
     from .data import DataSet, FederatedData, check, take_proxy
     from .data.examples import MOST_CLASSES
     from .data.files import load_one, load_one_csv
-    from .options import options_of
-    from .rng import Purpose, generator
     from .studies.runner import Components
 
     configuration = _configuration(run_config)

@@ -127,8 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command is None:
         parser().print_help()
         return 2
-    from .errors import ConfigurationError, DataError, FedweightError
-    from .signals import interruptible
+    from .core.errors import ConfigurationError, DataError, FedweightError
+    from .core.signals import interruptible
 
     try:
         with interruptible():
@@ -205,7 +205,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
-    from .errors import DataError
+    from .core.errors import DataError
     from .studies.check import check_file
 
     checked = check_file(

@@ -16,7 +16,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from fedweight.errors import check_range
+from fedweight.core.errors import check_range
 from fedweight.strategies import Round, WeightingStrategy
 from fedweight.strategies.base import StrategyArguments
 

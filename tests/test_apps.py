@@ -20,9 +20,11 @@ from flwr.serverapp import Grid
 from safetensors.numpy import load_file
 
 import fedweight
-from fedweight import _flower, apps
-from fedweight.errors import AggregationError, ConfigurationError, DataError
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight import apps
+from fedweight.core.errors import AggregationError, ConfigurationError, DataError
+from fedweight.core.module import FlatModule
+from fedweight.messages import _flower
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations.local import LocalGrid
 from fedweight.studies.configuration import SCHEMA, Configuration
 

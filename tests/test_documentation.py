@@ -22,27 +22,29 @@ import pytest
 import torch
 from torch import nn
 
-from fedweight import keys
 from fedweight.cli import parser
 from fedweight.clients import Objective, TrainingApp, TrainingSettings
 from fedweight.clients.objectives import OBJECTIVES
 from fedweight.clients.objectives.proximal import Proximal
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.layout import FlatModel, Layout
+from fedweight.core.module import FlatModule
+from fedweight.core.updates import StackedUpdates, Updates
 from fedweight.data import ClientData, DataSet, Examples, FederatedData
 from fedweight.data.fetch import BY_HAND, SOURCES
 from fedweight.data.lazy import dirichlet_sampled
 from fedweight.data.partitions import PARTITIONS
-from fedweight.errors import ConfigurationError
-from fedweight.parameters import FlatModel, FlatModule, FlatRecord, Layout
+from fedweight.messages import keys
+from fedweight.messages.arrays import FlatRecord
+from fedweight.server.admission import FAR_LONGER
+from fedweight.server.reported import OWN_METRICS
 from fedweight.simulations import LocalGrid, Plan
 from fedweight.strategies import STRATEGIES, Round, WeightingStrategy, strategy_class
-from fedweight.strategies.admission import FAR_LONGER
 from fedweight.strategies.base import LARGEST_VALUE, StrategyArguments
 from fedweight.strategies.fedavg import FedAvg
-from fedweight.strategies.reported import OWN_METRICS
 from fedweight.strategies.round import REPORTED, REQUESTED
 from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
 from fedweight.studies.configuration import GIVEN, Configuration
-from fedweight.updates import StackedUpdates, Updates
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from fedweight import models
-from fedweight.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError
 
 CASES = [
     ("softmax", (1, 8, 8), 10, {}),

@@ -101,7 +101,7 @@ def order(round: int, client: int) -> npt.NDArray[np.int64]:
 
     The one place that knows how fedweight draws it.
     """
-    from fedweight.rng import Purpose, keys, permutation
+    from fedweight.core.rng import Purpose, keys, permutation
 
     (key,) = keys(SEED, Purpose.SHUFFLE, round, [client])
     return permutation(key, 0, SAMPLES)

@@ -10,8 +10,9 @@ import sys
 
 import fedweight
 from fedweight.clients import TrainingApp, TrainingSettings, client_number
+from fedweight.core.module import FlatModule
 from fedweight.data import DataSet, Examples, federate
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.engine import make_grid
 from fedweight.simulations.planner import choose_plan, machine

@@ -1,8 +1,16 @@
 """Clients: local training and the ClientApp around it."""
 
-from .app import TrainingApp, client_number
-from .objectives import OBJECTIVES, Batch, Objective, objective
-from .training import TrainingSettings
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.lazy import lazy_exports
+from .objectives import OBJECTIVES, objective
+
+if TYPE_CHECKING:
+    from .app import TrainingApp, client_number
+    from .objectives import Batch, Objective
+    from .training import TrainingSettings
 
 __all__ = [
     "OBJECTIVES",
@@ -13,3 +21,14 @@ __all__ = [
     "client_number",
     "objective",
 ]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Batch": ".objectives",
+        "Objective": ".objectives",
+        "TrainingApp": ".app",
+        "TrainingSettings": ".training",
+        "client_number": ".app",
+    },
+)

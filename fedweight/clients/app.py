@@ -31,12 +31,14 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from .. import keys
-from ..cohort import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
+from ..core.errors import ClientError, check_range, describe_failure
+from ..core.layout import FlatModel
+from ..core.module import FlatModule
+from ..core.rng import Purpose, key_table
 from ..data.federated import ClientData
-from ..errors import ClientError, check_range, describe_failure
-from ..parameters import FlatModel, FlatModule, FlatRecord, flatten
-from ..rng import Purpose, key_table
+from ..messages import keys
+from ..messages.arrays import FlatRecord, flatten
+from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
 from .batched import BatchedTrainer
 from .noise import own_streams
 from .objectives import Objective, Plain, Proximal
@@ -73,7 +75,7 @@ class TrainingApp(ClientApp):
     """A ClientApp that trains a PyTorch classifier on a client's own data.
 
     It answers ``train``, ``evaluate`` and ``query.label_counts`` messages, with the
-    records and metrics that :mod:`fedweight.keys` names.
+    records and metrics that :mod:`fedweight.messages.keys` names.
 
     Parameters
     ----------

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from ..batches import num_batches
-from ..errors import ClientError
-from ..parameters import Entry, FlatModel, FlatModule, as_tensor
-from ..rng import permutations
+from ..core.batches import num_batches
+from ..core.errors import ClientError
+from ..core.layout import Entry, FlatModel, as_tensor
+from ..core.module import FlatModule
+from ..core.rng import permutations
 from .cross_entropy import OfLabels
 from .graphs import (
     Recorder,

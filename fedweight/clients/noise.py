@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..threads import SharedLock
+from ..core.threads import SharedLock
 
 T = TypeVar("T")
 

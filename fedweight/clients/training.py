@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batches import batches
+from ..core.batches import batches
+from ..core.errors import ClientError, check_choice, check_range
+from ..core.layout import FlatModel, as_tensor
+from ..core.module import FlatModule
+from ..core.rng import permutation
 from ..data.examples import Examples
-from ..errors import ClientError, check_choice, check_range
-from ..parameters import FlatModel, FlatModule, as_tensor
-from ..rng import permutation
 from .noise import LocalTraining, own_streams, watched
 from .objectives import Batch, Objective
 

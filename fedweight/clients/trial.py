@@ -24,11 +24,12 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor, nn
 
-from ..batches import least_examples
+from ..core.batches import least_examples
+from ..core.layout import FlatModel, as_tensor
+from ..core.module import FlatModule
+from ..core.threads import as_in_a_new_thread, one_thread
 from ..data.examples import Examples
 from ..data.federated import ClientData
-from ..parameters import FlatModel, FlatModule, as_tensor
-from ..threads import as_in_a_new_thread, one_thread
 from .batched import BatchedTrainer
 from .graphs import Observer
 from .noise import LocalTraining, own_streams

@@ -9,10 +9,10 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..options import check_callable, check_options, make
-from ..paths import clean_path
-from ..registry import Registry
+from ..core.errors import DataError
+from ..core.options import check_callable, check_options, make
+from ..core.paths import clean_path
+from ..core.registry import Registry
 from .examples import DataSet, Examples, check
 from .federated import ClientData, FederatedData, federate, load_client, take_proxy
 from .fetch import default_folder, fetch

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ..errors import DataError
+from ..core.errors import DataError
 from .examples import DataSet, Examples
 from .fetch import find_folder
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError
+from ..core.errors import DataError
 from .examples import Array, DataSet, Examples
 
 # The split belongs to the data set, so it does not move with the run's seed: scores

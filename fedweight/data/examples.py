@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
-from ..texts import shown
+from ..core.errors import DataError
+from ..core.texts import shown
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
+from ..core.errors import DataError
 from .examples import DataSet, Examples
 from .fetch import find_folder
 

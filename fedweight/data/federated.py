@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, check_range
-from ..rng import Purpose, generator
+from ..core.errors import DataError, check_range
+from ..core.rng import Purpose, generator
 from .examples import DataSet, Examples, cast
 from .lazy import LazyParts
 from .partitions import natural_choice

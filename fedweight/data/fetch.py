@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from ..errors import DataError, closest
-from ..paths import clean_path
+from ..core.errors import DataError, closest
+from ..core.paths import clean_path
 
 TIMEOUT_SECONDS = 60
 CHUNK = 1 << 20

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ..errors import DataError, check_range, closest
-from ..memory import check_memory
-from ..options import check_options
-from ..paths import clean_path, readable_file
-from ..rng import Purpose, generator
-from ..texts import listed, shown
+from ..core.errors import DataError, check_range, closest
+from ..core.memory import check_memory
+from ..core.options import check_options
+from ..core.paths import clean_path, readable_file
+from ..core.rng import Purpose, generator
+from ..core.texts import listed, shown
 from .examples import DataSet, Examples, as_inputs, as_labels, check, name_clients
 from .schema import NUMBER, TEXT, Schema
 from .tables import (

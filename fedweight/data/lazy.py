@@ -15,8 +15,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError, DataError, check_range
-from ..rng import Purpose, generator, keys
+from ..core.errors import ConfigurationError, DataError, check_range
+from ..core.rng import Purpose, generator, keys
 
 Indices = npt.NDArray[np.int64]
 

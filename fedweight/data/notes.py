@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..texts import listed
+from ..core.texts import listed
 from .federated import FederatedData
 
 # A feature so many times as wide as others decides every step; they hardly learn.

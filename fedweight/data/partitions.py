@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError, DataError, check_range
-from ..options import check_callable, check_options, make
-from ..registry import Registry
-from ..rng import Purpose, generator
-from ..texts import shown
+from ..core.errors import ConfigurationError, DataError, check_range
+from ..core.options import check_callable, check_options, make
+from ..core.registry import Registry
+from ..core.rng import Purpose, generator
+from ..core.texts import shown
 from .examples import DataSet
 from .lazy import LazyParts
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..paths import clean_path, why_unreadable
-from ..texts import listed, shown
+from ..core.errors import DataError
+from ..core.paths import clean_path, why_unreadable
+from ..core.texts import listed, shown
 
 NUMBER, TEXT = "number", "text"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, check_range
+from ..core.errors import DataError, check_range
 from .examples import DataSet, Examples
 from .fetch import find_folder
 

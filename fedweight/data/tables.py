@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ..errors import ConfigurationError, DataError, check_choice, closest
-from ..texts import NAME_LENGTH, listed, plain, shown
+from ..core.errors import ConfigurationError, DataError, check_choice, closest
+from ..core.texts import NAME_LENGTH, listed, plain, shown
 
 Array = npt.NDArray[Any]
 

@@ -1,8 +1,26 @@
 """Simulations: grids that run a Flower app, and the way to start one."""
 
-from .engine import ENGINES, simulate
-from .grid import SimulationGrid
-from .local import LocalGrid
-from .plan import Plan
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .engine import simulate
+    from .grid import SimulationGrid
+    from .local import LocalGrid
+    from .plan import ENGINES, Plan
 
 __all__ = ["ENGINES", "LocalGrid", "Plan", "SimulationGrid", "simulate"]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "ENGINES": ".plan",
+        "LocalGrid": ".local",
+        "Plan": ".plan",
+        "SimulationGrid": ".grid",
+        "simulate": ".engine",
+    },
+)

@@ -11,14 +11,12 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from .. import _flower
-from ..errors import ConfigurationError, EngineError, check_choice, check_range
-from ..signals import interruptible
+from ..core.errors import ConfigurationError, EngineError, check_choice, check_range
+from ..core.signals import interruptible
+from ..messages import _flower
 from .grid import RunConfig, SimulationGrid
 from .local import LocalGrid
-from .plan import Plan
-
-ENGINES = ("auto", "local", "ray")
+from .plan import ENGINES, Plan
 
 
 def simulate(
@@ -122,7 +120,7 @@ def make_grid(
     """Make a grid, for the time of a ``with`` block; see :func:`simulate`.
 
     Meanwhile SIGTERM ends what is done as Ctrl-C does
-    (:func:`~fedweight.signals.interruptible`).
+    (:func:`~fedweight.core.signals.interruptible`).
     """
     check_choice("engine", engine, ENGINES)
     check_local(engine, workers, gpus_per_worker, address)
@@ -146,7 +144,7 @@ def make_grid(
             )
         else:
             check_engine(engine)
-            from .ray import RayGrid
+            from .ray.grid import RayGrid
 
             grid = RayGrid(
                 client_app,

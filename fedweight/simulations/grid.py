@@ -24,9 +24,9 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from .. import _flower
-from ..cohort import Cohort
-from ..errors import EngineError, check_range, describe_failure
+from ..core.errors import EngineError, check_range, describe_failure
+from ..messages import _flower
+from ..messages.dispatch import Cohort
 from .plan import Plan, sizes_of
 
 FIRST_NODE = 1000

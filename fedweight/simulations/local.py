@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from .. import keys
-from ..cohort import Answers, Cohort, Gathered, Replies, Reply
-from ..errors import check_range
-from ..threads import as_in_a_new_thread, num_cores, one_thread
+from ..core.errors import check_range
+from ..core.threads import as_in_a_new_thread, num_cores, one_thread
+from ..messages import keys
+from ..messages.dispatch import Answers, Cohort, Gathered, Replies, Reply
 from .allocator import keep_freed_memory
 from .grid import (
     RunConfig,

@@ -11,13 +11,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cohort import Cohort
-from ..errors import ConfigurationError, check_range
-from ..texts import shown
+from ..core.errors import ConfigurationError, check_range
+from ..core.texts import shown
+
+if TYPE_CHECKING:
+    from ..messages.dispatch import Cohort
+
+ENGINES = ("auto", "local", "ray")
 
 # Clients that evaluate in one go. They share the global model, so small held-out parts
 # go through it together.

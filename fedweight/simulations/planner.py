@@ -19,9 +19,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from .. import __version__, _flower, keys
-from ..cohort import Cohort
-from ..threads import num_cores
+from ..core.threads import num_cores
+from ..core.version import __version__
+from ..messages import _flower, keys
+from ..messages.dispatch import Cohort
 from .grid import FIRST_NODE, usable_plan
 from .local import LocalGrid
 from .plan import Plan

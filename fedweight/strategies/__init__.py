@@ -4,22 +4,55 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigurationError
-from ..registry import Registry
-from .base import WeightingStrategy
-from .round import ClientRecord, Round, RoundRecord
+from ..core.errors import ConfigurationError
+from ..core.lazy import lazy_exports
+from ..core.registry import Registry
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
+    from ..core.records import ClientRecord, RoundRecord
+    from .base import StrategyArguments, WeightingStrategy
+    from .fedavg import FedAvg
+    from .fedce import FedCE
+    from .feddisco import FedDisco
+    from .fedlaw import FedLAW
+    from .fedprox import FedProx
+    from .ida import IDA
+    from .round import Round
+
 __all__ = [
+    "IDA",
     "STRATEGIES",
     "ClientRecord",
+    "FedAvg",
+    "FedCE",
+    "FedDisco",
+    "FedLAW",
+    "FedProx",
     "Round",
     "RoundRecord",
+    "StrategyArguments",
     "WeightingStrategy",
     "strategy_class",
 ]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "FedAvg": ".fedavg",
+        "FedCE": ".fedce",
+        "FedDisco": ".feddisco",
+        "FedLAW": ".fedlaw",
+        "FedProx": ".fedprox",
+        "IDA": ".ida",
+        "WeightingStrategy": ".base",
+        "StrategyArguments": ".base",
+        "Round": ".round",
+        "ClientRecord": "..core.records",
+        "RoundRecord": "..core.records",
+    },
+)
 
 STRATEGIES = Registry(
     "strategy",

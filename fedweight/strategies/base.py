@@ -28,13 +28,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from .. import keys
-from ..cohort import Cohort, Replies, Reply, held_models
-from ..errors import AggregationError, ConfigurationError, check_range
-from ..local_models import LocalModels, middle
-from ..parameters import FlatModel, FlatRecord, Layout, flatten, is_finite
-from ..rng import Purpose, generator
-from ..texts import (
+from ..core.errors import AggregationError, ConfigurationError, check_range
+from ..core.layout import FlatModel, is_finite
+from ..core.local_models import LocalModels, middle
+from ..core.records import ClientRecord, RoundRecord, Status
+from ..core.rng import Purpose, generator
+from ..core.texts import (
     TRACEBACK_LENGTH,
     cause,
     clients_called,
@@ -45,9 +44,12 @@ from ..texts import (
     shown,
     without_numbers,
 )
-from ..threads import one_thread
-from ..updates import Accumulate, Updates
-from .admission import (
+from ..core.threads import one_thread
+from ..core.updates import Accumulate, Updates
+from ..messages import keys
+from ..messages.arrays import FlatRecord, flatten, layout_of
+from ..messages.dispatch import Cohort, Replies, Reply, held_models
+from ..server.admission import (
     Unfit,
     check_asked,
     check_model,
@@ -57,15 +59,15 @@ from .admission import (
     size_of,
     update_norm,
 )
-from .known_errors import KnownErrors
-from .reported import (
+from ..server.known_errors import KnownErrors
+from ..server.reported import (
     Good,
     OwnMetrics,
     mean_metrics,
     recorded_metrics,
     sort_metrics,
 )
-from .round import TIMES_MEDIAN, ClientRecord, Round, RoundRecord, Status
+from .round import TIMES_MEDIAN, Round
 from .server_optimizers import ServerOptimizer
 from .weights import cap, effective_clients
 
@@ -138,14 +140,15 @@ class WeightingStrategy(Strategy):
         update is the step.
     accumulate : {"float64", "float32"}, optional
         What sums over clients and parameters are made in; by default what the model
-        is in. See :class:`~fedweight.updates.StackedUpdates` for the precision.
+        is in. See :class:`~fedweight.core.updates.StackedUpdates` for the precision.
     buffers : Collection[str], optional
         Names of floating tensors that change without being trained (running
         statistics). Known BatchNorm names are recognised by default.
     frozen : Collection[str], optional
         Names of floating tensors that nobody trains: they keep their bits, and no
         distance sees them. Where the first model comes as a
-        :class:`~fedweight.parameters.FlatRecord` it says so itself, of the buffers too.
+        :class:`~fedweight.messages.arrays.FlatRecord` it says so itself, of the buffers
+        too.
         Whatever is told, a tensor that no client of a round changed keeps its bits.
     max_share : float
         In (0, 1]; no client's weight is more than this share of the weights' sum. What
@@ -353,7 +356,7 @@ class WeightingStrategy(Strategy):
         """Choose the round's clients and write them their messages."""
         layout = self._model.layout if self._model else None
         if layout is None or len(arrays) != len(layout.entries):
-            layout = Layout.of_record(arrays, self.buffers, self.frozen)
+            layout = layout_of(arrays, self.buffers, self.frozen)
         self._model = flatten(arrays, layout)
         # It counts as failed until it is aggregated: a wrapper may never get there.
         unfinished = RoundRecord(server_round, "failed", "its replies did not arrive")

@@ -16,11 +16,16 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from .. import keys
-from ..errors import AggregationError, ConfigurationError, check_choice, check_range
-from ..texts import shown
+from ..core.errors import (
+    AggregationError,
+    ConfigurationError,
+    check_choice,
+    check_range,
+)
+from ..core.texts import shown
+from ..messages import keys
+from ..server.reported import as_number
 from .base import StrategyArguments, WeightingStrategy
-from .reported import as_number
 from .round import Round
 from .weights import normalise
 

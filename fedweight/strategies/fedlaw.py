@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import SWALR
 
-from ..batches import batches, least_examples
-from ..errors import ConfigurationError, check_choice, check_range
-from ..parameters import Entry, FlatModule, as_tensor, is_finite
-from ..rng import Purpose, generator, torch_seed
-from ..updates import Updates
+from ..core.batches import batches, least_examples
+from ..core.errors import ConfigurationError, check_choice, check_range
+from ..core.layout import Entry, as_tensor, is_finite
+from ..core.module import FlatModule
+from ..core.rng import Purpose, generator, torch_seed
+from ..core.updates import Updates
 from .base import StrategyArguments, WeightingStrategy
 from .round import Round
 from .weights import cap

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Unpack
 
-from .. import keys
-from ..errors import check_range
+from ..core.errors import check_range
+from ..messages import keys
 from .base import StrategyArguments
 from .fedavg import FedAvg
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from .. import keys
-from ..errors import AggregationError, check_choice, check_range
-from .admission import check_fraction
+from ..core.errors import AggregationError, check_choice, check_range
+from ..messages import keys
+from ..server.admission import check_fraction
 from .base import StrategyArguments, WeightingStrategy
 from .round import Round
 

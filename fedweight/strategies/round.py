@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import keys
-from ..errors import AggregationError, ConfigurationError, closest
-from ..parameters import FlatModel
-from ..texts import clients_called, listed, shown
-from ..updates import Updates
+from ..core.errors import AggregationError, ConfigurationError, closest
+from ..core.layout import FlatModel
+from ..core.texts import clients_called, listed, shown
+from ..core.updates import Updates
+from ..messages import keys
 from .weights import size_weights
-
-Status = Literal["ok", "rejected", "failed", "missing", "dropped", "evaluated"]
-
-# No metrics, for everybody who has none; nobody changes it.
-NOTHING: Mapping[str, float] = {}
 
 # What every reply reports, and what a strategy may request besides.
 REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
@@ -191,45 +185,3 @@ class Round:
                 f"round.log('{name}'): the value must be a number, or a tensor of one "
                 f"for each of the {self.num_clients} clients, got {shown(value)}."
             ) from error
-
-
-@dataclass
-class ClientRecord:
-    """What is recorded of one client in one round.
-
-    ``status`` is ``ok`` (aggregated), ``rejected`` (its reply was unfit),
-    ``failed`` (it answered with an error), ``missing`` (it did not answer),
-    ``dropped`` (it has nothing to count for, or the method leaves it out) or
-    ``evaluated`` (it only evaluated). ``name`` is the client's, where it has one
-    besides its number; ``own_metrics`` are those that the server does not know.
-    Bytes are those of the models in the messages, down also for evaluation.
-    """
-
-    client: int
-    status: Status
-    reason: str = ""
-    weight: float = math.nan
-    metrics: dict[str, float] = field(default_factory=dict)
-    bytes_down: int = 0
-    bytes_up: int = 0
-    name: str = ""
-    own_metrics: Mapping[str, float] = field(default_factory=lambda: NOTHING)
-
-
-@dataclass
-class RoundRecord:
-    """What is recorded of one round.
-
-    ``status`` is ``ok``, or ``failed`` where the global model was kept because of
-    ``reason``.
-    """
-
-    number: int
-    status: Literal["ok", "failed"] = "ok"
-    reason: str = ""
-    clients: list[ClientRecord] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def count(self, status: Status) -> int:
-        """Return how many clients have a status."""
-        return sum(record.status == status for record in self.clients)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError, check_range
-from ..registry import Registry
+from ..core.errors import ConfigurationError, check_range
+from ..core.registry import Registry
 
 
 class ServerOptimizer(ABC):

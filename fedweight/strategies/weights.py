@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import AggregationError
+from ..core.errors import AggregationError
 
 log = logging.getLogger("fedweight")
 

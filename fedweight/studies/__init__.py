@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..core.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .check import Checked, check_file
@@ -13,18 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Checked", "Configuration", "Progress", "Run", "check_file", "run"]
 
-_WHERE = {
-    "Checked": ".check",
-    "Configuration": ".configuration",
-    "Progress": ".runner",
-    "Run": ".result",
-    "check_file": ".check",
-    "run": ".runner",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: a look at a file needs little."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'fedweight.studies' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name], __name__), name)
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Checked": ".check",
+        "Configuration": ".configuration",
+        "Progress": ".runner",
+        "Run": ".result",
+        "check_file": ".check",
+        "run": ".runner",
+    },
+)

@@ -16,6 +16,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from .. import data
+from ..core.errors import ConfigurationError, DataError, FedweightError
+from ..core.options import kebab, options_of, parse_setting, resolve_options, toml_value
+from ..core.paths import clean_path, readable_file
+from ..core.texts import listed
 from ..data.examples import name_clients
 from ..data.files import (
     Source,
@@ -29,10 +33,7 @@ from ..data.files import (
 )
 from ..data.schema import Schema
 from ..data.tables import Reading, is_numeric
-from ..errors import ConfigurationError, DataError, FedweightError
-from ..options import kebab, options_of, parse_setting, resolve_options, toml_value
-from ..paths import clean_path, readable_file
-from ..texts import listed
+from ..messages.arrays import layout_of
 from .folder import write_whole
 
 # So many columns and classes are printed; as JSON there are all of them.
@@ -415,7 +416,6 @@ def _check_simulation(
     file: Path, settings: Mapping[str, Any] | Sequence[str]
 ) -> Checked:
     """Make a run ready, but for its folder and its measuring, and say what it is."""
-    from ..parameters import Layout
     from .configuration import Configuration
     from .runner import make_ready, prepare
 
@@ -446,7 +446,7 @@ def _check_simulation(
         "data": federated.name,
         "partition": configuration["partition"]["name"],
         "model": configuration["model"]["name"],
-        "parameters": Layout.of_record(initial).num_parameters,
+        "parameters": layout_of(initial).num_parameters,
         "strategy": configuration["strategy"]["name"],
         "rounds": configuration["run"]["rounds"],
         "engine": components.engine(),

@@ -18,10 +18,8 @@ import tomli_w
 
 from .. import models
 from ..clients.objectives import OBJECTIVES
-from ..data import DATA_SETS
-from ..data.partitions import PARTITIONS
-from ..errors import ConfigurationError, check_choice, check_range, closest
-from ..options import (
+from ..core.errors import ConfigurationError, check_choice, check_range, closest
+from ..core.options import (
     ANY,
     Option,
     check_callable,
@@ -33,12 +31,14 @@ from ..options import (
     split_key,
     toml_value,
 )
-from ..paths import NOT_THERE, absolute, clean_path, why_unreadable
-from ..registry import Registry
+from ..core.paths import NOT_THERE, absolute, clean_path, why_unreadable
+from ..core.registry import Registry
+from ..core.texts import shown
+from ..data import DATA_SETS
+from ..data.partitions import PARTITIONS
 from ..simulations import ENGINES
 from ..strategies import STRATEGIES
 from ..strategies.server_optimizers import SERVER_OPTIMIZERS
-from ..texts import shown
 
 INFINITY = float("inf")
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from .. import keys
-from ..texts import cause, plain, rounds_listed, without_numbers
-from .result import BAD_REPLIES, Run
+from ..core.texts import cause, plain, rounds_listed, without_numbers
+from ..messages import keys
+from .reader import BAD_REPLIES, RunFolder
 
 LINE_LENGTH = 400  # characters of a line
 MOST_REASONS = 3  # lines for clients that always failed, each with its reason
@@ -32,12 +32,12 @@ DOMINANT_ROUNDS = 3  # in so many rounds
 DOMINANT_AMONG = 3  # of so many clients or more
 
 
-def warnings_of(run: Run) -> list[str]:
+def warnings_of(run: RunFolder) -> list[str]:
     """Return the lines that the end of a run shows; none if all is well.
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         Finished or not.
     """
     lines = [*_failed_rounds(run), *_losses(run), *_chance(run)]
@@ -63,7 +63,7 @@ def warnings_of(run: Run) -> list[str]:
 # ------------------------------------------------------------------ clients that fail
 
 
-def _asked(run: Run) -> pd.DataFrame:
+def _asked(run: RunFolder) -> pd.DataFrame:
     """Return the rows of clients that were asked to train, in the rounds' order.
 
     ``lost`` says which of them are not in the model though they have data and time,
@@ -91,7 +91,7 @@ def _why(status: str, reason: str) -> str:
     return f"{status}, {reason}"
 
 
-def _sizes(run: Run) -> Mapping[int, int]:
+def _sizes(run: RunFolder) -> Mapping[int, int]:
     """Return how much each client trains on, as far as the partition tells."""
     if not (run.folder / "partition.csv").is_file():
         return {}
@@ -102,7 +102,7 @@ def _sizes(run: Run) -> Mapping[int, int]:
     return dict(zip(clients, sizes, strict=True))
 
 
-def _always_failed(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+def _always_failed(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
     """Name clients that failed in every round they were asked, by what went wrong."""
     rows = asked[asked.groupby("client")["lost"].transform("all")]
     if rows.empty:
@@ -129,7 +129,7 @@ def _always_failed(run: Run, asked: pd.DataFrame) -> Iterator[str]:
         )
 
 
-def _never_evaluated(run: Run) -> Iterator[str]:
+def _never_evaluated(run: RunFolder) -> Iterator[str]:
     """Name clients whose every evaluation failed."""
     if not {"reason", "accuracy"} <= set(run.clients):
         return
@@ -147,7 +147,7 @@ def _never_evaluated(run: Run) -> Iterator[str]:
 _EVALUATION = re.compile("evaluation failed: ")
 
 
-def _never_asked(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+def _never_asked(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
     """Name clients that were there and took no part, unless sampling is the reason."""
     strategy = run.config.get("strategy")
     share = strategy.get("fraction-train") if isinstance(strategy, Mapping) else None
@@ -187,7 +187,7 @@ def _many_failed(asked: pd.DataFrame) -> Iterator[str]:
     )
 
 
-def _failed_rounds(run: Run) -> Iterator[str]:
+def _failed_rounds(run: RunFolder) -> Iterator[str]:
     """Tell which rounds have left the global model as it was."""
     if "status" not in run.rounds:
         return
@@ -203,7 +203,7 @@ def _failed_rounds(run: Run) -> Iterator[str]:
 # --------------------------------------------------------------- losses and accuracies
 
 
-def _losses(run: Run) -> Iterator[str]:
+def _losses(run: RunFolder) -> Iterator[str]:
     """Tell of a training loss that exploded, or became NaN."""
     rounds = run.rounds
     if "train_loss" not in rounds:
@@ -222,7 +222,7 @@ def _losses(run: Run) -> Iterator[str]:
         yield f"the training loss became NaN in {rounds_listed(lost['round'].tolist())}"
 
 
-def _clients_losses(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+def _clients_losses(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
     """Name clients whose own training loss exploded or became NaN."""
     rows = asked[asked["status"] == "ok"]
     if "train_loss" not in rows or rows["train_loss"].isna().all():
@@ -280,7 +280,7 @@ def _became_nan(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[before & ~known]
 
 
-def _chance(run: Run) -> Iterator[str]:
+def _chance(run: RunFolder) -> Iterator[str]:
     """Tell of an accuracy that guessing gives, after enough rounds to learn.
 
     Chance is the share of the test set's most frequent class, which naming that class
@@ -311,7 +311,7 @@ def _chance(run: Run) -> Iterator[str]:
 # ------------------------------------------------------- clients that count, or do not
 
 
-def _empty_sites(run: Run) -> Iterator[str]:
+def _empty_sites(run: RunFolder) -> Iterator[str]:
     """Name clients with a name that have nothing to train on; others are drawn so."""
     empty = [c for c, size in _sizes(run).items() if size == 0 and c in run.names]
     if empty:
@@ -319,7 +319,7 @@ def _empty_sites(run: Run) -> Iterator[str]:
         yield f"{run.called(empty)} {have} no examples to train on, and did not count"
 
 
-def _odd_weights(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+def _odd_weights(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
     """Tell of weights that are negative, or whose sum is far from one."""
     if "weight" not in asked:
         return
@@ -341,7 +341,7 @@ def _odd_weights(run: Run, asked: pd.DataFrame) -> Iterator[str]:
         )
 
 
-def _dominant(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+def _dominant(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
     """Name clients that had more than half of the weight, round after round."""
     if "weight" not in asked:
         return
@@ -361,7 +361,7 @@ def _dominant(run: Run, asked: pd.DataFrame) -> Iterator[str]:
             )
 
 
-def _huge_updates(run: Run, asked: pd.DataFrame) -> Iterator[str]:
+def _huge_updates(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
     """Name clients whose update was a thousand times as long as the median."""
     if "update_times_median" not in asked:
         return
@@ -377,13 +377,13 @@ def _huge_updates(run: Run, asked: pd.DataFrame) -> Iterator[str]:
 # ---------------------------------------------------------------------------- the rest
 
 
-def _notes(run: Run) -> list[str]:
+def _notes(run: RunFolder) -> list[str]:
     """Return what was noticed of the data before the run."""
     notes = _data(run).get("notes")
     return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
-def _data(run: Run) -> Mapping[str, Any]:
+def _data(run: RunFolder) -> Mapping[str, Any]:
     data = run.environment.get("data")
     return data if isinstance(data, Mapping) else {}
 

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError, OutputError
-from ..paths import clean_path
-from ..texts import listed, plain
+from ..core.errors import ConfigurationError, OutputError
+from ..core.paths import clean_path
+from ..core.texts import listed, plain
 
 if sys.platform != "win32":
     import fcntl

@@ -7,13 +7,13 @@ from typing import Any
 
 from flwr.app import Message
 
-from .._flower import NO_REPLY, reason_of
-from ..parameters import FlatRecord
+from ..core.records import Status
+from ..core.texts import TRACEBACK_LENGTH, own_name, plain_lines
+from ..messages._flower import NO_REPLY, reason_of
+from ..messages.arrays import FlatRecord
+from ..server.known_errors import KnownErrors
+from ..server.reported import OwnMetrics, sort_metrics
 from ..strategies import ClientRecord, RoundRecord
-from ..strategies.known_errors import KnownErrors
-from ..strategies.reported import OwnMetrics, sort_metrics
-from ..strategies.round import Status
-from ..texts import TRACEBACK_LENGTH, own_name, plain_lines
 
 
 class Listener:

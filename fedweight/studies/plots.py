@@ -1,8 +1,8 @@
 """Figures of a run, for a notebook, a paper or the report.
 
-Every function takes a :class:`~fedweight.studies.result.Run` and, optionally, axes to
-draw in; it returns the axes. Without axes it makes a figure of its own, which shows
-itself in a notebook. Nothing here touches pyplot or matplotlib's global settings.
+Every function takes a :class:`~fedweight.studies.Run` and, optionally, axes to draw
+in; it returns the axes. Without axes it makes a figure of its own, which shows itself
+in a notebook. Nothing here touches pyplot or matplotlib's global settings.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, check_choice
-from ..texts import plain
+from ..core.errors import DataError, check_choice
+from ..core.texts import plain
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
-from .result import Run, label_columns
+from .reader import RunFolder, label_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,12 +54,12 @@ _MAX_ROWS, _MAX_COLUMNS = 400, 400
 # ------------------------------------------------------------------------ over rounds
 
 
-def accuracy(run: Run, ax: Axes | None = None) -> Axes:
+def accuracy(run: RunFolder, ax: Axes | None = None) -> Axes:
     """Draw the global model's accuracy over rounds.
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to draw.
     ax : Axes, optional
         Where to draw; by default a new figure.
@@ -84,12 +84,12 @@ def accuracy(run: Run, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def loss(run: Run, ax: Axes | None = None) -> Axes:
+def loss(run: RunFolder, ax: Axes | None = None) -> Axes:
     """Draw the global model's loss over rounds.
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to draw.
     ax : Axes, optional
         Where to draw; by default a new figure.
@@ -113,7 +113,7 @@ def loss(run: Run, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def client_accuracies_by_round(run: Run, ax: Axes | None = None) -> Axes:
+def client_accuracies_by_round(run: RunFolder, ax: Axes | None = None) -> Axes:
     """Draw how the clients' accuracies spread, round by round.
 
     The line is the median client; the bands hold half, and four fifths, of them (all
@@ -121,7 +121,7 @@ def client_accuracies_by_round(run: Run, ax: Axes | None = None) -> Axes:
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to draw.
     ax : Axes, optional
         Where to draw; by default a new figure.
@@ -159,7 +159,9 @@ def client_accuracies_by_round(run: Run, ax: Axes | None = None) -> Axes:
 # ---------------------------------------------------------------------------- weights
 
 
-def weights_heatmap(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
+def weights_heatmap(
+    run: RunFolder, ax: Axes | None = None, order: str = "number"
+) -> Axes:
     """Draw how much each client counted in each round.
 
     The colour is the client's weight relative to the uniform weight, one over the
@@ -168,7 +170,7 @@ def weights_heatmap(run: Run, ax: Axes | None = None, order: str = "number") -> 
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to draw.
     ax : Axes, optional
         Where to draw; by default a new figure.
@@ -231,7 +233,9 @@ def weights_heatmap(run: Run, ax: Axes | None = None, order: str = "number") -> 
     return ax
 
 
-def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -> Axes:
+def weight_vs_size(
+    run: RunFolder, ax: Axes | None = None, round: int | None = None
+) -> Axes:
     """Draw the clients' weights against their shares of the data in one round.
 
     On the diagonal a client counts by its data, as in FedAvg; on the horizontal line
@@ -239,7 +243,7 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to draw.
     ax : Axes, optional
         Where to draw; by default a new figure.
@@ -352,12 +356,12 @@ def weight_vs_size(run: Run, ax: Axes | None = None, round: int | None = None) -
 # ---------------------------------------------------------------------------- clients
 
 
-def client_accuracies(run: Run, ax: Axes | None = None) -> Axes:
+def client_accuracies(run: RunFolder, ax: Axes | None = None) -> Axes:
     """Draw every client's accuracy in the last evaluated round, worst first.
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to draw.
     ax : Axes, optional
         Where to draw; by default a new figure.
@@ -424,7 +428,7 @@ def client_accuracies(run: Run, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def labels(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
+def labels(run: RunFolder, ax: Axes | None = None, order: str = "number") -> Axes:
     """Draw which classes each client holds, and how much data above.
 
     The colour is the class's share of the client's training data. It grows with the
@@ -432,7 +436,7 @@ def labels(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to draw.
     ax : Axes, optional
         Where to draw; by default a new figure.
@@ -515,7 +519,7 @@ def labels(run: Run, ax: Axes | None = None, order: str = "number") -> Axes:
 # ------------------------------------------------------------------ the method's own
 
 
-def recorded(run: Run) -> Figure:
+def recorded(run: RunFolder) -> Figure:
     """Draw what the method itself recorded of each round, a panel a number.
 
     A number of the round is a line. Of a number of each client the line is the median
@@ -523,7 +527,7 @@ def recorded(run: Run) -> Figure:
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to draw; the first twelve of its numbers.
 
     Raises
@@ -571,7 +575,7 @@ def recorded(run: Run) -> Figure:
     return figure
 
 
-def _own_numbers(run: Run) -> dict[str, Any]:
+def _own_numbers(run: RunFolder) -> dict[str, Any]:
     """Return the method's numbers as frames ``[rounds, 1 or clients]``, by column."""
     rounds = run.rounds.set_index("round").select_dtypes("number")
     frames = {name: rounds[[name]] for name in rounds if name not in ROUND_COLUMNS}
@@ -704,7 +708,7 @@ def _limits(ax: Axes, values: Array, bounds: tuple[float, float]) -> None:
 
 
 def _over_rounds(
-    run: Run,
+    run: RunFolder,
     ax: Axes | None,
     columns: dict[str, tuple[str, str]],
     bounds: tuple[float, float],
@@ -736,7 +740,7 @@ def _over_rounds(
     return ax
 
 
-def _mark_failed(run: Run, ax: Axes, height: float) -> None:
+def _mark_failed(run: RunFolder, ax: Axes, height: float) -> None:
     """Shade failed rounds, and say so once, at the bottom (0) or the top (1)."""
     if "status" not in run.rounds:
         return
@@ -790,7 +794,7 @@ def _label_ends(ax: Axes, lines: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def _weights(run: Run) -> Any:
+def _weights(run: RunFolder) -> Any:
     weights = run.weights_by_number
     if weights.empty:
         raise DataError(
@@ -800,7 +804,7 @@ def _weights(run: Run) -> Any:
     return weights
 
 
-def _clients_accuracy(run: Run) -> Any:
+def _clients_accuracy(run: RunFolder) -> Any:
     frame = run.by_number("accuracy")
     if frame.empty:
         raise DataError(f"{run.folder / 'clients.csv'} holds no client's accuracy.")
@@ -814,7 +818,7 @@ def _quantiles(values: Array, few: bool) -> Array:
     return np.asarray(np.nanquantile(values, shares, axis=1))
 
 
-def _recorded(run: Run, number: int, statistic: str, values: Array) -> float:
+def _recorded(run: RunFolder, number: int, statistic: str, values: Array) -> float:
     """Return what the round's record says; without it the mean of the values."""
     column = f"client_accuracy_{statistic}"
     if column in run.rounds:
@@ -824,7 +828,7 @@ def _recorded(run: Run, number: int, statistic: str, values: Array) -> float:
     return float(values.mean())
 
 
-def _ordered_clients(run: Run, order: str) -> list[int]:
+def _ordered_clients(run: RunFolder, order: str) -> list[int]:
     """Return every client's number, by number or by falling size of its data."""
     path = run.folder / "partition.csv"
     sizes: dict[int, float] = {}
@@ -842,14 +846,14 @@ def _ordered_clients(run: Run, order: str) -> list[int]:
     return sorted(clients)
 
 
-def data_shares(run: Run, number: int, clients: Iterable[int]) -> Array:
+def data_shares(run: RunFolder, number: int, clients: Iterable[int]) -> Array:
     """Return the share of the round's data that each of its clients holds, ``[K]``.
 
     All NaN where it is not known of some client how much it holds.
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         The run.
     number : int
         The round.
@@ -939,7 +943,9 @@ def _cell_lines(ax: Axes, rows: int, columns: int) -> None:
         ax.axvline(left + column, color=PAPER, linewidth=1)
 
 
-def _client_ticks(axis: Any, run: Run, clients: Sequence[int], order: str) -> None:
+def _client_ticks(
+    axis: Any, run: RunFolder, clients: Sequence[int], order: str
+) -> None:
     numbered = order == "number" and clients == list(range(len(clients)))
     if len(clients) > 20 and numbered and not run.names:
         _integer(axis)

@@ -11,9 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..metrics import client_spread
-from ..strategies import ClientRecord, RoundRecord
-from ..texts import (
+from ..core.texts import (
     NAME_LENGTH,
     REASON_LENGTH,
     TRACEBACK_LENGTH,
@@ -24,6 +22,8 @@ from ..texts import (
     rounds_listed,
     without_client,
 )
+from ..metrics import client_spread
+from ..strategies import ClientRecord, RoundRecord
 from .columns import CLIENT_NAMES, COUNTS
 from .folder import write_whole
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..errors import DataError
-from ..texts import plain
+from ..core.errors import DataError
+from ..core.texts import plain
 from .folder import write_whole
-from .result import Run
+from .reader import RunFolder
+from .summary import summary_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,12 +33,12 @@ _MOST_BAD_REPLIES = 200
 _MOST_ROUNDS = 200
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: RunFolder) -> Path:
     """Write ``report.html`` in the run's folder, whole or not at all.
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         Finished or interrupted. What was not recorded is left out.
 
     Returns
@@ -55,15 +56,15 @@ def write_report(run: Run) -> Path:
     return path
 
 
-def render(run: Run) -> str:
+def render(run: RunFolder) -> str:
     """Return the report as one HTML document.
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to report on.
     """
-    summary = run.summary()
+    summary = summary_of(run)
     title = escape(run.name)
     return _PAGE.format(
         title=title,
@@ -75,17 +76,17 @@ def render(run: Run) -> str:
     )
 
 
-def notebook_summary(run: Run) -> str:
+def notebook_summary(run: RunFolder) -> str:
     """Return the run's key numbers and its accuracy as an HTML fragment.
 
     Parameters
     ----------
-    run : Run
+    run : RunFolder
         What to show.
     """
     from . import plots
 
-    summary = run.summary()
+    summary = summary_of(run)
     rows = "".join(
         f"<tr><th scope='row' style='text-align:left'>{escape(label)}</th>"
         f"<td style='text-align:right'>{value}</td></tr>"
@@ -109,7 +110,7 @@ def notebook_summary(run: Run) -> str:
 # ---------------------------------------------------------------------- the page's top
 
 
-def _lead(run: Run, summary: Mapping[str, Any]) -> str:
+def _lead(run: RunFolder, summary: Mapping[str, Any]) -> str:
     parts = [
         ("strategy", run.strategy),
         ("objective", _name(run, "objective") or _name(run, "client", "objective")),
@@ -126,7 +127,7 @@ def _lead(run: Run, summary: Mapping[str, Any]) -> str:
     )
 
 
-def _name(run: Run, table: str, key: str = "name") -> str:
+def _name(run: RunFolder, table: str, key: str = "name") -> str:
     content = run.config.get(table)
     return str(content.get(key, "")) if isinstance(content, dict) else ""
 
@@ -148,7 +149,9 @@ def _warnings(summary: Mapping[str, Any]) -> str:
     return f"<ul class='notice' role='note'>{lines}</ul>" if lines else ""
 
 
-def _key_numbers(run: Run, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _key_numbers(
+    run: RunFolder, summary: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
     """Return label, value and remark of what a reader wants to know first."""
     from . import plots
 
@@ -205,7 +208,7 @@ def _key_numbers(run: Run, summary: Mapping[str, Any]) -> list[tuple[str, str, s
     return numbers
 
 
-def _when(run: Run, column: str) -> str:
+def _when(run: RunFolder, column: str) -> str:
     """Say in which round something was last measured."""
     measured = run.measured(column)
     if not len(measured) or measured.index[-1] == run.rounds_done:
@@ -213,7 +216,7 @@ def _when(run: Run, column: str) -> str:
     return f"round {measured.index[-1]}"
 
 
-def _num_evaluated(run: Run) -> int:
+def _num_evaluated(run: RunFolder) -> int:
     """Return how many clients the last evaluation was of."""
     if not _has(run, "clients.csv"):
         return 0
@@ -221,7 +224,7 @@ def _num_evaluated(run: Run) -> int:
     return int(accuracies.iloc[-1].count()) if len(accuracies) else 0
 
 
-def _tiles(run: Run, summary: Mapping[str, Any]) -> str:
+def _tiles(run: RunFolder, summary: Mapping[str, Any]) -> str:
     return "".join(
         f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd>"
         f"<dd class='remark'>{escape(remark)}</dd></div>"
@@ -232,7 +235,7 @@ def _tiles(run: Run, summary: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------ its sections
 
 
-def _sections(run: Run) -> Iterable[str]:
+def _sections(run: RunFolder) -> Iterable[str]:
     from . import plots
 
     few = _num_evaluated(run) <= plots.FEW
@@ -294,7 +297,7 @@ def _section(title: str, text: str, *content: str) -> str:
     )
 
 
-def _weights_in_words(run: Run) -> str:
+def _weights_in_words(run: RunFolder) -> str:
     if not _has(run, "clients.csv") or run.weights_by_number.empty:
         return ""
     number = int(run.weights_by_number.index.max())
@@ -322,7 +325,7 @@ def _weights_in_words(run: Run) -> str:
     return f"{said}; {zero}." if without else f"{said}."
 
 
-def _extremes(run: Run) -> str:
+def _extremes(run: RunFolder) -> str:
     """Return a table of the clients that count most and least."""
     from . import plots
 
@@ -352,7 +355,7 @@ def _extremes(run: Run) -> str:
     return "<div>" + "".join(_table(name, part) for name, part in parts) + "</div>"
 
 
-def _with_names(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+def _with_names(run: RunFolder, rows: pd.DataFrame) -> pd.DataFrame:
     """Put the clients' names beside their numbers, where they have names."""
     rows = rows.drop(columns="name", errors="ignore")
     if run.names:
@@ -361,7 +364,7 @@ def _with_names(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def _course(run: Run, what: str) -> str:
+def _course(run: RunFolder, what: str) -> str:
     """Say in words what a curve shows, for those who cannot see it."""
     words = []
     for column, name in (
@@ -380,7 +383,7 @@ def _course(run: Run, what: str) -> str:
     return f"{what.capitalize()} over rounds: {'; '.join(words)}."
 
 
-def _troubles(run: Run) -> str:
+def _troubles(run: RunFolder) -> str:
     parts = []
     if "status" in run.rounds:
         failed = run.rounds[run.rounds["status"] == "failed"]
@@ -405,7 +408,7 @@ def _troubles(run: Run) -> str:
     return "".join(parts)
 
 
-def _clients_table(run: Run) -> str:
+def _clients_table(run: RunFolder) -> str:
     if not _has(run, "clients.csv") or run.clients.empty:
         return ""
     number = run.clients["round"].max()
@@ -421,7 +424,7 @@ def _clients_table(run: Run) -> str:
     )
 
 
-def _rounds_table(run: Run) -> str:
+def _rounds_table(run: RunFolder) -> str:
     rows = run.rounds.dropna(axis=1, how="all").drop(columns="reason", errors="ignore")
     table = _table(
         "Round 0 is before training",
@@ -432,7 +435,7 @@ def _rounds_table(run: Run) -> str:
     return f"<details><summary>Every round in numbers</summary>{table}</details>"
 
 
-def _has(run: Run, name: str) -> bool:
+def _has(run: RunFolder, name: str) -> bool:
     return (run.folder / name).is_file()
 
 

@@ -2,63 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import tomllib
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
-
-from ..errors import DataError
-from ..paths import clean_path
-from ..texts import NAME_LENGTH, clients_called, plain
-from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
+from . import plots
+from .endings import warnings_of
+from .reader import RunFolder
+from .summary import last_of, summary_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
-
-# What makes a folder a run; the rest may be missing where a run was stopped early.
-_REQUIRED = ("config.toml", "rounds.csv")
-
-_TEXT = frozenset({"name", "status", "reason"})
-_KEYS = frozenset({"round", "client"})
-_COUNTS = frozenset(
-    {
-        "asked",
-        "ok",
-        "rejected",
-        "failed",
-        "missing",
-        "dropped",
-        "bytes_down",
-        "bytes_up",
-        "examples",
-        "steps",
-        "train_examples",
-        "held_out_examples",
-    }
-)
-_NUMBERS = frozenset(
-    {*ROUND_COLUMNS, *CLIENT_COLUMNS, "seconds", "elapsed", "update_norm"}
-)
-_EMPTY = ["", "nan", "NaN", "None"]
-
-BAD_REPLIES = ("rejected", "failed", "missing")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run's folder, read when it is asked for and then kept.
+class Run(RunFolder):
+    """A run's folder as frames, numbers, figures and a report.
 
-    An interrupted run can be read like a finished one: it has fewer rounds and
-    perhaps no model. To see rounds that were written later, make a new ``Run``.
+    Everything is read when it is asked for and then kept. An interrupted run can be
+    read like a finished one: it has fewer rounds and perhaps no model. To see rounds
+    that were written later, make a new ``Run``.
 
     Parameters
     ----------
@@ -71,238 +33,6 @@ class Run:
         The folder is not a run's; the message names the file that is missing.
     """
 
-    folder: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", clean_path("the folder", self.folder))
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder} is not a folder. {_WHAT_A_RUN_IS}")
-        for name in _REQUIRED:
-            self._file(name)
-
-    # ------------------------------------------------------------ what was written
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The resolved simulation file, table by table."""
-        try:
-            return tomllib.loads(self._file("config.toml").read_text("utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            path = self.folder / "config.toml"
-            raise DataError(f"{path} is not TOML: {error}.") from error
-
-    @cached_property
-    def environment(self) -> dict[str, Any]:
-        """Versions, machine and plan; empty where the run was stopped before."""
-        path = self.folder / "environment.json"
-        if not path.is_file():
-            return {}
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}.") from error
-        if not isinstance(content, dict):
-            raise DataError(
-                f"{path} must hold an object, got {type(content).__name__}."
-            )
-        return content
-
-    @cached_property
-    def rounds(self) -> pd.DataFrame:
-        """``rounds.csv``: a row per round; round 0 is before training."""
-        return self._frame("rounds.csv", ("round",), unique="round")
-
-    @cached_property
-    def clients(self) -> pd.DataFrame:
-        """``clients.csv``: a row per round and client."""
-        return self._frame("clients.csv", ("round", "client", "status"))
-
-    @cached_property
-    def partition(self) -> pd.DataFrame:
-        """``partition.csv``: a row per client, with its count of each class."""
-        return self._frame("partition.csv", ("client",), unique="client")
-
-    @cached_property
-    def timings(self) -> pd.DataFrame:
-        """``timings.csv``: the seconds of each round."""
-        return self._frame("timings.csv", ("round",))
-
-    def model(self) -> dict[str, Tensor]:
-        """Return the final global model's parameters and buffers by name.
-
-        Raises
-        ------
-        DataError
-            There is none, since the run did not end.
-        """
-        from safetensors.torch import load_file
-
-        path = self.folder / "model.safetensors"
-        if not path.is_file():
-            raise DataError(
-                f"{path} is missing: the model is written when a run ends. Repeat "
-                f"the run: fedweight run {self.folder / 'config.toml'}"
-            )
-        return dict(load_file(path))
-
-    # --------------------------------------------------------------- what follows
-
-    @property
-    def name(self) -> str:
-        """The run's name, or what was run on what."""
-        name = self._setting("run", "name")
-        return name or f"{self.strategy} on {self.data_set}"
-
-    @property
-    def strategy(self) -> str:
-        """The strategy's name."""
-        return self._setting("strategy", "name") or "unnamed strategy"
-
-    @property
-    def data_set(self) -> str:
-        """The data set's name."""
-        return self._setting("data", "name") or "unnamed data"
-
-    @property
-    def class_names(self) -> list[str]:
-        """The classes' names, or their numbers where the data set names none."""
-        names = _table(self.environment, "data").get("class_names")
-        columns = label_columns(self.partition)
-        if isinstance(names, list) and len(names) >= len(columns):
-            return [str(name) for name in names[: len(columns)]]
-        return [column.removeprefix("label_") for column in columns]
-
-    @property
-    def rounds_done(self) -> int:
-        """The number of the last round on record."""
-        return int(self.rounds["round"].max()) if len(self.rounds) else 0
-
-    @property
-    def rounds_asked(self) -> int | None:
-        """How many rounds the configuration asks for."""
-        rounds = _table(self.config, "run").get("rounds")
-        return rounds if isinstance(rounds, int) else None
-
-    @property
-    def complete(self) -> bool:
-        """Whether all rounds are there, and the model."""
-        asked = self.rounds_asked
-        all_rounds = asked is None or self.rounds_done >= asked
-        return all_rounds and (self.folder / "model.safetensors").is_file()
-
-    @cached_property
-    def names(self) -> dict[int, str]:
-        """The clients' names by their numbers, of those that have one.
-
-        A name that several clients share is followed by their numbers.
-        """
-        shared = Counter(self._own_names.values())
-        return {
-            client: f"{name} ({client})" if shared[name] > 1 else name
-            for client, name in self._own_names.items()
-        }
-
-    @cached_property
-    def _own_names(self) -> dict[int, str]:
-        """What clients call themselves, which several may do alike."""
-        found: dict[int, str] = {}
-        for table in ("clients", "partition"):
-            if (self.folder / f"{table}.csv").is_file():
-                frame = getattr(self, table)
-                if "name" in frame:
-                    named = frame[["client", "name"]].drop_duplicates(
-                        "client", keep="last"
-                    )
-                    pairs = zip(named["client"].tolist(), named["name"], strict=True)
-                    found |= {client: name for client, name in pairs if name}
-        shown = {c: plain(name, NAME_LENGTH) for c, name in sorted(found.items())}
-        return {client: name for client, name in shown.items() if name != str(client)}
-
-    def name_of(self, client: int) -> str:
-        """Return what a client is called: its name, or else its number."""
-        return self.names.get(client, str(client))
-
-    def called(self, clients: Sequence[int]) -> str:
-        """Return how a message calls some clients: by number, and by name if any."""
-        return clients_called(
-            clients, lambda client: self._own_names.get(client, str(client))
-        )
-
-    @cached_property
-    def weights(self) -> pd.DataFrame:
-        """How much each client counted: ``[rounds, clients]``.
-
-        The index is the rounds' numbers; the columns are the clients', or their names
-        (see :meth:`by_client`). NaN is a client that took no part, or whose reply was
-        not used.
-        """
-        return self._named(self.weights_by_number)
-
-    @cached_property
-    def weights_by_number(self) -> pd.DataFrame:
-        """As :attr:`weights`, with the clients' numbers whether they have names or not.
-
-        Only clients that took part have a weight, if one of 0.
-        """
-        return self._pivot(self.clients[self.clients["status"] == "ok"], "weight")
-
-    @property
-    def accuracy(self) -> pd.Series[float]:
-        """The global model's accuracy by round, on the server's test set.
-
-        Where the server has none, on the clients' held-out data.
-        """
-        rounds = self.rounds.set_index("round")
-        for column in ("test_accuracy", "evaluate_accuracy"):
-            if column in rounds and rounds[column].notna().any():
-                return rounds[column].dropna()
-        return pd.Series(dtype=float, name="test_accuracy")
-
-    @property
-    def bad_replies(self) -> pd.DataFrame:
-        """The rows of ``clients`` whose reply was rejected, failed or missing."""
-        return self.clients[self.clients["status"].isin(BAD_REPLIES)]
-
-    def by_client(self, column: str) -> pd.DataFrame:
-        """Return one column of ``clients.csv`` as ``[rounds, clients]``.
-
-        Its columns are the clients' numbers; where clients have names, the names, and
-        the numbers as texts of those that have none.
-
-        Parameters
-        ----------
-        column : str
-            A column with numbers. NaN stands where a client has none in a round.
-        """
-        return self._named(self.by_number(column))
-
-    def by_number(self, column: str) -> pd.DataFrame:
-        """As :meth:`by_client`, with the clients' numbers also where they have names.
-
-        Parameters
-        ----------
-        column : str
-            A column with numbers.
-        """
-        return self._pivot(self.clients, column)
-
-    @staticmethod
-    def _pivot(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-        if column not in rows:
-            return pd.DataFrame(dtype=float)
-        rows = rows.dropna(subset=[column]).drop_duplicates(["round", "client"])
-        return rows.pivot(index="round", columns="client", values=column).astype(float)
-
-    def _named(self, frame: pd.DataFrame) -> pd.DataFrame:
-        return frame.rename(columns=self.name_of) if self.names else frame
-
-    def measured(self, column: str) -> pd.Series[float]:
-        """Return one column of ``rounds`` by round, without gaps and infinities."""
-        if column not in self.rounds:
-            return pd.Series(dtype=float)
-        values = self.rounds.set_index("round")[column].astype(float)
-        return values[np.isfinite(values)]
-
     @cached_property
     def warnings(self) -> list[str]:
         """What a reader must know before trusting the run, one line each.
@@ -311,8 +41,6 @@ class Run:
         in which many did; a loss that exploded, an accuracy at chance, one client that
         decided alone; and what was noticed of the data. Empty if all is well.
         """
-        from .endings import warnings_of
-
         return warnings_of(self)
 
     def summary(self) -> dict[str, Any]:
@@ -330,51 +58,18 @@ class Run:
             ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
             round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
             ``bytes_up`` and ``seconds``, the only one that depends on the clock; and
-            :attr:`warnings`.
+            ``warnings``.
         """
-        trained = self.rounds[self.rounds["round"] > 0]
-        test = self.measured("test_accuracy")
-        last_ten = test[(test.index > 0) & (test.index > self.rounds_done - 10)]
-        result: dict[str, Any] = {
-            "name": self.name,
-            "strategy": self.strategy,
-            "data": self.data_set,
-            "seed": self._seed(),
-            "rounds": self.rounds_done,
-            "rounds_asked": self.rounds_asked,
-            "complete": self.complete,
-            "clients": self._num_clients(),
-            "test_accuracy": _last(test),
-            "mean_test_accuracy_last_10": _number(last_ten.mean()),
-            "test_accuracies_in_mean": len(last_ten),
-            "held_out_accuracy": _last(self.measured("evaluate_accuracy")),
-        }
-        for statistic in ("mean", "std", "worst10", "best10"):
-            column = f"client_accuracy_{statistic}"
-            result[column] = _last(self.measured(column))
-        result["effective_clients"] = _last(self.measured("effective_clients"))
-        failed = trained["status"] == "failed" if "status" in trained else None
-        result["failed_rounds"] = int(failed.sum()) if failed is not None else 0
-        result["bad_replies"] = self._num_bad_replies(trained)
-        for column in ("bytes_down", "bytes_up"):
-            total = self.rounds[column].sum() if column in self.rounds else 0
-            result[column] = int(total)
-        result["seconds"] = self._seconds()
-        result["warnings"] = list(self.warnings)
-        return result
+        return summary_of(self)
 
     # ------------------------------------------------------------------- figures
 
     def plot_accuracy(self) -> Figure:
         """Draw the accuracy over rounds."""
-        from . import plots
-
         return plots.figure_of(plots.accuracy(self))
 
     def plot_loss(self) -> Figure:
         """Draw the loss over rounds."""
-        from . import plots
-
         return plots.figure_of(plots.loss(self))
 
     def plot_weights(self, order: str = "number") -> Figure:
@@ -385,8 +80,6 @@ class Run:
         order : {"number", "size"}
             Clients by number, or those with most data first.
         """
-        from . import plots
-
         return plots.figure_of(plots.weights_heatmap(self, order=order))
 
     def plot_weight_vs_size(self, round: int | None = None) -> Figure:
@@ -397,20 +90,14 @@ class Run:
         round : int, optional
             By default the last round with weights.
         """
-        from . import plots
-
         return plots.figure_of(plots.weight_vs_size(self, round=round))
 
     def plot_client_accuracies(self) -> Figure:
         """Draw every client's accuracy in the last evaluated round."""
-        from . import plots
-
         return plots.figure_of(plots.client_accuracies(self))
 
     def plot_client_accuracies_by_round(self) -> Figure:
         """Draw how the clients' accuracies spread, round by round."""
-        from . import plots
-
         return plots.figure_of(plots.client_accuracies_by_round(self))
 
     def plot_labels(self, order: str = "number") -> Figure:
@@ -421,14 +108,10 @@ class Run:
         order : {"number", "size"}
             Clients by number, or those with most data first.
         """
-        from . import plots
-
         return plots.figure_of(plots.labels(self, order=order))
 
     def plot_recorded(self) -> Figure:
         """Draw what the method itself recorded of each round."""
-        from . import plots
-
         return plots.recorded(self)
 
     def report(self) -> Path:
@@ -446,123 +129,6 @@ class Run:
         done = f"{self.rounds_done} rounds"
         if self.rounds_asked is not None and self.rounds_done < self.rounds_asked:
             done = f"{self.rounds_done} of {self.rounds_asked} rounds"
-        accuracy = _last(self.accuracy)
+        accuracy = last_of(self.accuracy)
         reached = "" if accuracy is None else f", accuracy {accuracy:.4f}"
         return f"Run({str(self.folder)!r}: {self.name}, {done}{reached})"
-
-    # -------------------------------------------------------------------- helpers
-
-    def _file(self, name: str) -> Path:
-        path = self.folder / name
-        if not path.is_file():
-            raise DataError(f"{path} is missing. {_WHAT_A_RUN_IS}")
-        return path
-
-    def _frame(
-        self, name: str, required: tuple[str, ...], unique: str = ""
-    ) -> pd.DataFrame:
-        """Read a table; what is not one of a run's is refused here, once for all."""
-        path = self._file(name)
-        try:
-            with path.open(encoding="utf-8", newline="") as lines:
-                header = next(csv.reader(lines), [])
-            for column in required:
-                if column not in header:
-                    raise DataError(
-                        f"{path} has no column '{column}'. {_WHAT_A_RUN_IS}"
-                    )
-            text = [column for column in header if column in _TEXT]
-            others = [column for column in header if column not in _TEXT]
-            # A reason may well read "NaN": text columns are never taken for empty.
-            frame = pd.read_csv(
-                path,
-                dtype=dict.fromkeys(text, "str"),
-                keep_default_na=False,
-                na_values=dict.fromkeys(others, _EMPTY),
-                encoding="utf-8",
-            )
-            # At once: there may be thousands of classes.
-            frame = pd.DataFrame(
-                {str(name): _typed(str(name), frame[name]) for name in frame},
-                index=frame.index,
-            )
-        except (ValueError, TypeError, OverflowError, csv.Error) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise DataError(f"{path} cannot be read: {plain(reason)}.") from error
-        if unique and frame[unique].duplicated().any():
-            twice = frame[unique][frame[unique].duplicated()].iloc[0]
-            raise DataError(f"{path} has {unique} {twice} more than once.")
-        return frame
-
-    def _setting(self, table: str, key: str) -> str:
-        return str(_table(self.config, table).get(key, ""))
-
-    def _seed(self) -> int | None:
-        seed = _table(self.config, "run").get("seed")
-        return seed if isinstance(seed, int) else None
-
-    def _num_clients(self) -> int | None:
-        # A partition that is computed lazily lists only who took part.
-        known = _table(self.environment, "data").get("clients")
-        if isinstance(known, int):
-            return known
-        for name in ("partition", "clients"):
-            if (self.folder / f"{name}.csv").is_file():
-                return int(getattr(self, name)["client"].nunique())
-        return None
-
-    def _num_bad_replies(self, rounds: pd.DataFrame) -> int:
-        columns = [column for column in BAD_REPLIES if column in rounds]
-        return int(rounds[columns].sum().sum()) if columns else 0
-
-    def _seconds(self) -> float | None:
-        if not (self.folder / "timings.csv").is_file():
-            return None
-        timings = self.timings
-        # Not the last "elapsed": a resumed run may have counted from anew.
-        return _number(timings["seconds"].sum()) if "seconds" in timings else None
-
-
-def _typed(name: str, column: pd.Series[Any]) -> pd.Series[Any]:
-    """Return a column of a table in the type that its name promises."""
-    if name in _TEXT:
-        return column.fillna("").astype("str")
-    if name in _KEYS:
-        # A real node's number may need all 64 bits.
-        keys = column if column.dtype == "uint64" else column.astype("int64")
-        if name == "round" and len(keys) and not 0 <= keys.min() <= keys.max() < 10**6:
-            raise ValueError(f"a round is {keys.min()} or {keys.max()}")
-        return keys
-    if name in _COUNTS or name.startswith("label_"):
-        return column.astype("Int64")
-    if name in _NUMBERS or column.isna().all():
-        return column.astype("float64")
-    integers = pd.api.types.is_integer_dtype(column)
-    return column.astype("float64") if integers else column
-
-
-def label_columns(partition: pd.DataFrame) -> list[str]:
-    """Return the columns ``label_0``, ``label_1``, ... in the classes' order."""
-    columns = [name for name in partition.columns if name.startswith("label_")]
-    return sorted(columns, key=lambda name: (len(name), name))
-
-
-_WHAT_A_RUN_IS = (
-    "A run's folder is what `fedweight run` writes: config.toml, rounds.csv, "
-    "clients.csv, partition.csv and, once the run has ended, model.safetensors and "
-    "report.html."
-)
-
-
-def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    table = config.get(name, {})
-    return table if isinstance(table, Mapping) else {}
-
-
-def _number(value: Any) -> float | None:
-    number = float(value)
-    return number if np.isfinite(number) else None
-
-
-def _last(values: pd.Series[float]) -> float | None:
-    return _number(values.iloc[-1]) if len(values) else None

@@ -24,10 +24,17 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from .. import keys, models
+from .. import models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
 from ..clients.objectives import Proximal
 from ..clients.training import evaluate
+from ..core.errors import ConfigurationError, DataError, OutputError, check_choice
+from ..core.layout import Layout, as_tensor
+from ..core.module import FlatModule
+from ..core.options import make, options_of, parse_setting
+from ..core.signals import interruptible
+from ..core.texts import NAME_LENGTH, plain, shown
+from ..core.threads import one_thread
 from ..data import (
     ClientData,
     DataSet,
@@ -41,15 +48,8 @@ from ..data import (
 from ..data import check as check_data
 from ..data.examples import channels_last
 from ..data.files import load_one_csv
-from ..errors import (
-    ConfigurationError,
-    DataError,
-    OutputError,
-    check_choice,
-)
-from ..options import make, options_of, parse_setting
-from ..parameters import FlatModule, FlatRecord, Layout, as_tensor, flatten
-from ..signals import interruptible
+from ..messages import keys
+from ..messages.arrays import FlatRecord, flatten
 from ..simulations import Plan, simulate
 from ..simulations.engine import check_engine, check_local, choose_engine
 from ..simulations.grid import usable_plan
@@ -62,8 +62,6 @@ from ..simulations.planner import (
 )
 from ..strategies import RoundRecord, WeightingStrategy, strategy_class
 from ..strategies.server_optimizers import server_optimizer
-from ..texts import NAME_LENGTH, plain, shown
-from ..threads import one_thread
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .configuration import Configuration
 from .folder import (

@@ -19,10 +19,10 @@ from flwr.app import (
 )
 from torch import nn
 
-from fedweight import _flower
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
-from fedweight.parameters import FlatModule
+from fedweight.messages import _flower
 
 
 def examples(n: int, seed: int = 0, features: int = 4, classes: int = 3) -> Examples:

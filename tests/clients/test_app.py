@@ -17,11 +17,12 @@ from fedweight import simulate
 from fedweight.clients import TrainingSettings, client_number
 from fedweight.clients.objectives import Objective, Plain, Proximal
 from fedweight.clients.training import Task, evaluate, train
-from fedweight.cohort import Cohort
+from fedweight.core.errors import AggregationError, ClientError, ConfigurationError
+from fedweight.core.module import FlatModule
+from fedweight.core.rng import Purpose, keys
 from fedweight.data import ClientData
-from fedweight.errors import AggregationError, ClientError, ConfigurationError
-from fedweight.parameters import FlatModule, FlatRecord
-from fedweight.rng import Purpose, keys
+from fedweight.messages.arrays import FlatRecord
+from fedweight.messages.dispatch import Cohort
 
 SETTINGS = TrainingSettings(epochs=2, batch_size=5)
 

@@ -16,9 +16,9 @@ from fedweight.clients import Batch, Objective, TrainingSettings, batched, graph
 from fedweight.clients.batched import BatchedTrainer, home
 from fedweight.clients.objectives import Plain, Proximal
 from fedweight.clients.training import Task, train
+from fedweight.core.errors import ClientError
+from fedweight.core.module import FlatModule
 from fedweight.data import Examples
-from fedweight.errors import ClientError
-from fedweight.parameters import FlatModule
 
 OPTIMIZERS = {
     "sgd": {"learning_rate": 0.05},

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import MessageType
 
+from fedweight.core.errors import DataError
 from fedweight.data import ClientData, Examples
-from fedweight.errors import DataError
 
 
 def odd(examples):

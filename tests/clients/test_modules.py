@@ -10,17 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedweight.batches import batches
 from fedweight.clients import TrainingSettings
 from fedweight.clients.batched import BatchedTrainer
 from fedweight.clients.noise import LocalTraining
 from fedweight.clients.objectives import Plain
 from fedweight.clients.training import Task, train
-from fedweight.cohort import Cohort
+from fedweight.core.batches import batches
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.layout import Layout
+from fedweight.core.module import FlatModule
+from fedweight.core.rng import permutation
 from fedweight.data import ClientData, Examples
-from fedweight.errors import ConfigurationError
-from fedweight.parameters import FlatModule, FlatRecord, Layout
-from fedweight.rng import permutation
+from fedweight.messages.arrays import FlatRecord
+from fedweight.messages.dispatch import Cohort
 
 from .modules import CLASSES, FEATURES, REFUSED, SORTS, TOKENS, Sort
 

@@ -15,8 +15,9 @@ from fedweight.clients import TrainingSettings, batched, graphs
 from fedweight.clients.batched import BatchedTrainer
 from fedweight.clients.objectives import Plain
 from fedweight.clients.training import Task, train
-from fedweight.cohort import Cohort
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.core.module import FlatModule
+from fedweight.messages.arrays import FlatRecord
+from fedweight.messages.dispatch import Cohort
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_without_a_look_at_operations_clients_train_one_after_another(name):
     del NAME
     from flwr.app import Context, RecordDict
     from fedweight.clients import TrainingApp, TrainingSettings
-    from fedweight.cohort import Cohort
+    from fedweight.messages.dispatch import Cohort
     from fedweight.data import ClientData, Examples
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
     part = Examples(np.eye(4, dtype=np.float32), np.arange(4) % 2)

@@ -22,10 +22,10 @@ from fedweight.clients.training import (
     evaluate_each,
     train,
 )
+from fedweight.core.errors import ClientError, ConfigurationError
+from fedweight.core.module import FlatModule
+from fedweight.core.rng import Purpose, keys, permutation
 from fedweight.data import Examples
-from fedweight.errors import ClientError, ConfigurationError
-from fedweight.parameters import FlatModule
-from fedweight.rng import Purpose, keys, permutation
 
 
 def trained(make, part, settings, *, round=1, client=0, goal=None, **options):

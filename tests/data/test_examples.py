@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedweight import data
+from fedweight.core.errors import DataError
+from fedweight.core.layout import as_tensor
 from fedweight.data import ClientData, DataSet, Examples
 from fedweight.data.examples import as_labels, channels_last, name_clients
-from fedweight.errors import DataError
-from fedweight.parameters import as_tensor
 
 X = np.arange(12, dtype=np.float32).reshape(6, 2)
 Y = np.array([0, 1, 0, 1, 2, 2])

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedweight import data
+from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples, FederatedData, federate
-from fedweight.errors import ConfigurationError, DataError
 
 
 def dataset(n=200, num_classes=4, seed=0):

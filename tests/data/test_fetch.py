@@ -11,8 +11,8 @@ import threading
 import pytest
 
 from fedweight import data
+from fedweight.core.errors import DataError
 from fedweight.data.fetch import SOURCES, Source
-from fedweight.errors import DataError
 
 PLAIN, PACKED = b"a,b\n1,2\n", b"some images"
 

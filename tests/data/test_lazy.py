@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedweight import data
+from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples, FederatedData, federate
 from fedweight.data.lazy import LazyParts, dirichlet_sampled
 from fedweight.data.partitions import dirichlet
-from fedweight.errors import ConfigurationError, DataError
 
 NAME = "dirichlet-sampled"
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fedweight import data
+from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples, adult, fashion_mnist, shakespeare
-from fedweight.errors import ConfigurationError, DataError
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fedweight import data
+from fedweight.core.errors import DataError
 from fedweight.data import DataSet, Examples, FederatedData, federate
 from fedweight.data.partitions import natural_choice
-from fedweight.errors import DataError
 
 SITES = ["north", "south", "east", "west", "up", "down", "tiny"]
 

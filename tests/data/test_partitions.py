@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedweight import data
+from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples
 from fedweight.data.partitions import (
     classes,
@@ -20,7 +21,6 @@ from fedweight.data.partitions import (
     quantity,
     shards,
 )
-from fedweight.errors import ConfigurationError, DataError
 
 
 def rng(seed=0):

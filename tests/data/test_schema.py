@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fedweight import data
+from fedweight.core.errors import DataError
 from fedweight.data import Schema
 from fedweight.data.files import load_one
-from fedweight.errors import DataError
 
 SERVER = "age,dose,class\n1,10,0\n2,20,1\n3,30,2\n"
 

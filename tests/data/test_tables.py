@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedweight import data
+from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import tables
-from fedweight.errors import ConfigurationError, DataError
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedweight import _flower
+from fedweight.messages import _flower
 from fedweight.simulations.grid import SimulationGrid
 from fedweight.simulations.local import LocalGrid
 
@@ -49,7 +49,7 @@ def ray_session() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def session_grids(ray_session: Any) -> Iterator[list[Any]]:
-    from fedweight.simulations.ray import RayGrid
+    from fedweight.simulations.ray.grid import RayGrid
 
     grids = [RayGrid(ClientApp(), 1, workers=n) for n in (1, 2)]
     yield grids

@@ -27,9 +27,9 @@ import fedweight
 from fedweight import _flower
 from fedweight.clients import TrainingApp, TrainingSettings
 from fedweight.data import ClientData, Examples
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.core.layout import FlatModule, FlatRecord
 from fedweight.simulations.local import LocalGrid
-from fedweight.simulations.ray import RayGrid
+from fedweight.simulations.ray.grid import RayGrid
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.fedlaw import FedLAW
 from fedweight.strategies.ida import IDA
@@ -179,7 +179,7 @@ import ray
 from flwr.app import Message, MetricRecord, ConfigRecord, RecordDict
 from flwr.clientapp import ClientApp
 from fedweight import _flower
-from fedweight.simulations.ray import RayGrid
+from fedweight.simulations.ray.grid import RayGrid
 
 ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False,
          logging_level="ERROR", object_store_memory=100_000_000)

@@ -21,9 +21,10 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from fedweight import _flower
-from fedweight.errors import ConfigurationError, EngineError
-from fedweight.parameters import FlatModel, FlatRecord, Layout
+from fedweight.core.errors import ConfigurationError, EngineError
+from fedweight.core.layout import FlatModel, Layout
+from fedweight.messages import _flower
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations.grid import (
     FIRST_NODE,
     SimulationGrid,

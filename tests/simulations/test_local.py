@@ -21,13 +21,13 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fedweight.clients import TrainingApp, TrainingSettings
-from fedweight.cohort import Cohort
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.records import RoundRecord
 from fedweight.data import ClientData, Examples
-from fedweight.errors import ConfigurationError
+from fedweight.messages.dispatch import Cohort
 from fedweight.simulations.local import STEPS_OF_A_CLIENT, WORTH_A_THREAD, LocalGrid
 from fedweight.simulations.plan import Plan
 from fedweight.strategies.fedavg import FedAvg
-from fedweight.strategies.round import RoundRecord
 
 
 class App(ClientApp):

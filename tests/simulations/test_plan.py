@@ -8,8 +8,8 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight.cohort import Cohort
-from fedweight.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError
+from fedweight.messages.dispatch import Cohort
 from fedweight.simulations.plan import (
     EVALUATION_CHUNK,
     LONGEST_LOOP,

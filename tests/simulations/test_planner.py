@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
-from fedweight.errors import ConfigurationError
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import planner
 from fedweight.simulations.allocator import keep_freed_memory
 from fedweight.simulations.plan import Plan

@@ -22,11 +22,13 @@ from flwr.clientapp import ClientApp
 
 from fedweight import Run, models
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.core.errors import ConfigurationError, EngineError
+from fedweight.core.layout import FlatModel, Layout
+from fedweight.core.module import FlatModule
 from fedweight.data import federate, load
-from fedweight.errors import ConfigurationError, EngineError
-from fedweight.parameters import FlatModel, FlatModule, FlatRecord, Layout
-from fedweight.simulations import ray_watch
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations.grid import FIRST_NODE
+from fedweight.simulations.ray import watch
 from fedweight.strategies.fedavg import FedAvg
 
 pytestmark = pytest.mark.ray
@@ -357,7 +359,7 @@ def test_app_that_cannot_be_loaded(ray_grid: Any) -> None:
 
 
 def test_no_gpus(ray_session: Any) -> None:
-    from fedweight.simulations.ray import RayGrid
+    from fedweight.simulations.ray.grid import RayGrid
 
     if ray_session.cluster_resources().get("GPU"):
         pytest.skip("there are GPUs")
@@ -384,21 +386,21 @@ def test_room(
     expected: tuple[int, dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fedweight.simulations.ray import _room
+    from fedweight.simulations.ray.grid import _room
 
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
     assert _room(*asked) == expected
 
 
 def test_address_of_another_ray(ray_session: Any) -> None:
-    from fedweight.simulations.ray import RayGrid
+    from fedweight.simulations.ray.grid import RayGrid
 
     with pytest.raises(EngineError, match="Ray is initialised already"):
         RayGrid(ClientApp(), 2, address="127.0.0.1:1")
 
 
 def test_addresses_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedweight.simulations.ray import RayGrid
+    from fedweight.simulations.ray.grid import RayGrid
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     for address in ("nonsense", ":6379", "host:port"):
@@ -422,7 +424,7 @@ def test_addresses_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_closed_grid(ray_session: Any, write: Any) -> None:
-    from fedweight.simulations.ray import RayGrid
+    from fedweight.simulations.ray.grid import RayGrid
 
     before = threading.active_count()
     grid = RayGrid(ClientApp(), 2, workers=1)
@@ -450,7 +452,7 @@ from pathlib import Path
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from fedweight import _flower
-from fedweight.simulations.ray import RayGrid
+from fedweight.simulations.ray.grid import RayGrid
 
 folder = Path({folder!r})
 values = [1, 2, 3]
@@ -569,12 +571,12 @@ def test_processes_are_told_by_their_mark() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         try:
-            assert ray_watch.marked(mark.encode()) == [process.pid]
-            assert ray_watch.marked(mark[:-1].encode()) == []
-            assert ray_watch.marked(name.encode()) == []
+            assert watch.marked(mark.encode()) == [process.pid]
+            assert watch.marked(mark[:-1].encode()) == []
+            assert watch.marked(name.encode()) == []
         finally:
             process.kill()
-    assert ray_watch.marked(mark.encode()) == []
+    assert watch.marked(mark.encode()) == []
 
 
 def test_cluster_that_is_joined_stays(

@@ -15,10 +15,11 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from torch import nn
 
 from fedweight.clients import TrainingApp, TrainingSettings
-from fedweight.cohort import Replies
+from fedweight.core.local_models import SummedModels
+from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
-from fedweight.local_models import SummedModels
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.messages.arrays import FlatRecord
+from fedweight.messages.dispatch import Replies
 from fedweight.simulations import Plan
 from fedweight.simulations.grid import FIRST_NODE
 from fedweight.simulations.local import LocalGrid
@@ -145,7 +146,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def say(who: str) -> None:
         if who == "workers":
             monkeypatch.setattr(
-                "fedweight.simulations.ray_rows.ShardedModels._are_here",
+                "fedweight.simulations.ray.rows.ShardedModels._are_here",
                 lambda self, shards: False,
             )
 
@@ -336,7 +337,7 @@ def test_lists_are_taken_in_order(
     ray_grid: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A first list that takes longest holds the others back, and no more than that."""
-    from fedweight.simulations.ray_pool import CohortBatch
+    from fedweight.simulations.ray.pool import CohortBatch
 
     held: list[int] = []
     take = CohortBatch.take
@@ -413,7 +414,7 @@ def test_client_that_kills_its_worker(
 def test_models_outlive_their_worker(who: str, read: Any, ray_session: Any) -> None:
     """It ends between training and aggregation; another reads what it has left."""
     read(who)
-    from fedweight.simulations.ray import RayGrid
+    from fedweight.simulations.ray.grid import RayGrid
 
     app = app_of()
     grid = RayGrid(app, CLIENTS, workers=1)
@@ -458,9 +459,9 @@ def test_models_that_do_not_fit_the_store(
     everywhere: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """11 models of 24 MB, in a store of 200 MB: Ray moves some to disk."""
-    from fedweight.simulations.ray_rows import ShardedUpdates
+    from fedweight.simulations.ray.rows import ShardedUpdates
 
-    monkeypatch.setattr("fedweight.simulations.ray_rows.CALL_BYTES", 30_000_000)
+    monkeypatch.setattr("fedweight.simulations.ray.rows.CALL_BYTES", 30_000_000)
     made: list[Any] = []
     make = ShardedUpdates.__init__
 

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedweight.errors import ConfigurationError, EngineError
+from fedweight.core.errors import ConfigurationError, EngineError
 from fedweight.simulations import LocalGrid, Plan, simulate
 from fedweight.simulations.engine import choose_engine, make_grid
 

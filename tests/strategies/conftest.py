@@ -24,10 +24,10 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 
-from fedweight import _flower, keys
-from fedweight.parameters import FlatModel, Layout
+from fedweight.core.layout import FlatModel, Layout
+from fedweight.core.updates import StackedUpdates
+from fedweight.messages import _flower, keys
 from fedweight.strategies import Round
-from fedweight.updates import StackedUpdates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

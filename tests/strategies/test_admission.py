@@ -14,8 +14,9 @@ from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight import _flower, keys
-from fedweight.errors import AggregationError, ConfigurationError
+from fedweight.core.errors import AggregationError, ConfigurationError
+from fedweight.messages import _flower, keys
+from fedweight.server.known_errors import MOST
 from fedweight.strategies import WeightingStrategy
 from fedweight.strategies.base import LARGEST_VALUE
 from fedweight.strategies.fedavg import FedAvg
@@ -23,7 +24,6 @@ from fedweight.strategies.fedce import FedCE
 from fedweight.strategies.feddisco import FedDisco
 from fedweight.strategies.fedlaw import FedLAW
 from fedweight.strategies.ida import IDA
-from fedweight.strategies.known_errors import MOST
 from fedweight.strategies.server_optimizers import ServerAdam
 from fedweight.strategies.weights import cap, size_weights
 
@@ -141,7 +141,8 @@ def test_what_receive_cannot_take_rejects_the_reply(kit):
 
 def test_an_error_in_flowers_form_is_told_in_ours(kit):
     run = federation(kit, FedAvg(), [[1.0]] * 4)
-    run.clients[1].error = "<class 'fedweight.errors.DataError'>:<'site.csv is empty'>"
+    raised = "<class 'fedweight.core.errors.DataError'>:<'site.csv is empty'>"
+    run.clients[1].error = raised
     run.clients[2].error = "<class 'KeyError'>:<''a''>"
     record = run.round()
     assert record.clients[1].reason == "DataError: site.csv is empty"

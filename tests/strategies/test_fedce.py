@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight import keys
-from fedweight.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError
+from fedweight.messages import keys
 from fedweight.strategies.fedce import FedCE, minus_cosines
 from fedweight.strategies.weights import effective_clients
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedweight import keys
-from fedweight.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError
+from fedweight.messages import keys
 from fedweight.strategies.feddisco import FedDisco, discrepancy
 from fedweight.strategies.weights import effective_clients
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedweight.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.updates import StackedUpdates
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.fedlaw import FedLAW, chain, coherence, split, start
-from fedweight.updates import StackedUpdates
 
 
 def examples(x, y):

@@ -4,11 +4,12 @@ import torch
 from flwr.app import ConfigRecord
 from torch import nn
 
-from fedweight import keys
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
-from fedweight.errors import ConfigurationError
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.messages import keys
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import LocalGrid, Plan
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.fedprox import FedProx

@@ -11,8 +11,9 @@ from flwr.app import ArrayRecord, ConfigRecord
 from torch import nn
 
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.local import LocalGrid
 from fedweight.strategies import STRATEGIES, strategy_class

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight import keys
-from fedweight.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError
+from fedweight.messages import keys
 from fedweight.strategies.ida import IDA, inverse
 
 CASES = range(7)

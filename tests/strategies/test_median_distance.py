@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedweight.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError
 from fedweight.strategies import strategy_class
 
 NAME = "strategies.median_distance:MedianDistance"

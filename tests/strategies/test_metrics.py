@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight.cohort import Reply
-from fedweight.strategies.reported import (
+from fedweight.core.records import ClientRecord
+from fedweight.messages.dispatch import Reply
+from fedweight.server.reported import (
     OWN_METRICS,
     Good,
     OwnMetrics,
@@ -17,7 +18,6 @@ from fedweight.strategies.reported import (
     recorded_metrics,
     sort_metrics,
 )
-from fedweight.strategies.round import ClientRecord
 
 SIZES = st.one_of(st.just(0.0), st.integers(1, 100).map(float))
 VALUES = st.one_of(st.just(float("nan")), st.floats(-1e6, 1e6), st.integers(-9, 9))

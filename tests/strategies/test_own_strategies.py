@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedweight.cli import main
-from fedweight.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError
 from fedweight.strategies import WeightingStrategy
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.weights import size_weights

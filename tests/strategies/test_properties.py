@@ -27,18 +27,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedweight import keys
 from fedweight.clients import TrainingApp
 from fedweight.clients import objective as make_objective
 from fedweight.clients.objectives import OBJECTIVES
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.module import FlatModule
+from fedweight.core.updates import Rows, StackedUpdates
 from fedweight.data import ClientData, Examples
-from fedweight.errors import ConfigurationError
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.messages import keys
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import LocalGrid
 from fedweight.strategies import STRATEGIES, WeightingStrategy, strategy_class
 from fedweight.strategies.base import LARGEST_VALUE
 from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
-from fedweight.updates import Rows, StackedUpdates
 
 METHODS = sorted(STRATEGIES.entries)
 

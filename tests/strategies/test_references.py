@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from fedweight import keys
+from fedweight.messages import keys
 from fedweight.strategies import STRATEGIES, strategy_class
 
 _place = Path(__file__).with_name("references.py")

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from torch import nn
 
-from fedweight import _flower, keys
+from fedweight.messages import _flower, keys
 from fedweight.strategies import STRATEGIES, strategy_class
 from fedweight.strategies.base import LARGEST_VALUE
 from fedweight.studies.columns import CLIENT_COLUMNS, ROUND_COLUMNS

@@ -11,8 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
 
-from fedweight import _flower
-from fedweight.rng import Purpose, generator
+from fedweight.core.rng import Purpose, generator
+from fedweight.messages import _flower
 from fedweight.simulations.grid import FIRST_NODE
 from fedweight.simulations.local import LocalGrid
 from fedweight.strategies.base import StrategyArguments

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight.errors import AggregationError
+from fedweight.core.errors import AggregationError
 from fedweight.strategies.weights import effective_clients, normalise, size_weights
 
 sizes = st.lists(st.floats(0, 1e308), min_size=1, max_size=12)

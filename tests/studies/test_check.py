@@ -12,7 +12,12 @@ import pytest
 
 from fedweight import data
 from fedweight.cli import main
-from fedweight.errors import ConfigurationError, DataError, FedweightError, OutputError
+from fedweight.core.errors import (
+    ConfigurationError,
+    DataError,
+    FedweightError,
+    OutputError,
+)
 from fedweight.studies import check_file
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,10 @@ import pytest
 
 from fedweight import models
 from fedweight.clients.objectives import OBJECTIVES
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.options import check_type, options_of, parse_setting
 from fedweight.data import DATA_SETS
 from fedweight.data.partitions import PARTITIONS
-from fedweight.errors import ConfigurationError
-from fedweight.options import check_type, options_of, parse_setting
 from fedweight.strategies import STRATEGIES
 from fedweight.studies.configuration import SCHEMA, Configuration
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight.errors import ConfigurationError, OutputError
+from fedweight.core.errors import ConfigurationError, OutputError
 from fedweight.studies import folder as folder_module
 from fedweight.studies.folder import LOCK, Table, check_free, new_folder, write_whole
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedweight.core.errors import FedweightError
+from fedweight.core.options import options_of
 from fedweight.data import DataSet, Examples
-from fedweight.errors import FedweightError
-from fedweight.options import options_of
 from fedweight.studies.configuration import REGISTRIES, SCHEMA, Configuration
 from fedweight.studies.runner import make_ready, prepare
 

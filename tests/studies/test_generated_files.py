@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedweight import data
-from fedweight.errors import FedweightError
+from fedweight.core.errors import FedweightError
 from fedweight.studies import check_file
 
 ROOT = Path(__file__).parents[2]

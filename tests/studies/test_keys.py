@@ -11,9 +11,10 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.numpy import load_file
 
 from fedweight import run
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.module import FlatModule
 from fedweight.data import DataSet, Examples
-from fedweight.errors import ConfigurationError
-from fedweight.parameters import FlatModule, FlatRecord
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import Plan
 from fedweight.studies import runner
 from fedweight.studies.configuration import Configuration

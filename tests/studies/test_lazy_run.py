@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from fedweight import Run, run
+from fedweight.core.errors import ConfigurationError
 from fedweight.data import DataSet, Examples
-from fedweight.errors import ConfigurationError
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.runner import prepare
 

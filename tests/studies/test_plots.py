@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedweight.errors import ConfigurationError, DataError
+from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.studies import plots
 from fedweight.studies.result import Run
 

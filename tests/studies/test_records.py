@@ -4,12 +4,7 @@ import pytest
 
 from fedweight.strategies import ClientRecord, RoundRecord
 from fedweight.studies.columns import CLIENT_COLUMNS, ROUND_COLUMNS
-from fedweight.studies.records import (
-    client_row,
-    first_line,
-    round_row,
-    snake_case,
-)
+from fedweight.studies.records import client_row, first_line, round_row, snake_case
 
 
 def test_a_clients_metrics_become_columns():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedweight.errors import OutputError
+from fedweight.core.errors import OutputError
 from fedweight.studies import plots, report
 from fedweight.studies.result import Run
 

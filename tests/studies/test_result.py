@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedweight.errors import ConfigurationError, DataError
+from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.studies.result import Run
 
 MakeRun = Any

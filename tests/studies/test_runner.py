@@ -25,16 +25,17 @@ from flwr.app import (
 )
 from safetensors.torch import load_file
 
-from fedweight import Run, _flower, run
+from fedweight import Run, run
 from fedweight.clients import TrainingApp
-from fedweight.data import DataSet, Examples
-from fedweight.errors import (
+from fedweight.core.errors import (
     ConfigurationError,
     DataError,
     EngineError,
     FedweightError,
     OutputError,
 )
+from fedweight.data import DataSet, Examples
+from fedweight.messages import _flower
 from fedweight.simulations import Plan
 from fedweight.studies import folder as folder_module
 from fedweight.studies import report as report_module

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...errors import ConfigurationError
-from ...registry import Registry
-from .base import Batch, Objective
-from .plain import Plain
-from .proximal import Proximal
+from ...core.errors import ConfigurationError
+from ...core.lazy import lazy_exports
+from ...core.registry import Registry
+
+if TYPE_CHECKING:
+    from .base import Batch, Objective
+    from .plain import Plain
+    from .proximal import Proximal
 
 __all__ = ["OBJECTIVES", "Batch", "Objective", "Plain", "Proximal", "objective"]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Batch": ".base",
+        "Objective": ".base",
+        "Plain": ".plain",
+        "Proximal": ".proximal",
+    },
+)
 
 OBJECTIVES = Registry(
     "objective",
@@ -29,6 +42,8 @@ def objective(name: str, **options: Any) -> Objective:
     >>> objective("proximal", mu=0.1).mu
     0.1
     """
+    from .base import Objective
+
     made = OBJECTIVES.resolve(name)(**options)
     if not isinstance(made, Objective):
         raise ConfigurationError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...errors import check_range
+from ...core.errors import check_range
 from .base import Batch, Objective
 from .plain import Plain
 

@@ -1,0 +1,1 @@
+"""The floor that everything stands on: vectors, updates, streams, errors, options."""

@@ -1,0 +1,1 @@
+"""The boundary to Flower: what travels between the server and the clients."""

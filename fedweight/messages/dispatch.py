@@ -1,0 +1,409 @@
+"""Messages to and from a whole cohort, without a message for each client.
+
+A strategy of ours sends a :class:`Cohort`, a grid of ours answers it with
+:class:`Replies`, and between them no message is made. Both are ordinary sequences of
+Flower messages to whoever reads them as such (another grid, a wrapper, a user's code);
+the messages are made at the first look.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, overload
+
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+
+from ..core.errors import AggregationError, ClientError, EngineError
+from ..core.layout import FlatModel, Layout, is_finite
+from ..core.local_models import HeldModels, LocalModels, ModelSum, SummedModels
+from ..core.updates import changed_tensors
+from . import keys
+from ._flower import CLIENT_APP_RAISED_EXCEPTION, NO_REPLY, reason_of
+from .arrays import FlatRecord, flatten
+
+
+def only_arrays(content: RecordDict) -> ArrayRecord:
+    """Return the one array record of a message to a client.
+
+    Raises
+    ------
+    ClientError
+        If there is none, or more than one.
+    """
+    records = content.array_records
+    if len(records) != 1:
+        raise ClientError(
+            f"the message has {len(records)} array records; exactly one, the global "
+            "model, is expected."
+        )
+    return next(iter(records.values()))
+
+
+class _Messages(Sequence[Message], ABC):
+    """Messages that are made at the first look, each once."""
+
+    def __init__(self) -> None:
+        self._messages: dict[int, Message] = {}
+
+    @abstractmethod
+    def _make(self, index: int) -> Message:
+        """Return a message that nobody has looked at yet."""
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index not in self._messages:
+            self._messages[index] = self._make(index)
+        return self._messages[index]
+
+    def __iter__(self) -> Iterator[Message]:
+        return (self[i] for i in range(len(self)))
+
+
+class Cohort(_Messages):
+    """The messages of one phase: the same content to each of some clients.
+
+    Parameters
+    ----------
+    content : RecordDict
+        What every client receives.
+    nodes : Sequence[int]
+        The clients' nodes, in the order of the clients' numbers; none twice.
+    message_type : str
+        Flower's, such as ``"train"``.
+    own : Mapping[int, ConfigRecord], optional
+        For some nodes, the config that they receive instead of the shared one.
+    config_key : str
+        The name of the config record in ``content``.
+    summed_by : str, optional
+        A metric. A grid of ours may then add the models up as they come, each times
+        this metric of its client, and keep none.
+    left_out : Collection[int]
+        Nodes whose models are not wanted in that sum.
+    """
+
+    def __init__(
+        self,
+        content: RecordDict,
+        nodes: Sequence[int],
+        message_type: str,
+        own: Mapping[int, ConfigRecord] | None = None,
+        config_key: str = keys.CONFIG,
+        *,
+        summed_by: str | None = None,
+        left_out: Collection[int] = (),
+    ) -> None:
+        self.content = content
+        self.nodes = list(nodes)
+        self.message_type = message_type
+        self.own = dict(own or {})
+        self.config_key = config_key
+        self.summed_by = summed_by
+        self.left_out = frozenset(left_out)
+        super().__init__()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has had a message, which could have been changed since."""
+        return not self._messages
+
+    def config(self, node: int) -> ConfigRecord:
+        """Return the config that one client receives."""
+        own = self.own.get(node)
+        return self._shared if own is None else own
+
+    @cached_property
+    def arrays(self) -> ArrayRecord:
+        """The one array record that every client receives."""
+        return only_arrays(self.content)
+
+    @cached_property
+    def _shared(self) -> ConfigRecord:
+        return self.content.config_records[self.config_key]
+
+    def node_of(self, message_id: str) -> int | None:
+        """Return where the message with an id went, if it is one of these."""
+        for index, message in self._messages.items():
+            if message.metadata.message_id == message_id:
+                return self.nodes[index]
+        return None
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def _make(self, index: int) -> Message:
+        node = self.nodes[index]
+        content = self.content
+        if node in self.own:
+            content = RecordDict({**dict(content), self.config_key: self.own[node]})
+        return Message(content, dst_node_id=node, message_type=self.message_type)
+
+
+@dataclass(slots=True)
+class Reply:
+    """What one client answered, as plain values.
+
+    Attributes
+    ----------
+    node : int
+        The client's node.
+    model : FlatModel or Callable, optional
+        What it trained; or what brings it, where it stayed elsewhere.
+    metrics : Mapping
+        The reply's metric record.
+    profile : Mapping
+        The side data that it was asked for.
+    error : str, optional
+        Why there is nothing else.
+    finite : bool, optional
+        Whether all values of the model are; ``None`` if nobody has looked.
+    summed : bool
+        Whether the model went into the cohort's sum, and was not kept.
+    lost : bool
+        Whether the client did not answer, and the error is the SuperLink's.
+    """
+
+    node: int
+    model: FlatModel | Callable[[], FlatModel] | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    finite: bool | None = None
+    summed: bool = False
+    lost: bool = False
+
+    @classmethod
+    def of(cls, message: Message, layout: Layout, arrays_key: str) -> Reply:
+        """Read a reply as Flower brings it.
+
+        Raises
+        ------
+        AggregationError
+            If it is not an error, and not one metric record with, for a reply to a
+            train message, a model of the layout; and whatever else it may be.
+        """
+        try:
+            return cls._of(message, layout, arrays_key)
+        except AggregationError:
+            raise
+        except Exception as error:  # Its bytes are a stranger's.
+            raise AggregationError(
+                f"its reply cannot be read: {type(error).__name__}: {error}"
+            ) from error
+
+    @classmethod
+    def _of(cls, message: Message, layout: Layout, arrays_key: str) -> Reply:
+        node = message.metadata.src_node_id
+        if message.has_error():
+            reason, lost = reason_of(message.error), message.error.code in NO_REPLY
+            return cls(node, error=reason, lost=lost)
+        content = message.content
+        if len(content.metric_records) != 1:
+            raise AggregationError(
+                f"its reply has {len(content.metric_records)} metric records, not 1"
+            )
+        metrics = next(iter(content.metric_records.values()))
+        records = content.array_records
+        record = records.get(arrays_key)
+        if record is None and len(records) == 1:  # Flower takes it by any name.
+            record = next(iter(records.values()))
+        model = None
+        if record is not None:
+            whose = {"given": "its model", "expected": "the global model"}
+            model = flatten(record, layout, **whose)
+        profile = content.config_records.get(keys.PROFILE) or ConfigRecord()
+        return cls(node, model, metrics, profile)
+
+    def is_finite(self) -> bool:
+        """Tell whether all values of the model are finite; look if nobody has yet."""
+        if self.finite is None and isinstance(self.model, FlatModel):
+            vectors = (self.model.parameters, self.model.buffers)
+            self.finite = all(map(is_finite, vectors))
+        return self.finite is not False
+
+    def message(self, reply_to: Message) -> Message:
+        """Return the reply as Flower sends it."""
+        if self.error is not None:
+            code = CLIENT_APP_RAISED_EXCEPTION
+            return Message(Error(code=code, reason=self.error), reply_to=reply_to)
+        if self.summed:
+            raise EngineError(
+                "a client's reply was looked at whose model was added to the others' "
+                "as it came. Give the strategy's 'accumulate' a value to keep models."
+            )
+        content = RecordDict({keys.METRICS: MetricRecord(dict(self.metrics))})
+        model = self.model if not callable(self.model) else self.model()
+        if model is not None:
+            content[keys.ARRAYS] = FlatRecord(model)
+        if self.profile:
+            content[keys.PROFILE] = ConfigRecord(dict(self.profile))
+        return Message(content, reply_to=reply_to)
+
+
+@dataclass
+class Answers:
+    """What some clients of a cohort answered, from where they were handled.
+
+    Attributes
+    ----------
+    replies : list[Reply]
+        In any order.
+    total : ModelSum
+        Their models added up, where the cohort allows it.
+    """
+
+    replies: list[Reply]
+    total: ModelSum = field(default_factory=ModelSum)
+
+    def sum_up(self, cohort: Cohort) -> None:
+        """Add up the models of those who trained, and let go of all."""
+        assert cohort.summed_by is not None
+        trained = list(_trained(self.replies))
+        good = {
+            reply.node: (model, float(reply.metrics[cohort.summed_by]))
+            for reply, model in trained
+            if reply.node not in cohort.left_out
+            and reply.metrics.get(keys.NUM_STEPS) != 0
+        }
+        self.total = ModelSum.of(good)
+        if not self.total.is_finite():  # Some model is not, or their sum is too large.
+            finite = {reply.node for reply in self.replies if reply.is_finite()}
+            good = {node: own for node, own in good.items() if node in finite}
+            self.total = ModelSum.of(good, torch.float64)
+        if good:
+            rows = [model.parameters for model, _ in good.values()]
+            layout = next(model.layout for model, _ in good.values())
+            start = flatten(cohort.arrays, layout).parameters
+            self.total.changed = changed_tensors(rows, start, layout.offsets)
+        for reply, _ in trained:
+            if reply.node not in good:
+                reply.is_finite()
+            reply.model, reply.summed = None, True
+
+
+def _trained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, FlatModel]]:
+    """Yield the replies that hold a model, with it."""
+    for reply in replies:
+        if isinstance(reply.model, FlatModel):
+            yield reply, reply.model
+
+
+def lay_out_as_sent(record: ArrayRecord, replies: Sequence[Reply]) -> None:
+    """Bring trained models into the layout of the record that they began with.
+
+    A server that was not told what is frozen, or a buffer, lays the tensors out
+    otherwise than the clients' module; what it adds up must be in its own layout.
+    """
+    flat = record.flat if isinstance(record, FlatRecord) else None
+    for reply, model in _trained(replies):
+        if flat is None or model.layout == flat.layout:
+            return
+        reply.model = model.laid_out(flat.layout)
+
+
+class Replies(_Messages):
+    """The replies to a cohort, in its order.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        What was asked.
+    replies : Sequence[Reply]
+        The answers of some or all of its clients, in the cohort's order.
+    models : LocalModels, optional
+        What the clients trained; by default what the replies hold.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        replies: Sequence[Reply],
+        models: LocalModels | None = None,
+    ) -> None:
+        self.cohort = cohort
+        self.models = models or held_models(replies)
+        self._replies = list(replies)
+        self._index = {node: i for i, node in enumerate(cohort.nodes)}
+        super().__init__()
+
+    @property
+    def plain(self) -> Sequence[Reply] | None:
+        """The answers as plain values; ``None`` once somebody has had a message.
+
+        A message may have been changed (a differential-privacy wrapper does so); from
+        then on the messages are what counts.
+        """
+        return None if self._messages else self._replies
+
+    def forget(self) -> None:
+        """Let go of the models, which Flower would hold until the next round's come."""
+        self.models = held_models([])
+        for reply in self._replies:
+            reply.model = None
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def _make(self, index: int) -> Message:
+        reply = self._replies[index]
+        return reply.message(self.cohort[self._index[reply.node]])
+
+
+def held_models(
+    replies: Sequence[Reply], parts: Sequence[Sequence[int]] | None = None
+) -> HeldModels:
+    """Return the models that some replies hold; see :class:`HeldModels`."""
+    models = {r.node: r.model for r in replies if isinstance(r.model, FlatModel)}
+    return HeldModels(models, parts)
+
+
+class Gathered:
+    """What comes in from a cohort, a list of its clients at a time.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        What was asked.
+    lists : Sequence[Sequence[int]]
+        Its nodes in the lists that are handled at once. Models are added up list by
+        list in this order, so it says which bits a sum has.
+    """
+
+    def __init__(self, cohort: Cohort, lists: Sequence[Sequence[int]]) -> None:
+        self.cohort = cohort
+        self.lists = lists
+        self._answers: dict[int, Reply] = {}
+        self._total = ModelSum()
+
+    def add(self, answers: Answers) -> None:
+        """Take in the answers of the next list."""
+        self._answers |= {reply.node: reply for reply in answers.replies}
+        self._total.join(answers.total)
+
+    def replies(self, models: LocalModels | None = None) -> Replies:
+        """Return all that came, in the cohort's order.
+
+        ``models`` are the clients', where the replies do not hold them.
+        """
+        nodes = self.cohort.nodes
+        replies = [self._answers[node] for node in nodes if node in self._answers]
+        if self.cohort.summed_by is not None:
+            models = SummedModels(self._total)
+        models = models or held_models(replies, self.lists)
+        return Replies(self.cohort, replies, models)

@@ -1,0 +1,104 @@
+"""A model by its name, with weights of a seed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import ConfigurationError, check_range
+from ..core.memory import check_memory
+from ..core.options import check_callable, check_options, make, options_of
+from ..core.rng import Purpose, torch_seed
+from ..core.texts import shown
+from . import MODELS
+
+# A matrix of so many values or more is looked at before it is made.
+LARGE = 10**8
+
+# A run holds a model at least so often: the global one, a client's, and its gradient.
+COPIES = 3
+
+
+def build(
+    name: str,
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    seed: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a model with fresh weights.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`~fedweight.models.catalogue`, or ``"module:function"`` for one of
+        your own: it is called as ``function(input_shape, num_classes, **options)``.
+    input_shape : sequence of int
+        The shape of one example, such as ``(1, 28, 28)``.
+    num_classes : int
+        C, how many logits the model gives; 2 or more.
+    seed : int, optional
+        The same seed gives the same weights, and the global random numbers of PyTorch
+        are left as they were. Without it the weights come from the global ones.
+    **options
+        The model's options, such as ``hidden``.
+
+    Examples
+    --------
+    >>> model = build("mlp", (1, 8, 8), 10, hidden=32, seed=0)
+    >>> model(torch.zeros(5, 1, 8, 8)).shape
+    torch.Size([5, 10])
+    """
+    model, what = MODELS.resolve(name), f"model '{name}'"
+    check_callable(what, model, "function(input_shape, num_classes, **options)", 2)
+    check_options(what, model, options, list(options_of(model))[:2])
+    check_range("num_classes", num_classes, 2)
+    if name in MODELS.entries:
+        _check_size(what, model, tuple(input_shape), num_classes, options)
+    with contextlib.nullcontext() if seed is None else _seeded(seed):
+        module = make(what, lambda: model(tuple(input_shape), num_classes, **options))
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(
+            f"model '{name}' gave {type(module).__name__}. Return a torch.nn.Module."
+        )
+    return module
+
+
+def _check_size(
+    what: str,
+    model: Callable[..., nn.Module],
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse a model that this machine cannot hold, before it tries to."""
+    widths = [math.prod(input_shape), num_classes]
+    for value in options.values():
+        several = value if isinstance(value, list | tuple) else [value]
+        widths += [width for width in several if isinstance(width, int)]
+    if math.prod(sorted(widths)[-2:]) < LARGE:
+        return
+    try:
+        with torch.device("meta"):  # Shapes only: nothing is allocated.
+            module = model(input_shape, num_classes, **options)
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+    except (RuntimeError, OverflowError, TypeError):  # Beyond what a number can say.
+        size = 2**63
+    check_memory(
+        f"{what} with options {shown(options)}",
+        COPIES * size,
+        "Make it smaller.",
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(torch_seed(seed, Purpose.MODEL))
+        yield

@@ -1,0 +1,1 @@
+"""The server between the messages and a method: which replies are used."""

@@ -1,0 +1,131 @@
+"""Whether a client's reply is fit to be aggregated.
+
+Whatever bytes it is made of, it is aggregated or set aside with a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..core.errors import AggregationError
+from ..core.layout import FlatModel
+from ..core.records import Status
+from ..core.texts import shown
+from ..messages import keys
+from ..messages.dispatch import Reply
+from .reported import as_number
+
+
+class Unfit(AggregationError):
+    """A reply that is not aggregated; ``status`` is what the record says of it."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status: Status = status
+
+
+def size_of(metrics: Mapping[str, Any], key: str) -> float:
+    """Return how much data a client says that it has.
+
+    Raises
+    ------
+    AggregationError
+        If it is not a number of 0 or more.
+    """
+    size = as_number(metrics.get(key))
+    if size is None or not 0 <= size < math.inf:
+        raise AggregationError(
+            f"its '{key}' must be a number of 0 or more, got {shown(metrics.get(key))}"
+        )
+    return size
+
+
+def check_trained(size: float, known: Mapping[str, float]) -> None:
+    """Raise :class:`Unfit` if a client has nothing to count for.
+
+    One without examples never counts, whatever the method. One that made no step, as
+    where the model cannot train on what it has, would hold the others back.
+
+    Parameters
+    ----------
+    size : float
+        How much data it has.
+    known : Mapping[str, float]
+        The metrics that the server knows by name.
+    """
+    examples = known.get(keys.NUM_EXAMPLES)
+    if size == 0 or examples == 0:
+        raise Unfit("dropped", keys.NO_EXAMPLES)
+    if known.get(keys.NUM_STEPS) == 0:
+        several = "s" * (examples != 1)
+        has = "" if examples is None else f" on its {examples:g} example{several}"
+        raise Unfit("dropped", f"the model could not train{has}")
+
+
+def check_sender(asked: bool, answered: bool) -> None:
+    """Raise :class:`AggregationError` unless a reply is the one that is waited for."""
+    if not asked:
+        raise AggregationError("it was not asked")
+    if answered:
+        raise AggregationError("it replied twice")
+
+
+def check_model(reply: Reply, arrays_key: str) -> None:
+    """Raise :class:`AggregationError` if a model could not be aggregated."""
+    if reply.model is None and not reply.summed:
+        raise AggregationError(f"its reply has no '{arrays_key}'")
+    if not reply.is_finite():
+        raise AggregationError("its model has NaN or infinite values")
+    if not isinstance(reply.model, FlatModel):
+        return
+    for e in reply.model.layout.variances:
+        if bool((reply.model.buffers[e.start : e.stop] < 0).any()):
+            raise AggregationError(f"its '{e.name}', a variance, has negative values")
+
+
+def check_asked(reply: Reply, asks: tuple[str, ...]) -> None:
+    """Raise :class:`AggregationError` if something is missing that was asked for."""
+    for name in asks:
+        if name not in reply.metrics and name not in reply.profile:
+            raise AggregationError(f"it was asked for '{name}', which is missing")
+        value = reply.metrics.get(name, 0.0)
+        number = as_number(value)
+        if number is None or not math.isfinite(number):
+            raise AggregationError(f"its '{name}' is {shown(value)}, not a number")
+
+
+def check_fraction(metrics: Mapping[str, Any], name: str) -> None:
+    """Raise ``AggregationError`` unless a client reports a number in [0, 1]."""
+    value = metrics.get(name)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise AggregationError(f"its '{name}' must be in [0, 1], got {shown(value)}")
+
+
+def update_norm(model: FlatModel, start: FlatModel) -> float:
+    """Return the Euclidean length of a client's update."""
+    norm = float(torch.dist(model.parameters, start.parameters))
+    if math.isfinite(norm):
+        return norm
+    return float(torch.dist(model.parameters.double(), start.parameters.double()))
+
+
+# An update that is so many times as long as the median is worth a line.
+FAR_LONGER = 1000.0
+
+
+def far_longer(lengths: Mapping[int, float]) -> dict[int, float]:
+    """Return whose update is far longer than others', in multiples of the median.
+
+    Examples
+    --------
+    >>> far_longer({0: 1.0, 1: 2.0, 2: 3.0, 3: 1e6})
+    {3: 500000.0}
+    """
+    median = sorted(lengths.values())[(len(lengths) - 1) // 2] if lengths else 0.0
+    if len(lengths) < 3 or not median > 0:
+        return {}
+    return {c: n / median for c, n in lengths.items() if n >= FAR_LONGER * median}

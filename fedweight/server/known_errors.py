@@ -1,0 +1,46 @@
+"""Clients' errors in the log: each different one once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from ..core.records import ClientRecord
+from ..core.texts import cause, clients_called, one_of, without_numbers
+
+log = logging.getLogger("fedweight")
+
+# So many different errors are shown; the record has all.
+MOST = 20
+
+
+class KnownErrors:
+    """Logs what went wrong with clients, each different error once in a run.
+
+    Errors that differ in their numbers only are alike.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[tuple[str, str]] = set()
+        self._told_the_rest = False
+
+    def tell(self, round: int, entries: Iterable[ClientRecord]) -> None:
+        """Log the errors of a round that are new, with the clients they happened to."""
+        found: dict[tuple[str, str], list[tuple[ClientRecord, str]]] = {}
+        for entry in entries:
+            if entry.status in ("rejected", "failed", "missing"):
+                why = cause(entry.reason)
+                kind: tuple[str, str] = (entry.status, without_numbers(why))
+                found.setdefault(kind, []).append((entry, why))
+        for error, cases in found.items():
+            if error in self._known or self._told_the_rest:
+                continue
+            if len(self._known) == MOST:
+                self._told_the_rest = True
+                log.warning("further errors are not shown; the record has them")
+                continue
+            self._known.add(error)
+            names = {e.client: e.name or str(e.client) for e, _ in cases}
+            whose = clients_called([*names], names.__getitem__)
+            reason = one_of([why for _, why in cases])
+            log.warning("round %d: %s %s: %s", round, whose, error[0], reason)

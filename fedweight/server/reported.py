@@ -1,0 +1,211 @@
+"""What clients report: their metrics, one by one and as the round's.
+
+They are numbers of a client, not of the server. Those that the server knows by name
+have ranges; all others are kept apart as the client's own, and there are not many.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import MetricRecord
+
+from ..core.records import NOTHING, ClientRecord
+from ..core.texts import NAME_LENGTH, listed, plain
+from ..messages import keys
+from ..messages.dispatch import Reply
+
+# The metrics that the server knows by name, and between which values they lie.
+RANGES: dict[str, tuple[float, float]] = {
+    keys.NUM_EXAMPLES: (0, math.inf),
+    keys.NUM_STEPS: (0, math.inf),
+    keys.TRAIN_LOSS: (-math.inf, math.inf),
+    keys.TRAIN_ACCURACY: (0, 1),
+    keys.LOSS: (-math.inf, math.inf),
+    keys.ACCURACY: (0, 1),
+    keys.LOSS_BEFORE: (-math.inf, math.inf),
+    keys.ACCURACY_AFTER: (0, 1),
+    keys.MINUS_ERROR: (0, 1),
+}
+
+# Sizes beyond this are scaled before they are added up.
+LARGE = 1e300
+
+log = logging.getLogger("fedweight")
+
+# So many metrics of their own may clients report in a run, each client in a reply.
+OWN_METRICS = 32
+
+
+class Good(NamedTuple):
+    """A reply that is fit to be used; ``known`` and ``own`` are its metrics, sorted."""
+
+    client: int
+    reply: Reply
+    num_examples: float
+    known: dict[str, float]
+    own: Mapping[str, float]
+
+
+def as_number(value: Any) -> float | None:
+    """Return a metric as a float; ``None`` if it is no number.
+
+    Examples
+    --------
+    >>> as_number(3), as_number(10**400), as_number([3.0])
+    (3.0, inf, None)
+    """
+    if not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def sort_metrics(
+    metrics: Mapping[str, Any],
+) -> tuple[dict[str, float], Mapping[str, float]]:
+    """Return the metrics that the server knows by name, and the client's own.
+
+    A known one whose value is out of its range is among the client's own. Lists are
+    left out, and so are names beyond the first :data:`OWN_METRICS`, by the alphabet.
+
+    Examples
+    --------
+    >>> sort_metrics({"train-loss": 2.0, "train-accuracy": 87.5, "f1": 0.5})
+    ({'train-loss': 2.0}, {'f1': 0.5, 'train-accuracy': 87.5})
+    """
+    known: dict[str, float] = {}
+    own: dict[str, float] | None = None
+    for name, value in metrics.items():
+        number = value if type(value) is float else as_number(value)
+        if number is None:
+            continue
+        limits = RANGES.get(name)
+        # What differs from itself is NaN.
+        if limits and (limits[0] <= number <= limits[1] or number != number):
+            known[name] = number
+        elif own is None:
+            own = {name: number}
+        else:
+            own[name] = number
+    if own is None:
+        return known, NOTHING
+    names = heapq.nsmallest(OWN_METRICS, own)
+    return known, {plain(name, NAME_LENGTH): own[name] for name in names}
+
+
+class OwnMetrics:
+    """The clients' own metrics that are recorded: :data:`OWN_METRICS` in a run.
+
+    Those come first that more clients of a round report, then those that the alphabet
+    has first; what is recorded once is recorded in all later rounds.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._told = False
+
+    def limit(self, reported: Iterable[ClientRecord]) -> set[str]:
+        """Leave those in clients' records, and return the names of all of a run.
+
+        The records are those of a round, with what has been reported since the last.
+        """
+        some = [entry for entry in reported if entry.own_metrics]
+        if not some:
+            return self._names
+        counts = Counter(name for entry in some for name in entry.own_metrics)
+        new = [name for name in counts if name not in self._names]
+        new.sort(key=lambda name: (-counts[name], name))
+        left = OWN_METRICS - len(self._names)
+        self._names.update(new[:left])
+        if new[left:] and not self._told:
+            self._told = True
+            log.warning(
+                "clients report more than %d metrics of their own; %s and whatever "
+                "else is new is not recorded",
+                OWN_METRICS,
+                listed(new[left:], most=2),
+            )
+        for entry in some:
+            own = entry.own_metrics
+            entry.own_metrics = {name: own[name] for name in own if name in self._names}
+        return self._names
+
+
+def mean_metrics(
+    good: Sequence[Good], key: str, chosen: Collection[str] = ()
+) -> MetricRecord:
+    """Average each metric by data size over the clients that report a finite number.
+
+    Parameters
+    ----------
+    good : Sequence[Good]
+        The clients.
+    key : str
+        The metric that says how much data a client has, which is left out.
+    chosen : Collection[str]
+        Which of the clients' own are averaged, too. One that has a name that the
+        server knows, but a value out of its range, never is.
+    """
+    names = dict(good[0].known)
+    own: set[str] = set()
+    for one in good:
+        if one.known.keys() != names.keys():
+            names |= one.known
+        own.update(one.own)
+    names.pop(key, None)
+    others = sorted(own.intersection(chosen) - RANGES.keys() - {key})
+    columns = [[one.known.get(name, math.nan) for one in good] for name in names]
+    columns += [[one.own.get(name, math.nan) for one in good] for name in others]
+    values = np.array(columns).reshape(len(columns), len(good))
+    sizes = np.array([one.num_examples for one in good])
+    largest = float(sizes.max())
+    if largest > LARGE:
+        sizes /= largest
+    with np.errstate(all="ignore"):
+        means = (values * sizes).sum(1) / sizes.sum()
+        if not np.isfinite(means).all():
+            means = _means_of_known(values, sizes)
+    pairs = zip([*names, *others], means.tolist(), strict=True)
+    return MetricRecord({name: mean for name, mean in pairs if not math.isnan(mean)})
+
+
+def _means_of_known(
+    values: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the rows' means by size over what is finite; NaN where nothing is."""
+    known = np.isfinite(values)
+    values = np.where(known, values, 0)
+    p = known * sizes
+    p = np.where(p.any(1, keepdims=True), p, known)  # Alike, if none of them has data.
+    totals = p.sum(1)
+    means: npt.NDArray[np.float64] = (values * p).sum(1) / totals
+    large = ~np.isfinite(means)
+    # What is too large to be added up is weighed first.
+    means[large] = (values[large] * (p[large] / totals[large, None])).sum(1)
+    return means
+
+
+def recorded_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return a round's metrics by the names of the record: others' begin with "own".
+
+    Examples
+    --------
+    >>> recorded_metrics({"loss": 2.0, "f1": 0.5}, "evaluate-")
+    {'evaluate-loss': 2.0, 'own-evaluate-f1': 0.5}
+    """
+    numbers = {name: as_number(value) for name, value in metrics.items()}
+    return {
+        f"{'' if name in RANGES else 'own-'}{prefix}{name}": number
+        for name, number in numbers.items()
+        if number is not None
+    }

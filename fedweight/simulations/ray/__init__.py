@@ -1,0 +1,1 @@
+"""Clients in Ray's workers: the only place that imports Ray."""

@@ -1,0 +1,335 @@
+"""The Ray grid: the clients in worker processes, on all cores, GPUs and nodes.
+
+The workers are actors that live as long as the grid (:mod:`.pool`, and
+:mod:`.worker` for what they do). Of a cohort, a worker sends back plain values and
+one sum of the models; or it keeps the models, and the server asks for what it needs of
+them (:mod:`.rows`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import ray
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from ...core.errors import ConfigurationError, EngineError, check_range
+from ...core.signals import own_handlers
+from ...core.threads import one_thread
+from ...messages.dispatch import Cohort, Gathered, Replies
+from ..grid import RunConfig, SimulationGrid, answers_cohort, usable_plan
+from ..plan import Plan, sizes_of
+from . import watch
+from .pool import Pool
+from .rows import ShardedModels
+
+log = logging.getLogger("fedweight")
+
+NAMESPACE = "fedweight"
+
+# Begins the name of a variable that is in the environment of one Ray's processes only.
+MARK = "FEDWEIGHT_RAY_"
+
+
+class RayGrid(SimulationGrid):
+    """Simulated clients in Ray worker processes.
+
+    A Ray that is initialised already is used, and left running by :meth:`close`.
+    Otherwise the grid starts one for itself, with what the clients print in Ray's log
+    folder (on the terminal if the logger ``fedweight`` is at ``DEBUG``).
+
+    Parameters
+    ----------
+    client_app : ClientApp
+        What every client runs. It is sent to the workers once, with all it refers to;
+        its NumPy arrays are shared between them, read-only.
+    num_clients : int
+        N, 1 or more.
+    run_config : Mapping
+        The run's settings, as the app reads them from its context.
+    workers : int, optional
+        By default one for each core that Ray has, or one for each share of a GPU.
+    gpus_per_worker : float
+        Share of a GPU that each worker gets: 0, a fraction, or a whole number.
+    address : str, optional
+        A running Ray cluster to join; ``"auto"`` finds one on this machine.
+    plan : Plan, optional
+        How our own app trains clients; one after another by default.
+
+    Raises
+    ------
+    EngineError
+        If Ray has no room for the workers, or the app cannot be sent to them.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_clients: int,
+        run_config: RunConfig | None = None,
+        *,
+        workers: int | None = None,
+        gpus_per_worker: float = 0.0,
+        address: str | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        super().__init__(num_clients)
+        self.plan = plan or Plan()
+        if workers is not None:
+            check_range("workers", workers, 1)
+        check_range("gpus_per_worker", gpus_per_worker, 0)
+        ours = _start_ray(workers, address)
+        try:
+            self._pool = Pool(*_room(workers, gpus_per_worker))
+        except BaseException:
+            ours.close()
+            raise
+        # Whatever becomes of the grid, no process may outlive it. When the interpreter
+        # ends it has to be closed before Ray is: what is registered last runs first.
+        self._guard = weakref.finalize(self, _end, self._pool, ours)
+        self._guard.atexit = False
+        atexit.register(self._guard)
+        try:
+            self.load(client_app, num_clients, run_config)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def workers(self) -> int:
+        """How many worker processes there are."""
+        return len(self._pool.workers)
+
+    def load(
+        self,
+        client_app: ClientApp,
+        num_clients: int,
+        run_config: RunConfig | None = None,
+    ) -> None:
+        """Begin anew with another app on the same workers, as a new grid would.
+
+        Clients that are being handled are waited for, their replies and all clients'
+        states are forgotten.
+        """
+        check_range("num_clients", num_clients, 1)
+        # What a trial finds out here, and its warning, is not needed from each worker.
+        usable_plan(self.plan, client_app, num_clients, run_config or {})
+        self._pool.load(client_app, num_clients, dict(run_config or {}))
+        self.client_app = client_app
+        self.num_clients = num_clients
+        self.run_config = dict(run_config or {})
+
+    def close(self) -> None:
+        """Stop the workers, and Ray too if the grid started it."""
+        self._guard()
+        atexit.unregister(self._guard)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages to the clients; return the messages' ids at once."""
+        batch = self._addressed(messages)
+        self._pool.push(batch)
+        return [message.metadata.message_id for message in batch]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to some messages that are there by now, each once."""
+        return self._pool.pull(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Let the clients handle the messages; return the replies in their order.
+
+        What is not there after ``timeout`` seconds is missing. Clients that have not
+        begun by then never do; what the others reply is dropped, but their states
+        are kept.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if answers_cohort(messages, self.client_app):
+            return self._answer(messages, deadline)
+        batch = self._addressed(messages)
+        pushed = self._pool.push(batch)
+        try:
+            self._pool.wait(pushed, deadline)
+        finally:
+            replies = self._pool.finish(pushed, batch)
+        return replies
+
+    def _answer(self, cohort: Cohort, deadline: float | None) -> Replies:
+        """Let our own app handle a cohort, a list of clients at a time."""
+        clients = [self._checked_client(node) for node in cohort.nodes]
+        sizes = sizes_of(self.client_app, clients)
+        plan = usable_plan(
+            self.plan, self.client_app, self.num_clients, self.run_config
+        )
+        lists = plan.cut(cohort, sizes)
+        work = [float(len(nodes)) for nodes in lists]
+        if sizes is not None and cohort.message_type == "train":
+            size_of = dict(zip(cohort.nodes, sizes, strict=True))
+            work = [1.0 + sum(map(size_of.__getitem__, nodes)) for nodes in lists]
+        batched = plan.chunk > 1
+        gathered = Gathered(cohort, lists)
+        models = ShardedModels(cohort, lists, self._pool)
+        pushed = self._pool.push_cohort(cohort, lists, work, batched=batched)
+        with one_thread():  # PyTorch's threads wait busily: on the workers' cores.
+            for answers, shard in self._pool.take(pushed, deadline):
+                if shard is not None:
+                    models.add(shard, answers.replies)
+                gathered.add(answers)
+        return gathered.replies(models)
+
+
+def _end(pool: Pool, ours: contextlib.ExitStack) -> None:
+    """End a grid's workers, and Ray if it is the grid's own."""
+    pool.close()
+    ours.close()
+
+
+# Starting Ray.
+
+
+def _start_ray(workers: int | None, address: str | None) -> contextlib.ExitStack:
+    """Make sure that Ray runs; return what ends as much of it as is ours."""
+    ours = contextlib.ExitStack()
+    if ray.is_initialized():
+        if address is not None:
+            raise EngineError(
+                f"address is {address!r}, but Ray is initialised already. Leave the "
+                "address out to use that Ray, or call ray.shutdown() first."
+            )
+        return ours
+    show = log.isEnabledFor(logging.DEBUG)
+    options: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "log_to_driver": show,
+        "logging_level": logging.INFO if show else logging.ERROR,
+    }
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
+    if address is None:
+        options |= {"include_dashboard": False, "num_cpus": workers}
+        mark = MARK + uuid.uuid4().hex
+        settings[mark] = "1"
+        ours.enter_context(_watched(f"{mark}=1"))
+    else:
+        _check_address(address)
+        options["address"] = address
+    ours.callback(_shut_down)
+    try:
+        with _quiet(settings), own_handlers():
+            context: Any = ray.init(**options)
+    except BaseException as error:
+        ray.shutdown()
+        ours.close()
+        if isinstance(error, Exception):
+            if address == "auto" and isinstance(error, ConnectionError):
+                raise EngineError(
+                    "address is 'auto', but no Ray cluster runs on this machine. Start "
+                    "one with 'ray start --head', or leave the address out."
+                ) from error
+            where = "start Ray" if address is None else f"join Ray at {address!r}"
+            raise EngineError(f"cannot {where}: {error}") from error
+        raise
+    folder = context.address_info.get("session_dir") if context.address_info else None
+    log.debug("Ray has started; what clients print is under %s/logs", folder)
+    return ours
+
+
+def _shut_down() -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _watched(mark: str) -> Iterator[None]:
+    """Have the processes with a mark ended if this one is killed meanwhile."""
+    if not sys.platform.startswith("linux"):  # Elsewhere Ray does it itself.
+        yield
+        return
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", watch.__file__, mark],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # What is sent to the driver's group is not for it.
+        cwd="/",
+    ) as process:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate(b"closed")
+
+
+def _check_address(address: str) -> None:
+    """Raise if nobody listens at an address: Ray would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigurationError(
+            "address must be 'auto' or the host:port of a Ray cluster's head, as 'ray "
+            f"start --head' prints it, got {address!r}."
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise EngineError(
+            f"cannot join Ray at {address!r}: nobody answers there ({error}). Start a "
+            "head with 'ray start --head', which prints its address."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(settings: Mapping[str, str]) -> Iterator[None]:
+    """Keep Ray from hints, and start it with some settings in the environment."""
+    added = [name for name in settings if name not in os.environ]
+    os.environ.update({name: settings[name] for name in added})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _room(workers: int | None, gpus_per_worker: float) -> tuple[int, dict[str, Any]]:
+    """Return how many workers there will be, and what each asks Ray for."""
+    resources = cast(Any, ray).cluster_resources()
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    options: dict[str, Any] = {}
+    count = workers or max(1, int(cpus))
+    if gpus_per_worker:
+        if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
+            raise EngineError(
+                "gpus_per_worker must be a fraction below 1 or a whole number, got "
+                f"{gpus_per_worker!r}."
+            )
+        # A share lies on one GPU: of three workers at 0.4, two fit on one.
+        shares = int(1 / gpus_per_worker + 1e-9)
+        fit = int(gpus) * shares if shares else int(gpus // gpus_per_worker)
+        if fit < (workers or 1):
+            raise EngineError(
+                f"Ray has {gpus:g} GPUs: with gpus_per_worker = {gpus_per_worker:g} "
+                f"there is room for {fit} workers, asked for {workers or 1}."
+            )
+        count = workers or fit
+        options["num_gpus"] = gpus_per_worker
+    # More workers than cores share them; Ray counts in steps of 1/10,000.
+    options["num_cpus"] = min(1.0, int(10_000 * cpus / count) / 10_000)
+    return count, options

@@ -1,0 +1,99 @@
+"""A run in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .endings import warnings_of
+from .reader import BAD_REPLIES, RunFolder, table_of
+
+
+def summary_of(run: RunFolder) -> dict[str, Any]:
+    """Return the run in numbers, ready for JSON; None is what was not measured.
+
+    Returns
+    -------
+    dict
+        ``name``, ``strategy``, ``data``, ``seed``, ``rounds``, ``rounds_asked``,
+        ``complete``, ``clients``; accuracies in [0, 1]: ``test_accuracy`` (the
+        last),
+        ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
+        many of them there are), ``held_out_accuracy``, and over
+        the clients in the last evaluated round ``client_accuracy_mean``,
+        ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
+        round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
+        ``bytes_up`` and ``seconds``, the only one that depends on the clock; and
+        ``warnings``.
+    """
+    trained = run.rounds[run.rounds["round"] > 0]
+    test = run.measured("test_accuracy")
+    last_ten = test[(test.index > 0) & (test.index > run.rounds_done - 10)]
+    result: dict[str, Any] = {
+        "name": run.name,
+        "strategy": run.strategy,
+        "data": run.data_set,
+        "seed": _seed(run),
+        "rounds": run.rounds_done,
+        "rounds_asked": run.rounds_asked,
+        "complete": run.complete,
+        "clients": _num_clients(run),
+        "test_accuracy": last_of(test),
+        "mean_test_accuracy_last_10": _number(last_ten.mean()),
+        "test_accuracies_in_mean": len(last_ten),
+        "held_out_accuracy": last_of(run.measured("evaluate_accuracy")),
+    }
+    for statistic in ("mean", "std", "worst10", "best10"):
+        column = f"client_accuracy_{statistic}"
+        result[column] = last_of(run.measured(column))
+    result["effective_clients"] = last_of(run.measured("effective_clients"))
+    failed = trained["status"] == "failed" if "status" in trained else None
+    result["failed_rounds"] = int(failed.sum()) if failed is not None else 0
+    result["bad_replies"] = _num_bad_replies(trained)
+    for column in ("bytes_down", "bytes_up"):
+        total = run.rounds[column].sum() if column in run.rounds else 0
+        result[column] = int(total)
+    result["seconds"] = _seconds(run)
+    result["warnings"] = warnings_of(run)
+    return result
+
+
+def _seed(run: RunFolder) -> int | None:
+    seed = table_of(run.config, "run").get("seed")
+    return seed if isinstance(seed, int) else None
+
+
+def _num_clients(run: RunFolder) -> int | None:
+    # A partition that is computed lazily lists only who took part.
+    known = table_of(run.environment, "data").get("clients")
+    if isinstance(known, int):
+        return known
+    for name in ("partition", "clients"):
+        if (run.folder / f"{name}.csv").is_file():
+            return int(getattr(run, name)["client"].nunique())
+    return None
+
+
+def _num_bad_replies(rounds: pd.DataFrame) -> int:
+    columns = [column for column in BAD_REPLIES if column in rounds]
+    return int(rounds[columns].sum().sum()) if columns else 0
+
+
+def _seconds(run: RunFolder) -> float | None:
+    if not (run.folder / "timings.csv").is_file():
+        return None
+    timings = run.timings
+    # Not the last "elapsed": a resumed run may have counted from anew.
+    return _number(timings["seconds"].sum()) if "seconds" in timings else None
+
+
+def _number(value: Any) -> float | None:
+    number = float(value)
+    return number if np.isfinite(number) else None
+
+
+def last_of(values: pd.Series[float]) -> float | None:
+    """Return the last value, or ``None`` where there is none or it is not finite."""
+    return _number(values.iloc[-1]) if len(values) else None
