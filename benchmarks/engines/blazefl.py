@@ -18,8 +18,8 @@ from blazefl.contrib.fedavg import (
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from .job import Job, flat_module
-from .talk import start
 from .work import BATCH, LEARNING_RATE, SEED
+from .worker import start
 
 
 class Clients:
@@ -60,7 +60,7 @@ class Quiet(FedAvgThreadPoolClientTrainer):
 
 def main() -> None:
     """Run rounds as told."""
-    talk, job = start(f"blazefl {version('blazefl')}")
+    worker, job = start(f"blazefl {version('blazefl')}")
     torch.set_num_threads(1)
     clients: Any = Clients(job)
     selector: Any = Selector(job)
@@ -75,7 +75,7 @@ def main() -> None:
     }
     handler = FedAvgBaseServerHandler(global_round=10**9, sample_ratio=1.0, **shared)
     trainer = Quiet(epochs=1, lr=LEARNING_RATE, num_parallels=job.workers, **shared)
-    while talk.next_round(lambda: flat_module(handler.model)):
+    while worker.next_round(lambda: flat_module(handler.model)):
         clients.round += 1
         trainer.local_process(handler.downlink_package(), handler.sample_clients())
         for package in trainer.uplink_package():

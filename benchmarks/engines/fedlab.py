@@ -13,8 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from .job import Job, flat_module
 from .stand_in import ensure_torchvision
-from .talk import start
 from .work import BATCH, LEARNING_RATE
+from .worker import start
 
 
 class Clients:
@@ -34,7 +34,7 @@ class Clients:
 
 def main() -> None:
     """Run rounds as told."""
-    talk, job = start(f"fedlab {version('fedlab')}")
+    worker, job = start(f"fedlab {version('fedlab')}")
     torch.set_num_threads(job.threads)
     ensure_torchvision()
     from fedlab.contrib.algorithm.fedavg import (
@@ -48,7 +48,7 @@ def main() -> None:
     trainer.setup_optim(epochs=1, batch_size=BATCH, lr=LEARNING_RATE)
     handler = FedAvgServerHandler(job.model(), global_round=10**9, sample_ratio=1.0)
     handler.num_clients = job.cohort
-    while talk.next_round(lambda: flat_module(handler.model)):
+    while worker.next_round(lambda: flat_module(handler.model)):
         clients.round += 1
         sampled = handler.sample_clients()
         trainer.local_process(handler.downlink_package, sampled)

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from .job import flat
-from .talk import start
 from .work import BATCH, LEARNING_RATE, SAMPLES
+from .worker import start
 
 
 def main() -> None:
     """Run rounds as told."""
-    talk, job = start(f"PyTorch {torch.__version__}")
+    worker, job = start(f"PyTorch {torch.__version__}")
     torch.set_num_threads(1)
     module = job.model().to(job.device).train()
     parameters: list[torch.Tensor] = list(module.parameters())
@@ -24,7 +24,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
     examples = job.cohort * SAMPLES
     round = 0
-    while talk.next_round(lambda: flat([p.cpu() for p in current])):
+    while worker.next_round(lambda: flat([p.cpu() for p in current])):
         round += 1
         torch._foreach_zero_(total)
         for k in range(job.cohort):

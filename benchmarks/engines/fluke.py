@@ -10,13 +10,13 @@ import torch
 
 from .job import flat_module
 from .stand_in import ensure_torchvision
-from .talk import start
 from .work import BATCH, CLASSES, LEARNING_RATE, SEED
+from .worker import start
 
 
 def main() -> None:
     """Run rounds as told, from an observer of the federation."""
-    talk, job = start(f"fluke {version('fluke-fl')}")
+    worker, job = start(f"fluke {version('fluke-fl')}")
     torch.set_num_threads(job.threads)
     ensure_torchvision()
     from fluke import DDict, FlukeENV
@@ -55,7 +55,7 @@ def main() -> None:
         """Waits for leave before every round."""
 
         def start_round(self, round: int, global_model: torch.nn.Module) -> None:
-            if not talk.next_round(lambda: flat_module(federation.server.model)):
+            if not worker.next_round(lambda: flat_module(federation.server.model)):
                 raise KeyboardInterrupt  # fluke's way to end early.
             for k, loader in enumerate(loaders):
                 loader.tensors = job.shuffled(round, k)

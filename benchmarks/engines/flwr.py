@@ -31,8 +31,8 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
 from .job import Job, flat
-from .talk import start
 from .work import BATCH, LEARNING_RATE, SAMPLES
+from .worker import start
 
 
 class Client:
@@ -74,7 +74,7 @@ class Client:
 
 def main() -> None:
     """Run rounds as told, from inside the ServerApp."""
-    talk, job = start(f"flwr {version('flwr')}, ray {version('ray')}")
+    worker, job = start(f"flwr {version('flwr')}, ray {version('ray')}")
     folder = sys.argv[1]
     client_app, server_app = ClientApp(), ServerApp()
 
@@ -98,7 +98,7 @@ def main() -> None:
         def weights() -> npt.NDArray[np.float32]:
             return flat(arrays.to_numpy_ndarrays())
 
-        while talk.next_round(weights):
+        while worker.next_round(weights):
             round += 1
             messages = strategy.configure_train(round, arrays, ConfigRecord(), grid)
             replies = grid.send_and_receive(messages, timeout=3600)

@@ -23,12 +23,12 @@ from fedweight.simulations.planner import choose_plan, machine
 from fedweight.strategies.fedavg import FedAvg
 
 from .job import MODELS, flat
-from .talk import Talk, start
 from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED
+from .worker import Worker, start
 
 
 def run(
-    talk: Talk,
+    worker: Worker,
     *,
     model: Callable[[], nn.Module],
     first: nn.Module,
@@ -46,7 +46,7 @@ def run(
 
     Parameters
     ----------
-    talk : Talk
+    worker : Worker
         Tells when a round may begin.
     model : Callable
         Makes the architecture.
@@ -105,7 +105,7 @@ def run(
                 **machine(),
             },
         )
-    talk.version += f", {plan}"
+    worker.version += f", {plan}"
     with make_grid(
         app,
         clients,
@@ -114,11 +114,11 @@ def run(
         gpus_per_worker=gpu_share,
         plan=plan,
     ) as grid:
-        run_rounds(talk, grid, record, clients, cohort)
+        run_rounds(worker, grid, record, clients, cohort)
 
 
 def run_rounds(
-    talk: Talk, grid: Grid, first: ArrayRecord, clients: int, cohort: int
+    worker: Worker, grid: Grid, first: ArrayRecord, clients: int, cohort: int
 ) -> None:
     """Let FedAvg run rounds of a cohort of all clients, as long as it has leave."""
     strategy = FedAvg(
@@ -129,7 +129,7 @@ def run_rounds(
     )
 
     def next_round(round: int, arrays: ArrayRecord) -> None:
-        if not talk.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
+        if not worker.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
             raise Over
 
     with contextlib.suppress(Over):
@@ -142,9 +142,9 @@ class Over(Exception):
 
 def main(engine: str = "local") -> None:
     """Run rounds of the job."""
-    talk, job = start(f"fedweight {fedweight.__version__}")
+    worker, job = start(f"fedweight {fedweight.__version__}")
     run(
-        talk,
+        worker,
         model=MODELS[job.work.model],
         first=job.model(),
         x=job.x,

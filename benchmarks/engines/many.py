@@ -19,13 +19,13 @@ from fedweight.simulations.planner import choose_plan, machine
 
 from .job import MODELS
 from .local import run_rounds
-from .talk import start
 from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED
+from .worker import start
 
 
 def main() -> None:
     """Run rounds as told."""
-    talk, job = start(f"fedweight {fedweight.__version__}")
+    worker, job = start(f"fedweight {fedweight.__version__}")
     logging.getLogger("flwr").setLevel(logging.WARNING)
     clients, cohort, told = int(sys.argv[2]), int(sys.argv[3]), Plan.parse(sys.argv[4])
     examples = Examples(job.x, job.y)
@@ -58,7 +58,7 @@ def main() -> None:
         about={"model": job.work.model, "cohort": cohort, **machine()},
     )
     with make_grid(app, clients, engine="local", plan=plan) as grid:
-        run_rounds(talk, grid, first, clients, cohort)
+        run_rounds(worker, grid, first, clients, cohort)
 
 
 if __name__ == "__main__":

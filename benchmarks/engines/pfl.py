@@ -2,7 +2,7 @@
 
 pfl is spread over processes by ``torchrun``; the second and further processes are
 started here with the variables that ``torchrun`` would set, so that the first can
-talk. Each uses one thread. No evaluation on clients or on the server but pfl's one
+worker. Each uses one thread. No evaluation on clients or on the server but pfl's one
 before the first round.
 """
 
@@ -46,13 +46,13 @@ def _join(workers: int) -> list[subprocess.Popen[bytes]]:
 def main() -> None:
     """Run rounds as told, from a callback after every one."""
     from .job import Job, flat_module
-    from .talk import start
     from .work import BATCH, LEARNING_RATE
+    from .worker import start
 
     if RANK:
-        talk, job = None, Job(sys.argv[1])
+        worker, job = None, Job(sys.argv[1])
     else:
-        talk, job = start(f"pfl {version('pfl')}")
+        worker, job = start(f"pfl {version('pfl')}")
     others = _join(job.workers)
 
     import numpy as np
@@ -88,7 +88,9 @@ def main() -> None:
         ) -> tuple[bool, Metrics]:
             nonlocal round
             round += 1
-            over = talk is not None and not talk.next_round(lambda: flat_module(module))
+            over = worker is not None and not worker.next_round(
+                lambda: flat_module(module)
+            )
             return over, Metrics()
 
     data = FederatedDataset(
@@ -100,7 +102,7 @@ def main() -> None:
         central_optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
     )
     backend = SimulatedBackend(data, data, postprocessors=[WeightByDatapoints()])
-    if talk is None or talk.next_round(lambda: flat_module(module)):
+    if worker is None or worker.next_round(lambda: flat_module(module)):
         FederatedAveraging().run(
             NNAlgorithmParams(
                 central_num_iterations=10**9,

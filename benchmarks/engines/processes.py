@@ -25,7 +25,7 @@ class EngineFailedError(Exception):
 
 
 class EngineProcess:
-    """An engine in a process of its own; see :mod:`engines.talk`.
+    """An engine in a process of its own; see :mod:`engines.worker`.
 
     Parameters
     ----------

@@ -212,7 +212,7 @@ class TrainingApp(ClientApp):
         cancelled, self._cancelled = self._cancelled, threading.Event()
         cancelled.set()
 
-    def trains_at_once(self, context: Context) -> bool:
+    def trains_batched(self, context: Context) -> bool:
         """Tell whether clients may train at once: it has to give what each alone gives.
 
         A trial finds out, once for a kind of input; where it says no, a warning says
@@ -231,7 +231,7 @@ class TrainingApp(ClientApp):
                 "clients train one after another: none of the first ones has examples "
                 "here, to find out whether they may train at once.",
             )
-        return kind is not None and not self._trials.at_once(kind, context)
+        return kind is not None and not self._trials.batched(kind, context)
 
     def answer(
         self,
@@ -285,14 +285,17 @@ class TrainingApp(ClientApp):
         record = cohort.arrays
 
         def attempt(some: Sequence[int]) -> list[Reply]:
-            told: dict[int, _Told] = {}  # Most clients are told the same.
-            visits = []
+            # Most clients are told the same.
+            instructions: dict[int, Instructions] = {}
+            clients = []
             for node in some:
                 config = cohort.config(node)
-                if id(config) not in told:
-                    told[id(config)] = _Told.of(config)
-                visits.append(self._visit(node, told[id(config)], context_of(node)))
-            return work(record, visits, batched and len(some) > 1)
+                if id(config) not in instructions:
+                    instructions[id(config)] = Instructions.of(config)
+                clients.append(
+                    self._client_task(node, instructions[id(config)], context_of(node))
+                )
+            return work(record, clients, batched and len(some) > 1)
 
         try:
             return attempt(nodes)
@@ -317,16 +320,18 @@ class TrainingApp(ClientApp):
     # What the app answers.
 
     def _train(self, message: Message, context: Context) -> Message:
-        told = _Told.of(_config(message.content))
-        visit = self._visit(context.node_id, told, context)
-        (reply,) = self._train_all(only_arrays(message.content), [visit], batched=False)
+        instructions = Instructions.of(_config(message.content))
+        client = self._client_task(context.node_id, instructions, context)
+        (reply,) = self._train_all(
+            only_arrays(message.content), [client], batched=False
+        )
         return reply.message(message)
 
     def _evaluate(self, message: Message, context: Context) -> Message:
-        told = _Told.of(_config(message.content))
-        visit = self._visit(context.node_id, told, context)
+        instructions = Instructions.of(_config(message.content))
+        client = self._client_task(context.node_id, instructions, context)
         (reply,) = self._evaluate_all(
-            only_arrays(message.content), [visit], batched=False
+            only_arrays(message.content), [client], batched=False
         )
         return reply.message(message)
 
@@ -338,78 +343,87 @@ class TrainingApp(ClientApp):
 
     # Steps of the answers.
 
-    def _visit(self, node: int, told: _Told, context: Context) -> _Visit:
-        return _Visit(node, client_number(context), told, context, self.data(context))
+    def _client_task(
+        self, node: int, instructions: Instructions, context: Context
+    ) -> ClientTask:
+        return ClientTask(
+            node, client_number(context), instructions, context, self.data(context)
+        )
 
     def _train_all(
-        self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
+        self, record: ArrayRecord, clients: Sequence[ClientTask], batched: bool
     ) -> list[Reply]:
         """Train some clients from the same global model."""
         cancelled = self._cancelled.is_set  # Of now: see cancel().
         with self._module() as module:
             dtype = _dtype(module)
-            visits = [visit.cast(dtype) for visit in visits]
+            clients = [client.cast(dtype) for client in clients]
             start = flatten(record, module.layout, **RECEIVED)
-            measured = [self._before(module, start, visit) for visit in visits]
-            batched = batched and len({(v.told.round, v.told.mu) for v in visits}) == 1
-            kind = self._kind_at_once(visits, cancelled) if batched else None
+            measured = [self._before(module, start, client) for client in clients]
+            alike = {(c.instructions.round, c.instructions.mu) for c in clients}
+            batched = batched and len(alike) == 1
+            kind = self._kind_if_batched(clients, cancelled) if batched else None
             if kind is not None:
-                results = self._fit_at_once(start, visits, kind, cancelled)
+                results = self._fit_batched(start, clients, kind, cancelled)
             else:
-                results = self._fit_in_turn(module, start, visits, cancelled)
-            for visit, result, known in zip(visits, results, measured, strict=True):
-                if keys.ACCURACY_AFTER in visit.told.request:
-                    _, accuracy = evaluate(module, result.model, visit.data.train)
+                results = self._fit_sequentially(module, start, clients, cancelled)
+            for client, result, known in zip(clients, results, measured, strict=True):
+                if keys.ACCURACY_AFTER in client.instructions.request:
+                    _, accuracy = evaluate(module, result.model, client.data.train)
                     known.metrics[keys.ACCURACY_AFTER] = accuracy
         # Only now, when nothing can fail any more, do the clients' states change.
         return [
-            self._reply(visit, result, known)
-            for visit, result, known in zip(visits, results, measured, strict=True)
+            self._reply(client, result, known)
+            for client, result, known in zip(clients, results, measured, strict=True)
         ]
 
-    def _before(self, module: FlatModule, start: FlatModel, visit: _Visit) -> _Measured:
+    def _before(
+        self, module: FlatModule, start: FlatModel, client: ClientTask
+    ) -> _Measured:
         """Measure what the server wants to know of the received model."""
         known = _Measured()
-        if keys.LABEL_COUNTS in visit.told.request:
-            known.profile = self._label_counts(visit.data)
-        if keys.LOSS_BEFORE in visit.told.request:
-            loss, _ = evaluate(module, start, visit.data.train)
+        if keys.LABEL_COUNTS in client.instructions.request:
+            known.profile = self._label_counts(client.data)
+        if keys.LOSS_BEFORE in client.instructions.request:
+            loss, _ = evaluate(module, start, client.data.train)
             known.metrics[keys.LOSS_BEFORE] = loss
-        if keys.MINUS_ERROR in visit.told.request:
-            known.minus_scores = self._minus_scores(module, start, visit)
+        if keys.MINUS_ERROR in client.instructions.request:
+            known.minus_scores = self._minus_scores(module, start, client)
             mean = sum(known.minus_scores) / len(known.minus_scores)
             known.metrics[keys.MINUS_ERROR] = 1 - mean
         return known
 
-    def _reply(self, visit: _Visit, result: LocalResult, known: _Measured) -> Reply:
+    def _reply(
+        self, client: ClientTask, result: LocalResult, known: _Measured
+    ) -> Reply:
         """Make a client's reply, and keep what the client needs in later rounds."""
         if known.minus_scores:
-            state = visit.context.state
+            state = client.context.state
             state[PERSONAL_MODEL] = FlatRecord(result.model)
             state[PERSONAL_METRICS] = MetricRecord({"minus-scores": known.minus_scores})
         metrics = {
             **known.metrics,
-            keys.NUM_EXAMPLES: len(visit.data.train),
+            keys.NUM_EXAMPLES: len(client.data.train),
             keys.TRAIN_LOSS: result.loss,
             keys.TRAIN_ACCURACY: result.accuracy,
             keys.NUM_STEPS: result.num_steps,
         }
-        return Reply(visit.node, result.model, metrics, known.profile)
+        return Reply(client.node, result.model, metrics, known.profile)
 
-    def _fit_in_turn(
+    def _fit_sequentially(
         self,
         module: FlatModule,
         start: FlatModel,
-        visits: Sequence[_Visit],
+        clients: Sequence[ClientTask],
         cancelled: Callable[[], bool],
     ) -> list[LocalResult]:
         results = []
-        for visit, task in zip(visits, self._tasks(visits), strict=True):
+        for client, task in zip(clients, self._training_tasks(clients), strict=True):
             found = Findings()
             if len(task.examples):
                 kind = kind_of(task.examples)
                 found = self._trials.alone(
-                    kind, visit.context, task.examples, cancelled
+                    kind, client.context, task.examples, cancelled
                 )
             if found.fault:
                 raise ClientError(f"model: {found.fault}")
@@ -417,9 +431,9 @@ class TrainingApp(ClientApp):
                 module,
                 start,
                 task,
-                self._objective(visit.told),
+                self._objective(client.instructions),
                 self.settings,
-                learning_rate=self.settings.learning_rate_in(visit.told.round),
+                learning_rate=self.settings.learning_rate_in(client.instructions.round),
                 least=found.least,
                 draws=bool(found.draws),
                 cancelled=cancelled,
@@ -427,52 +441,52 @@ class TrainingApp(ClientApp):
             results.append(result)
         return results
 
-    def _fit_at_once(
+    def _fit_batched(
         self,
         start: FlatModel,
-        visits: Sequence[_Visit],
+        clients: Sequence[ClientTask],
         kind: Kind,
         cancelled: Callable[[], bool],
     ) -> list[LocalResult]:
-        tasks = self._tasks(visits)
-        least = self._trials.alone(kind, visits[0].context).least
+        tasks = self._training_tasks(clients)
+        least = self._trials.alone(kind, clients[0].context).least
         some = [k for k, task in enumerate(tasks) if len(task.examples) >= least]
         results = [LocalResult(start, math.nan, math.nan, 0)] * len(tasks)
         if not some:
             return results
-        trained = self._trainer(visits[0].told, least).train(
+        trained = self._trainer(clients[0].instructions, least).train(
             start,
             [tasks[k] for k in some],
-            learning_rate=self.settings.learning_rate_in(visits[0].told.round),
+            learning_rate=self.settings.learning_rate_in(clients[0].instructions.round),
             cancelled=cancelled,
         )
         for k, result in zip(some, trained, strict=True):
             results[k] = result
         return results
 
-    def _tasks(self, visits: Sequence[_Visit]) -> list[Task]:
+    def _training_tasks(self, clients: Sequence[ClientTask]) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
-        for visit in visits:
-            labels = visit.data.train.y
+        for client in clients:
+            labels = client.data.train.y
             least = np.minimum.reduce(labels) if len(labels) else 0
             if least < 0:
                 raise ClientError(
-                    f"client {visit.client} has an example with label {least}; labels "
+                    f"client {client.number} has an example with label {least}; labels "
                     "name classes, from 0."
                 )
         streams = self._streams
-        if any((v.told.round, v.client) not in streams for v in visits):
+        if any((c.instructions.round, c.number) not in streams for c in clients):
             streams = {}
-            for round in {v.told.round for v in visits}:
-                clients = [v.client for v in visits if v.told.round == round]
-                streams |= self._streams_of(round, clients)
+            for round in {c.instructions.round for c in clients}:
+                numbers = [c.number for c in clients if c.instructions.round == round]
+                streams |= self._streams_of(round, numbers)
         return [
             Task(
-                visit.data.train,
-                visit.told.epochs or self.settings.epochs,
-                *streams[visit.told.round, visit.client],
+                client.data.train,
+                client.instructions.epochs or self.settings.epochs,
+                *streams[client.instructions.round, client.number],
             )
-            for visit in visits
+            for client in clients
         ]
 
     def _streams_of(
@@ -497,27 +511,27 @@ class TrainingApp(ClientApp):
             self._prepared = weakref.ref(cohort)
 
     def _evaluate_all(
-        self, record: ArrayRecord, visits: Sequence[_Visit], batched: bool
+        self, record: ArrayRecord, clients: Sequence[ClientTask], batched: bool
     ) -> list[Reply]:
         """Evaluate the global model on some clients' held-out data."""
         with self._module() as module:
             dtype = _dtype(module)
-            visits = [visit.cast(dtype) for visit in visits]
-            parts = [visit.data.held_out for visit in visits]
-            apart = len(visits) > 1 and self._mixes_examples(visits)
+            clients = [client.cast(dtype) for client in clients]
+            parts = [client.data.held_out for client in clients]
+            apart = len(clients) > 1 and self._mixes_examples(clients)
             model = flatten(record, module.layout, **RECEIVED)
             measured = evaluate_each(module, model, parts, apart=apart)
         return [
             Reply(
-                visit.node,
+                client.node,
                 metrics={
                     keys.NUM_EXAMPLES: len(part),
                     keys.LOSS: loss,
                     keys.ACCURACY: accuracy,
                 },
             )
-            for visit, part, (loss, accuracy) in zip(
-                visits, parts, measured, strict=True
+            for client, part, (loss, accuracy) in zip(
+                clients, parts, measured, strict=True
             )
         ]
 
@@ -553,9 +567,9 @@ class TrainingApp(ClientApp):
             self._modules.update(module.modules())
         return module
 
-    def _trainer(self, told: _Told, least: int) -> BatchedTrainer:
+    def _trainer(self, instructions: Instructions, least: int) -> BatchedTrainer:
         """Return the trainer of an objective, which keeps what it has traced."""
-        key = told.mu, least
+        key = instructions.mu, least
         with self._making:
             trainer = self._trainers.pop(key, None)
             if trainer is None:
@@ -564,48 +578,48 @@ class TrainingApp(ClientApp):
                     del self._trainers[unused_longest]
                 trainer = BatchedTrainer(
                     self._new_module(),
-                    self._objective(told),
+                    self._objective(instructions),
                     self.settings,
                     least=least,
                 )
             self._trainers[key] = trainer
             return trainer
 
-    def _kind_at_once(
-        self, visits: Sequence[_Visit], cancelled: Callable[[], bool]
+    def _kind_if_batched(
+        self, clients: Sequence[ClientTask], cancelled: Callable[[], bool]
     ) -> Kind | None:
         """Return the clients' one kind of input, if they may train at once."""
-        kinds = {kind_of(v.data.train) for v in visits if len(v.data.train)}
+        kinds = {kind_of(c.data.train) for c in clients if len(c.data.train)}
         if len(kinds) != 1:
             return None
         (kind,) = kinds
-        why_not = self._trials.at_once(kind, visits[0].context, cancelled)
+        why_not = self._trials.batched(kind, clients[0].context, cancelled)
         return None if why_not else kind
 
-    def _mixes_examples(self, visits: Sequence[_Visit]) -> bool:
+    def _mixes_examples(self, clients: Sequence[ClientTask]) -> bool:
         """Tell whether clients' examples must not go through the model together."""
-        parts = {kind_of(v.data.held_out): v for v in visits if len(v.data.held_out)}
+        parts = {kind_of(c.data.held_out): c for c in clients if len(c.data.held_out)}
         return any(
-            self._trials.mixes_examples(kind, visit.context, visit.data.held_out)
-            for kind, visit in parts.items()
+            self._trials.mixes_examples(kind, client.context, client.data.held_out)
+            for kind, client in parts.items()
         )
 
-    def _objective(self, told: _Told) -> Objective:
-        if told.mu is None:
+    def _objective(self, instructions: Instructions) -> Objective:
+        if instructions.mu is None:
             return self.objective
-        if told.mu >= self.settings.diverging_mu:
+        if instructions.mu >= self.settings.diverging_mu:
             self._warn_once(
                 keys.PROXIMAL_MU,
                 "the server tells %s = %g: from %g on, with this learning rate, local "
                 "training diverges",
                 keys.PROXIMAL_MU,
-                told.mu,
+                instructions.mu,
                 self.settings.diverging_mu,
             )
         inner = self.objective
         if isinstance(inner, Proximal):
             inner = inner.inner
-        return Proximal(told.mu, inner)
+        return Proximal(instructions.mu, inner)
 
     def _warn_once(self, about: str, message: str, *values: object) -> None:
         if about not in self._warned:
@@ -617,7 +631,7 @@ class TrainingApp(ClientApp):
         return {keys.LABEL_COUNTS: [int(c) for c in counts]}
 
     def _minus_scores(
-        self, module: FlatModule, start: FlatModel, visit: _Visit
+        self, module: FlatModule, start: FlatModel, client: ClientTask
     ) -> list[float]:
         """Return the accuracies of all rounds' models without this client (FedCE).
 
@@ -627,20 +641,20 @@ class TrainingApp(ClientApp):
         held-out part. A first round counts as accuracy 0, and stays in the mean. It
         is one where the server tells no coefficient: it has none of this client.
         """
-        own = visit.context.state.get(PERSONAL_MODEL)
-        told = visit.told.coefficient
-        if own is None or told is None:
+        own = client.context.state.get(PERSONAL_MODEL)
+        coefficient = client.instructions.coefficient
+        if own is None or coefficient is None:
             return [0.0]
         before = flatten(own, module.layout)  # type: ignore[arg-type]
-        c = min(told, 0.999)
+        c = min(coefficient, 0.999)
         # Buffers stay the global model's: they were averaged by data size, and what
         # is left of a variance without another share of it may be negative.
         minus = start.with_parameters(
             (start.parameters - c * before.parameters) / (1 - c)
         )
-        part = visit.data.held_out if len(visit.data.held_out) else visit.data.train
+        part = client.data.held_out if len(client.data.held_out) else client.data.train
         _, accuracy = evaluate(module, minus, part)
-        past = visit.context.state[PERSONAL_METRICS]["minus-scores"]
+        past = client.context.state[PERSONAL_METRICS]["minus-scores"]
         return [*past, accuracy]  # type: ignore[misc]
 
 
@@ -650,7 +664,7 @@ def client_number(context: Context) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class Instructions:
     """What the server tells a client."""
 
     round: int
@@ -660,7 +674,8 @@ class _Told:
     coefficient: float | None
 
     @classmethod
-    def of(cls, config: ConfigRecord) -> _Told:
+    def of(cls, config: ConfigRecord) -> Instructions:
+        """Read what a message tells."""
         told: Any = dict(config)
         epochs = told.get(keys.LOCAL_EPOCHS)
         if epochs is not None:
@@ -675,20 +690,20 @@ class _Told:
         )
 
 
-class _Visit(NamedTuple):
+class ClientTask(NamedTuple):
     """A client, and what it was sent."""
 
     node: int
-    client: int
-    told: _Told
+    number: int
+    instructions: Instructions
     context: Context
     data: ClientData
 
-    def cast(self, dtype: np.dtype[Any]) -> _Visit:
+    def cast(self, dtype: np.dtype[Any]) -> ClientTask:
         """Return the same with data in the model's types."""
         if self.data.train.fits(dtype) and self.data.held_out.fits(dtype):
             return self
-        return self._replace(data=self.data.cast(dtype, f"client {self.client}"))
+        return self._replace(data=self.data.cast(dtype, f"client {self.number}"))
 
 
 def _dtype(module: FlatModule) -> np.dtype[Any]:

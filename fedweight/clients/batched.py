@@ -53,7 +53,7 @@ log = logging.getLogger("fedweight")
 Step = Callable[..., Any]
 
 # Returns examples of a size, to fill, like a tensor of them.
-Room = Callable[[Sequence[int], Tensor], tuple[Tensor, Tensor]]
+Allocate = Callable[[Sequence[int], Tensor], tuple[Tensor, Tensor]]
 
 # So many steps are made in one call, where what a call costs shows: a step has few
 # operations, and the models of a chunk have no more than so many values.
@@ -149,9 +149,9 @@ class BatchedTrainer:
         self._replays = compiled and self.device.type == "cuda"
         self._memories: dict[int, _ChunkMemory] = {}  # by clients of a chunk
         self._turn = threading.Lock()
-        # By address; None where the device has no room.
+        # By address; None where the device has no memory.
         self._on_device: dict[
-            tuple[int, int], tuple[_Home, tuple[Tensor, Tensor] | None]
+            tuple[int, int], tuple[_SharedArrays, tuple[Tensor, Tensor] | None]
         ] = {}
 
     def train(
@@ -262,8 +262,8 @@ class BatchedTrainer:
             places = torch.arange(plan.width, device=self.device)
             of_steps.append((places < counts[:, :, None]).float())
         done: dict[int, list[Tensor]] = {}
-        room = self._buffers_for if memory is None else memory.examples
-        feed = self._feed(tasks, plan, room)
+        allocate = self._buffers_for if memory is None else memory.examples
+        feed = self._feed(tasks, plan, allocate)
         gathering = None
         if isinstance(feed, _Gathering) and self._descends and memory is None:
             gathering = feed
@@ -311,17 +311,17 @@ class BatchedTrainer:
         return trained
 
     def _feed(
-        self, tasks: Sequence[Task], plan: _Schedule, room: Room
+        self, tasks: Sequence[Task], plan: _Schedule, allocate: Allocate
     ) -> Callable[[int], Sequence[Tensor]]:
         """Return what gives each step its batch, ``[C, width, ...]``, ``[C, width]``.
 
-        What is gathered on the device lies in ``room``.
+        What is gathered on the device lies in what ``allocate`` gives.
         """
-        shared = _common_home(tasks)
+        shared = _shared_arrays(tasks)
         data = None if shared is None else self._resident(shared)
         if shared is not None and data is not None:
             rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
-            return _Gathering(data, room(rows.shape[1:], data[0]), rows)
+            return _Gathering(data, allocate(rows.shape[1:], data[0]), rows)
         size = (len(tasks), int(plan.per_epoch.max()), plan.width)
         x_all, y_all = self._buffers_for(size, as_tensor(tasks[0].examples.x))
 
@@ -332,7 +332,7 @@ class BatchedTrainer:
 
         return shuffled
 
-    def _resident(self, shared: _Home) -> tuple[Tensor, Tensor] | None:
+    def _resident(self, shared: _SharedArrays) -> tuple[Tensor, Tensor] | None:
         """Return all data as they lie on the device, where they are put if they fit."""
         own = as_tensor(shared.x), as_tensor(shared.y)
         if self.device.type == "cpu" and not self._replays:
@@ -356,9 +356,9 @@ class BatchedTrainer:
 
     def _buffers_for(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Return this thread's ``x [*size, ...]`` and ``y [*size]``, to fill."""
-        key = _kind_of_room(size, like)
+        key = _kind_of_buffer(size, like)
         if getattr(self._own, "key", None) != key:
-            self._own.examples = _room_for(size, like)
+            self._own.examples = _allocate(size, like)
             self._own.key = key
         examples: tuple[Tensor, Tensor] = self._own.examples
         return examples
@@ -605,9 +605,9 @@ class _ChunkMemory:
 
     def examples(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x [*size, ...]`` and ``y [*size]``, to fill."""
-        key = _kind_of_room(size, like)
+        key = _kind_of_buffer(size, like)
         if key not in self._examples:
-            self._examples[key] = _room_for(size, like)
+            self._examples[key] = _allocate(size, like)
         return self._examples[key]
 
     def in_place(self, batch: list[Tensor]) -> list[Tensor]:
@@ -640,12 +640,12 @@ def _copies(values: Tensor, clients: int) -> Tensor:
     )
 
 
-def _kind_of_room(size: Sequence[int], like: Tensor) -> tuple[Any, ...]:
-    """Return what :func:`_room_for` depends on, but for the device."""
+def _kind_of_buffer(size: Sequence[int], like: Tensor) -> tuple[Any, ...]:
+    """Return what :func:`_allocate` depends on, but for the device."""
     return tuple(size), like.shape[1:], like.dtype
 
 
-def _room_for(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+def _allocate(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``x [*size, ...]`` and ``y [*size]``, where ``like`` is."""
     x = torch.zeros((*size, *like.shape[1:]), dtype=like.dtype, device=like.device)
     return x, torch.zeros(tuple(size), dtype=torch.int64, device=like.device)
@@ -850,19 +850,19 @@ def _schedule(
     )
 
 
-def home(
+def shared_array(
     arrays: Sequence[npt.NDArray[Any]],
 ) -> tuple[npt.NDArray[Any], list[int]] | None:
     """Return the array whose rows some arrays are, and which row is each one's first.
 
     Clients' data are slices of the data set's. The result has the arrays' shape but
     for the rows, whatever shape the memory had before: what came from another process
-    lies in a vector. ``None`` is returned where the arrays have no common home.
+    lies in a vector. ``None`` is returned where the arrays have no common array.
 
     Examples
     --------
     >>> everybody = np.zeros((10, 3))
-    >>> whole, first = home([everybody[4:6], everybody[:4]])
+    >>> whole, first = shared_array([everybody[4:6], everybody[:4]])
     >>> whole is everybody, first
     (True, [4, 0])
     """
@@ -896,7 +896,7 @@ def _address(array: npt.NDArray[Any]) -> int:
 
 
 @dataclass(frozen=True)
-class _Home:
+class _SharedArrays:
     """The arrays that all clients' examples are rows of, and where each one begins."""
 
     x: npt.NDArray[Any]
@@ -904,15 +904,15 @@ class _Home:
     first: list[int]
 
 
-def _common_home(tasks: Sequence[Task]) -> _Home | None:
+def _shared_arrays(tasks: Sequence[Task]) -> _SharedArrays | None:
     """Return what the examples of several clients are rows of, if that is the same."""
     if len(tasks) == 1:
         return None
-    x = home([task.examples.x for task in tasks])
-    y = home([task.examples.y for task in tasks])
+    x = shared_array([task.examples.x for task in tasks])
+    y = shared_array([task.examples.y for task in tasks])
     if x is None or y is None or x[1] != y[1]:
         return None
-    return _Home(x[0], y[0], x[1])
+    return _SharedArrays(x[0], y[0], x[1])
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -263,13 +263,13 @@ class Trials:
 
         return self._ask("alone", kind, context, own, ask, Findings(), cancelled)
 
-    def at_once(
+    def batched(
         self,
         kind: Kind,
         context: Context,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> str:
-        """Return why clients must not train at once; see :func:`try_at_once`.
+        """Return why clients must not train at once; see :func:`try_batched`.
 
         The first time a warning says it, too.
         """
@@ -279,7 +279,7 @@ class Trials:
         findings = self.alone(kind, context, None, cancelled)
 
         def ask(examples: Examples) -> str:
-            return try_at_once(
+            return try_batched(
                 self.make,
                 examples,
                 self.objective,
@@ -465,7 +465,7 @@ def _observed(
     return sorted(observer.draws), observer.coarse
 
 
-def try_at_once(
+def try_batched(
     make: Callable[[], nn.Module],
     examples: Examples,
     objective: Objective,

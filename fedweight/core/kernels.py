@@ -236,7 +236,7 @@ def _make_point(vector, tiles, matrix, start, origin, weights, total_weight):  #
 
 
 @kernel
-def project(products, matrix, start, origin, vector, weights, total_weight):  # type: ignore[no-untyped-def]
+def dot(products, matrix, start, origin, vector, weights, total_weight):  # type: ignore[no-untyped-def]
     """Add the products of ``row - origin`` with a vector.
 
     Parameters
@@ -276,7 +276,7 @@ def project(products, matrix, start, origin, vector, weights, total_weight):  # 
 
 
 @kernel
-def project_rest(products, matrix, start, origin, vector, weights, total_weight, own):  # type: ignore[no-untyped-def]
+def dot_rest(products, matrix, start, origin, vector, weights, total_weight, own):  # type: ignore[no-untyped-def]
     """Add products of the updates, and of a vector less a multiple of each.
 
     Parameters
@@ -285,7 +285,7 @@ def project_rest(products, matrix, start, origin, vector, weights, total_weight,
         Shape ``[3, k]``, float64. With the update ``u = row - origin`` and the rest
         ``r = vector - own * u``: ``u r``, ``u u`` and ``r r``.
     matrix, start, origin, vector, weights, total_weight
-        As for :func:`project`.
+        As for :func:`dot`.
     own : ndarray
         Shape ``[k]``.
     """
@@ -325,9 +325,9 @@ def distances(sizes, matrix, start, origin, point, weights, total_weight, order)
     sizes : ndarray
         Shape ``[k]``, float64.
     matrix, start, origin
-        As for :func:`project`.
+        As for :func:`dot`.
     point, weights, total_weight
-        As ``vector`` and so on for :func:`project`; empty without weights, it is 0.
+        As ``vector`` and so on for :func:`dot`; empty without weights, it is 0.
     order : int
         1 for absolute values, 2 for squares.
     """

@@ -157,7 +157,7 @@ class Rows:
         map_in_order(add, blocks, threads)
         return total
 
-    def project(
+    def dot(
         self,
         vector: Tensor | Sum,
         origin: Tensor,
@@ -182,12 +182,12 @@ class Rows:
         Tensor
             Shape ``[blocks, k]``, a block's own sums, float64.
         """
-        from .kernels import project
+        from .kernels import dot
 
         sums = np.zeros((len(blocks), self.num_rows))
-        return self._add_up(project, sums, vector, origin, blocks, dtype, threads)
+        return self._add_up(dot, sums, vector, origin, blocks, dtype, threads)
 
-    def project_rest(
+    def dot_rest(
         self,
         vector: Tensor | Sum,
         origin: Tensor,
@@ -201,7 +201,7 @@ class Rows:
         Parameters
         ----------
         vector, origin, blocks, dtype, threads
-            As for :meth:`project`.
+            As for :meth:`dot`.
         own : Tensor
             Shape ``[k]``: the multiples.
 
@@ -211,12 +211,12 @@ class Rows:
             Shape ``[blocks, 3, k]``: with the update u and the rest ``r = vector - own
             u`` the sums of ``u r``, ``u u`` and ``r r``; a block's own, float64.
         """
-        from .kernels import project_rest
+        from .kernels import dot_rest
 
         sums = np.zeros((len(blocks), 3, self.num_rows))
         more = _plain(own, dtype).numpy()
         return self._add_up(
-            project_rest, sums, vector, origin, blocks, dtype, threads, more
+            dot_rest, sums, vector, origin, blocks, dtype, threads, more
         )
 
     def distances(
@@ -233,7 +233,7 @@ class Rows:
         Parameters
         ----------
         point : Tensor or Sum, optional
-            As ``vector`` for :meth:`project`; 0 by default. Like an update, it is
+            As ``vector`` for :meth:`dot`; 0 by default. Like an update, it is
             counted from the global model.
         origin : Tensor
             The global model in the blocks' columns.
@@ -403,7 +403,7 @@ class Updates(ABC):
         self._map(add, self._spans(per_tensor=weights.ndim == 2))
         return total
 
-    def project(
+    def dot(
         self, vector: Tensor | None = None, *, weights: Tensor | None = None
     ) -> Tensor:
         """Return the inner product of each row with a vector: ``[K]``.
@@ -417,9 +417,9 @@ class Updates(ABC):
             the vector. Where the rows are in one place, it is made on the way: they
             are read once.
         """
-        return self._products("project", self._point(vector, weights), ())
+        return self._products("dot", self._point(vector, weights), ())
 
-    def project_rest(
+    def dot_rest(
         self,
         vector: Tensor | None = None,
         *,
@@ -433,7 +433,7 @@ class Updates(ABC):
         Parameters
         ----------
         vector, weights : Tensor
-            As for :meth:`project`.
+            As for :meth:`dot`.
         own : Tensor
             Shape ``[K]``.
 
@@ -445,7 +445,7 @@ class Updates(ABC):
         _check_shape("own", own, self.num_clients, "row")
         shares = [own[rows] for rows in self.members]
         point = self._point(vector, weights)
-        inner, squares, rest = self._products("project_rest", point, (3,), shares)
+        inner, squares, rest = self._products("dot_rest", point, (3,), shares)
         return inner, squares.sqrt(), rest.sqrt()
 
     def distances(
@@ -463,7 +463,7 @@ class Updates(ABC):
         point : Tensor, optional
             Shape ``[P]``; the origin by default, which gives the rows' norms.
         weights : Tensor, optional
-            Shape ``[K]``, instead of a point; as for :meth:`project`.
+            Shape ``[K]``, instead of a point; as for :meth:`dot`.
         order : {1, 2}
             1 is the sum of absolute differences, 2 the Euclidean distance.
         per_tensor : bool

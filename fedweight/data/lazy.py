@@ -164,14 +164,14 @@ def dirichlet_sampled(
             f"examples_per_client must be from 1 to {n}, the examples there are to "
             f"draw from, got {examples_per_client}. Take another number, or more data."
         )
-    _, room = np.unique(labels, return_counts=True)
+    _, available = np.unique(labels, return_counts=True)
     draw = _Draw(
         seed=seed,
         sizes=_sizes(num_clients, seed, examples_per_client, size_sigma, n),
         # Nearer to its limits alpha would leave the range of floating numbers.
-        concentration=min(max(alpha, 1e-290), 1e290) * len(room) * (room / n),
-        room=room,
-        stops=np.cumsum(room),
+        concentration=min(max(alpha, 1e-290), 1e290) * len(available) * (available / n),
+        available=available,
+        stops=np.cumsum(available),
         members=np.argsort(labels, kind="stable").astype(np.int64),
     )
     return LazyParts(draw.sizes, draw, np.arange(n))
@@ -202,14 +202,14 @@ def _sizes(
 class _Draw:
     """Draws the examples of one client; all clients share what it holds.
 
-    ``members`` are the example numbers class by class; class c has ``room[c]`` of them
+    ``members`` are the example numbers class by class; class c has ``available[c]``
     and ends before ``stops[c]``.
     """
 
     seed: int
     sizes: npt.NDArray[np.int64]
     concentration: npt.NDArray[np.float64]
-    room: Indices
+    available: Indices
     stops: Indices
     members: Indices
 
@@ -220,7 +220,7 @@ class _Draw:
         # for each j in m - k ... m - 1 draw one of 0 ... j, or j itself if that one is
         # taken.
         ends = np.repeat(
-            [self.stops - counts.cumsum(), self.stops - self.room], counts, 1
+            [self.stops - counts.cumsum(), self.stops - self.available], counts, 1
         )
         first, last = ends[1], ends[0] + np.arange(ends.shape[1])
         drawn = rng.integers(first, last, endpoint=True)
@@ -234,13 +234,13 @@ class _Draw:
         """Return how many examples of each class the client has, ``[C]``."""
         shares = self._shares(rng)
         counts = rng.multinomial(size, shares)
-        # Each pass fills a class or is the last, and there is room for all.
-        while (counts > self.room).any():
-            left = int(np.maximum(counts - self.room, 0).sum())
-            counts = np.minimum(counts, self.room)
-            open_to = np.where(counts < self.room, shares, 0)
+        # Each pass fills a class or is the last, and there is place for all.
+        while (counts > self.available).any():
+            left = int(np.maximum(counts - self.available, 0).sum())
+            counts = np.minimum(counts, self.available)
+            open_to = np.where(counts < self.available, shares, 0)
             if open_to.sum() < 1e-100:  # None of its classes: then of all that is left.
-                open_to = (self.room - counts).astype(float)
+                open_to = (self.available - counts).astype(float)
             counts = counts + rng.multinomial(left, open_to / open_to.sum())
         return counts
 
@@ -250,7 +250,7 @@ class _Draw:
         if abs(shares.sum() - 1) < 1e-6:
             return shares
         # Beyond the range of floating numbers the draw is its own limit.
-        everybody: npt.NDArray[np.float64] = self.room / self.room.sum()
+        everybody: npt.NDArray[np.float64] = self.available / self.available.sum()
         if self.concentration.max() > 1:
             return everybody
         return rng.multinomial(1, everybody).astype(float)

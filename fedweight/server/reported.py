@@ -44,7 +44,7 @@ log = logging.getLogger("fedweight")
 OWN_METRICS = 32
 
 
-class Good(NamedTuple):
+class AcceptedReply(NamedTuple):
     """A reply that is fit to be used; ``known`` and ``own`` are its metrics, sorted."""
 
     client: int
@@ -142,13 +142,13 @@ class OwnMetrics:
 
 
 def mean_metrics(
-    good: Sequence[Good], key: str, chosen: Collection[str] = ()
+    accepted: Sequence[AcceptedReply], key: str, chosen: Collection[str] = ()
 ) -> MetricRecord:
     """Average each metric by data size over the clients that report a finite number.
 
     Parameters
     ----------
-    good : Sequence[Good]
+    accepted : Sequence[AcceptedReply]
         The clients.
     key : str
         The metric that says how much data a client has, which is left out.
@@ -156,18 +156,18 @@ def mean_metrics(
         Which of the clients' own are averaged, too. One that has a name that the
         server knows, but a value out of its range, never is.
     """
-    names = dict(good[0].known)
+    names = dict(accepted[0].known)
     own: set[str] = set()
-    for one in good:
+    for one in accepted:
         if one.known.keys() != names.keys():
             names |= one.known
         own.update(one.own)
     names.pop(key, None)
     others = sorted(own.intersection(chosen) - RANGES.keys() - {key})
-    columns = [[one.known.get(name, math.nan) for one in good] for name in names]
-    columns += [[one.own.get(name, math.nan) for one in good] for name in others]
-    values = np.array(columns).reshape(len(columns), len(good))
-    sizes = np.array([one.num_examples for one in good])
+    columns = [[one.known.get(name, math.nan) for one in accepted] for name in names]
+    columns += [[one.own.get(name, math.nan) for one in accepted] for name in others]
+    values = np.array(columns).reshape(len(columns), len(accepted))
+    sizes = np.array([one.num_examples for one in accepted])
     largest = float(sizes.max())
     if largest > LARGE:
         sizes /= largest

@@ -168,7 +168,7 @@ def usable_plan(
     Plan
         The same, or one after another.
     """
-    ask = getattr(client_app, "trains_at_once", None)
+    ask = getattr(client_app, "trains_batched", None)
     if plan.chunk == 1 or ask is None:
         return plan
     return plan if ask(make_context(0, num_clients, run_config)) else Plan()

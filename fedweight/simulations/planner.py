@@ -37,7 +37,7 @@ STEP_OVERHEAD, OPERATIONS = 2e-4, 3e10
 # Clients train at once in these numbers, or one by one: so many of them, for long
 # enough that what surrounds them shows as it does in a run.
 CHUNKS = (10, 20, 40)
-IN_TURN = 10
+SEQUENTIAL = 10
 SAMPLE = max(CHUNKS)
 LEAST_SECONDS = 0.15
 
@@ -124,7 +124,7 @@ def _speed(
     As many clients train together as do in a list of the plan.
     """
     content = RecordDict({keys.ARRAYS: arrays, keys.CONFIG: ConfigRecord()})
-    at_once = plan.chunk if plan.chunk > 1 else IN_TURN
+    at_once = plan.chunk if plan.chunk > 1 else SEQUENTIAL
     nodes = [FIRST_NODE + client for client in clients[:at_once]]
     with _flower.task_identity(run_id=0):
         grid = LocalGrid(client_app, num_clients, threads=1, plan=plan)

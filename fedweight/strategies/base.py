@@ -61,7 +61,7 @@ from ..server.admission import (
 )
 from ..server.known_errors import KnownErrors
 from ..server.reported import (
-    Good,
+    AcceptedReply,
     OwnMetrics,
     mean_metrics,
     recorded_metrics,
@@ -449,15 +449,15 @@ class WeightingStrategy(Strategy):
         if not (self._asked or self._not_asked) and self.fraction_train == 0:
             record.status, record.reason = "ok", ""
             return None, None
-        good, models = self._sort(server_round, replies, record)
+        accepted, models = self._sort(server_round, replies, record)
         chosen = self._own_metrics.limit(record.clients)
-        good = self._short_enough(good, models, record)
+        accepted = self._short_enough(accepted, models, record)
         self._errors.tell(server_round, record.clients)
-        if len(good) < self.min_replies:
-            return self._fail(record, self._too_few(good, record))
+        if len(accepted) < self.min_replies:
+            return self._fail(record, self._too_few(accepted, record))
         saved = self.state()
         try:
-            round = self._round(server_round, good, models)
+            round = self._round(server_round, accepted, models)
             parameters = _as_parameters(self, self.aggregate(round), round)
             round.keep_still(parameters)
             self._check_weights(round)
@@ -466,11 +466,11 @@ class WeightingStrategy(Strategy):
                 before = self._model.parameters.to(parameters.dtype)
                 parameters = before + self.server_optimizer.step(parameters - before)
                 self._check_values(round, parameters)
-            model = self._next_model(parameters, round, good, models)
+            model = self._next_model(parameters, round, accepted, models)
         except AggregationError as error:
             self.load_state(saved)  # A failed round leaves the method as it was.
             return self._fail(record, str(error))
-        metrics = self._metrics(good, chosen, self.train_metrics_aggr_fn)
+        metrics = self._metrics(accepted, chosen, self.train_metrics_aggr_fn)
         record.status, record.reason = "ok", ""
         record.metrics |= recorded_metrics(metrics)
         self._record(record, round)
@@ -519,7 +519,7 @@ class WeightingStrategy(Strategy):
             entries.setdefault(row.client, row)
         nbytes = self._model.layout.num_bytes if self._model else 0
         answered = set()
-        good: list[Good] = []
+        accepted: list[AcceptedReply] = []
         bad = []
         with_own = []
         anybody = not self._asked
@@ -543,7 +543,7 @@ class WeightingStrategy(Strategy):
                 continue
             answered.add(client)
             known, own = sort_metrics(reply.metrics)
-            good.append(Good(client, reply, size, known, own))
+            accepted.append(AcceptedReply(client, reply, size, known, own))
             entry.metrics |= {f"evaluate-{name}": known[name] for name in known}
             if own:
                 evaluated = ClientRecord(client, "evaluated", own_metrics=own)
@@ -555,9 +555,9 @@ class WeightingStrategy(Strategy):
             own = evaluated.own_metrics
             named = {f"evaluate-{name}": own[name] for name in own}
             entry.own_metrics = {**entry.own_metrics, **named}
-        if not good:
+        if not accepted:
             return None
-        result = self._metrics(good, chosen, self.evaluate_metrics_aggr_fn)
+        result = self._metrics(accepted, chosen, self.evaluate_metrics_aggr_fn)
         record.metrics |= recorded_metrics(result, "evaluate-")
         return result
 
@@ -680,7 +680,7 @@ class WeightingStrategy(Strategy):
 
     def _sort(
         self, round: int, replies: Iterable[Message], record: RoundRecord
-    ) -> tuple[list[Good], LocalModels]:
+    ) -> tuple[list[AcceptedReply], LocalModels]:
         """Tell good replies from bad ones, in the order of the clients' numbers."""
         assert self._model is not None
         nbytes = self._model.layout.num_bytes
@@ -689,7 +689,7 @@ class WeightingStrategy(Strategy):
             c: self._entry(c, "dropped", keys.NO_EXAMPLES) for c in self._not_asked
         }
         record.clients += entries.values()
-        good: dict[int, Good] = {}
+        accepted: dict[int, AcceptedReply] = {}
         lengths: dict[int, float] = {}
         answered: set[int] = set()
         read, models = self._read(replies)
@@ -706,7 +706,7 @@ class WeightingStrategy(Strategy):
                 if reply.model is not None or reply.summed:
                     entry.bytes_up = nbytes
                 sent = sent or _Asked(client, False, self.request)
-                good[client] = self._admit(round, sent, reply, entry)
+                accepted[client] = self._admit(round, sent, reply, entry)
                 entries[client] = entry
                 if arrived and isinstance(reply.model, FlatModel):
                     lengths[client] = update_norm(reply.model, self._model)
@@ -716,9 +716,9 @@ class WeightingStrategy(Strategy):
                 entry.status, entry.reason = "rejected", _reason(error)
             if entry.reason == keys.NO_EXAMPLES:
                 self._without_examples.add(client)
-        for client, reason in self._screened(list(good)).items():
+        for client, reason in self._screened(list(accepted)).items():
             entries[client].status, entries[client].reason = "rejected", reason
-            del good[client]
+            del accepted[client]
         for client, times in far_longer(lengths).items():
             entry = entries[client]
             entry.metrics = {**entry.metrics, TIMES_MEDIAN: times}
@@ -731,12 +731,12 @@ class WeightingStrategy(Strategy):
             )
         record.clients.sort(key=lambda entry: entry.client)
         if models is None:
-            models = held_models([one.reply for one in good.values()])
-        return list(good.values()), models
+            models = held_models([one.reply for one in accepted.values()])
+        return list(accepted.values()), models
 
     def _admit(
         self, round: int, sent: _Asked, reply: Reply, entry: ClientRecord
-    ) -> Good:
+    ) -> AcceptedReply:
         """Check a reply, and record what it reports.
 
         Raises
@@ -756,7 +756,7 @@ class WeightingStrategy(Strategy):
         self._received(sent.client, reply)
         if not self.keeps(round, sent.client, sent.straggler):
             raise Unfit("dropped", keys.STRAGGLER)
-        return Good(sent.client, reply, size, known, own)
+        return AcceptedReply(sent.client, reply, size, known, own)
 
     def _received(self, client: int, reply: Reply) -> None:
         """Let the method look at a reply; what it cannot take rejects the reply."""
@@ -791,14 +791,14 @@ class WeightingStrategy(Strategy):
         return ClientRecord(client, status, reason, name=name)
 
     def _short_enough(
-        self, good: list[Good], models: LocalModels, record: RoundRecord
-    ) -> list[Good]:
+        self, accepted: list[AcceptedReply], models: LocalModels, record: RoundRecord
+    ) -> list[AcceptedReply]:
         """Return the clients whose updates are not too long, if there is a limit."""
-        if self.max_update_norm is None or not good:
-            return good
+        if self.max_update_norm is None or not accepted:
+            return accepted
         entries = {c.client: c for c in record.clients if c.status == "ok"}
-        norms = self._updates(good, models).norms()
-        for one, norm in zip(good, norms.tolist(), strict=True):
+        norms = self._updates(accepted, models).norms()
+        for one, norm in zip(accepted, norms.tolist(), strict=True):
             entry = entries[one.client]
             if not norm <= self.max_update_norm:
                 entry.status = "rejected"
@@ -806,35 +806,37 @@ class WeightingStrategy(Strategy):
                     f"its update has norm {norm:.4g}, above max_update_norm "
                     f"{self.max_update_norm:g}"
                 )
-        return [one for one in good if entries[one.client].status == "ok"]
+        return [one for one in accepted if entries[one.client].status == "ok"]
 
-    def _too_few(self, good: list[Good], record: RoundRecord) -> str:
+    def _too_few(self, accepted: list[AcceptedReply], record: RoundRecord) -> str:
         if all(c.reason == keys.NO_EXAMPLES for c in record.clients) and record.clients:
             return f"none of the {len(record.clients)} clients drawn has examples"
         asked = {c.client for c in record.clients if c.bytes_down}
         return (
-            f"{len(good)} good replies of {len(asked)} clients asked, "
+            f"{len(accepted)} good replies of {len(asked)} clients asked, "
             f"min_replies is {self.min_replies}"
         )
 
-    def _round(self, number: int, good: list[Good], models: LocalModels) -> Round:
+    def _round(
+        self, number: int, accepted: list[AcceptedReply], models: LocalModels
+    ) -> Round:
         assert self._model is not None
         return Round(
             number=number,
-            clients=tuple(one.client for one in good),
+            clients=tuple(one.client for one in accepted),
             model=self._model,
-            updates=self._updates(good, models),
+            updates=self._updates(accepted, models),
             num_examples=torch.tensor(
-                [one.num_examples for one in good], dtype=torch.float64
+                [one.num_examples for one in accepted], dtype=torch.float64
             ),
-            metrics=tuple(one.reply.metrics for one in good),
-            profiles=tuple(one.reply.profile for one in good),
+            metrics=tuple(one.reply.metrics for one in accepted),
+            profiles=tuple(one.reply.profile for one in accepted),
         )
 
-    def _updates(self, good: list[Good], models: LocalModels) -> Updates:
+    def _updates(self, accepted: list[AcceptedReply], models: LocalModels) -> Updates:
         assert self._model is not None
         return models.updates(
-            [one.reply.node for one in good],
+            [one.reply.node for one in accepted],
             self._model,
             accumulate=self.accumulate,
             threads=self.threads,
@@ -897,12 +899,16 @@ class WeightingStrategy(Strategy):
         )
 
     def _next_model(
-        self, parameters: Tensor, round: Round, good: list[Good], models: LocalModels
+        self,
+        parameters: Tensor,
+        round: Round,
+        accepted: list[AcceptedReply],
+        models: LocalModels,
     ) -> FlatModel:
         """Round to the model's dtype; average its buffers, take its integers."""
         assert self._model is not None
         model = self._model.with_parameters(parameters)
-        nodes = [one.reply.node for one in good]
+        nodes = [one.reply.node for one in accepted]
         if model.buffers.numel():
             rows = models.buffers(nodes, self._model)
             model.buffers = self.aggregate_buffers(round, rows).to(model.buffers.dtype)
@@ -931,7 +937,10 @@ class WeightingStrategy(Strategy):
         return None, None
 
     def _metrics(
-        self, good: list[Good], chosen: Collection[str], custom: MetricsFn | None
+        self,
+        accepted: list[AcceptedReply],
+        chosen: Collection[str],
+        custom: MetricsFn | None,
     ) -> MetricRecord:
         """Make the round's metrics of the clients'.
 
@@ -939,10 +948,10 @@ class WeightingStrategy(Strategy):
         an error of it costs the round its metrics, and not the run.
         """
         if custom is None:
-            return mean_metrics(good, self.weighted_by_key, chosen)
+            return mean_metrics(accepted, self.weighted_by_key, chosen)
         contents = [
             RecordDict({keys.METRICS: MetricRecord(dict(one.reply.metrics))})
-            for one in good
+            for one in accepted
         ]
         try:
             made = custom(contents, self.weighted_by_key)

@@ -164,7 +164,7 @@ def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:
     vector is, up to rounding.
     """
     updates, start = round.updates, round.model.parameters
-    inner, norms, rest = updates.project_rest(weights=coefficients, own=coefficients)
+    inner, norms, rest = updates.dot_rest(weights=coefficients, own=coefficients)
     # G is summed from the models, so that its digits end where theirs do.
     last_digits = torch.finfo(updates.dtype).eps * (
         torch.linalg.vector_norm(start.double()) + coefficients * norms

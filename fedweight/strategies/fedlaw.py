@@ -287,7 +287,7 @@ class FedLAW(WeightingStrategy):
         g = self._module.gradients.cpu()
         for place in round.still:
             g[place] = 0.0  # Neither lambda nor gamma moves it.
-        inner = round.updates.project(g)
+        inner = round.updates.dot(g)
         return chain(x, self.form, inner, torch.dot(g.to(mean.dtype), mean))
 
     def _begin(self, round: Round) -> None:

@@ -800,10 +800,10 @@ def test_it_does_not_matter_which_clients_are_tried_at_once_first(kit):
 def test_findings_travel_with_the_app(kit, caplog):
     app = kit.app(LooksAround)
     context = kit.context(0)
-    assert not app.trains_at_once(context)
+    assert not app.trains_batched(context)
     assert len(caplog.records) == 1
     copy = cloudpickle.loads(cloudpickle.dumps(app))
-    assert not copy.trains_at_once(context)
+    assert not copy.trains_batched(context)
     assert len(caplog.records) == 1
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedweight import models
 from fedweight.clients import Batch, Objective, TrainingSettings, batched, graphs
-from fedweight.clients.batched import BatchedTrainer, home
+from fedweight.clients.batched import BatchedTrainer, shared_array
 from fedweight.clients.objectives import Plain, Proximal
 from fedweight.clients.training import Task, train
 from fedweight.core.errors import ClientError
@@ -848,7 +848,7 @@ def test_slices_know_where_they_come_from(travelled):
         whole = pickle.loads(data, buffers=[b.raw().tobytes() for b in buffers])
     for array, place in ((whole[4:6], 4), (whole[4:6].reshape(2, 1, 12), 4)):
         other = whole[:3].reshape(3, *array.shape[1:])
-        base, first = home([array, other])
+        base, first = shared_array([array, other])
         assert first == [place, 0]
         assert np.shares_memory(base, whole)
         assert np.array_equal(base[place : place + 2], array)
@@ -862,8 +862,8 @@ def test_slices_know_where_they_come_from(travelled):
         whole.reshape(-1)[6:30].reshape(2, 3, 4),
     )
     for array in strange:
-        assert home([whole[4:6], array]) is None
-    assert home([np.zeros((3, 0)), np.zeros((3, 0))]) is None
+        assert shared_array([whole[4:6], array]) is None
+    assert shared_array([np.zeros((3, 0)), np.zeros((3, 0))]) is None
 
 
 # Clients that have ended, and padding, are left out whatever their values are.

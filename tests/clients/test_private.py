@@ -106,9 +106,9 @@ def test_without_a_look_at_operations_clients_train_one_after_another(name):
         state=RecordDict(),
         run_config={},
     )
-    print(app.thread_safe, app.trains_at_once(context))
+    print(app.thread_safe, app.trains_batched(context))
     app = TrainingApp(lambda: nn.Linear(4, 2), app.data, num_classes=2)
-    print(app.thread_safe, app.trains_at_once(context))
+    print(app.thread_safe, app.trains_batched(context))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code).replace("NAME", name)],

@@ -17,7 +17,7 @@ from fedweight.clients.trial import (
     kind_of,
     mixes_examples,
     try_alone,
-    try_at_once,
+    try_batched,
 )
 from fedweight.data import ClientData, Examples
 
@@ -124,7 +124,7 @@ def test_whether_clients_may_train_at_once(kit, make, objective, why):
     make = make or kit.linear
     examples = kit.examples(ROWS)
     findings = found(kit, make, objective)
-    said = try_at_once(make, examples, objective, "cpu", findings, 8)
+    said = try_batched(make, examples, objective, "cpu", findings, 8)
     assert said.startswith(why)
     assert bool(said) == bool(why)
 
@@ -134,13 +134,13 @@ def test_large_features_do_not_hide_a_difference(kit):
     large = Examples(1e4 * part.x, part.y)
     for objective in (Plain(), Averages()):
         findings = found(kit, kit.linear, objective, large)
-        said = try_at_once(kit.linear, large, objective, "cpu", findings, 8)
+        said = try_batched(kit.linear, large, objective, "cpu", findings, 8)
         assert bool(said) == isinstance(objective, Averages)
 
 
 def test_the_module_that_is_tried_is_left_as_it_is(kit):
     module = kit.linear()
-    try_at_once(
+    try_batched(
         lambda: module, kit.examples(ROWS), Plain(), "cpu", Findings(), batch_size=8
     )
     assert module.weight.dtype == torch.float32

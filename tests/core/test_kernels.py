@@ -64,8 +64,8 @@ def test_who_compiled_a_kernel_does_not_change_a_bit(tmp_path):
         "for order in (1, 2):\n"
         "    print(updates.distances(point, order=order).tolist())\n"
         "own = torch.linspace(0, 2, 10)\n"
-        "print(updates.project(point).tolist())\n"
-        "print([x.tolist() for x in updates.project_rest(point, own=own)])\n"
+        "print(updates.dot(point).tolist())\n"
+        "print([x.tolist() for x in updates.dot_rest(point, own=own)])\n"
         "print(updates.distances(weights=torch.linspace(0, 1, 10)).tolist())\n"
         "print(updates.combine(torch.linspace(0, 1, 10)).tolist())\n"
     )

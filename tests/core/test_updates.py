@@ -66,7 +66,7 @@ def check_all(k, p, tensors, seed, rtol, **options):
     np.testing.assert_allclose(
         updates.combine(torch.tensor(each)), (spread * matrix).sum(0), **near
     )
-    np.testing.assert_allclose(updates.project(torch.tensor(v)), matrix @ v, **near)
+    np.testing.assert_allclose(updates.dot(torch.tensor(v)), matrix @ v, **near)
     np.testing.assert_allclose(updates.gram(), matrix @ matrix.T, **near)
     for order, norm in ((1, l1), (2, l2)):
         np.testing.assert_allclose(updates.norms(order=order), norm(matrix), **near)
@@ -104,7 +104,7 @@ def test_float32_is_summed_in_float32_inside_a_tile_only(accumulate):
     check_all(*LARGE, 2, 3, 1e-6, dtype=np.float32, accumulate=accumulate)
     updates, _, _ = draw(3, 10, dtype=np.float32, accumulate=accumulate)
     assert updates.combine(torch.ones(3)).dtype == torch.float32
-    assert updates.project(torch.ones(10)).dtype == torch.float64
+    assert updates.dot(torch.ones(10)).dtype == torch.float64
     assert updates.norms().dtype == torch.float64
 
 
@@ -128,7 +128,7 @@ def test_float32_is_as_precise_as_the_models():
     off = np.abs(updates.combine(torch.tensor(w)).numpy() - w @ exact)
     assert (off / np.abs(models).max(0)).max() < 5 * 2.0**-23
     near = {"rtol": 2e-6}
-    np.testing.assert_allclose(updates.project(torch.tensor(v)), exact @ v, **near)
+    np.testing.assert_allclose(updates.dot(torch.tensor(v)), exact @ v, **near)
     np.testing.assert_allclose(updates.gram(), exact @ exact.T, **near)
     for order, norm in ((1, l1), (2, l2)):
         np.testing.assert_allclose(updates.norms(order=order), norm(exact), **near)
@@ -155,12 +155,12 @@ def results(updates):
     return [
         updates.combine(w),
         updates.combine(each),
-        updates.project(v),
-        updates.project(weights=w),
-        *updates.project_rest(v, own=c),
+        updates.dot(v),
+        updates.dot(weights=w),
+        *updates.dot_rest(v, own=c),
         updates.distances(v, order=1),
         updates.distances(v, order=2, per_tensor=True),
-        *updates.project_rest(weights=w, own=c),
+        *updates.dot_rest(weights=w, own=c),
         updates.distances(weights=w, order=1),
         updates.distances(weights=w, order=2, per_tensor=True),
         updates.norms(),
@@ -223,7 +223,7 @@ def test_what_is_left_of_a_vector_without_a_share_of_each_row(dtype):
     v = np.linspace(-1, 1, LARGE[1])
     own = np.linspace(-0.5, 2, LARGE[0])
     rest = v - own[:, None] * matrix
-    inner, norms, lengths = updates.project_rest(torch.tensor(v), own=torch.tensor(own))
+    inner, norms, lengths = updates.dot_rest(torch.tensor(v), own=torch.tensor(own))
     near = {"rtol": 2e-6 if dtype == np.float32 else 1e-13}
     np.testing.assert_allclose(norms, np.linalg.norm(matrix, axis=1), **near)
     np.testing.assert_allclose(lengths, np.linalg.norm(rest, axis=1), **near)
@@ -238,7 +238,7 @@ def test_what_is_left_is_formed_before_it_is_measured():
     half = torch.tensor([0.5, 0.5])
     updates = StackedUpdates(rows, torch.zeros(2))
     assert updates.dtype == torch.float32
-    inner, norms, lengths = updates.project_rest(weights=half, own=half)
+    inner, norms, lengths = updates.dot_rest(weights=half, own=half)
     cosines = inner / (norms * lengths)
     np.testing.assert_allclose(cosines, [0.5**0.5] * 2, rtol=1e-6)
 
@@ -276,9 +276,9 @@ def test_what_is_made_on_the_way_is_what_was_made_before(accumulate, dtype):
     updates, _, _ = draw(*LARGE, 3, 5, dtype=dtype, accumulate=accumulate)
     w = torch.linspace(-1, 2, LARGE[0], dtype=torch.float64)
     point = updates.combine(w)
-    assert torch.equal(updates.project(weights=w), updates.project(point))
-    once = updates.project_rest(weights=w, own=w)
-    for one, two in zip(once, updates.project_rest(point, own=w), strict=True):
+    assert torch.equal(updates.dot(weights=w), updates.dot(point))
+    once = updates.dot_rest(weights=w, own=w)
+    for one, two in zip(once, updates.dot_rest(point, own=w), strict=True):
         assert torch.equal(one, two)
     for options in ({"order": 1}, {"order": 2}, {"order": 2, "per_tensor": True}):
         far = updates.distances(weights=w, **options)
@@ -287,7 +287,7 @@ def test_what_is_made_on_the_way_is_what_was_made_before(accumulate, dtype):
 
 def test_a_point_is_given_in_one_way():
     updates, _, _ = draw(3, 4)
-    rest = partial(updates.project_rest, own=torch.ones(3))
+    rest = partial(updates.dot_rest, own=torch.ones(3))
     for ask in (updates.project, rest, updates.distances):
         with pytest.raises(ValueError, match="either a vector of parameters or wei"):
             ask(torch.ones(4), weights=torch.ones(3))
@@ -302,7 +302,7 @@ def test_a_point_is_given_in_one_way():
     with pytest.raises(ValueError, match="either a vector of parameters or weights"):
         rest()
     with pytest.raises(ValueError, match=r"own must have shape \[3\].*got \[2\]"):
-        updates.project_rest(torch.ones(4), own=torch.ones(2))
+        updates.dot_rest(torch.ones(4), own=torch.ones(2))
 
 
 def test_no_rows_are_no_obstacle():
@@ -368,7 +368,7 @@ def test_a_vectors_place_never_changes_a_bit():
     updates, _, _ = draw(*LARGE, dtype=np.float32)
     v = torch.rand(LARGE[1] + 1, generator=torch.Generator().manual_seed(0))
     moved = v[1:]
-    assert torch.equal(updates.project(moved), updates.project(moved.clone()))
+    assert torch.equal(updates.dot(moved), updates.dot(moved.clone()))
     assert torch.equal(updates.distances(moved), updates.distances(moved.clone()))
 
 
@@ -393,7 +393,7 @@ def test_nothing_that_was_given_is_changed():
     origin, point = torch.full((5,), 0.5), torch.arange(5.0)
     updates = StackedUpdates(models, origin)
     updates.combine(torch.ones(2)).add_(1)
-    updates.project_rest(point, own=torch.ones(2))
+    updates.dot_rest(point, own=torch.ones(2))
     for order in (1, 2):
         updates.distances(point, order=order)
         updates.norms(order=order)
@@ -442,8 +442,8 @@ def test_nan_and_infinity_stay_in_their_row_and_column(dtype):
     assert combined[5].isnan()
     assert combined[7] == np.inf
     assert combined.isfinite().sum() == p - 2
-    rest = updates.project_rest(torch.ones(p), own=torch.ones(k))[1:]
-    for found in (updates.project(torch.ones(p)), *rest, updates.norms(order=1)):
+    rest = updates.dot_rest(torch.ones(p), own=torch.ones(k))[1:]
+    for found in (updates.dot(torch.ones(p)), *rest, updates.norms(order=1)):
         assert found[2].isnan()
         assert found[4] == np.inf
         assert found.isfinite().sum() == k - 2

@@ -365,7 +365,7 @@ def test_only_an_app_that_can_tell_is_asked_about_a_plan() -> None:
     class Tells(ClientApp):
         asked = 0
 
-        def trains_at_once(self, context: Context) -> bool:
+        def trains_batched(self, context: Context) -> bool:
             self.asked += 1
             assert context.node_config == {"partition-id": 0, "num-partitions": 7}
             assert context.run_config == {"a": 1}

@@ -380,16 +380,16 @@ def test_no_gpus(ray_session: Any) -> None:
         ({"CPU": 2.0, "GPU": 1.0}, (4, 0.2), (4, {"num_gpus": 0.2, "num_cpus": 0.5})),
     ],
 )  # fmt: skip
-def test_room(
+def test_resources(
     resources: dict[str, float],
     asked: tuple[int | None, float],
     expected: tuple[int, dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fedweight.simulations.ray.grid import _room
+    from fedweight.simulations.ray.grid import _resources
 
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
-    assert _room(*asked) == expected
+    assert _resources(*asked) == expected
 
 
 def test_address_of_another_ray(ray_session: Any) -> None:

@@ -12,7 +12,7 @@ from fedweight.core.records import ClientRecord
 from fedweight.messages.dispatch import Reply
 from fedweight.server.reported import (
     OWN_METRICS,
-    Good,
+    AcceptedReply,
     OwnMetrics,
     mean_metrics,
     recorded_metrics,
@@ -28,7 +28,7 @@ def mean(sizes: Any, **columns: Any) -> dict[str, Any]:
     for k, size in enumerate(sizes):
         metrics = {name: column[k] for name, column in columns.items()}
         sorted_ones = sort_metrics({"num-examples": size, **metrics})
-        good.append(Good(k, Reply(k), size, *sorted_ones))
+        good.append(AcceptedReply(k, Reply(k), size, *sorted_ones))
     entries = [ClientRecord(one.client, "ok", own_metrics=one.own) for one in good]
     return dict(mean_metrics(good, "num-examples", OwnMetrics().limit(entries)))
 

@@ -93,7 +93,7 @@ class RayGrid(SimulationGrid):
         check_range("gpus_per_worker", gpus_per_worker, 0)
         ours = _start_ray(workers, address)
         try:
-            self._pool = Pool(*_room(workers, gpus_per_worker))
+            self._pool = Pool(*_resources(workers, gpus_per_worker))
         except BaseException:
             ours.close()
             raise
@@ -308,7 +308,9 @@ def _quiet(settings: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _room(workers: int | None, gpus_per_worker: float) -> tuple[int, dict[str, Any]]:
+def _resources(
+    workers: int | None, gpus_per_worker: float
+) -> tuple[int, dict[str, Any]]:
     """Return how many workers there will be, and what each asks Ray for."""
     resources = cast(Any, ray).cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)

@@ -1,4 +1,4 @@
-"""How an engine and the program that measures it talk.
+"""How the program that measures tells a worker, an engine's process, what to run.
 
 Over the engine's standard input and output, a line each. The engine says ``ready``
 with its version; then it is told
@@ -28,8 +28,8 @@ from .job import Job
 Weights = Callable[[], npt.NDArray[np.float32]]
 
 
-class Talk:
-    """The engine's end of the talk.
+class Worker:
+    """The engine's side.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class Talk:
         print(line, file=self._answers, flush=True)
 
 
-def start(version: str) -> tuple[Talk, Job]:
+def start(version: str) -> tuple[Worker, Job]:
     """Begin: read the job from the folder that the command line names."""
-    talk = Talk(version)
-    return talk, Job(sys.argv[1])
+    worker = Worker(version)
+    return worker, Job(sys.argv[1])
