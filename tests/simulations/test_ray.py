@@ -579,6 +579,27 @@ def test_processes_are_told_by_their_mark() -> None:
     assert watch.marked(mark.encode()) == []
 
 
+def test_a_process_that_is_just_being_started_is_ended_too() -> None:
+    """It has no mark yet when the driver is killed."""
+    name = f"FEDWEIGHT_TEST_LATE_{os.getpid()}"
+    late = (
+        "import os, sys, time; time.sleep(0.5)\n"
+        f"os.environ[{name!r}] = '1'\n"
+        "os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", late]) as process:
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-S", watch.__file__, f"{name}=1"],
+                stdin=subprocess.DEVNULL,
+                timeout=60,
+                check=True,
+            )
+            assert process.wait(timeout=1) == -signal.SIGKILL
+        finally:
+            process.kill()
+
+
 def test_cluster_that_is_joined_stays(
     script: Any, tmp_path: Path, ray_session: Any
 ) -> None:

@@ -19,17 +19,23 @@ import time
 
 SECONDS = 10.0
 
+# So long nothing must have shown up: a process that is just being started has no mark
+# yet.
+QUIET = 1.0
+
 
 def main(mark: str) -> None:
     """Wait for the driver's end; end what carries a mark, ``NAME=value``."""
     if sys.stdin.buffer.read():
         return
-    deadline = time.monotonic() + SECONDS
-    while (left := marked(mark.encode())) and time.monotonic() < deadline:
-        for process in left:
+    last = time.monotonic()
+    deadline = last + SECONDS
+    while time.monotonic() < min(deadline, last + QUIET):
+        for process in marked(mark.encode()):
+            last = time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        time.sleep(0.05)  # One that was just being started shows up next time.
+        time.sleep(0.05)
 
 
 def marked(mark: bytes) -> list[int]:
