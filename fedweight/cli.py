@@ -1,4 +1,4 @@
-"""The command line: run, check, list, report, data."""
+"""The command line: run, check, list, schema, report, data."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   fedweight run --set partition.alpha=0.1 --set run.rounds=50
   fedweight check patients.csv --set data.label=outcome what a run would say of it
   fedweight list                                        what there is to choose from
+  fedweight list strategy ida                           and the options of one of them
   fedweight report runs/quickstart-fedavg-seed0
   fedweight data fashion-mnist                          fetch a data set
 """
@@ -90,10 +91,19 @@ def parser() -> argparse.ArgumentParser:
             dest="settings",
             help="override a key of the simulation file; may be repeated",
         )
-    command(
+    listing = command(
         "list",
-        "list the strategies, objectives, data sets, partitions and models",
-        "fedweight list",
+        "list what there is to choose from, or the options of one choice",
+        "fedweight list strategy ida",
+    )
+    listing.add_argument(
+        "kind", nargs="?", help="a table of a simulation file, such as strategy"
+    )
+    listing.add_argument("name", nargs="?", help="one name of it, to see its options")
+    command(
+        "schema",
+        "print the JSON schema of simulation files, which editors read",
+        "fedweight schema > fedweight.schema.json",
     )
     report = command(
         "report", "write a run's report again", "fedweight report runs/my-run"
@@ -224,29 +234,21 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _list(given: argparse.Namespace) -> int:
-    from . import data, models
-    from .clients.objectives import OBJECTIVES
-    from .strategies import STRATEGIES
-    from .strategies.server_optimizers import SERVER_OPTIMIZERS
-    from .studies.configuration import SCHEMA, SEEDS
+    from .studies.catalogue import catalogue, options_page
 
-    kinds = {
-        "strategies": STRATEGIES.descriptions(),
-        "objectives": OBJECTIVES.descriptions(),
-        "data": data.catalogue(),
-        "partitions": data.partition_catalogue(),
-        "models": models.catalogue(),
-        "server optimisers": SERVER_OPTIMIZERS.descriptions(),
-        "keys of a simulation file": {
-            f"{table}.{key}": f"{rule.meaning} (default {rule.default!r})"
-            for table, rules in SCHEMA.items()
-            for key, rule in rules.items()
-        }
-        | {
-            f"{table}.seed": f"{rule.meaning} (default run.seed)"
-            for table, rule in SEEDS.items()
-        },
-    }
+    if given.kind:
+        page = options_page(given.kind, given.name or "")
+        if given.json:
+            print(json.dumps(page, default=str))
+            return 0
+        width = max(map(len, page), default=0)
+        for key, row in page.items():
+            default = f"default {row['default']!r}" if "default" in row else "required"
+            default = "optional" if default == "default None" else default
+            print(f"{key:<{width}}  {row['allowed']}; {default}")
+            print(f"{'':<{width}}  {row['meaning']}")
+        return 0
+    kinds = catalogue()
     if given.json:
         print(json.dumps(kinds))
         return 0
@@ -255,6 +257,13 @@ def _list(given: argparse.Namespace) -> int:
         print(kind)
         for name, line in names.items():
             print(f"  {name:<{width}}  {line}")
+    return 0
+
+
+def _schema(given: argparse.Namespace) -> int:
+    from .studies.catalogue import json_schema
+
+    print(json.dumps(json_schema(), indent=None if given.json else 2, default=str))
     return 0
 
 
@@ -278,6 +287,7 @@ COMMANDS = {
     "run": _run,
     "check": _check,
     "list": _list,
+    "schema": _schema,
     "report": _report,
     "data": _data,
 }

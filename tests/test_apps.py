@@ -26,7 +26,8 @@ from fedweight.core.module import FlatModule
 from fedweight.messages import _flower
 from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations.local import LocalGrid
-from fedweight.studies.configuration import SCHEMA, Configuration
+from fedweight.studies.configuration import Configuration
+from fedweight.studies.tables import SCHEMA
 
 ROOT = Path(__file__).parents[1]
 APP = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]

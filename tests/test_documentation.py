@@ -44,7 +44,8 @@ from fedweight.strategies.base import LARGEST_VALUE, StrategyArguments
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.round import REPORTED, REQUESTED
 from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
-from fedweight.studies.configuration import GIVEN, Configuration
+from fedweight.studies.configuration import Configuration
+from fedweight.studies.tables import PICKS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -204,13 +205,13 @@ def test_a_card_has_every_option_of_its_method(name: str) -> None:
     cls: Any = strategy_class(name)
     own = set(inspect.signature(cls.__init__).parameters) - {"self", "arguments"}
     listed = {names(row["option"])[0] for n, row in OPTIONS if n == name}
-    assert {o.replace("_", "-") for o in own - GIVEN["strategy"]} <= listed
+    assert {o.replace("_", "-") for o in own - PICKS["strategy"].given} <= listed
 
 
 def test_the_options_of_every_strategy_are_those_that_the_page_lists() -> None:
     page = text_of("strategies/README.md")
-    [said] = re.findall(r"besides its own options:(.*?); from Python", page, re.DOTALL)
-    common = set(StrategyArguments.__annotations__) - GIVEN["strategy"]
+    [said] = re.findall(r"besides its own options:(.*?);\s+from Python", page, re.DOTALL)
+    common = set(StrategyArguments.__annotations__) - PICKS["strategy"].given
     assert {name.replace("-", "_") for name in names(said)} == common
 
 

@@ -10,7 +10,7 @@ from .objectives import OBJECTIVES, objective
 if TYPE_CHECKING:
     from .app import TrainingApp, client_number
     from .objectives import Batch, Objective
-    from .training import TrainingSettings
+    from .settings import TrainingSettings
 
 __all__ = [
     "OBJECTIVES",
@@ -28,7 +28,7 @@ __getattr__, __dir__ = lazy_exports(
         "Batch": ".objectives",
         "Objective": ".objectives",
         "TrainingApp": ".app",
-        "TrainingSettings": ".training",
+        "TrainingSettings": ".settings",
         "client_number": ".app",
     },
 )

@@ -42,14 +42,8 @@ from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_ar
 from .batched import BatchedTrainer
 from .noise import own_streams
 from .objectives import Objective, Plain, Proximal
-from .training import (
-    LocalResult,
-    Task,
-    TrainingSettings,
-    evaluate,
-    evaluate_each,
-    train,
-)
+from .settings import TrainingSettings
+from .training import LocalResult, Task, evaluate, evaluate_each, train
 from .trial import Findings, Kind, Trials, kind_of
 
 log = logging.getLogger("fedweight")

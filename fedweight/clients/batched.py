@@ -46,7 +46,8 @@ from .graphs import (
 )
 from .noise import STREAMS, LocalTraining
 from .objectives import Batch, Objective
-from .training import LocalOptimizer, LocalResult, Task, TrainingSettings
+from .settings import TrainingSettings
+from .training import LocalOptimizer, LocalResult, Task
 
 log = logging.getLogger("fedweight")
 

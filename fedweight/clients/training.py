@@ -19,80 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.batches import batches
-from ..core.errors import ClientError, check_choice, check_range
+from ..core.errors import ClientError, check_range
 from ..core.layout import FlatModel, as_tensor
 from ..core.module import FlatModule
 from ..core.rng import permutation
 from ..data.examples import Examples
 from .noise import LocalTraining, own_streams, watched
 from .objectives import Batch, Objective
+from .settings import TrainingSettings
 
 EVALUATION_BATCH = 1024
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How a client trains.
-
-    Parameters
-    ----------
-    epochs : int
-        Passes over the client's data in a round, 1 or more.
-    batch_size : int
-        Examples in a step, 1 or more; the last step of a pass takes what is left. One
-        that is left alone joins the step before, for a model that needs two.
-    optimizer : {"sgd", "adam"}
-        Fresh in every round.
-    learning_rate : float
-        0 or more.
-    learning_rate_decay : float
-        In (0, 1]; round t trains with ``learning_rate * decay ** (t - 1)``.
-    momentum : float
-        In [0, 1); for ``sgd``.
-    weight_decay : float
-        0 or more; the strength of the L2 term, in the gradient.
-    """
-
-    epochs: int = 1
-    batch_size: int = 32
-    optimizer: str = "sgd"
-    learning_rate: float = 0.1
-    learning_rate_decay: float = 1.0
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        check_range("epochs", self.epochs, 1)
-        check_range("batch_size", self.batch_size, 1)
-        check_choice("optimizer", self.optimizer, ["sgd", "adam"])
-        check_range("learning_rate", self.learning_rate, 0)
-        check_range(
-            "learning_rate_decay", self.learning_rate_decay, 0, 1, low_open=True
-        )
-        check_range("momentum", self.momentum, 0, 1, high_open=True)
-        check_range("weight_decay", self.weight_decay, 0)
-
-    def learning_rate_in(self, round: int) -> float:
-        """Return the learning rate of a round, which count from 1."""
-        return float(self.learning_rate * self.learning_rate_decay ** (round - 1))
-
-    @property
-    def diverging_mu(self) -> float:
-        """From which ``mu`` on a proximal term alone makes training diverge.
-
-        A step of SGD multiplies the distance from the received model by ``1 -
-        learning_rate * mu``, so it grows from ``2 / learning_rate`` on; with momentum
-        from ``2 * (1 + momentum) / learning_rate`` on. Adam's steps do not grow.
-
-        Examples
-        --------
-        >>> TrainingSettings(learning_rate=0.1).diverging_mu
-        20.0
-        """
-        if self.optimizer != "sgd" or not self.learning_rate:
-            return math.inf
-        return 2 * (1 + self.momentum) / self.learning_rate
 
 
 @dataclass(frozen=True)

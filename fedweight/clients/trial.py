@@ -34,7 +34,8 @@ from .batched import BatchedTrainer
 from .graphs import Observer
 from .noise import LocalTraining, own_streams
 from .objectives import Objective
-from .training import LocalResult, Task, TrainingSettings, run_steps, train
+from .settings import TrainingSettings
+from .training import LocalResult, Task, run_steps, train
 
 T = TypeVar("T")
 

@@ -1,50 +1,175 @@
 """The options of whatever a user picks by name: which there are, and what fits.
 
-What a function or a class takes beside what the library gives it are its options. They
-are read from its signature, so that nothing states them twice.
+They are the annotated fields of a dataclass or the annotated parameters of a function,
+read by pydantic, so that nothing states them twice::
+
+    def dirichlet(labels, num_clients, rng, *, alpha: Annotated[float, Gt(0)] = 0.3):
+
+Numbers are taken strictly: a text is no number, and neither is ``True``. Scalars and
+arrays of NumPy, and lists where tuples are asked for, are taken.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import inspect
-import numbers
-import tomllib
-import traceback
+import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from datetime import date, time
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
-import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic.fields import FieldInfo
 
+from .annotations import (
+    bare,
+    choices,
+    described,
+    metadata,
+    out_of_range,
+    plain_value,
+    strict,
+)
 from .errors import ConfigurationError, FedweightError, closest
+from .registry import signature_of
+from .settings import kebab, toml_value
 from .texts import shown
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # The name under which a function that takes any option (**options) says so.
 ANY = "**"
 
-# Whole numbers are as long as TOML and Flower write them.
-_LEAST, _MOST = -(2**63), 2**63 - 1
+# Marks, in ``Annotated``, what the library fills in and a file cannot.
+GIVEN = "given by the library"
 
-# Values are nested no deeper: nothing needs it, and what reads them recurses.
-_DEPTH = 20
+# A count that no run reaches in a lifetime can only be a mistake.
+MOST = 2**31 - 1
+
+# What pydantic calls a number beyond the bounds.
+_BEYOND = frozenset(
+    {
+        *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+        "finite_number",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Option:
-    """A parameter of something picked by name."""
+    """A parameter of something picked by name.
+
+    Attributes
+    ----------
+    default : Any
+        ``inspect.Parameter.empty`` where there is none.
+    annotation : Any
+        What fits: a type, perhaps ``Annotated`` with bounds.
+    """
 
     default: Any
     annotation: Any
 
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def given(self) -> bool:
+        """Whether the library fills it in, and a file cannot."""
+        return GIVEN in metadata(self.annotation)
+
+    @property
+    def meaning(self) -> str:
+        """What the annotation says that it means; empty where it says nothing."""
+        infos = (m for m in metadata(self.annotation) if isinstance(m, FieldInfo))
+        return next((info.description for info in infos if info.description), "")
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values to choose from, where they are listed."""
+        return tuple(choices(self.annotation))
+
+    @cached_property
+    def allowed(self) -> str:
+        """What fits, in words, such as "a number in [0, 1)"."""
+        return described(self.annotation)
+
+    @cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        """What pydantic makes of the annotation."""
+        taken = ConfigDict(arbitrary_types_allowed=True)
+        try:
+            return TypeAdapter(strict(self.annotation), config=taken)
+        except (
+            PydanticUserError
+        ):  # A type that has a configuration of its own, or none.
+            return TypeAdapter(Any)
+
+    def json_schema(self) -> dict[str, Any]:
+        """Return what fits as JSON schema; anything where it cannot say that."""
+        try:
+            return self.adapter.json_schema()
+        except PydanticUserError:
+            return {}
+
+    def checked(
+        self,
+        where: str,
+        value: Any,
+        error: type[FedweightError] = ConfigurationError,
+    ) -> Any:
+        """Return a value as the annotation wants it, or raise if it does not fit.
+
+        Parameters
+        ----------
+        where : str
+            How the message calls it, such as ``"partition.alpha"``.
+        value : Any
+            What the user gave.
+        error : type[FedweightError]
+            What is raised.
+
+        Examples
+        --------
+        >>> from typing import Annotated
+        >>> from annotated_types import Gt
+        >>> alpha = Option(0.3, Annotated[float, Gt(0)])
+        >>> alpha.checked("alpha", 0.5)
+        0.5
+        >>> alpha.checked("alpha", -1.0)
+        Traceback (most recent call last):
+        fedweight.core.errors.ConfigurationError: alpha must be in (0, inf), got -1.0.
+        """
+        if bare(self.annotation) is Any:
+            return value
+        try:
+            return self.adapter.validate_python(plain_value(value))
+        except ValidationError as problem:
+            raise error(self._worded(where, value, problem)) from None
+        except TypeError:  # A protocol that says nothing of values, or the like.
+            return value
+
+    def _worded(self, where: str, value: Any, error: ValidationError) -> str:
+        problems = error.errors(include_url=False, include_input=False)
+        nested = any(isinstance(step, int) for p in problems for step in p["loc"])
+        if not nested and any(p["type"] in _BEYOND for p in problems):
+            return out_of_range(where, value, self.annotation)
+        near = closest(str(value), map(str, self.choices)) if self.choices else ""
+        wanted = described(bare(self.annotation))
+        return f"{where} must be {wanted}, got {shown(value)}.{near}"
+
 
 def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """Return the parameters of a function or class.
+    """Return the fields of a dataclass, or the parameters of a function or class.
 
     Keyword arguments typed by a ``TypedDict`` (``**arguments: Unpack[...]``) count
     as parameters without a default of their own. Untyped ones stand for those of the
@@ -57,6 +182,8 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     """
     if not isinstance(function, type):
         return _parameters(function)
+    if dataclasses.is_dataclass(function) and _is_generated(function.__init__):
+        return _fields(function)
     makers = [
         vars(base)["__init__"]
         for base in function.__mro__[:-1]
@@ -72,79 +199,62 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     return options
 
 
+def _is_generated(init: Any) -> bool:
+    """Tell whether a dataclass wrote an ``__init__``, and not its author."""
+    code = getattr(inspect.unwrap(init), "__code__", None)
+    return code is not None and code.co_filename == "<string>"
+
+
+def _fields(cls: type) -> dict[str, Option]:
+    hints = _hints(cls)
+    options = {}
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        elif default is dataclasses.MISSING:
+            default = inspect.Parameter.empty
+        if field.init:
+            options[field.name] = Option(default, hints[field.name])
+    return options
+
+
+def _hints(annotated: Any) -> dict[str, Any]:
+    """Return what annotations stand for, but for those with names that are unknown.
+
+    Such are names that a module imports for types only.
+    """
+    with contextlib.suppress(NameError, TypeError, AttributeError):
+        return typing.get_type_hints(annotated, include_extras=True)
+    hints: dict[str, Any] = {}
+    for one in reversed(getattr(annotated, "__mro__", (annotated,))):
+        for name, hint in getattr(one, "__annotations__", {}).items():
+            hints[name] = Any
+            alone = types.SimpleNamespace(__annotations__={name: hint})
+            names = vars(sys.modules[one.__module__])
+            with contextlib.suppress(NameError, TypeError, AttributeError):
+                hints |= typing.get_type_hints(alone, names, include_extras=True)
+    return hints
+
+
 def _parameters(function: Callable[..., Any]) -> dict[str, Option]:
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError):  # Names that its module imports for types only.
-        hints = {}
+    hints = _hints(function)
     options: dict[str, Option] = {}
-    for name, parameter in _signature(function).parameters.items():
+    for name, parameter in signature_of(function).parameters.items():
         hint = hints.get(name, Any)
         if parameter.kind is parameter.VAR_KEYWORD:
             kinds = typing.get_args(hint)
             for arguments in kinds:
-                for key, kind in typing.get_type_hints(arguments).items():
+                own = typing.get_type_hints(arguments, include_extras=True)
+                for key, kind in own.items():
                     options.setdefault(key, Option(None, kind))
             if not kinds:
                 options[ANY] = Option(None, Any)
         elif parameter.kind is not parameter.VAR_POSITIONAL:
+            if hint is Any and isinstance(parameter.default, int | float):
+                hint = type(parameter.default)
             options[name] = Option(parameter.default, hint)
     return options
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    try:
-        return inspect.signature(function)
-    except (ValueError, TypeError):
-        raise ConfigurationError(
-            f"{shown(function)} does not say which options it takes. Name a function "
-            "or class written in Python, which may call it."
-        ) from None
-
-
-def check_callable(what: str, function: Any, call: str, positional: int) -> None:
-    """Raise unless something can be called as whatever is picked by name is.
-
-    Parameters
-    ----------
-    what : str
-        How the message calls it, such as ``"model.name"``.
-    function : Any
-        What was picked.
-    call : str
-        How it is called, such as ``"function(input_shape, num_classes, **options)"``.
-    positional : int
-        How many arguments it is given by position; it takes no more, but by name.
-
-    Examples
-    --------
-    >>> import math
-    >>> check_callable("model.name", math.sqrt, "function(shape, classes)", 2)
-    Traceback (most recent call last):
-    fedweight.core.errors.ConfigurationError: model.name: <built-in function sqrt> \
-takes (x, /), but it is called as function(shape, classes).
-    """
-    if not callable(function):
-        raise ConfigurationError(
-            f"{what} must be a function or a class, but it is {shown(function)}."
-        )
-    try:
-        signature = _signature(function)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{what}: {error}") from None
-    parameters = signature.parameters.values()
-    by_position = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
-    enough = len(by_position) >= positional
-    enough = enough or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    needless = [
-        p
-        for p in by_position[positional:]
-        if p.kind is p.POSITIONAL_ONLY and p.default is p.empty
-    ]
-    if needless or not enough:
-        raise ConfigurationError(
-            f"{what}: {shown(function)} takes {signature}, but it is called as {call}."
-        )
 
 
 def check_options(
@@ -153,18 +263,17 @@ def check_options(
     options: Mapping[str, Any],
     given: Collection[str],
     error: type[FedweightError] = ConfigurationError,
-) -> None:
-    """Raise unless ``function`` takes these options and has all it needs.
-
-    Each must be what the function's annotations say, or else the type of its default
-    where that is a flag or a number.
+) -> dict[str, Any]:
+    """Return options as ``function`` wants them, or raise where it takes them not.
 
     Parameters
     ----------
     what : str
         How the message calls it, such as ``"model 'mlp'"``.
     function : callable
-        Its parameters, but for those in ``given``, are the options.
+        Its parameters, but for those in ``given``, are the options. Each must be what
+        the annotations say, or else the type of its default where that is a flag or a
+        number.
     options : Mapping[str, Any]
         What the user gave.
     given : Collection[str]
@@ -181,130 +290,90 @@ def check_options(
 Did you mean 'hidden'? It takes hidden.
     """
     named = {k: o for k, o in options_of(function).items() if k not in given}
-    if named.pop(ANY, None) is None:
-        for option in options:
-            if option not in named:
-                takes = ", ".join(named) or "none"
-                near = closest(option, named)
-                raise error(f"{what} has no option '{option}'.{near} It takes {takes}.")
+    any_other = named.pop(ANY, None) is not None
+    for option in options:
+        if not any_other and option not in named:
+            takes = ", ".join(named) or "none"
+            near = closest(option, named)
+            raise error(f"{what} has no option '{option}'.{near} It takes {takes}.")
     for name, taken in named.items():
-        if taken.default is inspect.Parameter.empty and name not in options:
+        if taken.required and name not in options:
             raise error(f"{what} needs the option '{name}'.")
-        kind = taken.annotation
-        if kind is Any and isinstance(taken.default, int | float):
-            kind = type(taken.default)
-        if name in options and not _fits(options[name], kind):
-            raise error(_misfit(f"{what}: {name}", options[name], kind))
-
-
-def check_type(where: str, value: Any, annotation: Any) -> None:
-    """Raise :class:`ConfigurationError` unless a value fits a type annotation.
-
-    Examples
-    --------
-    >>> check_type("run.rounds", 20, int)
-    >>> check_type("rounds", "many", int)
-    Traceback (most recent call last):
-    fedweight.core.errors.ConfigurationError: rounds must be a whole number, got 'many'.
-    """
-    if not _fits(value, annotation):
-        raise ConfigurationError(_misfit(where, value, annotation))
-
-
-def _misfit(where: str, value: Any, annotation: Any) -> str:
-    near = ""
-    if typing.get_origin(annotation) is Literal:
-        near = closest(str(value), map(str, typing.get_args(annotation)))
-    return f"{where} must be {_described(annotation)}, got {shown(value)}.{near}"
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any or isinstance(annotation, typing.TypeVar):
-        return True
-    if annotation is None or annotation is types.NoneType:
-        return value is None
-    if origin is Literal:
-        return value in arguments
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in arguments)
-    if origin is not None:
-        if not (isinstance(origin, type) and issubclass(origin, Iterable)):
-            return True
-        if issubclass(origin, Mapping):
-            inner = arguments[1] if len(arguments) == 2 else Any
-            return isinstance(value, Mapping) and all(
-                _fits(v, inner) for v in value.values()
-            )
-        inner = arguments[0] if arguments else Any
-        return isinstance(value, list | tuple) and all(_fits(v, inner) for v in value)
-    if annotation in (int, float):
-        kind = numbers.Integral if annotation is int else numbers.Real
-        return isinstance(value, kind) and not isinstance(value, bool)
-    if annotation is Path:
-        return isinstance(value, str | Path)
-    try:
-        return isinstance(value, annotation) if isinstance(annotation, type) else True
-    except TypeError:  # A protocol that says nothing of values, or the like.
-        return True
-
-
-def _described(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(a) for a in arguments)
-    if origin in (typing.Union, types.UnionType):
-        kinds = [a for a in arguments if a is not types.NoneType]
-        return " or ".join(_described(a) for a in kinds)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        inner = arguments[1] if len(arguments) == 2 else Any
-        return "a table" if inner is Any else f"a table, each {_described(inner)}"
-    if origin is not None:
-        inner = arguments[0] if arguments else Any
-        return f"a list, each {_described(inner)}"
-    named = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        Path: "a path",
+    return {
+        name: named[name].checked(f"{what}: {name}", value, error)
+        if name in named
+        else value
+        for name, value in options.items()
     }
-    return named.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
-def make(what: str, call: Callable[[], T]) -> T:
-    """Call what a user named, and say in one line what goes wrong in it.
+def validated(function: F) -> F:
+    """Have the keyword-only parameters of a function checked by their annotations.
 
-    Parameters
-    ----------
-    what : str
-        How the message calls it, such as ``"model 'own:net'"``.
-    call : Callable
-        Calls it.
-
-    Raises
-    ------
-    ConfigurationError
-        With the error's text and where it was raised, from that error.
+    Raises :class:`ConfigurationError` for what does not fit. Defaults are not checked.
 
     Examples
     --------
-    >>> make("model 'own:net'", lambda: [].pop())
+    >>> from typing import Annotated
+    >>> from annotated_types import Gt
+    >>> @validated
+    ... def scale(x, *, factor: Annotated[float, Gt(0)] = 1.0):
+    ...     return factor * x
+    >>> scale(3, factor=2)
+    6.0
+    >>> scale(3, factor=0)
     Traceback (most recent call last):
-    fedweight.core.errors.ConfigurationError: model 'own:net' cannot be made: \
-IndexError: pop from empty list (<doctest fedweight.core.options.make[0]>, line 1).
+    fedweight.core.errors.ConfigurationError: factor must be in (0, inf), got 0.
     """
-    try:
-        return call()
-    except FedweightError:
-        raise
-    except (Exception, SystemExit) as error:
-        *_, place = traceback.extract_tb(error.__traceback__)
-        text = " ".join(str(error).split()).rstrip(".")
-        raise ConfigurationError(
-            f"{what} cannot be made: {type(error).__name__}: {text} "
-            f"({Path(place.filename).name}, line {place.lineno})."
-        ) from error
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    options: dict[str, Option] = {}
+
+    @functools.wraps(function)
+    def checking(*arguments: Any, **keywords: Any) -> Any:
+        if not options:
+            known = options_of(function)
+            options.update({name: known[name] for name in names})
+        for name in keywords.keys() & options.keys():
+            keywords[name] = options[name].checked(name, keywords[name])
+        return function(*arguments, **keywords)
+
+    return typing.cast(F, checking)
+
+
+def checked_fields(cls: type[T]) -> type[T]:
+    """Have the fields of a dataclass checked by their annotations, as a decorator.
+
+    Examples
+    --------
+    >>> @checked_fields
+    ... @dataclass(frozen=True)
+    ... class Step:
+    ...     size: float = 1.0
+    >>> Step(size=2).size
+    2.0
+    >>> Step(size="2")
+    Traceback (most recent call last):
+    fedweight.core.errors.ConfigurationError: size must be a number, got '2'.
+    """
+    init: Callable[..., None] = cls.__init__
+    options: dict[str, Option] = {}
+
+    @functools.wraps(init)
+    def checking(self: Any, *arguments: Any, **keywords: Any) -> None:
+        init(self, *arguments, **keywords)
+        if not options:
+            options.update(_fields(cls))
+        for name, option in options.items():
+            value = getattr(self, name)
+            if value is not option.default:
+                object.__setattr__(self, name, option.checked(name, value))
+
+    cls.__init__ = checking  # type: ignore[method-assign]
+    return cls
 
 
 def resolve_options(
@@ -362,8 +431,8 @@ def resolve_options(
         if value is inspect.Parameter.empty:
             raise ConfigurationError(f"{where} needs the key '{key}'.")
         if written is not None:
-            check_type(f"{where}.{key}", value, option.annotation)
-            resolved[key] = value
+            value = option.checked(f"{where}.{key}", value)
+            resolved[key] = toml_value(f"{where}.{key}", value)
         elif _is_toml(value):
             resolved[key] = toml_value(f"{where}.{key}", value)
     known = {*fixed, *options}
@@ -375,11 +444,6 @@ def resolve_options(
     return resolved | others
 
 
-def kebab(key: str) -> str:
-    """Return a name of Python's as a key of a file."""
-    return key.replace("_", "-")
-
-
 def _is_toml(value: Any) -> bool:
     """Tell whether a default can be written down; others stay the function's own."""
     if isinstance(value, list | tuple):
@@ -387,109 +451,3 @@ def _is_toml(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(k, str) and _is_toml(v) for k, v in value.items())
     return isinstance(value, bool | int | float | str)
-
-
-def toml_value(where: str, value: Any) -> Any:
-    """Return a value as a simulation file can hold it, or raise if none can.
-
-    NumPy's numbers become Python's, and tuples lists.
-
-    Parameters
-    ----------
-    where : str
-        The key, as the user writes it.
-    value : Any
-        What the user gave.
-
-    Raises
-    ------
-    ConfigurationError
-        For a whole number of more than 64 bits, a text that is not Unicode or holds
-        NUL, or lists within lists without end.
-
-    Examples
-    --------
-    >>> toml_value("model.hidden", (np.int64(64), 32))
-    [64, 32]
-    """
-    return _toml_value(where, value, 0)
-
-
-def _toml_value(where: str, value: Any, depth: int) -> Any:
-    if depth > _DEPTH:
-        raise ConfigurationError(
-            f"{where} is nested more than {_DEPTH} deep. Give a flatter value."
-        )
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, list | tuple):
-        return [_toml_value(where, v, depth + 1) for v in value]
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigurationError(
-                    f"{where}: the keys of a table are texts, got {shown(key)}."
-                )
-            check_text(where, key)
-        return {k: _toml_value(where, v, depth + 1) for k, v in value.items()}
-    if isinstance(value, Path):
-        value = str(value)
-    if depth == 0 and value is None:  # From Python: as if it were not given.
-        return value
-    if not isinstance(value, bool | int | float | str | date | time):
-        raise ConfigurationError(
-            f"{where} must be something that a simulation file can hold, got "
-            f"{shown(value)}."
-        )
-    if isinstance(value, int) and not _LEAST <= value <= _MOST:
-        raise ConfigurationError(
-            f"{where} must lie between -2^63 and 2^63 - 1, got {shown(value)}."
-        )
-    if isinstance(value, str):
-        check_text(where, value)
-    return value
-
-
-def check_text(where: str, text: str) -> None:
-    """Raise :class:`ConfigurationError` unless a text can be written to any file."""
-    if "\0" in text:
-        raise ConfigurationError(f"{where} must not hold NUL, got {shown(text)}.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigurationError(
-            f"{where} must be Unicode text, got {shown(text)}. Is your terminal's "
-            "encoding UTF-8?"
-        ) from None
-
-
-def parse_setting(setting: str) -> tuple[str, str, Any]:
-    """Read ``"table.key=value"``; the value is TOML, or else plain text.
-
-    Examples
-    --------
-    >>> parse_setting("partition.alpha=0.1")
-    ('partition', 'alpha', 0.1)
-    >>> parse_setting("strategy.name=ida")
-    ('strategy', 'name', 'ida')
-    """
-    dotted, equals, text = setting.partition("=")
-    table, key = split_key(dotted if equals else "", setting)
-    try:
-        read = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):  # No TOML, or too much of it for Python.
-        read = {"value": text.strip()}
-    # A line break in the text would begin other keys, which nobody would see.
-    value = read["value"] if len(read) == 1 else text.strip()
-    return table, key, value
-
-
-def split_key(dotted: str, setting: str) -> tuple[str, str]:
-    """Read ``"table.key"``, a part of a setting that an error message names."""
-    table, _, key = dotted.strip().partition(".")
-    if not (table and key):
-        raise ConfigurationError(
-            f"setting {shown(setting)} must be written table.key=value, such as "
-            "partition.alpha=0.1."
-        )
-    return table, key

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from .errors import ConfigurationError, DataError
-from .options import check_text
+from .settings import check_text
 from .texts import shown
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import ConfigurationError, closest
+from .errors import ConfigurationError, FedweightError, closest
 from .texts import shown
+
+T = TypeVar("T")
 
 
 def load_object(kind: str, path: str) -> Any:
@@ -84,7 +88,7 @@ class Registry:
     def descriptions(self) -> dict[str, str]:
         """Return each name with the first line of its object's docstring.
 
-        Read from the source: nothing is imported that PyTorch belongs to.
+        Where there is source it is read from there, without importing anything.
         """
         return {name: _first_line(path) for name, path in sorted(self.entries.items())}
 
@@ -93,10 +97,101 @@ def _first_line(path: str) -> str:
     """Return the first line of the docstring of ``"module:attribute"``."""
     module, _, attribute = path.partition(":")
     spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"there is no module {module}")
-    tree = ast.parse(Path(spec.origin).read_text("utf-8"))
+    source = Path((spec and spec.origin) or "")
+    tree = ast.parse(source.read_text("utf-8") if source.suffix == ".py" else "")
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
             return (ast.get_docstring(node) or "").partition("\n")[0]
-    raise ImportError(f"{module} defines no {attribute}")
+    doc = inspect.getdoc(load_object("object", path)) or ""
+    return doc.partition("\n")[0]
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return a function's signature, or raise if it does not tell it."""
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):
+        raise ConfigurationError(
+            f"{shown(function)} does not say which options it takes. Name a function "
+            "or class written in Python, which may call it."
+        ) from None
+
+
+def check_callable(what: str, function: Any, call: str, positional: int) -> None:
+    """Raise unless something can be called as whatever is picked by name is.
+
+    Parameters
+    ----------
+    what : str
+        How the message calls it, such as ``"model.name"``.
+    function : Any
+        What was picked.
+    call : str
+        How it is called, such as ``"function(input_shape, num_classes, **options)"``.
+    positional : int
+        How many arguments it is given by position; it takes no more, but by name.
+
+    Examples
+    --------
+    >>> import math
+    >>> check_callable("model.name", math.sqrt, "function(shape, classes)", 2)
+    Traceback (most recent call last):
+    fedweight.core.errors.ConfigurationError: model.name: <built-in function sqrt> \
+takes (x, /), but it is called as function(shape, classes).
+    """
+    if not callable(function):
+        raise ConfigurationError(
+            f"{what} must be a function or a class, but it is {shown(function)}."
+        )
+    try:
+        signature = signature_of(function)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{what}: {error}") from None
+    parameters = signature.parameters.values()
+    by_position = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    enough = len(by_position) >= positional
+    enough = enough or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    needless = [
+        p
+        for p in by_position[positional:]
+        if p.kind is p.POSITIONAL_ONLY and p.default is p.empty
+    ]
+    if needless or not enough:
+        raise ConfigurationError(
+            f"{what}: {shown(function)} takes {signature}, but it is called as {call}."
+        )
+
+
+def make(what: str, call: Callable[[], T]) -> T:
+    """Call what a user named, and say in one line what goes wrong in it.
+
+    Parameters
+    ----------
+    what : str
+        How the message calls it, such as ``"model 'own:net'"``.
+    call : Callable
+        Calls it.
+
+    Raises
+    ------
+    ConfigurationError
+        With the error's text and where it was raised, from that error.
+
+    Examples
+    --------
+    >>> make("model 'own:net'", lambda: [].pop())
+    Traceback (most recent call last):
+    fedweight.core.errors.ConfigurationError: model 'own:net' cannot be made: \
+IndexError: pop from empty list (<doctest fedweight.core.registry.make[0]>, line 1).
+    """
+    try:
+        return call()
+    except FedweightError:
+        raise
+    except (Exception, SystemExit) as error:
+        *_, place = traceback.extract_tb(error.__traceback__)
+        text = " ".join(str(error).split()).rstrip(".")
+        raise ConfigurationError(
+            f"{what} cannot be made: {type(error).__name__}: {text} "
+            f"({Path(place.filename).name}, line {place.lineno})."
+        ) from error

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError
-from ..core.options import check_callable, check_options, make
+from ..core.options import check_options
 from ..core.paths import clean_path
-from ..core.registry import Registry
+from ..core.registry import Registry, check_callable, make
 from .examples import DataSet, Examples, check
 from .federated import ClientData, FederatedData, federate, load_client, take_proxy
 from .fetch import default_folder, fetch
@@ -93,7 +93,7 @@ def load(
     if path is not None and "path" not in parameters:
         raise DataError(f"{what} takes no path, got '{path}'. Leave it out.")
     given = {key: value for key, value in given.items() if key in parameters}
-    check_options(what, function, options, given, DataError)
+    options = check_options(what, function, options, given, DataError)
     dataset = make(what, lambda: function(**given, **options))
     if not isinstance(dataset, DataSet):
         raise DataError(

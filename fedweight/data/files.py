@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from annotated_types import Ge, Lt
 
-from ..core.errors import DataError, check_range, closest
+from ..core.errors import DataError, closest
 from ..core.memory import check_memory
-from ..core.options import check_options
+from ..core.options import check_options, validated
 from ..core.paths import clean_path, readable_file
 from ..core.rng import Purpose, generator
 from ..core.texts import listed, shown
@@ -49,6 +50,7 @@ Array = npt.NDArray[Any]
 Label = str | int | float | bool
 
 
+@validated
 def load_csv(
     path: Path | None = None,
     seed: int = 0,
@@ -60,7 +62,7 @@ def load_csv(
     sensitive_features: bool = True,
     standardise: bool = True,
     test: str | Path | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.2,
     **reading: Unpack[Reading],
 ) -> DataSet:
     """Your own table: a CSV file with a header; label, client and sensitive columns.
@@ -153,12 +155,13 @@ def load_csv(
     )
 
 
+@validated
 def load_npz(
     path: Path | None = None,
     seed: int = 0,
     *,
     num_classes: int | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.2,
 ) -> DataSet:
     """Your own arrays: an NPZ file with x and y; x_test, y_test and client if you like.
 
@@ -692,7 +695,6 @@ def _check_range(path: Path, names: Sequence[str], x: Array) -> None:
 
 
 def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:
-    check_range("test_fraction", fraction, 0, 1, high_open=True)
     order = generator(seed, Purpose.DATA).permutation(n)
     size = round(fraction * n)
     return np.sort(order[size:]), np.sort(order[:size])

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Gt
 
-from ..core.errors import ConfigurationError, DataError, check_range
+from ..core.errors import ConfigurationError, DataError
+from ..core.options import validated
 from ..core.rng import Purpose, generator, keys
 
 Indices = npt.NDArray[np.int64]
@@ -92,14 +94,15 @@ class LazyParts(Sequence[Indices]):
         return part
 
 
+@validated
 def dirichlet_sampled(
     labels: Indices,
     num_clients: int,
     seed: int,
     *,
-    alpha: float = 0.3,
+    alpha: Annotated[float, Gt(0)] = 0.3,
     examples_per_client: int = 50,
-    size_sigma: float = 0.0,
+    size_sigma: Annotated[float, Ge(0)] = 0.0,
 ) -> LazyParts:
     """Label skew for any number of clients: each draws its own examples, lazily.
 
@@ -156,8 +159,6 @@ def dirichlet_sampled(
     >>> np.bincount(labels[parts[123_456]], minlength=3).tolist()
     [5, 15, 0]
     """
-    check_range("alpha", alpha, 0, low_open=True)
-    check_range("size_sigma", size_sigma, 0)
     n = len(labels)
     if not 1 <= examples_per_client <= n:
         raise ConfigurationError(

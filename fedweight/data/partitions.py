@@ -15,14 +15,15 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Gt
 
 from ..core.errors import ConfigurationError, DataError, check_range
-from ..core.options import check_callable, check_options, make
-from ..core.registry import Registry
+from ..core.options import check_options, validated
+from ..core.registry import Registry, check_callable, make
 from ..core.rng import Purpose, generator
 from ..core.texts import shown
 from .examples import DataSet
@@ -102,7 +103,7 @@ def partition(
         check_range("num_clients", num_clients, 1)
     check_callable(what, function, "function(dataset, num_clients, rng, **options)", 3)
     positional = list(inspect.signature(function).parameters)[:3]
-    check_options(what, function, options, positional)
+    options = check_options(what, function, options, positional)
     if name == "natural":
         numbers, _ = _natural(dataset)
         groups = _groups(numbers[rows], natural_choice(dataset, num_clients))
@@ -163,12 +164,13 @@ def iid(labels: Indices, num_clients: int, rng: np.random.Generator) -> Parts:
     return [np.sort(part) for part in np.array_split(order, num_clients)]
 
 
+@validated
 def dirichlet(
     labels: Indices,
     num_clients: int,
     rng: np.random.Generator,
     *,
-    alpha: float = 0.3,
+    alpha: Annotated[float, Gt(0)] = 0.3,
     min_size: int = 0,
     balanced: bool = False,
 ) -> Parts:
@@ -216,7 +218,6 @@ def dirichlet(
     >>> [np.bincount(labels[part]).tolist() for part in even]
     [[25, 25], [25, 25]]
     """
-    check_range("alpha", alpha, 0, low_open=True)
     parts: list[list[Indices]] = [[] for _ in range(num_clients)]
     sizes = np.zeros(num_clients, np.int64)
     for members in _by_class(labels, rng):
@@ -231,12 +232,13 @@ def dirichlet(
     return _with_least_size([_merge(part) for part in parts], min_size, rng)
 
 
+@validated
 def quantity(
     labels: Indices,
     num_clients: int,
     rng: np.random.Generator,
     *,
-    alpha: float = 0.5,
+    alpha: Annotated[float, Gt(0)] = 0.5,
     min_size: int = 0,
 ) -> Parts:
     """Size skew: sizes come from a Dirichlet distribution, labels are dealt at random.
@@ -267,17 +269,17 @@ def quantity(
     >>> [len(part) for part in parts]
     [25, 25, 25, 25]
     """
-    check_range("alpha", alpha, 0, low_open=True)
     parts = _cut(rng.permutation(len(labels)), num_clients, alpha, rng)
     return _with_least_size([np.sort(part) for part in parts], min_size, rng)
 
 
+@validated
 def shards(
     labels: Indices,
     num_clients: int,
     rng: np.random.Generator,
     *,
-    shards_per_client: int = 2,
+    shards_per_client: Annotated[int, Ge(1)] = 2,
 ) -> Parts:
     """Label skew: sorted by label, cut into equal shards, a few shards a client.
 
@@ -306,7 +308,6 @@ def shards(
     >>> [len(set(labels[part].tolist())) for part in parts]
     [1, 1, 1, 1]
     """
-    check_range("shards_per_client", shards_per_client, 1)
     count = num_clients * shards_per_client
     if count > len(labels):
         raise ConfigurationError(
@@ -318,6 +319,7 @@ def shards(
     return [_merge([pieces[shard] for shard in hand]) for hand in hands]
 
 
+@validated
 def classes(
     labels: Indices,
     num_clients: int,
@@ -361,6 +363,7 @@ def classes(
     return _share_evenly(members, held)
 
 
+@validated
 def niid2(
     labels: Indices,
     num_clients: int,

@@ -6,11 +6,14 @@ import re
 import string
 from collections import defaultdict
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Le
 
-from ..core.errors import DataError, check_range
+from ..core.errors import DataError
+from ..core.options import validated
 from .examples import DataSet, Examples
 from .fetch import find_folder
 
@@ -26,15 +29,17 @@ TEST_SHARE = 0.2
 
 # Longer sequences are refused: each example holds as many numbers.
 MOST_CHARACTERS = 10_000
+Length = Annotated[int, Ge(1), Le(MOST_CHARACTERS)]
 
 Tokens = npt.NDArray[np.int64]
 
 
+@validated
 def load(
     path: Path | None = None,
     *,
-    sequence_length: int = 20,
-    stride: int | None = None,
+    sequence_length: Length = 20,
+    stride: Length | None = None,
 ) -> DataSet:
     """Shakespeare's plays, next character after 20; about 1,080 roles are the clients.
 
@@ -63,8 +68,6 @@ def load(
     AISTATS, 2017, who made clients of roles first.
     """
     stride = sequence_length if stride is None else stride
-    check_range("sequence_length", sequence_length, 1, MOST_CHARACTERS)
-    check_range("stride", stride, 1, MOST_CHARACTERS)
     folder = find_folder("shakespeare", path)
     roles = {
         f"{play}: {speaker.removesuffix('.')}": speeches

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..core.errors import ConfigurationError, check_range
 from ..core.memory import check_memory
-from ..core.options import check_callable, check_options, make, options_of
+from ..core.options import check_options, options_of
+from ..core.registry import check_callable, make
 from ..core.rng import Purpose, torch_seed
 from ..core.texts import shown
 from . import MODELS
@@ -57,7 +58,7 @@ def build(
     """
     model, what = MODELS.resolve(name), f"model '{name}'"
     check_callable(what, model, "function(input_shape, num_classes, **options)", 2)
-    check_options(what, model, options, list(options_of(model))[:2])
+    options = check_options(what, model, options, list(options_of(model))[:2])
     check_range("num_classes", num_classes, 2)
     if name in MODELS.entries:
         _check_size(what, model, tuple(input_shape), num_classes, options)

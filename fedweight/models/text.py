@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
-from ..core.errors import ConfigurationError, check_range
+from ..core.errors import ConfigurationError
+from ..core.options import validated
 
 
 class CharGRU(nn.Module):
@@ -33,14 +37,15 @@ class CharGRU(nn.Module):
     Statistical Machine Translation", EMNLP, 2014.
     """
 
+    @validated
     def __init__(
         self,
         input_shape: tuple[int, ...],
         num_classes: int,
         *,
-        vocabulary: int | None = None,
-        embedding: int = 16,
-        hidden: int = 128,
+        vocabulary: Annotated[int, Ge(1)] | None = None,
+        embedding: Annotated[int, Ge(1)] = 16,
+        hidden: Annotated[int, Ge(1)] = 128,
     ) -> None:
         super().__init__()
         if len(input_shape) != 1:
@@ -49,9 +54,6 @@ class CharGRU(nn.Module):
                 f"{tuple(input_shape)}. Take another model or text data."
             )
         vocabulary = num_classes if vocabulary is None else vocabulary
-        check_range("vocabulary", vocabulary, 1)
-        check_range("embedding", embedding, 1)
-        check_range("hidden", hidden, 1)
         self.embedding = nn.Embedding(vocabulary, embedding)
         self.from_input = nn.Linear(embedding, 3 * hidden)
         self.from_state = nn.Linear(hidden, 3 * hidden)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
-from ..core.errors import ConfigurationError, check_range
+from ..core.errors import ConfigurationError
+from ..core.options import validated
 from ..core.texts import shown
 from .checks import check_widths, image_shape
 
@@ -32,13 +35,14 @@ class CNN(nn.Module):
     Document Recognition", Proceedings of the IEEE, 1998.
     """
 
+    @validated
     def __init__(
         self,
         input_shape: tuple[int, ...],
         num_classes: int,
         *,
         channels: Sequence[int] = (8, 16),
-        hidden: int = 64,
+        hidden: Annotated[int, Ge(1)] = 64,
     ) -> None:
         super().__init__()
         inputs, height, width = image_shape("cnn", input_shape, least=4)
@@ -48,7 +52,6 @@ class CNN(nn.Module):
                 f"channels must be two numbers, got {shown(list(channels))}."
             )
         first, second = channels
-        check_range("hidden", hidden, 1)
         self.features = nn.Sequential(
             nn.Conv2d(inputs, first, 5, padding=2),
             nn.ReLU(),
@@ -98,18 +101,17 @@ class ResNet18GN(nn.Module):
     Decentralized Machine Learning", ICML, 2020 (why not batch normalisation).
     """
 
+    @validated
     def __init__(
         self,
         input_shape: tuple[int, ...],
         num_classes: int,
         *,
-        groups: int = 2,
-        width: int = 64,
+        groups: Annotated[int, Ge(1)] = 2,
+        width: Annotated[int, Ge(1)] = 64,
     ) -> None:
         super().__init__()
         inputs, _, _ = image_shape("resnet18-gn", input_shape, least=8)
-        check_range("groups", groups, 1)
-        check_range("width", width, 1)
         if width % groups:
             raise ConfigurationError(
                 f"groups must divide width, got groups = {groups} and width = {width}."

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IDA",
+    "SERVER_OPTIMIZERS",
     "STRATEGIES",
     "ClientRecord",
     "FedAvg",
@@ -63,6 +64,15 @@ STRATEGIES = Registry(
         "fedlaw": "fedweight.strategies.fedlaw:FedLAW",
         "fedce": "fedweight.strategies.fedce:FedCE",
         "ida": "fedweight.strategies.ida:IDA",
+    },
+)
+
+SERVER_OPTIMIZERS = Registry(
+    "server optimiser",
+    {
+        "none": "fedweight.strategies.server_optimizers:no_optimizer",
+        "momentum": "fedweight.strategies.server_optimizers:ServerMomentum",
+        "adam": "fedweight.strategies.server_optimizers:ServerAdam",
     },
 )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigurationError, check_range
-from ..core.registry import Registry
+from . import SERVER_OPTIMIZERS
 
 
 class ServerOptimizer(ABC):
@@ -121,16 +121,6 @@ class ServerAdam(ServerOptimizer):
 
     def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: D102
         self.first, self.second = state["first"], state["second"]
-
-
-SERVER_OPTIMIZERS = Registry(
-    "server optimiser",
-    {
-        "none": "fedweight.strategies.server_optimizers:no_optimizer",
-        "momentum": "fedweight.strategies.server_optimizers:ServerMomentum",
-        "adam": "fedweight.strategies.server_optimizers:ServerAdam",
-    },
-)
 
 
 def no_optimizer() -> None:

@@ -17,8 +17,9 @@ import pandas as pd
 
 from .. import data
 from ..core.errors import ConfigurationError, DataError, FedweightError
-from ..core.options import kebab, options_of, parse_setting, resolve_options, toml_value
+from ..core.options import options_of, resolve_options
 from ..core.paths import clean_path, readable_file
+from ..core.settings import kebab, parse_setting, toml_value
 from ..core.texts import listed
 from ..data.examples import name_clients
 from ..data.files import (

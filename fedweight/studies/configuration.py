@@ -9,195 +9,23 @@ from __future__ import annotations
 
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from .. import models
-from ..clients.objectives import OBJECTIVES
-from ..core.errors import ConfigurationError, check_choice, check_range, closest
-from ..core.options import (
-    ANY,
-    Option,
-    check_callable,
-    check_type,
-    kebab,
-    options_of,
-    parse_setting,
-    resolve_options,
-    split_key,
-    toml_value,
-)
+from ..core.errors import ConfigurationError, closest
+from ..core.options import Option, resolve_options
 from ..core.paths import NOT_THERE, absolute, clean_path, why_unreadable
-from ..core.registry import Registry
+from ..core.settings import kebab, parse_setting, split_key, toml_value
 from ..core.texts import shown
 from ..data import DATA_SETS
-from ..data.partitions import PARTITIONS
-from ..simulations import ENGINES
-from ..strategies import STRATEGIES
-from ..strategies.server_optimizers import SERVER_OPTIMIZERS
-
-INFINITY = float("inf")
-
-# Beyond these a number can only be a mistake: a count that no run reaches in a
-# lifetime, a seed longer than Flower carries, seconds that make ten years, more threads
-# or workers than a machine has.
-MOST = 2**31 - 1
-MOST_SEED = 2**63 - 1
-MOST_CLIENTS = 10**8
-MOST_SECONDS = 3e8
-MOST_THREADS = 1024
-MOST_WORKERS = 10_000
+from .tables import PICKS, SCHEMA, options_in_file, seed_rule
 
 # A simulation file is a page. What is so much longer is no such file.
 MOST_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of a simulation file: its default, what it means, what is allowed.
-
-    Above ``most`` (:data:`MOST` for whole numbers) a value can only be a mistake.
-    """
-
-    default: Any
-    meaning: str
-    low: float = -INFINITY
-    high: float = INFINITY
-    choices: Sequence[str] = ()
-    low_open: bool = False
-    high_open: bool = False
-    most: float | None = None
-
-
-SCHEMA: dict[str, dict[str, Key]] = {
-    "run": {
-        "name": Key("quickstart", "what the run's folder is called"),
-        "rounds": Key(20, "rounds of training", 1),
-        "seed": Key(
-            0, "the seed that every random number comes from", 0, most=MOST_SEED
-        ),
-        "timeout": Key(
-            0.0,
-            "seconds to wait for a round's replies; 0 has no limit",
-            0,
-            most=MOST_SECONDS,
-        ),
-        "evaluate-every": Key(1, "rounds from one server evaluation to the next", 1),
-    },
-    "data": {
-        "name": Key("digits", "a data set, or 'module:function'"),
-        "path": Key("", "the folder or file that holds it, where it needs one"),
-        "held-out": Key(
-            0.2, "share of a client's data it keeps to evaluate", 0, 1, high_open=True
-        ),
-        "proxy": Key(
-            0.02,
-            "share of the training data the server keeps as a proxy set",
-            0,
-            1,
-            high_open=True,
-        ),
-    },
-    "partition": {
-        "name": Key("dirichlet", "how the data are split, or 'module:function'"),
-        "clients": Key(
-            20,
-            "how many clients there are; 0 is all natural ones",
-            0,
-            most=MOST_CLIENTS,
-        ),
-    },
-    "model": {"name": Key("mlp", "a model, or 'module:function'")},
-    "objective": {"name": Key("plain", "what clients minimise, or 'module:Class'")},
-    "training": {
-        "epochs": Key(10, "passes over a client's data in a round", 1),
-        "batch-size": Key(16, "examples in a step", 1),
-        "optimizer": Key("sgd", "the client's optimiser", choices=("sgd", "adam")),
-        "learning-rate": Key(0.1, "of the client's optimiser", 0),
-        "learning-rate-decay": Key(
-            1.0, "factor on the rate after every round", 0, 1, low_open=True
-        ),
-        "momentum": Key(0.9, "of sgd", 0, 1, high_open=True),
-        "weight-decay": Key(0.0, "strength of the L2 term", 0),
-    },
-    "strategy": {"name": Key("fedavg", "how clients are weighed, or 'module:Class'")},
-    "server": {
-        "name": Key("none", "the server's optimiser: none, momentum or adam"),
-    },
-    "engine": {
-        "name": Key("auto", "where clients run", choices=ENGINES),
-        "workers": Key(
-            0, "Ray workers; 0 is one for each core or GPU share", 0, most=MOST_WORKERS
-        ),
-        "gpus-per-worker": Key(0.0, "share of a GPU for each Ray worker", 0),
-        "address": Key("", "a running Ray cluster to join"),
-        "threads": Key(
-            0, "clients at once in the local engine; 0 decides", 0, most=MOST_THREADS
-        ),
-        "plan": Key("auto", "how clients train: auto, loop or batched-N (N at once)"),
-        "device": Key("auto", "auto, cpu, cuda or cuda:N"),
-    },
-}
-
-# Seeds that a file may have beside the run's, so that two runs differ in one thing
-# only. Absent they are the run's. What is picked may have an option of this name: then
-# the key is that option.
-SEEDS: dict[str, Key] = {
-    "partition": Key(0, "seed of who has which examples", 0, most=MOST_SEED),
-    "model": Key(0, "seed of the initial weights", 0, most=MOST_SEED),
-}
-
-# How what a table's name picks is called, and with how many arguments by position: the
-# library gives these, whatever they are called.
-CALLS: dict[str, tuple[str, int]] = {
-    "data": ("function(**options)", 0),
-    "partition": ("function(dataset, num_clients, rng, **options)", 3),
-    "model": ("function(input_shape, num_classes, **options)", 2),
-    "objective": ("Class(**options)", 0),
-    "strategy": ("Class(**options)", 0),
-    "server": ("Class(**options)", 0),
-}
-
-# What the library fills in by name, and a file may not.
-GIVEN: dict[str, frozenset[str]] = {
-    "data": frozenset({"path", "seed"}),
-    "partition": frozenset(),
-    "model": frozenset(),
-    "objective": frozenset({"inner"}),
-    "strategy": frozenset(
-        {
-            "accumulate",
-            "arrayrecord_key",
-            "buffers",
-            "configrecord_key",
-            "device",
-            "evaluate_metrics_aggr_fn",
-            "frozen",
-            "model",
-            "num_classes",
-            "proxy",
-            "seed",
-            "server_optimizer",
-            "threads",
-            "train_metrics_aggr_fn",
-            "weighted_by_key",
-        }
-    ),
-    "server": frozenset(),
-}
-
-REGISTRIES: dict[str, Registry] = {
-    "data": DATA_SETS,
-    "partition": PARTITIONS,
-    "model": models.MODELS,
-    "objective": OBJECTIVES,
-    "strategy": STRATEGIES,
-    "server": SERVER_OPTIMIZERS,
-}
 
 
 @dataclass(frozen=True)
@@ -321,7 +149,7 @@ class Configuration:
     def options(self, table: str) -> dict[str, Any]:
         """Return the options of what a table's ``name`` picks, in snake_case."""
         name = self.tables[table].get("name", "")
-        fixed = {*SCHEMA[table], *_seed_rule(table, name)}
+        fixed = {*SCHEMA[table], *seed_rule(table, name)}
         return {
             key.replace("-", "_"): value
             for key, value in self.tables[table].items()
@@ -331,7 +159,7 @@ class Configuration:
     def seed(self, table: str) -> int:
         """Return the seed of ``"partition"`` or ``"model"``: its own, or the run's."""
         own = self.tables[table].get("seed")
-        if own is None or not _seed_rule(table, self.tables[table]["name"]):
+        if own is None or not seed_rule(table, self.tables[table]["name"]):
             own = self.tables["run"]["seed"]
         return int(own)
 
@@ -370,7 +198,7 @@ def _make_paths_whole(
     name = name.get("name") if isinstance(name, dict) else None
     paths = {"path"}
     if isinstance(name, str) and (name in DATA_SETS.entries or ":" in name):
-        options = _pick("data", "data", name)
+        options = options_in_file("data", name)
         kinds = {key: typing.get_args(o.annotation) for key, o in options.items()}
         paths |= {key for key, kind in kinds.items() if Path in kind}
     for tables, start in ((given, folder), (changes, Path())):
@@ -419,38 +247,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path} is not a TOML file: {text}.{hint}") from None
 
 
-def _pick(where: str, table: str, name: str) -> dict[str, Option]:
-    """Return the options of what a table's name picks, those of the library left out.
-
-    :data:`ANY` is among them where it takes any.
-    """
-    chosen = REGISTRIES[table].resolve(name)
-    call, positional = CALLS[table]
-    check_callable(f"{where}.name '{name}'", chosen, call, positional)
-    options = options_of(chosen)
-    library = {*list(options)[:positional], *GIVEN[table]}
-    return {name: o for name, o in options.items() if name not in library}
-
-
-def _seed_rule(table: str, name: str) -> dict[str, Key]:
-    """Return the rule of a table's own seed, unless its choice has such an option."""
-    if table not in SEEDS or {"seed", ANY} & set(_pick(table, table, name)):
-        return {}
-    return {"seed": SEEDS[table]}
-
-
 def _resolve(where: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Check one table and fill in its defaults."""
     given = {key: toml_value(f"{where}.{key}", v) for key, v in _keys(where, given)}
     fixed = dict(SCHEMA[table])
     options: dict[str, Option] = {}
-    if table in REGISTRIES:
+    if table in PICKS:
         name = given.get("name", fixed["name"].default)
-        name = _checked(f"{where}.name", name, fixed["name"])
-        options = _pick(where, table, name)
-        fixed |= _seed_rule(table, name)
+        name = fixed["name"].checked(f"{where}.name", name)
+        options = options_in_file(table, name, where)
+        fixed |= seed_rule(table, name)
     resolved = {
-        key: _checked(f"{where}.{key}", given.get(key, rule.default), rule)
+        key: rule.checked(f"{where}.{key}", given.get(key, rule.default))
         for key, rule in fixed.items()
         if key in given or key in SCHEMA[table]
     }
@@ -469,25 +277,3 @@ def _keys(where: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
                 f"{where} has the key '{before}' twice, also as '{key}'. Keep one."
             )
         yield key, value
-
-
-def _checked(where: str, value: Any, rule: Key) -> Any:
-    """Check a fixed key against its default's type and its range."""
-    check_type(where, value, type(rule.default))
-    if rule.choices:
-        check_choice(where, value, rule.choices)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        check_range(
-            where,
-            value,
-            rule.low,
-            rule.high,
-            low_open=rule.low_open,
-            high_open=rule.high_open,
-        )
-        most = MOST if rule.most is None and type(value) is int else rule.most
-        if most is not None and value > most:
-            raise ConfigurationError(
-                f"{where} must be at most {most:,.0f}, got {shown(value)}."
-            )
-    return float(value) if isinstance(rule.default, float) else value

@@ -31,7 +31,9 @@ from ..clients.training import evaluate
 from ..core.errors import ConfigurationError, DataError, OutputError, check_choice
 from ..core.layout import Layout, as_tensor
 from ..core.module import FlatModule
-from ..core.options import make, options_of, parse_setting
+from ..core.options import options_of
+from ..core.registry import make
+from ..core.settings import parse_setting
 from ..core.signals import interruptible
 from ..core.texts import NAME_LENGTH, plain, shown
 from ..core.threads import one_thread

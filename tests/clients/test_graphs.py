@@ -196,7 +196,7 @@ def test_no_training_imports_pytorchs_compiler_or_algebra():
         "from fedweight.clients.training import Task, TrainingSettings, train\n"
         "from fedweight.data import Examples\n"
         "from torch import nn\n"
-        "from fedweight.core.layout import FlatModule\n"
+        "from fedweight.core.module import FlatModule\n"
         "module = FlatModule(nn.Linear(4, 3))\n"
         "start, settings = module.save(), TrainingSettings()\n"
         "data = Examples(np.ones((5, 4), np.float32), np.zeros(5, np.int64))\n"

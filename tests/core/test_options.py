@@ -14,15 +14,13 @@ import pytest
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.core.options import (
     ANY,
-    check_callable,
+    Option,
     check_options,
-    check_type,
-    make,
     options_of,
-    parse_setting,
     resolve_options,
-    toml_value,
 )
+from fedweight.core.registry import check_callable, make
+from fedweight.core.settings import parse_setting, toml_value
 
 
 class More(TypedDict, total=False):
@@ -164,7 +162,7 @@ class Speaks(Protocol):
     ],
 )
 def test_values_that_fit_their_annotation(value, annotation):
-    check_type("k", value, annotation)
+    Option(None, annotation).checked("k", value)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,7 @@ def test_values_that_fit_their_annotation(value, annotation):
 )
 def test_values_that_do_not_fit_are_told_what_does(value, annotation, wanted):
     with pytest.raises(ConfigurationError, match=f"k must be {wanted}"):
-        check_type("k", value, annotation)
+        Option(None, annotation).checked("k", value)
 
 
 @pytest.mark.parametrize(

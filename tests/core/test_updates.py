@@ -288,7 +288,7 @@ def test_what_is_made_on_the_way_is_what_was_made_before(accumulate, dtype):
 def test_a_point_is_given_in_one_way():
     updates, _, _ = draw(3, 4)
     rest = partial(updates.dot_rest, own=torch.ones(3))
-    for ask in (updates.project, rest, updates.distances):
+    for ask in (updates.dot, rest, updates.distances):
         with pytest.raises(ValueError, match="either a vector of parameters or wei"):
             ask(torch.ones(4), weights=torch.ones(3))
         with pytest.raises(
@@ -309,7 +309,7 @@ def test_no_rows_are_no_obstacle():
     updates = StackedUpdates([], torch.ones(3))
     assert updates.gram().shape == (0, 0)
     assert updates.combine(torch.ones(0)).tolist() == [0.0, 0.0, 0.0]
-    for ask in (updates.project, updates.distances):
+    for ask in (updates.dot, updates.distances):
         assert ask(weights=torch.ones(0)).tolist() == []
     assert [block.shape for _, block in updates.column_blocks()] == [(0, 3)]
 

@@ -287,7 +287,7 @@ def test_shakespeare_without_plays_or_with_wrong_lengths(tmp_path):
         data.load("shakespeare", tmp_path / "empty")
     with pytest.raises(DataError, match="one text file"):
         data.load("shakespeare")
-    with pytest.raises(ConfigurationError, match="sequence_length must be in"):
+    with pytest.raises(DataError, match="sequence_length must be in"):
         data.load("shakespeare", tmp_path / "empty", sequence_length=0)
 
 
@@ -370,7 +370,7 @@ def test_csv_errors(tmp_path, options, message):
 
 
 def test_csv_test_fraction_out_of_range(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"test_fraction must be in \[0, 1\)"):
+    with pytest.raises(DataError, match=r"test_fraction must be in \[0, 1\)"):
         data.load("csv", write_csv(tmp_path / "own.csv"), test_fraction=1.0)
 
 

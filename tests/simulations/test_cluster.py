@@ -24,10 +24,11 @@ from ray.cluster_utils import Cluster
 from ray.experimental import get_object_locations
 
 import fedweight
-from fedweight import _flower
+from fedweight.messages import _flower
 from fedweight.clients import TrainingApp, TrainingSettings
 from fedweight.data import ClientData, Examples
-from fedweight.core.layout import FlatModule, FlatRecord
+from fedweight.core.module import FlatModule
+from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations.local import LocalGrid
 from fedweight.simulations.ray.grid import RayGrid
 from fedweight.strategies.fedavg import FedAvg
@@ -178,7 +179,7 @@ import json, os
 import ray
 from flwr.app import Message, MetricRecord, ConfigRecord, RecordDict
 from flwr.clientapp import ClientApp
-from fedweight import _flower
+from fedweight.messages import _flower
 from fedweight.simulations.ray.grid import RayGrid
 
 ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False,

@@ -585,7 +585,8 @@ def test_a_process_that_is_just_being_started_is_ended_too() -> None:
     late = (
         "import os, sys, time; time.sleep(0.5)\n"
         f"os.environ[{name!r}] = '1'\n"
-        "os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(60)'])"
+        "then = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "os.execv(sys.executable, then)"
     )
     with subprocess.Popen([sys.executable, "-c", late]) as process:
         try:

@@ -403,12 +403,12 @@ def test_passes_over_the_proxy_set_and_over_the_updates(kit, monkeypatch):
         monkeypatch.setattr(StackedUpdates, name, count)
 
     counted("combine")
-    counted("project")
+    counted("dot")
     clients = {k: kit.Client(stream.normal(size=6)) for k in range(3)}
     start = kit.record({"weight": np.zeros((3, 2))})
     assert kit.Federation(strategy, clients, start).round().status == "ok"
     # Besides the steps: the loss of FedAvg's model and of the learned one.
-    expected = {"forward": 40 + 4, "backward": 40, "combine": 40 + 2, "project": 40}
+    expected = {"forward": 40 + 4, "backward": 40, "combine": 40 + 2, "dot": 40}
     assert calls == expected
 
 

@@ -7,11 +7,13 @@ import pytest
 from fedweight import models
 from fedweight.clients.objectives import OBJECTIVES
 from fedweight.core.errors import ConfigurationError
-from fedweight.core.options import check_type, options_of, parse_setting
+from fedweight.core.options import Option, options_of
+from fedweight.core.settings import parse_setting
 from fedweight.data import DATA_SETS
 from fedweight.data.partitions import PARTITIONS
 from fedweight.strategies import STRATEGIES
-from fedweight.studies.configuration import SCHEMA, Configuration
+from fedweight.studies.configuration import Configuration
+from fedweight.studies.tables import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 
@@ -372,9 +374,9 @@ def test_flowers_own_strategies_show_their_options():
 
 
 def test_types_are_checked_as_annotated():
-    check_type("k", None, int | None)
-    check_type("k", 3, float)
-    check_type("k", [1, 2], tuple[int, ...])
+    Option(None, int | None).checked("k", None)
+    Option(None, float).checked("k", 3)
+    Option(None, tuple[int, ...]).checked("k", [1, 2])
     for value, annotation in (
         (None, int),
         (True, float),
@@ -383,7 +385,7 @@ def test_types_are_checked_as_annotated():
         ("x", int | None),
     ):
         with pytest.raises(ConfigurationError, match="k must be"):
-            check_type("k", value, annotation)
+            Option(None, annotation).checked("k", value)
 
 
 # --------------------------------------------------------- seeds of their own

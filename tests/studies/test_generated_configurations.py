@@ -17,8 +17,9 @@ import pytest
 from fedweight.core.errors import FedweightError
 from fedweight.core.options import options_of
 from fedweight.data import DataSet, Examples
-from fedweight.studies.configuration import REGISTRIES, SCHEMA, Configuration
+from fedweight.studies.configuration import Configuration
 from fedweight.studies.runner import make_ready, prepare
+from fedweight.studies.tables import PICKS, SCHEMA
 
 
 def nested(depth: int) -> list[Any]:
@@ -79,13 +80,13 @@ def some_table(rng: random.Random, name: str) -> dict[str, Any]:
     """Draw a table: mostly values of the right type, some of any."""
     table: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    if name in REGISTRIES:
-        known = list(REGISTRIES[name].entries)
+    if name in PICKS:
+        known = list(PICKS[name].registry.entries)
         if rng.random() < 0.7:
             table["name"] = rng.choice([*known * 4, *NAMES])
         try:
             chosen = table.get("name", SCHEMA[name]["name"].default)
-            options = dict(options_of(REGISTRIES[name].resolve(chosen)))
+            options = dict(options_of(PICKS[name].registry.resolve(chosen)))
         except (FedweightError, TypeError, ValueError):
             pass
     defaults = {key: rule.default for key, rule in SCHEMA[name].items()}

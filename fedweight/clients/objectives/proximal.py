@@ -6,13 +6,19 @@ equation 2: ``F_k(w) + (mu / 2) ||w - w_t||^2``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
 from torch import Tensor
 
-from ...core.errors import check_range
+from ...core.options import GIVEN, checked_fields
 from .base import Batch, Objective
 from .plain import Plain
 
 
+@checked_fields
+@dataclass(frozen=True, eq=False)
 class Proximal(Objective):
     """Another objective plus ``(mu / 2) ||w - w_t||^2`` around the received model.
 
@@ -22,14 +28,12 @@ class Proximal(Objective):
         0 or more; 0 is the other objective alone. The term joins the gradient
         before momentum does, as a term of the loss would. From
         :attr:`~fedweight.clients.TrainingSettings.diverging_mu` on SGD diverges.
-    inner : Objective, optional
+    inner : Objective
         The other objective; :class:`Plain` by default.
     """
 
-    def __init__(self, mu: float = 0.01, inner: Objective | None = None) -> None:
-        check_range("mu", mu, 0)
-        self.mu = mu
-        self.inner = inner or Plain()
+    mu: Annotated[float, Field(ge=0)] = 0.01
+    inner: Annotated[Objective, GIVEN] = field(default_factory=Plain)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the inner objective's loss; the term acts on the gradient."""

@@ -1,0 +1,155 @@
+"""What there is to choose from, and the keys of a file, for people and editors.
+
+All of it is read from the registries and from the annotations of what they name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..core.docstrings import meanings
+from ..core.errors import ConfigurationError, closest
+from ..core.options import ANY, Option
+from ..core.settings import kebab
+from .tables import PICKS, SCHEMA, SEEDS, options_in_file
+
+# What each kind is called in a list of all, and the table that picks one of it.
+KINDS = {
+    "strategies": "strategy",
+    "objectives": "objective",
+    "data": "data",
+    "partitions": "partition",
+    "models": "model",
+    "server optimisers": "server",
+}
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Return all names by kind, each with a line, and the keys of a simulation file."""
+    keys = {
+        f"{table}.{key}": f"{rule.meaning} (default {rule.default!r})"
+        for table, rules in SCHEMA.items()
+        for key, rule in rules.items()
+    } | {
+        f"{table}.seed": f"{rule.meaning} (default run.seed)"
+        for table, rule in SEEDS.items()
+    }
+    kinds = {
+        kind: PICKS[table].registry.descriptions() for kind, table in KINDS.items()
+    }
+    return kinds | {"keys of a simulation file": keys}
+
+
+def options_page(kind: str, name: str = "") -> dict[str, dict[str, Any]]:
+    """Return the keys of a table, with those that one name brings.
+
+    Parameters
+    ----------
+    kind : str
+        A table of a simulation file, such as ``"strategy"``, or a kind of
+        :data:`KINDS`.
+    name : str
+        What its ``name`` picks; none: the keys that the table always has.
+
+    Returns
+    -------
+    dict
+        By key: ``allowed`` and ``meaning``, in words, and ``default``: ``None`` where
+        something else decides, and missing where the key must be given.
+    """
+    table = KINDS.get(kind, kind)
+    if table not in SCHEMA:
+        known = [*SCHEMA, *KINDS]
+        raise ConfigurationError(
+            f"there is no kind '{kind}'.{closest(kind, known)} There are "
+            f"{', '.join(SCHEMA)}."
+        )
+    page = {key: _row(rule, rule.meaning) for key, rule in SCHEMA[table].items()}
+    if table in SEEDS:
+        page["seed"] = {**_row(SEEDS[table], SEEDS[table].meaning), "default": None}
+    if not name:
+        return page
+    if table not in PICKS:
+        raise ConfigurationError(f"the table [{table}] picks nothing by name.")
+    del page["name"]
+    texts = meanings(PICKS[table].registry.resolve(name))
+    for option, rule in options_in_file(table, name).items():
+        if option != ANY:
+            text = rule.meaning or texts.get(option, "")
+            page.setdefault(kebab(option), _row(rule, text))
+    return page
+
+
+def _row(rule: Option, meaning: str) -> dict[str, Any]:
+    row = {"allowed": rule.allowed, "meaning": _line(meaning)}
+    return row if rule.required else {"default": rule.default, **row}
+
+
+def _line(text: str) -> str:
+    """Return the first sentence of a text, without the marks of a docstring."""
+    text = re.sub(r":\w+:`~?([^`]*)`", lambda m: m[1].rsplit(".", 1)[-1], text)
+    text = text.replace("``", "")
+    return re.split(r"(?<=[a-z0-9)\]])\. (?=[A-Z])", text)[0].rstrip(".")
+
+
+# ------------------------------------------------------------------------ JSON schema
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a simulation file, as editors of TOML read it."""
+    properties = {table: _table_schema(table) for table in SCHEMA}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "A simulation file of fedweight",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def _table_schema(table: str) -> dict[str, Any]:
+    keys = {key: _key_schema(rule, rule.meaning) for key, rule in SCHEMA[table].items()}
+    if table in SEEDS:
+        keys["seed"] = _key_schema(SEEDS[table], SEEDS[table].meaning)
+        del keys["seed"]["default"]
+    schema: dict[str, Any] = {"type": "object", "properties": keys}
+    if table not in PICKS:
+        return schema | {"additionalProperties": False}
+    registry = PICKS[table].registry
+    lines = registry.descriptions()
+    own = {"pattern": ":", "description": "your own: 'module:name'"}
+    names = [{"const": name, "description": line} for name, line in lines.items()]
+    keys["name"] |= {"anyOf": [*names, own]}
+    cases = []
+    for name in sorted(registry.entries):
+        more = {
+            key: _key_schema_of(row, table, name, key)
+            for key, row in options_page(table, name).items()
+            if key not in keys
+        }
+        is_it: dict[str, Any] = {"properties": {"name": {"const": name}}}
+        if name != SCHEMA[table]["name"].default:
+            is_it["required"] = ["name"]
+        allowed = {"properties": {**dict.fromkeys(keys, True), **more}}
+        cases.append({"if": is_it, "then": allowed | {"additionalProperties": False}})
+    return schema | {"allOf": cases}
+
+
+def _key_schema_of(
+    row: Mapping[str, Any], table: str, name: str, key: str
+) -> dict[str, Any]:
+    rule = options_in_file(table, name)[key.replace("-", "_")]
+    return _key_schema(rule, row["meaning"])
+
+
+def _key_schema(rule: Option, meaning: str) -> dict[str, Any]:
+    """Return the schema of one key; what no file can hold has no default there."""
+    schema = dict(rule.json_schema())
+    schema.pop("title", None)
+    if meaning:
+        schema["description"] = meaning
+    if isinstance(rule.default, bool | int | float | str):
+        schema["default"] = rule.default
+    return schema

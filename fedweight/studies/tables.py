@@ -1,0 +1,271 @@
+"""The tables of a simulation file: their keys, defaults, ranges and meanings.
+
+What a table's ``name`` picks brings options of its own, which stand beside ``name``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..clients.objectives import OBJECTIVES
+from ..clients.settings import TrainingSettings
+from ..core.options import ANY, MOST, Option, options_of
+from ..core.registry import Registry, check_callable
+from ..core.settings import kebab
+from ..data import DATA_SETS
+from ..data.partitions import PARTITIONS
+from ..models import MODELS
+from ..strategies import SERVER_OPTIMIZERS, STRATEGIES
+
+# Beyond these a number can only be a mistake: a seed longer than Flower carries,
+# seconds that make ten years, more threads or workers than a machine has.
+MOST_SEED = 2**63 - 1
+MOST_CLIENTS = 10**8
+MOST_SECONDS = 3e8
+MOST_THREADS = 1024
+MOST_WORKERS = 10_000
+
+
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """[run]: how long, and from which seed."""
+
+    name: Annotated[str, Field(description="what the run's folder is called")] = (
+        "quickstart"
+    )
+    rounds: Annotated[int, Field(ge=1, le=MOST, description="rounds of training")] = 20
+    seed: Annotated[
+        Seed, Field(description="the seed that every random number comes from")
+    ] = 0
+    timeout: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=MOST_SECONDS,
+            description="seconds to wait for a round's replies; 0 has no limit",
+        ),
+    ] = 0.0
+    evaluate_every: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=MOST,
+            description="rounds from one server evaluation to the next",
+        ),
+    ] = 1
+
+
+@dataclass(frozen=True)
+class Data:
+    """[data]: the data set, and what of it is kept aside."""
+
+    name: Annotated[str, Field(description="a data set, or 'module:function'")] = (
+        "digits"
+    )
+    path: Annotated[
+        str, Field(description="the folder or file that holds it, where it needs one")
+    ] = ""
+    held_out: Annotated[
+        float,
+        Field(ge=0, lt=1, description="share of a client's data it keeps to evaluate"),
+    ] = 0.2
+    proxy: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of the training data the server keeps as a proxy set",
+        ),
+    ] = 0.02
+
+
+@dataclass(frozen=True)
+class Partition:
+    """[partition]: who has which examples."""
+
+    name: Annotated[
+        str, Field(description="how the data are split, or 'module:function'")
+    ] = "dirichlet"
+    clients: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MOST_CLIENTS,
+            description="how many clients there are; 0 is all natural ones",
+        ),
+    ] = 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """[model]: what is trained."""
+
+    name: Annotated[str, Field(description="a model, or 'module:function'")] = "mlp"
+
+
+@dataclass(frozen=True)
+class LocalObjective:
+    """[objective]: what clients minimise."""
+
+    name: Annotated[
+        str, Field(description="what clients minimise, or 'module:Class'")
+    ] = "plain"
+
+
+@dataclass(frozen=True)
+class ServerStrategy:
+    """[strategy]: how much each client counts."""
+
+    name: Annotated[
+        str, Field(description="how clients are weighed, or 'module:Class'")
+    ] = "fedavg"
+
+
+@dataclass(frozen=True)
+class Server:
+    """[server]: what the server does with the aggregated update."""
+
+    name: Annotated[
+        str, Field(description="the server's optimiser: none, momentum or adam")
+    ] = "none"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """[engine]: where clients run, and how."""
+
+    name: Annotated[
+        Literal["auto", "local", "ray"], Field(description="where clients run")
+    ] = "auto"
+    workers: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MOST_WORKERS,
+            description="Ray workers; 0 is one for each core or GPU share",
+        ),
+    ] = 0
+    gpus_per_worker: Annotated[
+        float, Field(ge=0, description="share of a GPU for each Ray worker")
+    ] = 0.0
+    address: Annotated[str, Field(description="a running Ray cluster to join")] = ""
+    threads: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MOST_THREADS,
+            description="clients at once in the local engine; 0 decides",
+        ),
+    ] = 0
+    plan: Annotated[
+        str,
+        Field(description="how clients train: auto, loop or batched-N (N at once)"),
+    ] = "auto"
+    device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N")] = "auto"
+
+
+def _table(cls: type, **defaults: Any) -> dict[str, Option]:
+    """Return the keys of a table, some with another default than the class has."""
+    return {
+        kebab(name): replace(option, default=defaults.get(name, option.default))
+        for name, option in options_of(cls).items()
+    }
+
+
+SCHEMA: dict[str, dict[str, Option]] = {
+    "run": _table(Run),
+    "data": _table(Data),
+    "partition": _table(Partition),
+    "model": _table(Model),
+    "objective": _table(LocalObjective),
+    # The quick start learns fast: more than an app that is told nothing does.
+    "training": _table(TrainingSettings, epochs=10, batch_size=16, momentum=0.9),
+    "strategy": _table(ServerStrategy),
+    "server": _table(Server),
+    "engine": _table(Engine),
+}
+
+# Seeds that a file may have beside the run's, so that two runs differ in one thing
+# only. Absent they are the run's. What is picked may have an option of this name: then
+# the key is that option.
+SEEDS: dict[str, Option] = {
+    "partition": Option(
+        0, Annotated[Seed, Field(description="seed of who has which examples")]
+    ),
+    "model": Option(
+        0, Annotated[Seed, Field(description="seed of the initial weights")]
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What a table's ``name`` picks, and how the library calls it.
+
+    Attributes
+    ----------
+    registry : Registry
+        The names, beside ``"module:attribute"``.
+    call : str
+        How it is called, as a message says it.
+    positional : int
+        How many arguments the library gives by position, whatever they are called.
+    given : frozenset[str]
+        Those that the library gives by name, and a file may not.
+    """
+
+    registry: Registry
+    call: str
+    positional: int = 0
+    given: frozenset[str] = frozenset()
+
+
+PICKS: dict[str, Pick] = {
+    "data": Pick(DATA_SETS, "function(**options)", given=frozenset({"path", "seed"})),
+    "partition": Pick(PARTITIONS, "function(dataset, num_clients, rng, **options)", 3),
+    "model": Pick(MODELS, "function(input_shape, num_classes, **options)", 2),
+    "objective": Pick(OBJECTIVES, "Class(**options)"),
+    "strategy": Pick(
+        STRATEGIES,
+        "Class(**options)",
+        given=frozenset(
+            {
+                *("arrayrecord_key", "configrecord_key", "weighted_by_key"),
+                *("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"),
+                *("buffers", "frozen", "device", "model", "num_classes", "proxy"),
+                *("seed", "server_optimizer", "threads"),
+            }
+        ),
+    ),
+    "server": Pick(SERVER_OPTIMIZERS, "Class(**options)"),
+}
+
+
+def options_in_file(table: str, name: str, where: str = "") -> dict[str, Option]:
+    """Return the options of what a table's name picks, those of the library left out.
+
+    :data:`~fedweight.core.options.ANY` is among them where it takes any. ``where`` is
+    what a message calls the table.
+    """
+    pick = PICKS[table]
+    chosen = pick.registry.resolve(name)
+    what = f"{where or table}.name '{name}'"
+    check_callable(what, chosen, pick.call, pick.positional)
+    options = options_of(chosen)
+    library = {*list(options)[: pick.positional], *pick.given}
+    return {
+        name: o for name, o in options.items() if name not in library and not o.given
+    }
+
+
+def seed_rule(table: str, name: str) -> dict[str, Option]:
+    """Return the rule of a table's own seed, unless its choice has such an option."""
+    if table not in SEEDS or {"seed", ANY} & set(options_in_file(table, name)):
+        return {}
+    return {"seed": SEEDS[table]}
