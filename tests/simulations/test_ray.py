@@ -451,7 +451,7 @@ import sys, time
 from pathlib import Path
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
-from fedweight import _flower
+from fedweight.messages import _flower
 from fedweight.simulations.ray.grid import RayGrid
 
 folder = Path({folder!r})
