@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -238,13 +239,21 @@ def aggregation(
     strategy: WeightingStrategy
     if name == "fedlaw":
         strategy = make(
-            net, proxy, server_epochs=LAW_EPOCHS, batch_size=BATCH, threads=threads
+            model=net,
+            proxy=proxy,
+            server_epochs=LAW_EPOCHS,
+            batch_size=BATCH,
+            threads=threads,
         )
     else:
         strategy = make(threads=threads)
-    for client in round.clients:
-        strategy.receive(client, round.metrics[client], round.profiles[client])
-    return lambda: strategy.aggregate(round)
+    begun = replace(round, state=strategy.begin())
+
+    def aggregate() -> Tensor:
+        made = strategy.aggregate(begun)
+        return made[0] if isinstance(made, tuple) else made
+
+    return aggregate
 
 
 def reader(models: list[Tensor], threads: int) -> Callable[[], list[Tensor]]:

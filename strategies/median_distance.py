@@ -12,13 +12,12 @@ move a mean. A client at the usual distance keeps half its weight at ``tolerance
 one ten times as far off keeps a hundredth.
 """
 
-from typing import Unpack
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
-from fedweight.core.errors import check_range
 from fedweight.strategies import Round, WeightingStrategy
-from fedweight.strategies.base import StrategyArguments
 
 
 class MedianDistance(WeightingStrategy):
@@ -29,16 +28,9 @@ class MedianDistance(WeightingStrategy):
     tolerance : float
         Above 0, in units of the usual distance, the clients' median. Very large
         values are FedAvg; very small ones weigh by data size over the squared distance.
-    **arguments
-        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
     """
 
-    def __init__(
-        self, tolerance: float = 2.0, **arguments: Unpack[StrategyArguments]
-    ) -> None:
-        super().__init__(**arguments)
-        check_range("tolerance", tolerance, 0, low_open=True)
-        self.tolerance = tolerance
+    tolerance: Annotated[float, Field(gt=0)] = 2.0
 
     def weights(self, round: Round) -> Tensor:
         """Return one weight for each client; they sum to one."""

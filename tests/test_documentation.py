@@ -29,6 +29,7 @@ from fedweight.clients.objectives.proximal import Proximal
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.layout import FlatModel, Layout
 from fedweight.core.module import FlatModule
+from fedweight.core.options import options_of
 from fedweight.core.updates import StackedUpdates, Updates
 from fedweight.data import ClientData, DataSet, Examples, FederatedData
 from fedweight.data.fetch import BY_HAND, SOURCES
@@ -40,12 +41,11 @@ from fedweight.server.admission import FAR_LONGER
 from fedweight.server.reported import OWN_METRICS
 from fedweight.simulations import LocalGrid, Plan
 from fedweight.strategies import STRATEGIES, Round, WeightingStrategy, strategy_class
-from fedweight.strategies.base import LARGEST_VALUE, StrategyArguments
+from fedweight.strategies.checks import LARGEST_VALUE
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.round import REPORTED, REQUESTED
 from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
 from fedweight.studies.configuration import Configuration
-from fedweight.studies.tables import PICKS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -203,15 +203,17 @@ def test_an_option_is_as_its_card_says(name: str, row: Row) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_card_has_every_option_of_its_method(name: str) -> None:
     cls: Any = strategy_class(name)
-    own = set(inspect.signature(cls.__init__).parameters) - {"self", "arguments"}
+    own = {name for name, option in options_of(cls).items() if not option.given}
+    own -= options_of(WeightingStrategy).keys()
     listed = {names(row["option"])[0] for n, row in OPTIONS if n == name}
-    assert {o.replace("_", "-") for o in own - PICKS["strategy"].given} <= listed
+    assert {o.replace("_", "-") for o in own} <= listed
 
 
 def test_the_options_of_every_strategy_are_those_that_the_page_lists() -> None:
     page = text_of("strategies/README.md")
-    [said] = re.findall(r"besides its own options:(.*?);\s+from Python", page, re.DOTALL)
-    common = set(StrategyArguments.__annotations__) - PICKS["strategy"].given
+    [said] = re.findall(r"its own options:(.*?);\s+from Python", page, re.DOTALL)
+    options = options_of(WeightingStrategy)
+    common = {name for name, option in options.items() if not option.given}
     assert {name.replace("-", "_") for name in names(said)} == common
 
 

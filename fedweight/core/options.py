@@ -18,7 +18,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -49,6 +49,14 @@ ANY = "**"
 
 # Marks, in ``Annotated``, what the library fills in and a file cannot.
 GIVEN = "given by the library"
+
+
+@dataclass(frozen=True)
+class InFile:
+    """Marks, in ``Annotated``, that a simulation file has another default."""
+
+    default: Any
+
 
 # A count that no run reaches in a lifetime can only be a mistake.
 MOST = 2**31 - 1
@@ -86,6 +94,14 @@ class Option:
     def given(self) -> bool:
         """Whether the library fills it in, and a file cannot."""
         return GIVEN in metadata(self.annotation)
+
+    @property
+    def in_file(self) -> Option:
+        """The same with the default that a simulation file has."""
+        for mark in metadata(self.annotation):
+            if isinstance(mark, InFile):
+                return dataclasses.replace(self, default=mark.default)
+        return self
 
     @property
     def meaning(self) -> str:
@@ -360,20 +376,44 @@ def checked_fields(cls: type[T]) -> type[T]:
     fedweight.core.errors.ConfigurationError: size must be a number, got '2'.
     """
     init: Callable[..., None] = cls.__init__
+    generated = _is_generated(init)
     options: dict[str, Option] = {}
 
     @functools.wraps(init)
     def checking(self: Any, *arguments: Any, **keywords: Any) -> None:
-        init(self, *arguments, **keywords)
         if not options:
             options.update(_fields(cls))
-        for name, option in options.items():
-            value = getattr(self, name)
-            if value is not option.default:
-                object.__setattr__(self, name, option.checked(name, value))
+        for name in keywords if generated else ():
+            if name not in options:
+                raise TypeError(
+                    f"{cls.__name__} has no option '{name}'.{closest(name, options)} "
+                    f"It takes {', '.join(options)}."
+                )
+        if generated:
+            arguments = _by_place(cls, options, arguments)
+        keywords = {
+            name: options[name].checked(name, value) if name in options else value
+            for name, value in keywords.items()
+        }
+        init(self, *arguments, **keywords)
 
     cls.__init__ = checking  # type: ignore[method-assign]
     return cls
+
+
+def _by_place(
+    cls: type, options: Mapping[str, Option], arguments: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Check what a dataclass is given by position."""
+    places = [f.name for f in dataclasses.fields(cls) if f.init and not f.kw_only]
+    if len(arguments) > len(places):
+        some = next(name for name in cls.__annotations__ if name in options)
+        raise TypeError(
+            f"{cls.__name__} takes {len(places)} options by position, got "
+            f"{len(arguments)}. Name them, as in {cls.__name__}({some}=...)."
+        )
+    pairs = zip(places, arguments, strict=False)
+    return tuple(options[name].checked(name, value) for name, value in pairs)
 
 
 def resolve_options(

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
     from ..core.records import ClientRecord, RoundRecord
-    from .base import StrategyArguments, WeightingStrategy
+    from .base import WeightingStrategy
     from .fedavg import FedAvg
     from .fedce import FedCE
     from .feddisco import FedDisco
     from .fedlaw import FedLAW
     from .fedprox import FedProx
     from .ida import IDA
-    from .round import Round
+    from .round import Report, Round, Selection
 
 __all__ = [
     "IDA",
@@ -31,9 +31,10 @@ __all__ = [
     "FedDisco",
     "FedLAW",
     "FedProx",
+    "Report",
     "Round",
     "RoundRecord",
-    "StrategyArguments",
+    "Selection",
     "WeightingStrategy",
     "strategy_class",
 ]
@@ -48,8 +49,9 @@ __getattr__, __dir__ = lazy_exports(
         "FedProx": ".fedprox",
         "IDA": ".ida",
         "WeightingStrategy": ".base",
-        "StrategyArguments": ".base",
+        "Report": ".round",
         "Round": ".round",
+        "Selection": ".round",
         "ClientRecord": "..core.records",
         "RoundRecord": "..core.records",
     },

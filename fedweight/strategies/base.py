@@ -9,12 +9,11 @@ server's optimiser and the record of every round are done here, once.
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Annotated, Any, ClassVar, NamedTuple, dataclass_transform
 
-import numpy as np
 import torch
 from flwr.app import (
     ArrayRecord,
@@ -26,11 +25,13 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from pydantic import Field
 from torch import Tensor
 
-from ..core.errors import AggregationError, ConfigurationError, check_range
+from ..core.errors import AggregationError, ConfigurationError
 from ..core.layout import FlatModel, is_finite
 from ..core.local_models import LocalModels, middle
+from ..core.options import GIVEN, InFile, checked_fields
 from ..core.records import ClientRecord, RoundRecord, Status
 from ..core.rng import Purpose, generator
 from ..core.texts import (
@@ -67,48 +68,32 @@ from ..server.reported import (
     recorded_metrics,
     sort_metrics,
 )
-from .round import TIMES_MEDIAN, Round
+from ..server.sampling import known_empty, sample, straggler_epochs
+from .checks import (
+    as_parameters,
+    as_weights,
+    asked_names,
+    check_values,
+    check_weights,
+    told_columns,
+)
+from .round import TIMES_MEDIAN, Report, Round, Selection
 from .server_optimizers import ServerOptimizer
 from .weights import cap, effective_clients
 
 log = logging.getLogger("fedweight")
 
-# A model with larger values is no model to start training from: a few layers multiply
-# them beyond what float32 holds.
-LARGEST_VALUE = 2.0**32
-
-
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
-
-class StrategyArguments(TypedDict, total=False):
-    """The keyword arguments that every strategy takes besides its method's own.
-
-    The first ten are those of Flower's ``FedAvg`` and mean the same.
-    """
-
-    fraction_train: float
-    fraction_evaluate: float
-    min_train_nodes: int
-    min_evaluate_nodes: int
-    min_available_nodes: int
-    weighted_by_key: str
-    arrayrecord_key: str
-    configrecord_key: str
-    train_metrics_aggr_fn: MetricsFn | None
-    evaluate_metrics_aggr_fn: MetricsFn | None
-    seed: int
-    min_replies: int
-    stragglers: float
-    server_optimizer: ServerOptimizer | None
-    accumulate: Accumulate | None
-    buffers: Collection[str] | None
-    frozen: Collection[str] | None
-    max_share: float
-    max_update_norm: float | None
-    threads: int | None
+# A number for all clients, or one for each.
+Told = float | int | Sequence[float | int | None] | Tensor
 
 
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(field,)
+)
+@checked_fields
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class WeightingStrategy(Strategy):
     """Sample clients, weigh their updates, make the next global model.
 
@@ -161,91 +146,114 @@ class WeightingStrategy(Strategy):
         1 or more: threads for the arithmetic over the updates; by default as many as
         there are cores where there is enough to do. It never changes the result.
 
-    Attributes
-    ----------
-    history : list[RoundRecord]
-        The weight log: every round with every client that was drawn.
+    Notes
+    -----
+    A class that derives from this one declares its options as annotated fields, such as
+    ``tolerance: Annotated[float, Field(gt=0)] = 2.0``; it becomes a frozen dataclass
+    whose values are checked. What changes from round to round is :attr:`state`.
     """
 
-    request: tuple[str, ...] = ()
+    request: ClassVar[tuple[str, ...]] = ()
     """What the method asks the clients for, beyond what every reply reports."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """What of the server's the constructor takes: "model", "proxy"."""
+    """What of the server's the method takes as fields: "model", "proxy"."""
 
     caps_weights: ClassVar[bool] = False
     """Whether an :meth:`aggregate` of the class's own observes ``max_share``."""
 
-    def __init__(self, **arguments: Unpack[StrategyArguments]) -> None:
-        unknown = sorted(set(arguments) - set(StrategyArguments.__annotations__))
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no argument '{unknown[0]}'; there are "
-                f"{', '.join(StrategyArguments.__annotations__)} besides its own."
-            )
-        self.fraction_train = float(arguments.get("fraction_train", 1.0))
-        self.fraction_evaluate = float(arguments.get("fraction_evaluate", 1.0))
-        self.min_train_nodes = int(arguments.get("min_train_nodes", 2))
-        self.min_evaluate_nodes = int(arguments.get("min_evaluate_nodes", 2))
-        self.min_available_nodes = int(arguments.get("min_available_nodes", 2))
-        self.weighted_by_key: str = arguments.get("weighted_by_key", keys.NUM_EXAMPLES)
-        self.arrayrecord_key = arguments.get("arrayrecord_key", keys.ARRAYS)
-        self.configrecord_key = arguments.get("configrecord_key", keys.CONFIG)
-        self.train_metrics_aggr_fn = arguments.get("train_metrics_aggr_fn")
-        self.evaluate_metrics_aggr_fn = arguments.get("evaluate_metrics_aggr_fn")
-        self.seed = int(arguments.get("seed", 0))
-        self.min_replies = int(arguments.get("min_replies", 1))
-        self.stragglers = float(arguments.get("stragglers", 0.0))
-        self.server_optimizer = arguments.get("server_optimizer")
-        self.accumulate: Accumulate | None = arguments.get("accumulate")
-        self.buffers = arguments.get("buffers")
-        self.frozen = arguments.get("frozen")
-        self.max_share = float(arguments.get("max_share", 1.0))
-        self.max_update_norm = arguments.get("max_update_norm")
-        self.threads = arguments.get("threads")
-        check_range("fraction_train", self.fraction_train, 0, 1)
-        check_range("fraction_evaluate", self.fraction_evaluate, 0, 1)
-        check_range("stragglers", self.stragglers, 0, 1, high_open=True)
-        check_range("min_replies", self.min_replies, 1)
-        check_range("min_train_nodes", self.min_train_nodes, 0)
-        check_range("min_evaluate_nodes", self.min_evaluate_nodes, 0)
-        check_range("min_available_nodes", self.min_available_nodes, 0)
-        check_range("max_share", self.max_share, 0, 1, low_open=True)
-        own = type(self).aggregate is not WeightingStrategy.aggregate
-        if not own and type(self).weights is WeightingStrategy.weights:
+    fraction_train: Annotated[float, Field(ge=0, le=1)] = 1.0
+    fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = 1.0
+    min_train_nodes: Annotated[int, Field(ge=0), InFile(1)] = 2
+    min_evaluate_nodes: Annotated[int, Field(ge=0), InFile(1)] = 2
+    min_available_nodes: Annotated[int, Field(ge=0), InFile(1)] = 2
+    weighted_by_key: Annotated[str, GIVEN] = keys.NUM_EXAMPLES
+    arrayrecord_key: Annotated[str, GIVEN] = keys.ARRAYS
+    configrecord_key: Annotated[str, GIVEN] = keys.CONFIG
+    train_metrics_aggr_fn: Annotated[MetricsFn | None, GIVEN] = None
+    evaluate_metrics_aggr_fn: Annotated[MetricsFn | None, GIVEN] = None
+    seed: Annotated[int, Field(ge=0), GIVEN] = 0
+    min_replies: Annotated[int, Field(ge=1)] = 1
+    stragglers: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    server_optimizer: Annotated[ServerOptimizer | None, GIVEN] = None
+    accumulate: Accumulate | None = None
+    buffers: Annotated[Collection[str] | None, GIVEN] = None
+    frozen: Annotated[Collection[str] | None, GIVEN] = None
+    max_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_update_norm: Annotated[float, Field(gt=0)] | None = None
+    threads: Annotated[Annotated[int, Field(ge=1)] | None, GIVEN] = None
+
+    _now: _Now = field(init=False)
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        """Make the class a frozen dataclass whose fields are checked."""
+        super().__init_subclass__(**named)
+        if isinstance(cls.request, str):
             raise ConfigurationError(
-                f"{type(self).__name__} must define weights(round) or aggregate(round)."
+                f"{cls.__name__}.request must be a tuple of names, got "
+                f"{cls.request!r}. Write ({cls.request!r},)."
+            )
+        checked_fields(dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls))
+
+    def __post_init__(self) -> None:
+        """Refuse what defines no rule, or has options that the rule does not use."""
+        cls = type(self)
+        own = cls.aggregate is not WeightingStrategy.aggregate
+        if not own and cls.weights is WeightingStrategy.weights:
+            raise ConfigurationError(
+                f"{cls.__name__} must define weights(round) or aggregate(round)."
             )
         if self.max_share < 1 and own and not self.caps_weights:
             raise ConfigurationError(
-                f"max_share is {self.max_share:g}, but {type(self).__name__} makes the "
+                f"max_share is {self.max_share:g}, but {cls.__name__} makes the "
                 "model in an aggregate(round) of its own, which does not use it. Leave "
                 "it out, or define weights(round) instead."
             )
-        if self.max_update_norm is not None:
-            check_range("max_update_norm", self.max_update_norm, 0, low_open=True)
-        if self.threads is not None:
-            check_range("threads", self.threads, 1)
-        if isinstance(self.request, str):
-            raise ConfigurationError(
-                f"{type(self).__name__}.request must be a tuple of names, got "
-                f"{self.request!r}. Write ({self.request!r},)."
-            )
-        check_range("seed", self.seed, 0)
-        self.history: list[RoundRecord] = []
-        self._model: FlatModel | None = None
-        self._asked: dict[int, _Asked] = {}
-        self._not_asked: list[int] = []
-        self._without_examples: set[int] = set()
-        self._errors = KnownErrors()
-        self._own_metrics = OwnMetrics()
-        self._name_of: Callable[[int], str] = str
-        self._cohort: Cohort | None = None
-        self._outermost = False
+        # All that changes; everything else is fixed.
+        object.__setattr__(self, "_now", _Now(method=self.begin()))
+
+    def __repr__(self) -> str:
+        """Return the options that are not the defaults."""
+        options = (one for one in fields(self) if one.init)
+        told = (
+            f"{one.name}={getattr(self, one.name)!r}"
+            for one in options
+            if getattr(self, one.name) is not one.default
+        )
+        return f"{type(self).__name__}({', '.join(told)})"
+
+    @property
+    def history(self) -> list[RoundRecord]:
+        """The weight log: every round with every client that was drawn."""
+        return self._now.history
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is carried from round to round: numbers, texts, arrays, lists, dicts.
+
+        It is replaced whole when a round ends, and a failed round leaves it as it was.
+        A strategy that is given it by :meth:`restore` goes on as this one would.
+        """
+        now = self._now
+        return {
+            "method": now.method,
+            "server-optimizer": now.optimizer,
+            "without-examples": sorted(now.without_examples),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over the :attr:`state` of a strategy with the same options."""
+        self._now.method = state["method"]
+        self._now.optimizer = state["server-optimizer"]
+        self._now.without_examples = set(state["without-examples"])
 
     # What a method answers.
 
-    def weights(self, round: Round) -> Tensor:
+    def begin(self) -> Any:
+        """Return the method's state before the first round; ``None`` without memory."""
+        return None
+
+    def weights(self, round: Round) -> Tensor | tuple[Tensor, Any]:
         """Return how much each client counts in this round.
 
         Parameters
@@ -255,51 +263,54 @@ class WeightingStrategy(Strategy):
 
         Returns
         -------
-        Tensor
+        Tensor, or Tensor and state
             Shape ``[K]``, or ``[K, T]`` for weights per named tensor. Finite; whether
-            they sum to one is the method's own law.
+            they sum to one is the method's own law. A method with memory returns its
+            next state too; the last one is ``round.state``.
         """
         raise NotImplementedError
 
-    def aggregate(self, round: Round) -> Tensor:
-        """Return the next global parameters, ``[P]``.
+    def aggregate(self, round: Round) -> Tensor | tuple[Tensor, Any]:
+        """Return the next global parameters, ``[P]``, and the next state if any.
 
         By default ``w + sum_k weights_k * (w_k - w)``, which is ``sum_k weights_k *
         w_k`` where the weights sum to one. A method that overrides this logs the
         weights that it used: ``round.log("weight", weights)``.
         """
-        weights = cap(_as_weights(self, self.weights(round), round), self.max_share)
+        given = self.weights(round)
+        weights = given[0] if isinstance(given, tuple) else given
+        weights = cap(as_weights(self, weights, round), self.max_share)
         round.log("weight", weights if weights.ndim == 1 else weights.mean(1))
-        step = round.updates.combine(weights)
-        return step.add_(round.model.parameters)
+        model = round.updates.combine(weights).add_(round.model.parameters)
+        return (model, *given[1:]) if isinstance(given, tuple) else model
 
-    def train_config(self, round: int) -> dict[str, float | int]:
-        """Return what the method tells every client alike; nothing by default."""
+    def tell(self, selection: Selection) -> Mapping[str, Told]:
+        """Return what the method tells the clients of a round; nothing by default.
+
+        By name a number for all, or a number for each (``None``: that one is told
+        nothing).
+        """
         return {}
 
-    def client_config(self, round: int, client: int) -> dict[str, float | int]:
-        """Return what the method tells one client; nothing by default."""
-        return {}
+    def ask(self, selection: Selection) -> Mapping[str, bool | Sequence[bool]]:
+        """Return what the method asks the clients for; :attr:`request` by default.
 
-    def asks(self, round: int, client: int) -> tuple[str, ...]:
-        """Return what the method asks one client for; :attr:`request` by default."""
-        return self.request
+        By name whether all are asked, or whether each is.
+        """
+        return dict.fromkeys(self.request, True)
 
-    def receive(
-        self, client: int, metrics: Mapping[str, Any], profile: Mapping[str, Any]
-    ) -> None:
+    def admit(self, report: Report) -> None:
         """Look at one client's reply before the round is aggregated.
 
-        Clients come in the order of their numbers, whatever order they answered in.
         Raise :class:`AggregationError` to reject the reply, with the reason. Whatever
         else this raises rejects it, too: a client may have sent anything.
         """
 
-    def screen(self, clients: Sequence[int]) -> Mapping[int, str]:
-        """Return why to reject some of the clients whose replies were received.
+    def screen(self, reports: Sequence[Report], state: Any) -> Mapping[int, str]:
+        """Return why to reject some of the clients whose replies were admitted.
 
-        For what shows only where replies are compared with each other. Nobody by
-        default.
+        For what shows only where replies are compared with each other. They come in
+        the order of the clients' numbers. Nobody by default.
         """
         return {}
 
@@ -324,44 +335,29 @@ class WeightingStrategy(Strategy):
         """
         return False
 
-    def state(self) -> dict[str, Any]:
-        """Return what the method carries from round to round, as plain values.
-
-        A strategy that is given this by :meth:`load_state` goes on as this one would.
-        """
-        optimizer = self.server_optimizer
-        own = {} if optimizer is None else {"server-optimizer": optimizer.state()}
-        return own | {"without-examples": sorted(self._without_examples)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` returned."""
-        self._without_examples = set(state.get("without-examples", ()))
-        if self.server_optimizer is not None:
-            self.server_optimizer.load_state(state["server-optimizer"])
-
     # Flower's hooks.
 
     def start(self, *arguments: Any, **named: Any) -> Result:
         """Run the rounds, as Flower's ``Strategy.start`` does."""
         # A wrapper runs the rounds itself, and may look into the replies.
-        self._outermost = True
+        self._now.outermost = True
         try:
             return super().start(*arguments, **named)
         finally:
-            self._outermost = False
+            self._now.outermost = False
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Choose the round's clients and write them their messages."""
-        layout = self._model.layout if self._model else None
+        layout = self._now.model.layout if self._now.model else None
         if layout is None or len(arrays) != len(layout.entries):
             layout = layout_of(arrays, self.buffers, self.frozen)
-        self._model = flatten(arrays, layout)
+        self._now.model = flatten(arrays, layout)
         # It counts as failed until it is aggregated: a wrapper may never get there.
         unfinished = RoundRecord(server_round, "failed", "its replies did not arrive")
-        self.history.append(unfinished)
-        nodes = self._sample(
+        self._now.history.append(unfinished)
+        nodes = self._drawn(
             grid,
             self.fraction_train,
             self.min_train_nodes,
@@ -369,40 +365,54 @@ class WeightingStrategy(Strategy):
             server_round,
         )
         config[keys.ROUND] = server_round
-        for key, value in self.train_config(server_round).items():
+        epochs = straggler_epochs(
+            self.seed, server_round, self.stragglers, len(nodes), config
+        )
+        self._now.asked, self._now.not_asked = {}, []
+        empty = known_empty(
+            grid, [client for client, _ in nodes], self._now.without_examples
+        )
+        chosen = [
+            (client, node, part)
+            for (client, node), part in zip(nodes, epochs, strict=True)
+            if client not in empty
+        ]
+        self._now.not_asked = [client for client, _ in nodes if client in empty]
+        clients = tuple(client for client, _, _ in chosen)
+        selection = Selection(server_round, clients, self._now.method)
+        shared, columns = told_columns(self, selection)
+        for key, value in shared.items():
             config[key] = value
-        epochs = self._straggler_epochs(server_round, len(nodes), config)
-        self._asked, self._not_asked = {}, []
-        empty = self._empty([client for client, _ in nodes], grid)
+        asks = asked_names(self, selection)
         own = {}
         # Clients that are told the same share one record.
         records: dict[tuple[tuple[str, Any], ...], ConfigRecord] = {}
-        for (client, node), part in zip(nodes, epochs, strict=True):
-            if client in empty:
-                self._not_asked.append(client)
-                continue
-            asks = self.asks(server_round, client)
-            self._asked[node] = _Asked(client, part is not None, asks)
-            told: dict[str, Any] = dict(self.client_config(server_round, client))
+        for k, (client, node, part) in enumerate(chosen):
+            self._now.asked[node] = _Asked(client, part is not None, asks[k])
+            told: dict[str, Any] = {
+                name: column[k]
+                for name, column in columns.items()
+                if column[k] is not None
+            }
             if part is not None:
                 told[keys.LOCAL_EPOCHS] = part
-            if asks:
-                told[keys.REQUEST] = asks
+            if asks[k]:
+                told[keys.REQUEST] = asks[k]
             if told:
                 same = tuple(told.items())
                 if same not in records:
-                    told |= _request(config, asks)
+                    told |= _request(config, asks[k])
                     records[same] = ConfigRecord({**dict(config), **told})
                 own[node] = records[same]
         # As vectors, so that clients of ours answer in this layout.
         content = RecordDict(
             {
-                self.arrayrecord_key: _flat(arrays, self._model),
+                self.arrayrecord_key: _flat(arrays, self._now.model),
                 self.configrecord_key: config,
             }
         )
         sums = (
-            self._outermost
+            self._now.outermost
             and self.weighs_by_size
             and self.weighted_by_key == keys.NUM_EXAMPLES  # always there, and finite
             and self.accumulate is None
@@ -412,19 +422,19 @@ class WeightingStrategy(Strategy):
         )
         left_out = [
             node
-            for node, asked in self._asked.items()
+            for node, asked in self._now.asked.items()
             if sums and not self.keeps(server_round, asked.client, asked.straggler)
         ]
-        self._cohort = Cohort(
+        self._now.cohort = Cohort(
             content,
-            list(self._asked),
+            list(self._now.asked),
             MessageType.TRAIN,
             own,
             self.configrecord_key,
             summed_by=self.weighted_by_key if sums else None,
             left_out=left_out,
         )
-        return self._cohort
+        return self._now.cohort
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -433,43 +443,48 @@ class WeightingStrategy(Strategy):
         with one_thread():
             result = self._aggregate_train(server_round, replies)
         ours = type(self).aggregate_train is WeightingStrategy.aggregate_train
-        if ours and self._outermost and isinstance(replies, Replies):
+        if ours and self._now.outermost and isinstance(replies, Replies):
             replies.forget()
         return result
 
     def _aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        if self._model is None:
+        if self._now.model is None:
             raise AggregationError(
                 "aggregate_train was called before configure_train: the global model "
                 "is not known. Let Strategy.start run both."
             )
         record = self.history[-1]
-        if not (self._asked or self._not_asked) and self.fraction_train == 0:
+        if not (self._now.asked or self._now.not_asked) and self.fraction_train == 0:
             record.status, record.reason = "ok", ""
             return None, None
         accepted, models = self._sort(server_round, replies, record)
-        chosen = self._own_metrics.limit(record.clients)
+        chosen = self._now.own_metrics.limit(record.clients)
         accepted = self._short_enough(accepted, models, record)
-        self._errors.tell(server_round, record.clients)
+        self._now.errors.tell(server_round, record.clients)
         if len(accepted) < self.min_replies:
             return self._fail(record, self._too_few(accepted, record))
-        saved = self.state()
+        optimizer = self._now.optimizer
         try:
             round = self._round(server_round, accepted, models)
-            parameters = _as_parameters(self, self.aggregate(round), round)
+            made, state = _parted(self.aggregate(round), round.state)
+            parameters = as_parameters(self, made, round)
             round.keep_still(parameters)
-            self._check_weights(round)
-            self._check_values(round, parameters)
+            check_weights(self, round)
+            check_values(round, parameters, self._now.name_of)
             if self.server_optimizer is not None:
-                before = self._model.parameters.to(parameters.dtype)
-                parameters = before + self.server_optimizer.step(parameters - before)
-                self._check_values(round, parameters)
+                before = self._now.model.parameters.to(parameters.dtype)
+                step, optimizer = self.server_optimizer.step(
+                    parameters - before, optimizer
+                )
+                parameters = before + step
+                check_values(round, parameters, self._now.name_of)
             model = self._next_model(parameters, round, accepted, models)
         except AggregationError as error:
-            self.load_state(saved)  # A failed round leaves the method as it was.
             return self._fail(record, str(error))
+        # Only now: a failed round leaves all that is carried as it was.
+        self._now.method, self._now.optimizer = state, optimizer
         metrics = self._metrics(accepted, chosen, self.train_metrics_aggr_fn)
         record.status, record.reason = "ok", ""
         record.metrics |= recorded_metrics(metrics)
@@ -481,10 +496,10 @@ class WeightingStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Choose the clients that evaluate the global model on their held-out data."""
-        self._asked, self._not_asked = {}, []
+        self._now.asked, self._now.not_asked = {}, []
         if self.fraction_evaluate == 0:
             return []
-        nodes = self._sample(
+        nodes = self._drawn(
             grid,
             self.fraction_evaluate,
             self.min_evaluate_nodes,
@@ -495,19 +510,21 @@ class WeightingStrategy(Strategy):
         content = RecordDict(
             {self.arrayrecord_key: arrays, self.configrecord_key: config}
         )
-        empty = self._empty([client for client, _ in nodes], grid)
-        self._asked = {
+        empty = known_empty(
+            grid, [client for client, _ in nodes], self._now.without_examples
+        )
+        self._now.asked = {
             node: _Asked(client, False, ())
             for client, node in nodes
             if client not in empty
         }
-        self._cohort = Cohort(
+        self._now.cohort = Cohort(
             content,
-            list(self._asked),
+            list(self._now.asked),
             MessageType.EVALUATE,
             config_key=self.configrecord_key,
         )
-        return self._cohort
+        return self._now.cohort
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -517,12 +534,12 @@ class WeightingStrategy(Strategy):
         entries: dict[int, ClientRecord] = {}
         for row in record.clients:  # Of a client that replied twice, the first.
             entries.setdefault(row.client, row)
-        nbytes = self._model.layout.num_bytes if self._model else 0
+        nbytes = self._now.model.layout.num_bytes if self._now.model else 0
         answered = set()
         accepted: list[AcceptedReply] = []
         bad = []
         with_own = []
-        anybody = not self._asked
+        anybody = not self._now.asked
         for client, sent, reply in self._read(replies)[0]:
             entry = entries.get(client)
             if entry is None:
@@ -549,8 +566,8 @@ class WeightingStrategy(Strategy):
                 evaluated = ClientRecord(client, "evaluated", own_metrics=own)
                 with_own.append((entry, evaluated))
         record.clients.sort(key=lambda c: c.client)
-        self._errors.tell(server_round, bad)
-        chosen = self._own_metrics.limit(evaluated for _, evaluated in with_own)
+        self._now.errors.tell(server_round, bad)
+        chosen = self._now.own_metrics.limit(evaluated for _, evaluated in with_own)
         for entry, evaluated in with_own:
             own = evaluated.own_metrics
             named = {f"evaluate-{name}": own[name] for name in own}
@@ -563,78 +580,17 @@ class WeightingStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the method and its settings."""
-        log.info("%s: %s", type(self).__name__, _settings(self))
+        log.info("%r", self)
 
     # Steps of the hooks.
 
-    def _sample(
+    def _drawn(
         self, grid: Grid, fraction: float, least: int, purpose: Purpose, round: int
     ) -> list[tuple[int, int]]:
         """Draw ``(client, node)`` pairs, in the order of the clients' numbers."""
-        if fraction == 0:
-            return []
-        number = getattr(grid, "client_of", int)
-        self._name_of = getattr(grid, "name_of", None) or str
-        complete = getattr(grid, "complete", False)
-        nodes = grid.get_node_ids()
-        # A simulation's range is in the clients' order, and is not written out.
-        if not (complete and isinstance(nodes, range)):
-            nodes = list(nodes)
-        while len(nodes) < max(self.min_available_nodes, least):
-            if complete:
-                raise ConfigurationError(
-                    f"the strategy waits for "
-                    f"{max(self.min_available_nodes, least)} clients (min_train_nodes, "
-                    f"min_evaluate_nodes, min_available_nodes), but the simulation "
-                    f"has {len(nodes)}. Lower those or simulate more clients."
-                )
-            log.info("waiting for clients: %d connected", len(nodes))
-            time.sleep(1)  # Flower's Grid offers no event for a node that connects.
-            nodes = list(grid.get_node_ids())
-        size = max(int(len(nodes) * fraction), least)
-        if isinstance(nodes, list):
-            nodes.sort(key=number)
-        if size < len(nodes):
-            stream = generator(self.seed, purpose, round)
-            chosen = np.sort(stream.choice(len(nodes), size, replace=False))
-            nodes = [nodes[i] for i in chosen.tolist()]
-        return [(number(node), node) for node in nodes]
-
-    def _empty(self, clients: Sequence[int], grid: Grid) -> set[int]:
-        """Return which clients are known to have no examples.
-
-        A simulation knows; of others, those whose reply has said so.
-        """
-        sizes_of = getattr(grid, "sizes_of", None)
-        sizes = None if sizes_of is None else sizes_of(clients)
-        empty = self._without_examples.intersection(clients)
-        if sizes is not None:
-            empty |= {c for c, size in zip(clients, sizes, strict=True) if size == 0}
-        return empty
-
-    def _straggler_epochs(
-        self, round: int, cohort: int, config: ConfigRecord
-    ) -> list[int | None]:
-        """Return the epochs of each straggler, ``None`` for all other clients.
-
-        Tian Li et al., "Federated Optimization in Heterogeneous Networks", MLSys
-        2020: all but ``round(K * (1 - share))`` clients do U{1, ..., E - 1} epochs.
-        """
-        epochs: list[int | None] = [None] * cohort
-        if self.stragglers == 0:
-            return epochs
-        full = config.get(keys.LOCAL_EPOCHS)
-        if not isinstance(full, int) or full < 2:
-            raise ConfigurationError(
-                f"stragglers = {self.stragglers:g} needs local epochs of 2 or more "
-                f"(the train config's '{keys.LOCAL_EPOCHS}'), got {full!r}: a "
-                "straggler does fewer epochs than the others, but at least one."
-            )
-        stream = generator(self.seed, Purpose.STRAGGLERS, round)
-        slow = cohort - math.floor(cohort * (1 - self.stragglers) + 0.5)
-        for k in stream.choice(cohort, slow, replace=False):
-            epochs[k] = int(stream.integers(1, full))
-        return epochs
+        self._now.name_of = getattr(grid, "name_of", None) or str
+        stream = partial(generator, self.seed, purpose, round)
+        return sample(grid, stream, fraction, least, self.min_available_nodes)
 
     def _read(
         self, replies: Iterable[Message]
@@ -648,8 +604,8 @@ class WeightingStrategy(Strategy):
         lost client carries the SuperLink's node; the message it answers tells whose.
         The models come with it where the replies do not hold them.
         """
-        asked, self._asked = self._asked, {}
-        cohort, self._cohort = self._cohort, None
+        asked, self._now.asked = self._now.asked, {}
+        cohort, self._now.cohort = self._now.cohort, None
         plain, models = None, None
         if isinstance(replies, Replies) and replies.plain is not None:
             plain, models = replies.plain, replies.models
@@ -659,7 +615,7 @@ class WeightingStrategy(Strategy):
                 sent = asked.get(answer.node)
                 read.append((sent.client if sent else answer.node, sent, answer))
         else:
-            assert self._model is not None
+            assert self._now.model is not None
             for message in replies:
                 node = message.metadata.src_node_id
                 if node not in asked and cohort is not None:
@@ -668,7 +624,9 @@ class WeightingStrategy(Strategy):
                 sent = asked.get(node)
                 reply: Reply | AggregationError
                 try:
-                    reply = Reply.of(message, self._model.layout, self.arrayrecord_key)
+                    reply = Reply.of(
+                        message, self._now.model.layout, self.arrayrecord_key
+                    )
                 except AggregationError as error:
                     reply = error
                 read.append((sent.client if sent else node, sent, reply))
@@ -682,11 +640,11 @@ class WeightingStrategy(Strategy):
         self, round: int, replies: Iterable[Message], record: RoundRecord
     ) -> tuple[list[AcceptedReply], LocalModels]:
         """Tell good replies from bad ones, in the order of the clients' numbers."""
-        assert self._model is not None
-        nbytes = self._model.layout.num_bytes
-        anybody = not (self._asked or self._not_asked)
+        assert self._now.model is not None
+        nbytes = self._now.model.layout.num_bytes
+        anybody = not (self._now.asked or self._now.not_asked)
         entries = {
-            c: self._entry(c, "dropped", keys.NO_EXAMPLES) for c in self._not_asked
+            c: self._entry(c, "dropped", keys.NO_EXAMPLES) for c in self._now.not_asked
         }
         record.clients += entries.values()
         accepted: dict[int, AcceptedReply] = {}
@@ -709,14 +667,14 @@ class WeightingStrategy(Strategy):
                 accepted[client] = self._admit(round, sent, reply, entry)
                 entries[client] = entry
                 if arrived and isinstance(reply.model, FlatModel):
-                    lengths[client] = update_norm(reply.model, self._model)
+                    lengths[client] = update_norm(reply.model, self._now.model)
             except Unfit as error:
                 entry.status, entry.reason = error.status, _reason(error)
             except AggregationError as error:
                 entry.status, entry.reason = "rejected", _reason(error)
             if entry.reason == keys.NO_EXAMPLES:
-                self._without_examples.add(client)
-        for client, reason in self._screened(list(accepted)).items():
+                self._now.without_examples.add(client)
+        for client, reason in self._screened(accepted).items():
             entries[client].status, entries[client].reason = "rejected", reason
             del accepted[client]
         for client, times in far_longer(lengths).items():
@@ -726,7 +684,7 @@ class WeightingStrategy(Strategy):
                 "round %d: the update of %s is %.3g times as long as the median; "
                 "max_update_norm would reject it",
                 round,
-                clients_called([client], self._name_of),
+                clients_called([client], self._now.name_of),
                 times,
             )
         record.clients.sort(key=lambda entry: entry.client)
@@ -744,7 +702,7 @@ class WeightingStrategy(Strategy):
         AggregationError
             With the reason, if it is not to be aggregated.
         """
-        assert self._model is not None
+        assert self._now.model is not None
         if reply.error is not None:
             raise Unfit("missing" if reply.lost else "failed", reply.error)
         known, own = sort_metrics(reply.metrics)
@@ -753,41 +711,45 @@ class WeightingStrategy(Strategy):
         check_trained(size, known)
         check_model(reply, self.arrayrecord_key)
         check_asked(reply, sent.asks)
-        self._received(sent.client, reply)
+        self._looked_at(Report(sent.client, reply.metrics, reply.profile))
         if not self.keeps(round, sent.client, sent.straggler):
             raise Unfit("dropped", keys.STRAGGLER)
         return AcceptedReply(sent.client, reply, size, known, own)
 
-    def _received(self, client: int, reply: Reply) -> None:
+    def _looked_at(self, report: Report) -> None:
         """Let the method look at a reply; what it cannot take rejects the reply."""
         try:
-            self.receive(client, reply.metrics, reply.profile)
+            self.admit(report)
         except AggregationError:
             raise
         except Exception as error:
-            log.debug("client %d", client, exc_info=True)
+            log.debug("client %d", report.client, exc_info=True)
             raise AggregationError(
-                f"{type(self).__name__}.receive cannot take it: "
+                f"{type(self).__name__}.admit cannot take it: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _screened(self, clients: list[int]) -> Mapping[int, str]:
+    def _screened(self, accepted: Mapping[int, AcceptedReply]) -> Mapping[int, str]:
         """Let the method look at all replies; those that it names are rejected."""
+        reports = [
+            Report(client, one.reply.metrics, one.reply.profile)
+            for client, one in accepted.items()
+        ]
         try:
-            odd = self.screen(clients) or {}
-            return {client: str(odd[client]) for client in clients if client in odd}
+            odd = self.screen(reports, self._now.method) or {}
+            return {client: str(odd[client]) for client in accepted if client in odd}
         except Exception as error:
             log.debug("screen", exc_info=True)
             why = (
                 f"{type(self).__name__}.screen cannot take the replies: "
                 f"{type(error).__name__}: {error}"
             )
-            return dict.fromkeys(clients, why)
+            return dict.fromkeys(accepted, why)
 
     def _entry(self, client: int, status: Status, reason: str = "") -> ClientRecord:
-        if self._name_of is str:
+        if self._now.name_of is str:
             return ClientRecord(client, status, reason)
-        name = own_name(client, self._name_of(client))
+        name = own_name(client, self._now.name_of(client))
         return ClientRecord(client, status, reason, name=name)
 
     def _short_enough(
@@ -820,69 +782,27 @@ class WeightingStrategy(Strategy):
     def _round(
         self, number: int, accepted: list[AcceptedReply], models: LocalModels
     ) -> Round:
-        assert self._model is not None
+        assert self._now.model is not None
         return Round(
             number=number,
             clients=tuple(one.client for one in accepted),
-            model=self._model,
+            model=self._now.model,
             updates=self._updates(accepted, models),
             num_examples=torch.tensor(
                 [one.num_examples for one in accepted], dtype=torch.float64
             ),
             metrics=tuple(one.reply.metrics for one in accepted),
             profiles=tuple(one.reply.profile for one in accepted),
+            state=self._now.method,
         )
 
     def _updates(self, accepted: list[AcceptedReply], models: LocalModels) -> Updates:
-        assert self._model is not None
+        assert self._now.model is not None
         return models.updates(
             [one.reply.node for one in accepted],
-            self._model,
+            self._now.model,
             accumulate=self.accumulate,
             threads=self.threads,
-        )
-
-    def _check_weights(self, round: Round) -> None:
-        """Refuse weights that are not finite, all 0, or not one for each client."""
-        name = type(self).__name__
-        weights = round.logged_clients.get("weight")
-        if weights is None:
-            raise ConfigurationError(
-                f"{name}.aggregate must record the weights it used: "
-                'round.log("weight", weights), one for each client.'
-            )
-        values = weights.tolist()
-        if len(values) != round.num_clients or not all(map(math.isfinite, values)):
-            raise AggregationError(
-                f"{name} gave weights {_shortened(weights)} for {round.num_clients} "
-                "clients; they must be finite, one each"
-            )
-        if not any(values):
-            raise AggregationError(f"{name} gave every client the weight 0")
-
-    def _check_values(self, round: Round, parameters: Tensor) -> None:
-        """Refuse a model from which training cannot start."""
-        largest = _largest(parameters)
-        if not math.isfinite(largest):
-            raise AggregationError("the aggregated model has NaN or infinite values")
-        if largest > LARGEST_VALUE and largest > _largest(round.model.parameters):
-            raise AggregationError(
-                f"the aggregated model has values of up to {largest:.3g}, from which "
-                f"training cannot start (at most {LARGEST_VALUE:.3g})"
-                f"{self._longest(round)}"
-            )
-
-    def _longest(self, round: Round) -> str:
-        """Say whose update is the longest, where the updates are at hand."""
-        try:
-            norms = round.updates.norms()
-        except AggregationError:  # They were added up as they came.
-            return ""
-        k = int(norms.argmax())
-        whose = clients_called([round.clients[k]], self._name_of)
-        return (
-            f"; {whose} has the longest update, of norm {float(norms[k]):.3g} where "
-            f"the median is {float(norms.median()):.3g}"
         )
 
     def _record(self, record: RoundRecord, round: Round) -> None:
@@ -906,11 +826,11 @@ class WeightingStrategy(Strategy):
         models: LocalModels,
     ) -> FlatModel:
         """Round to the model's dtype; average its buffers, take its integers."""
-        assert self._model is not None
-        model = self._model.with_parameters(parameters)
+        assert self._now.model is not None
+        model = self._now.model.with_parameters(parameters)
         nodes = [one.reply.node for one in accepted]
         if model.buffers.numel():
-            rows = models.buffers(nodes, self._model)
+            rows = models.buffers(nodes, self._now.model)
             model.buffers = self.aggregate_buffers(round, rows).to(model.buffers.dtype)
             if not is_finite(model.buffers):
                 raise AggregationError("the aggregated buffers are not finite")
@@ -972,54 +892,42 @@ def _flat(arrays: ArrayRecord, model: FlatModel) -> ArrayRecord:
     return arrays if known else FlatRecord(model)
 
 
-def _largest(values: Tensor) -> float:
-    """Return the largest absolute value; NaN if there is one, 0 if there is none."""
-    if not values.numel():
-        return 0.0
-    low, high = torch.aminmax(values)
-    return max(-float(low), float(high))
+@dataclass
+class _Now:
+    """What changes while a strategy runs.
 
+    Attributes
+    ----------
+    method, optimizer : Any
+        What the method and the server's optimiser carry from round to round.
+    history : list[RoundRecord]
+        The weight log.
+    model : FlatModel, optional
+        The global model of the round that goes on.
+    asked : dict[int, _Asked]
+        By node, who was asked and has not answered.
+    not_asked : list[int]
+        The clients that were drawn but are known to have no examples.
+    without_examples : set[int]
+        The clients that said so.
+    cohort : Cohort, optional
+        The messages of the phase that goes on.
+    outermost : bool
+        Whether no wrapper runs the rounds, which may look into the replies.
+    """
 
-def _shortened(values: Tensor, most: int = 5) -> str:
-    shown = ", ".join(f"{value:.4g}" for value in values.tolist()[:most])
-    return f"[{shown}, ...]" if len(values) > most else f"[{shown}]"
-
-
-def _as_parameters(strategy: WeightingStrategy, made: Any, round: Round) -> Tensor:
-    """Return what ``aggregate(round)`` gave, if it is a vector of parameters."""
-    shape = list(round.model.parameters.shape)
-    if isinstance(made, Tensor) and made.is_floating_point():
-        if list(made.shape) == shape:
-            return made
-        got = f"shape {list(made.shape)}"
-    else:
-        got = str(made.dtype) if isinstance(made, Tensor) else type(made).__name__
-    raise ConfigurationError(
-        f"{type(strategy).__name__}.aggregate must return the next global parameters, "
-        f"a floating tensor of shape {shape}, got {got}."
-    )
-
-
-def _as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tensor:
-    """Return what ``weights(round)`` gave as a tensor, if it is one weight each."""
-    try:
-        tensor = torch.as_tensor(weights)
-        if tensor.is_complex():
-            raise TypeError("complex numbers are no weights")
-        tensor = tensor.double()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"{type(strategy).__name__}.weights must return numbers, got "
-            f"{type(weights).__name__}: {error}."
-        ) from None
-    clients, tensors = round.num_clients, round.updates.num_tensors
-    if tensor.shape not in ((clients,), (clients, tensors)):
-        raise ConfigurationError(
-            f"{type(strategy).__name__}.weights must return one weight for each of "
-            f"the {clients} clients, shape [{clients}] (or [{clients}, {tensors}], one "
-            f"for each named tensor), got shape {list(tensor.shape)}."
-        )
-    return tensor
+    method: Any
+    optimizer: Any = None
+    history: list[RoundRecord] = field(default_factory=list)
+    model: FlatModel | None = None
+    asked: dict[int, _Asked] = field(default_factory=dict)
+    not_asked: list[int] = field(default_factory=list)
+    without_examples: set[int] = field(default_factory=set)
+    errors: KnownErrors = field(default_factory=KnownErrors)
+    own_metrics: OwnMetrics = field(default_factory=OwnMetrics)
+    name_of: Callable[[int], str] = str
+    cohort: Cohort | None = None
+    outermost: bool = False
 
 
 class _Asked(NamedTuple):
@@ -1028,6 +936,11 @@ class _Asked(NamedTuple):
     client: int
     straggler: bool
     asks: tuple[str, ...]
+
+
+def _parted(given: Any, state: Any) -> tuple[Any, Any]:
+    """Return what a method gives, and the next state: by default the last one."""
+    return given if isinstance(given, tuple) and len(given) == 2 else (given, state)
 
 
 def _reason(error: AggregationError) -> str:
@@ -1041,9 +954,3 @@ def _request(config: ConfigRecord, asks: tuple[str, ...]) -> dict[str, list[str]
     already = config.get(keys.REQUEST)
     names = [str(n) for n in already] if isinstance(already, list) else []
     return {keys.REQUEST: [*names, *(n for n in asks if n not in names)]}
-
-
-def _settings(strategy: WeightingStrategy) -> str:
-    public = {k: v for k, v in vars(strategy).items() if not k.startswith("_")}
-    public.pop("history")
-    return ", ".join(f"{name}={value!r}" for name, value in public.items())

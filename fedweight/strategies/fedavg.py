@@ -6,11 +6,9 @@ Decentralized Data", AISTATS 2017, Algorithm 1.
 
 from __future__ import annotations
 
-from typing import Unpack
-
 from torch import Tensor
 
-from .base import StrategyArguments, WeightingStrategy
+from .base import WeightingStrategy
 from .round import Round
 
 # What makes the rule; whoever replaces any of it may need each client's model.
@@ -19,8 +17,8 @@ _RULE = (
     "aggregate",
     "aggregate_buffers",
     "request",
-    "asks",
-    "receive",
+    "ask",
+    "admit",
     "screen",
     "keeps",
     "configure_train",
@@ -39,15 +37,9 @@ class FedAvg(WeightingStrategy):
     drop_stragglers : bool
         Leave out clients that did not finish their local epochs, as the FedAvg
         baseline of the FedProx paper does. False counts their partial work.
-    **arguments
-        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
     """
 
-    def __init__(
-        self, drop_stragglers: bool = False, **arguments: Unpack[StrategyArguments]
-    ) -> None:
-        super().__init__(**arguments)
-        self.drop_stragglers = drop_stragglers
+    drop_stragglers: bool = False
 
     def weights(self, round: Round) -> Tensor:
         """Return ``p`` (:attr:`Round.size_weights`)."""
@@ -57,8 +49,7 @@ class FedAvg(WeightingStrategy):
     def weighs_by_size(self) -> bool:
         """True, unless a class that derives from this one has other ideas."""
         return not any(
-            name in vars(self) or getattr(type(self), name) is not getattr(FedAvg, name)
-            for name in _RULE
+            getattr(type(self), name) is not getattr(FedAvg, name) for name in _RULE
         )
 
     def keeps(self, round: int, client: int, straggler: bool) -> bool:

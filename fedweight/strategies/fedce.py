@@ -12,16 +12,16 @@ of NVIDIA FLARE 2.9 does. That differs from the second round on: ``consensus``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Unpack
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ..core.errors import check_choice, check_range
 from ..messages import keys
 from ..server.admission import check_fraction
-from .base import StrategyArguments, WeightingStrategy
-from .round import Round
+from .base import Told, WeightingStrategy
+from .round import Report, Round, Selection
 
 
 class FedCE(WeightingStrategy):
@@ -52,9 +52,8 @@ class FedCE(WeightingStrategy):
         Whether the floor applies before estimates and weights are made to sum to one,
         or after it as in the research code: then no weight is below the floor, and
         they may sum to up to ``1 + K * floor``.
-    **arguments
-        Those of :class:`~fedweight.strategies.base.WeightingStrategy`. ``min_replies``
-        is 2 or more, and 2 by default: one client has no others to be compared with.
+    min_replies : int
+        2 or more: one client has no others to be compared with.
 
     Notes
     -----
@@ -66,69 +65,59 @@ class FedCE(WeightingStrategy):
 
     request = (keys.MINUS_ERROR,)
 
-    def __init__(
-        self,
-        mode: Literal["plus", "times"] = "plus",
-        consensus: Literal["evolving", "uniform"] = "evolving",
-        floor: float = 1e-6,
-        clip: Literal["before", "after"] = "before",
-        **arguments: Unpack[StrategyArguments],
-    ) -> None:
-        arguments.setdefault("min_replies", 2)
-        super().__init__(**arguments)
-        check_range("min_replies", self.min_replies, 2)
-        check_choice("mode", mode, ["plus", "times"])
-        check_choice("consensus", consensus, ["evolving", "uniform"])
-        check_range("floor", floor, 0, 1, high_open=True)
-        check_choice("clip", clip, ["before", "after"])
-        self.mode: Literal["plus", "times"] = mode
-        self.consensus: Literal["evolving", "uniform"] = consensus
-        self.floor = floor
-        self.clip: Literal["before", "after"] = clip
-        self.coefficients: dict[int, float] = {}
-        self.cosines: dict[int, float] = {}
-        self.rounds: dict[int, int] = {}
+    min_replies: Annotated[int, Field(ge=2)] = 2
+    mode: Literal["plus", "times"] = "plus"
+    consensus: Literal["evolving", "uniform"] = "evolving"
+    floor: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    clip: Literal["before", "after"] = "before"
 
-    def client_config(self, round: int, client: int) -> dict[str, float | int]:
+    def begin(self) -> dict[str, dict[int, float]]:
+        """Know nobody: no coefficient, mean cosine and number of rounds by client."""
+        return {"coefficients": {}, "cosines": {}, "rounds": {}}
+
+    def tell(self, selection: Selection) -> Mapping[str, Told]:
         """Tell a client its coefficient; nothing before its first round is over."""
-        known = self.coefficients.get(client)
-        return {} if known is None else {keys.COEFFICIENT: known}
+        known = selection.state["coefficients"]
+        return {keys.COEFFICIENT: [known.get(client) for client in selection.clients]}
 
-    def receive(
-        self, client: int, metrics: Mapping[str, Any], profile: Mapping[str, Any]
-    ) -> None:
+    def admit(self, report: Report) -> None:
         """Reject an error outside [0, 1]."""
-        check_fraction(metrics, keys.MINUS_ERROR)
+        check_fraction(report.metrics, keys.MINUS_ERROR)
 
-    def weights(self, round: Round) -> Tensor:
-        """Return the new coefficients, and remember them."""
+    def weights(self, round: Round) -> tuple[Tensor, dict[str, dict[int, float]]]:
+        """Return the new coefficients, which are remembered."""
+        known, clients = round.state, round.clients
         cosines = minus_cosines(round, self._consensus(round))
-        for client, cosine in zip(round.clients, cosines.tolist(), strict=True):
-            n = self.rounds[client] = self.rounds.get(client, 0) + 1
-            before = self.cosines.get(client, 0.0)
-            self.cosines[client] = before + (cosine - before) / n
-        mean = torch.tensor(
-            [self.cosines[client] for client in round.clients], dtype=torch.float64
-        )
+        rounds = [known["rounds"].get(client, 0) + 1 for client in clients]
+        before = [known["cosines"].get(client, 0.0) for client in clients]
+        mean = torch.tensor(before, dtype=torch.float64)
+        mean += (cosines - mean) / torch.tensor(rounds, dtype=torch.float64)
         error = round.metric(keys.MINUS_ERROR)
         gradient, data = self._share(1 - mean), self._share(error)
         joined = gradient + data if self.mode == "plus" else gradient * data
         coefficients = self._share(joined)
-        self.coefficients.update(zip(round.clients, coefficients.tolist(), strict=True))
         round.log("cosine", cosines)
         round.log("gradient-contribution", gradient)
         round.log("data-contribution", data)
-        return coefficients
+        new = {
+            "coefficients": coefficients.tolist(),
+            "cosines": mean.tolist(),
+            "rounds": rounds,
+        }
+        return coefficients, {
+            name: {**known[name], **dict(zip(clients, values, strict=True))}
+            for name, values in new.items()
+        }
 
     def _consensus(self, round: Round) -> Tensor:
         """Return what each client counts in the consensus that it is held against."""
+        known = round.state["coefficients"]
         uniform = 1 / round.num_clients
-        if self.consensus == "uniform" or not self.coefficients:
+        if self.consensus == "uniform" or not known:
             return torch.full((round.num_clients,), uniform, dtype=torch.float64)
-        new = 1 / (len(self.coefficients) + 1)
+        new = 1 / (len(known) + 1)
         return torch.tensor(
-            [self.coefficients.get(client, new) for client in round.clients],
-            dtype=torch.float64,
+            [known.get(client, new) for client in round.clients], dtype=torch.float64
         )
 
     def _share(self, raw: Tensor) -> Tensor:
@@ -137,23 +126,6 @@ class FedCE(WeightingStrategy):
         total = raw.sum()
         shares = raw / total if total > 0 else torch.full_like(raw, 1 / len(raw))
         return shares if self.clip == "before" else shares.clamp(min=self.floor)
-
-    def state(self) -> dict[str, Any]:
-        """Return coefficient, mean cosine and number of rounds by client."""
-        return {
-            **super().state(),
-            "clients": list(self.coefficients),
-            "coefficients": list(self.coefficients.values()),
-            "cosines": [self.cosines[client] for client in self.coefficients],
-            "rounds": [self.rounds[client] for client in self.coefficients],
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        super().load_state(state)
-        clients = [int(client) for client in state["clients"]]
-        self.coefficients = dict(zip(clients, state["coefficients"], strict=True))
-        self.cosines = dict(zip(clients, state["cosines"], strict=True))
-        self.rounds = dict(zip(clients, state["rounds"], strict=True))
 
 
 def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:

@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Unpack
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ..core.errors import (
-    AggregationError,
-    ConfigurationError,
-    check_choice,
-    check_range,
-)
+from ..core.errors import AggregationError, ConfigurationError
+from ..core.options import GIVEN
 from ..core.texts import shown
 from ..messages import keys
 from ..server.reported import as_number
-from .base import StrategyArguments, WeightingStrategy
-from .round import Round
+from .base import WeightingStrategy
+from .round import Report, Round, Selection
 from .weights import normalise
 
 Metric = Literal["kl", "l2", "l1", "cosine"]
@@ -65,8 +62,6 @@ class FedDisco(WeightingStrategy):
     num_classes : int, optional
         C, 1 or more, if there is no target; by default what most clients say. A run of
         this library tells it.
-    **arguments
-        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
 
     Notes
     -----
@@ -76,41 +71,35 @@ class FedDisco(WeightingStrategy):
 
     request = (keys.LABEL_COUNTS,)
 
-    def __init__(
-        self,
-        metric: Metric = "kl",
-        a: float = 0.5,
-        b: float = 0.1,
-        target: Sequence[float] | None = None,
-        scale_with_cohort: bool = False,
-        num_classes: int | None = None,
-        **arguments: Unpack[StrategyArguments],
-    ) -> None:
-        super().__init__(**arguments)
-        check_choice("metric", metric, ["kl", "l2", "l1", "cosine"])
-        check_range("a", a, 0, high_open=True)
-        check_range("b", b, 0, high_open=True)
-        self.metric: Metric = metric
-        self.a = a
-        self.b = b
-        self.target = None if target is None else _distribution(target, metric)
-        self.scale_with_cohort = scale_with_cohort
-        if num_classes is not None:
-            check_range("num_classes", num_classes, 1)
-        self.num_classes = num_classes
-        self.label_counts: dict[int, list[float]] = {}
+    metric: Metric = "kl"
+    a: Annotated[float, Field(ge=0)] = 0.5
+    b: Annotated[float, Field(ge=0)] = 0.1
+    target: Sequence[float] | None = None
+    scale_with_cohort: bool = False
+    num_classes: Annotated[Annotated[int, Field(ge=1)] | None, GIVEN] = None
 
-    def asks(self, round: int, client: int) -> tuple[str, ...]:
+    def __post_init__(self) -> None:
+        """Refuse a target that is no distribution."""
+        super().__post_init__()
+        self._target()
+
+    def _target(self) -> Tensor | None:
+        return None if self.target is None else _distribution(self.target, self.metric)
+
+    def begin(self) -> dict[int, list[float]]:
+        """Know nobody's label counts."""
+        return {}
+
+    def ask(self, selection: Selection) -> Mapping[str, bool | Sequence[bool]]:
         """Ask for label counts where they are not known yet."""
-        return () if client in self.label_counts else self.request
+        unknown = [client not in selection.state for client in selection.clients]
+        return {keys.LABEL_COUNTS: unknown}
 
-    def receive(
-        self, client: int, metrics: Mapping[str, Any], profile: Mapping[str, Any]
-    ) -> None:
-        """Remember a client's label counts; reject what is none."""
-        if client in self.label_counts:
-            return
-        counts = profile.get(keys.LABEL_COUNTS)
+    def admit(self, report: Report) -> None:
+        """Reject label counts that are none."""
+        if keys.LABEL_COUNTS not in report.profile:
+            return  # They were not asked for.
+        counts = report.profile[keys.LABEL_COUNTS]
         numbers = [as_number(n) for n in counts] if isinstance(counts, list) else []
         usable = [n for n in numbers if n is not None and 0 <= n <= MOST_EXAMPLES]
         if not usable or len(usable) < len(numbers) or not any(usable):
@@ -121,13 +110,13 @@ class FedDisco(WeightingStrategy):
         classes = self.num_classes if self.target is None else len(self.target)
         if classes is not None and len(usable) != classes:
             raise AggregationError(self._odd(len(usable), classes))
-        self.label_counts[client] = usable
 
-    def screen(self, clients: Sequence[int]) -> Mapping[int, str]:
+    def screen(self, reports: Sequence[Report], state: Any) -> Mapping[int, str]:
         """Reject counts of another length than most clients', if C was not told."""
         if self.num_classes is not None or self.target is not None:
             return {}
-        lengths = Counter(map(len, self.label_counts.values()))
+        counts = _joined(state, ((r.client, r.profile) for r in reports))
+        lengths = Counter(map(len, counts.values()))
         if len(lengths) <= 1:
             return {}
         (classes, most), (other, next_most) = lengths.most_common(2)
@@ -135,43 +124,39 @@ class FedDisco(WeightingStrategy):
             few, many = sorted([classes, other])
             why = f"as many clients count {few} classes as {many}"
             why += "; tell FedDisco num_classes"
-            odd = dict.fromkeys(clients, why)
-        else:
-            counts = {c: len(self.label_counts[c]) for c in clients}
-            odd = {c: self._odd(n, classes) for c, n in counts.items() if n != classes}
-        for client in odd:
-            del self.label_counts[client]
-        return odd
+            return dict.fromkeys((report.client for report in reports), why)
+        own = {report.client: len(counts[report.client]) for report in reports}
+        return {c: self._odd(n, classes) for c, n in own.items() if n != classes}
 
     @staticmethod
     def _odd(entries: int, classes: int) -> str:
         return f"its '{keys.LABEL_COUNTS}' has {entries} entries for {classes} classes"
 
-    def weights(self, round: Round) -> Tensor:
+    def weights(self, round: Round) -> tuple[Tensor, dict[int, list[float]]]:
         """Return ``ReLU(p - a d + b)``, made to sum to one."""
+        known = _joined(round.state, zip(round.clients, round.profiles, strict=True))
         counts = torch.tensor(
-            [self.label_counts[client] for client in round.clients],
-            dtype=torch.float64,
+            [known[client] for client in round.clients], dtype=torch.float64
         )
-        d = discrepancy(counts, self.metric, self.target)
+        d = discrepancy(counts, self.metric, self._target())
         round.log("discrepancy", d)
         scale = REFERENCE_COHORT / round.num_clients if self.scale_with_cohort else 1.0
         a = self.a if self.metric == "kl" else self.a * scale
         p = round.size_weights
-        return normalise(p - a * d + self.b * scale, p)
+        return normalise(p - a * d + self.b * scale, p), known
 
-    def state(self) -> dict[str, Any]:
-        """Return the label counts by client."""
-        return {
-            **super().state(),
-            "clients": list(self.label_counts),
-            "label-counts": list(self.label_counts.values()),
-        }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        super().load_state(state)
-        pairs = zip(state["clients"], state["label-counts"], strict=True)
-        self.label_counts = {int(client): list(counts) for client, counts in pairs}
+def _joined(
+    known: Mapping[int, list[float]],
+    reported: Iterable[tuple[int, Mapping[str, Any]]],
+) -> dict[int, list[float]]:
+    """Return the known label counts by client, and those of who is new."""
+    new = {
+        client: [float(n) for n in profile[keys.LABEL_COUNTS]]
+        for client, profile in reported
+        if client not in known and keys.LABEL_COUNTS in profile
+    }
+    return {**known, **new}
 
 
 def discrepancy(

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import field
 from itertools import zip_longest
-from typing import Any, ClassVar, Literal, Protocol, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import SWALR
 
 from ..core.batches import batches, least_examples
-from ..core.errors import ConfigurationError, check_choice, check_range
+from ..core.errors import ConfigurationError
 from ..core.layout import Entry, as_tensor, is_finite
 from ..core.module import FlatModule
+from ..core.options import GIVEN
 from ..core.rng import Purpose, generator, torch_seed
 from ..core.updates import Updates
-from .base import StrategyArguments, WeightingStrategy
+from .base import WeightingStrategy
 from .round import Round
 from .weights import cap
 
@@ -92,8 +95,6 @@ class FedLAW(WeightingStrategy):
         averages the clients' by data size.
     device : str
         Where the proxy set is evaluated.
-    **arguments
-        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
 
     Notes
     -----
@@ -106,82 +107,33 @@ class FedLAW(WeightingStrategy):
     needs: ClassVar[tuple[str, ...]] = ("model", "proxy")
     caps_weights: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        proxy: Proxy,
-        form: Literal["exp", "quad"] = "exp",
-        server_epochs: int = 20,
-        batch_size: int = 128,
-        optimizer: Literal["adam", "sgd"] = "adam",
-        learning_rate: float = 0.01,
-        swa: bool = False,
-        shrink: float | None = None,
-        max_log_shrink: float = 1.0,
-        revert_if_worse: bool = True,
-        coherence: bool = True,
-        proxy_statistics: bool = False,
-        device: str = "cpu",
-        **arguments: Unpack[StrategyArguments],
-    ) -> None:
-        super().__init__(**arguments)
-        check_choice("form", form, ["exp", "quad"])
-        check_range("server_epochs", server_epochs, 0)
-        check_range("batch_size", batch_size, 1)
-        check_choice("optimizer", optimizer, ["adam", "sgd"])
-        check_range("learning_rate", learning_rate, 0, low_open=True, high_open=True)
-        if shrink is not None:
-            check_range("shrink", shrink, 0, low_open=True, high_open=True)
-        check_range("max_log_shrink", max_log_shrink, 0, low_open=True)
-        self.form: Literal["exp", "quad"] = form
-        self.server_epochs = server_epochs
-        self.batch_size = batch_size
-        self.optimizer: Literal["adam", "sgd"] = optimizer
-        self.learning_rate = learning_rate
-        self.swa = swa
-        self.shrink = shrink
-        self.max_log_shrink = max_log_shrink
-        self.revert_if_worse = revert_if_worse
-        self.coherence = coherence
-        self.proxy_statistics = proxy_statistics
-        self.device = device
-        if self.buffers is None:
-            self.buffers = {name for name, _ in model.named_buffers()}
-        if self.frozen is None:
-            named = model.named_parameters()
-            self.frozen = {name for name, p in named if not p.requires_grad}
-        self._module = FlatModule(copy.deepcopy(model), device)
-        self._x = _tensor(proxy.x).to(device)
-        self._y = _tensor(proxy.y).to(device, torch.int64)
-        if self._x.is_floating_point():
-            self._x = self._x.to(self._module.layout.dtype)
-        if not len(self._y) or len(self._x) != len(self._y):
-            raise ConfigurationError(
-                f"proxy has {len(self._x)} inputs and {len(self._y)} labels: FedLAW "
-                "needs one label an input, and at least one of each. Without labelled "
-                "data on the server use fedavg."
-            )
-        self._least = least_examples(self._can_train)
-        if len(self._y) < self._least:
-            raise ConfigurationError(
-                "proxy has 1 example, and this model cannot train on one alone, as "
-                "where it has BatchNorm. Give it 2 or more."
-            )
+    model: Annotated[nn.Module, GIVEN]
+    proxy: Annotated[Proxy, GIVEN]
+    form: Literal["exp", "quad"] = "exp"
+    server_epochs: Annotated[int, Field(ge=0)] = 20
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    swa: bool = False
+    shrink: Annotated[float, Field(gt=0)] | None = None
+    max_log_shrink: Annotated[float, Field(gt=0)] = 1.0
+    revert_if_worse: bool = True
+    coherence: bool = True
+    proxy_statistics: bool = False
+    device: Annotated[str, GIVEN] = "cpu"
+    _held: _Held = field(init=False)
 
-    def _can_train(self, k: int) -> bool:
-        """Try whether the model can train on so many proxy examples."""
-        module, rows = self._module, torch.arange(k) % len(self._y)
-        module.train()
-        module.gradients.zero_()
-        devices = [self._x.device] if self._x.is_cuda else []
-        with torch.random.fork_rng(devices):
-            try:
-                scores = module.module(self._x[rows])
-                loss = nn.functional.cross_entropy(scores, self._y[rows])
-                loss.backward()  # type: ignore[no-untyped-call]
-            except Exception:
-                return False
-        return is_finite(loss.detach()) and is_finite(module.gradients)
+    def __post_init__(self) -> None:
+        """Copy the model to where the proxy set is evaluated."""
+        super().__post_init__()
+        buffers = {name for name, _ in self.model.named_buffers()}
+        named = self.model.named_parameters()
+        frozen = {name for name, p in named if not p.requires_grad}
+        for name, value in {"buffers": buffers, "frozen": frozen}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        held = _Held(self.model, self.proxy, self.device)
+        object.__setattr__(self, "_held", held)
 
     def aggregate(self, round: Round) -> Tensor:
         """Return ``gamma * sum_k lambda_k w_k``."""
@@ -216,7 +168,7 @@ class FedLAW(WeightingStrategy):
     def aggregate_buffers(self, round: Round, buffers: Updates) -> Tensor:
         """Return the clients' mean, or what the proxy batches left."""
         if self.proxy_statistics:
-            return self._module.save().buffers
+            return self._held.module.save().buffers
         return super().aggregate_buffers(round, buffers)
 
     def _learn(self, round: Round) -> tuple[Tensor, float]:
@@ -279,12 +231,12 @@ class FedLAW(WeightingStrategy):
         """Return the gradient of the batch's loss by ``x``, one backward pass."""
         weights, gamma = split(x, self.form)
         mean = round.updates.combine(weights).add_(round.model.parameters)
-        self._module.parameters.copy_(mean).mul_(gamma)
-        round.keep_still(self._module.parameters)
-        self._module.gradients.zero_()
-        loss = self._cross_entropy(batch)
+        self._held.module.parameters.copy_(mean).mul_(gamma)
+        round.keep_still(self._held.module.parameters)
+        self._held.module.gradients.zero_()
+        loss = self._held.cross_entropy(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        g = self._module.gradients.cpu()
+        g = self._held.module.gradients.cpu()
         for place in round.still:
             g[place] = 0.0  # Neither lambda nor gamma moves it.
         inner = round.updates.dot(g)
@@ -292,7 +244,7 @@ class FedLAW(WeightingStrategy):
 
     def _begin(self, round: Round) -> None:
         """Load the global model; its parameters are overwritten, its buffers used."""
-        ours, theirs = self._module.layout, round.model.layout
+        ours, theirs = self._held.module.layout, round.model.layout
         if ours != theirs:
             pairs = zip_longest(ours.entries, theirs.entries)
             mine, other = next(pair for pair in pairs if pair[0] != pair[1])
@@ -300,41 +252,92 @@ class FedLAW(WeightingStrategy):
                 "model: FedLAW was given another model than the clients train. It has "
                 f"{_describe(mine)} where theirs has {_describe(other)}."
             )
-        self._module.load(round.model)
-        self._module.train()
-        self._seed = torch_seed(self.seed, Purpose.SERVER, round.number)
-        self._step = 0
+        self._held.module.load(round.model)
+        self._held.module.train()
+        self._held.seed = torch_seed(self.seed, Purpose.SERVER, round.number)
+        self._held.step = 0
 
     def _batches(self, round: int, epoch: int) -> Iterator[Tensor]:
         """Yield the indices of an epoch's batches, in an order of its own."""
         stream = generator(self.seed, Purpose.SERVER, round, epoch + 1)
-        order = torch.from_numpy(stream.permutation(len(self._y)))
-        for part in batches(len(order), self.batch_size, self._least):
+        order = torch.from_numpy(stream.permutation(len(self._held.y)))
+        for part in batches(len(order), self.batch_size, self._held.least):
             yield order[part]
-
-    def _cross_entropy(self, batch: Tensor) -> Tensor:
-        """Return the mean loss of a batch; dropout draws from this round's stream."""
-        self._step += 1
-        devices = [self._x.device] if self._x.is_cuda else []
-        with torch.random.fork_rng(devices):
-            # Not torch.manual_seed: it takes down the call stack for devices that are
-            # not there, at every step.
-            torch.default_generator.manual_seed(self._seed + self._step)
-            if devices:
-                with torch.cuda.device(self._x.device):
-                    torch.cuda.manual_seed(self._seed + self._step)
-            scores = self._module.module(self._x[batch])
-        return nn.functional.cross_entropy(scores, self._y[batch])
 
     def _loss(self, parameters: Tensor) -> float:
         """Return the mean loss on the whole proxy set, as the optimiser sees it."""
-        self._module.parameters.copy_(parameters)
-        self._step = 0
+        self._held.module.parameters.copy_(parameters)
+        self._held.step = 0
         total = 0.0
         with torch.no_grad():
             for batch in self._batches(0, 0):
-                total += float(self._cross_entropy(batch)) * len(batch)
-        return total / len(self._y)
+                total += float(self._held.cross_entropy(batch)) * len(batch)
+        return total / len(self._held.y)
+
+
+class _Held:
+    """What the server holds to learn on: the model, the proxy set, random numbers.
+
+    Attributes
+    ----------
+    module : FlatModule
+        The model, overwritten at every step.
+    x, y : Tensor
+        The proxy set, where it is evaluated.
+    least : int
+        How many examples the model needs to train.
+    seed, step : int
+        Of the round's random numbers, and how many steps have drawn some.
+    """
+
+    def __init__(self, model: nn.Module, proxy: Proxy, device: str) -> None:
+        self.seed = self.step = 0
+        self.module = FlatModule(copy.deepcopy(model), device)
+        self.x = _tensor(proxy.x).to(device)
+        self.y = _tensor(proxy.y).to(device, torch.int64)
+        if self.x.is_floating_point():
+            self.x = self.x.to(self.module.layout.dtype)
+        if not len(self.y) or len(self.x) != len(self.y):
+            raise ConfigurationError(
+                f"proxy has {len(self.x)} inputs and {len(self.y)} labels: FedLAW "
+                "needs one label an input, and at least one of each. Without labelled "
+                "data on the server use fedavg."
+            )
+        self.least = least_examples(self._can_train)
+        if len(self.y) < self.least:
+            raise ConfigurationError(
+                "proxy has 1 example, and this model cannot train on one alone, as "
+                "where it has BatchNorm. Give it 2 or more."
+            )
+
+    def _can_train(self, k: int) -> bool:
+        """Try whether the model can train on so many proxy examples."""
+        module, rows = self.module, torch.arange(k) % len(self.y)
+        module.train()
+        module.gradients.zero_()
+        devices = [self.x.device] if self.x.is_cuda else []
+        with torch.random.fork_rng(devices):
+            try:
+                scores = module.module(self.x[rows])
+                loss = nn.functional.cross_entropy(scores, self.y[rows])
+                loss.backward()  # type: ignore[no-untyped-call]
+            except Exception:
+                return False
+        return is_finite(loss.detach()) and is_finite(module.gradients)
+
+    def cross_entropy(self, batch: Tensor) -> Tensor:
+        """Return the mean loss of a batch; dropout draws from this round's stream."""
+        self.step += 1
+        devices = [self.x.device] if self.x.is_cuda else []
+        with torch.random.fork_rng(devices):
+            # Not torch.manual_seed: it takes down the call stack for devices that are
+            # not there, at every step.
+            torch.default_generator.manual_seed(self.seed + self.step)
+            if devices:
+                with torch.cuda.device(self.x.device):
+                    torch.cuda.manual_seed(self.seed + self.step)
+            scores = self.module.module(self.x[batch])
+        return nn.functional.cross_entropy(scores, self.y[batch])
 
 
 def _tensor(values: Any) -> Tensor:

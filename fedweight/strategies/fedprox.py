@@ -7,12 +7,15 @@ one (equation 2); on the server whoever answered counts, stragglers included.
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Annotated
 
-from ..core.errors import check_range
+from pydantic import Field
+
 from ..messages import keys
-from .base import StrategyArguments
+from .base import Told
 from .fedavg import FedAvg
+from .round import Selection
 
 
 class FedProx(FedAvg):
@@ -33,8 +36,6 @@ class FedProx(FedAvg):
         1; 0.01 is this library's default, as in FedDisco's experiments.
     drop_stragglers : bool
         True leaves out partial work, which is what the paper argues against.
-    **arguments
-        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
 
     Notes
     -----
@@ -43,16 +44,8 @@ class FedProx(FedAvg):
     This follows the code.
     """
 
-    def __init__(
-        self,
-        proximal_mu: float = 0.01,
-        drop_stragglers: bool = False,
-        **arguments: Unpack[StrategyArguments],
-    ) -> None:
-        check_range("proximal_mu", proximal_mu, 0, high_open=True)
-        super().__init__(drop_stragglers, **arguments)
-        self.proximal_mu = float(proximal_mu)
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.01
 
-    def train_config(self, round: int) -> dict[str, float | int]:
+    def tell(self, selection: Selection) -> Mapping[str, Told]:
         """Tell every client ``mu``."""
         return {keys.PROXIMAL_MU: self.proximal_mu}

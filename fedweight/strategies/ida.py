@@ -7,18 +7,19 @@ are ours, from knowledge of the paper and unverified, so what is unsure is a par
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, Unpack
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ..core.errors import AggregationError, check_choice, check_range
+from ..core.errors import AggregationError
 from ..messages import keys
 from ..server.admission import check_fraction
-from .base import StrategyArguments, WeightingStrategy
-from .round import Round
+from .base import WeightingStrategy
+from .round import Report, Round, Selection
 
 # Such an epsilon only stands in for distances of 0; a larger one is part of the rule.
 NEGLIGIBLE = 1e-8
@@ -53,8 +54,6 @@ class IDA(WeightingStrategy):
         0 or more; large values make the weights uniform. Up to its default it only
         keeps a distance of 0 from an infinite weight: where one is as good as 0 (up
         to ``epsilon`` times the largest), 1e-8 of the mean distance takes its place.
-    **arguments
-        Those of :class:`~fedweight.strategies.base.WeightingStrategy`.
 
     Notes
     -----
@@ -62,40 +61,22 @@ class IDA(WeightingStrategy):
     needs three or more to say anything. If all distances are 0 they count alike.
     """
 
-    def __init__(
-        self,
-        distance: Literal["l1", "l2"] = "l1",
-        base: Literal["uniform", "sample", "previous"] = "uniform",
-        fedavg: bool = False,
-        intrac: bool = False,
-        intrac_floor: float | Literal["clients"] = "clients",
-        per_tensor: bool = False,
-        epsilon: float = 1e-8,
-        **arguments: Unpack[StrategyArguments],
-    ) -> None:
-        super().__init__(**arguments)
-        check_choice("distance", distance, ["l1", "l2"])
-        check_choice("base", base, ["uniform", "sample", "previous"])
-        check_range("epsilon", epsilon, 0, high_open=True)
-        if isinstance(intrac_floor, str):
-            check_choice("intrac_floor", intrac_floor, ["clients"])
-        else:
-            check_range("intrac_floor", intrac_floor, 0, 1, low_open=True)
-        self.distance: Literal["l1", "l2"] = distance
-        self.base: Literal["uniform", "sample", "previous"] = base
-        self.fedavg = fedavg
-        self.intrac = intrac
-        self.intrac_floor = intrac_floor
-        self.per_tensor = per_tensor
-        self.epsilon = epsilon
-        self.request = (keys.ACCURACY_AFTER,) if intrac else ()
+    distance: Literal["l1", "l2"] = "l1"
+    base: Literal["uniform", "sample", "previous"] = "uniform"
+    fedavg: bool = False
+    intrac: bool = False
+    intrac_floor: Annotated[float, Field(gt=0, le=1)] | Literal["clients"] = "clients"
+    per_tensor: bool = False
+    epsilon: Annotated[float, Field(ge=0)] = 1e-8
 
-    def receive(
-        self, client: int, metrics: Mapping[str, Any], profile: Mapping[str, Any]
-    ) -> None:
+    def ask(self, selection: Selection) -> Mapping[str, bool | Sequence[bool]]:
+        """Ask for the training accuracy where it counts."""
+        return {keys.ACCURACY_AFTER: self.intrac}
+
+    def admit(self, report: Report) -> None:
         """Reject an accuracy outside [0, 1]."""
         if self.intrac:
-            check_fraction(metrics, keys.ACCURACY_AFTER)
+            check_fraction(report.metrics, keys.ACCURACY_AFTER)
 
     def weights(self, round: Round) -> Tensor:
         """Return the product of the factors, made to sum to one; per tensor if so."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,32 @@ TAKEN = frozenset(
 TAKEN_PREFIXES = ("evaluate-", "test-", "client-accuracy-", "own-")
 
 
+class Selection(NamedTuple):
+    """Who is about to be asked.
+
+    Attributes
+    ----------
+    number : int
+        The round, from 1.
+    clients : tuple[int, ...]
+        The clients' numbers, ascending.
+    state : Any
+        What the method carries.
+    """
+
+    number: int
+    clients: tuple[int, ...]
+    state: Any
+
+
+class Report(NamedTuple):
+    """What one client reported: its number, metrics, and the side data asked for."""
+
+    client: int
+    metrics: Mapping[str, Any]
+    profile: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Round:
     """What a method sees of one round: K clients whose updates arrived.
@@ -56,6 +82,8 @@ class Round:
         What each client's reply reported.
     profiles : tuple[Mapping[str, Any], ...]
         The side data that the strategy asked for; empty mappings where it did not.
+    state : Any
+        What the method returned as its next state when the last round ended.
     """
 
     number: int
@@ -65,6 +93,7 @@ class Round:
     num_examples: Tensor
     metrics: tuple[Mapping[str, Any], ...]
     profiles: tuple[Mapping[str, Any], ...]
+    state: Any = None
     logged: dict[str, float] = field(default_factory=dict)
     logged_clients: dict[str, Tensor] = field(default_factory=dict)
 

@@ -7,13 +7,15 @@ aggregated update d as a descent direction. Any weighting composes with any of t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ..core.errors import ConfigurationError, check_range
+from ..core.errors import ConfigurationError
+from ..core.options import checked_fields
 from . import SERVER_OPTIMIZERS
 
 
@@ -21,18 +23,20 @@ class ServerOptimizer(ABC):
     """Turns an aggregated update ``[P]`` into the step of the global model ``[P]``."""
 
     @abstractmethod
-    def step(self, update: Tensor) -> Tensor:
-        """Return the step, and remember what the next one needs."""
+    def step(self, update: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the step, and the next state.
 
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Return what is remembered between rounds."""
+        Parameters
+        ----------
+        update : Tensor
+            ``[P]``.
+        state : Any
+            What was returned last; ``None`` at first.
+        """
 
-    @abstractmethod
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` returned."""
 
-
+@checked_fields
+@dataclass(frozen=True)
 class ServerMomentum(ServerOptimizer):
     """Momentum on the server: ``v <- beta v + (1 - dampening) d``, step ``lr * v``.
 
@@ -48,30 +52,19 @@ class ServerMomentum(ServerOptimizer):
         ``beta`` itself is the damped form, whose first steps are small.
     """
 
-    def __init__(
-        self, learning_rate: float = 1.0, beta: float = 0.9, dampening: float = 0.0
-    ) -> None:
-        check_range("learning_rate", learning_rate, 0, low_open=True)
-        check_range("beta", beta, 0, 1, high_open=True)
-        check_range("dampening", dampening, 0, 1)
-        self.learning_rate = learning_rate
-        self.beta = beta
-        self.dampening = dampening
-        self.velocity: Tensor | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    dampening: Annotated[float, Field(ge=0, le=1)] = 0.0
 
-    def step(self, update: Tensor) -> Tensor:  # noqa: D102
-        fresh = (1 - self.dampening) * update
-        before = self.velocity
-        self.velocity = fresh if before is None else self.beta * before + fresh
-        return self.learning_rate * self.velocity
-
-    def state(self) -> dict[str, Any]:  # noqa: D102
-        return {"velocity": self.velocity}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        self.velocity = state["velocity"]
+    def step(self, update: Tensor, state: Any) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: D102
+        velocity = (1 - self.dampening) * update
+        if state is not None:
+            velocity = self.beta * state["velocity"] + velocity
+        return self.learning_rate * velocity, {"velocity": velocity}
 
 
+@checked_fields
+@dataclass(frozen=True)
 class ServerAdam(ServerOptimizer):
     """FedAdam: ``m <- b1 m + (1 - b1) d``, ``v <- b2 v + (1 - b2) d^2``.
 
@@ -90,37 +83,21 @@ class ServerAdam(ServerOptimizer):
         momentum, over ``1 + beta_2^(t / 2)`` in round t.
     """
 
-    def __init__(
-        self,
-        learning_rate: float = 0.01,
-        beta_1: float = 0.9,
-        beta_2: float = 0.99,
-        tau: float = 1e-3,
-    ) -> None:
-        check_range("learning_rate", learning_rate, 0, low_open=True)
-        check_range("beta_1", beta_1, 0, 1, high_open=True)
-        check_range("beta_2", beta_2, 0, 1, high_open=True)
-        check_range("tau", tau, 0, low_open=True)
-        self.learning_rate = learning_rate
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.tau = tau
-        self.first: Tensor | None = None
-        self.second: Tensor | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
 
-    def step(self, update: Tensor) -> Tensor:  # noqa: D102
-        if self.first is None or self.second is None:
-            self.first = torch.zeros_like(update)
-            self.second = torch.full_like(update, self.tau**2)
-        self.first = self.beta_1 * self.first + (1 - self.beta_1) * update
-        self.second = self.beta_2 * self.second + (1 - self.beta_2) * update.square()
-        return self.learning_rate * self.first / (self.second.sqrt() + self.tau)
-
-    def state(self) -> dict[str, Any]:  # noqa: D102
-        return {"first": self.first, "second": self.second}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        self.first, self.second = state["first"], state["second"]
+    def step(self, update: Tensor, state: Any) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: D102
+        if state is None:
+            state = {
+                "first": torch.zeros_like(update),
+                "second": torch.full_like(update, self.tau**2),
+            }
+        first = self.beta_1 * state["first"] + (1 - self.beta_1) * update
+        second = self.beta_2 * state["second"] + (1 - self.beta_2) * update.square()
+        step = self.learning_rate * first / (second.sqrt() + self.tau)
+        return step, {"first": first, "second": second}
 
 
 def no_optimizer() -> None:

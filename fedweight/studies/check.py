@@ -34,7 +34,6 @@ from ..data.files import (
 )
 from ..data.schema import Schema
 from ..data.tables import Reading, is_numeric
-from ..messages.arrays import layout_of
 from .folder import write_whole
 
 # So many columns and classes are printed; as JSON there are all of them.
@@ -417,6 +416,7 @@ def _check_simulation(
     file: Path, settings: Mapping[str, Any] | Sequence[str]
 ) -> Checked:
     """Make a run ready, but for its folder and its measuring, and say what it is."""
+    from ..messages.arrays import layout_of
     from .configuration import Configuration
     from .runner import make_ready, prepare
 

@@ -340,9 +340,6 @@ class Components:
             ),
             "device": self.device,
             "num_classes": self.data.num_classes,
-            "min_train_nodes": 1,
-            "min_evaluate_nodes": 1,
-            "min_available_nodes": 1,
         }
         if self.configuration["engine"]["threads"]:
             ours["threads"] = self.configuration["engine"]["threads"]

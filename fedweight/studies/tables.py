@@ -260,7 +260,9 @@ def options_in_file(table: str, name: str, where: str = "") -> dict[str, Option]
     options = options_of(chosen)
     library = {*list(options)[: pick.positional], *pick.given}
     return {
-        name: o for name, o in options.items() if name not in library and not o.given
+        name: o.in_file
+        for name, o in options.items()
+        if name not in library and not o.given
     }
 
 

@@ -192,8 +192,12 @@ class Told(FedAvg):
 
     request = ("label-counts",)
 
-    def client_config(self, round, client):
-        return {"proximal-mu": 0.3, "local-epochs": 2} if client % 2 else {}
+    def tell(self, selection):
+        odd = [client % 2 for client in selection.clients]
+        return {
+            "proximal-mu": [0.3 if o else None for o in odd],
+            "local-epochs": [2 if o else None for o in odd],
+        }
 
 
 class Watching(LocalGrid):

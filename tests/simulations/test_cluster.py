@@ -71,7 +71,7 @@ strategies = {
     "fedavg": FedAvg,
     "fedavg, float64": lambda: FedAvg(accumulate="float64"),
     "ida": IDA,
-    "fedlaw": lambda: FedLAW(model(), examples_of(99), server_epochs=2),
+    "fedlaw": lambda: FedLAW(model=model(), proxy=examples_of(99), server_epochs=2),
 }
 
 

@@ -82,8 +82,8 @@ def test_training_gives_the_bits_of_the_local_grid(
     class Asking(FedAvg):
         request = request_
 
-        def client_config(self, round: int, client: int) -> dict[str, Any]:
-            return {"coefficient": 1 / (client + 2)}
+        def tell(self, selection: Any) -> dict[str, Any]:
+            return {"coefficient": [1 / (c + 2) for c in selection.clients]}
 
     def play(grid: Any) -> tuple[bytes, str]:
         strategy = Asking(fraction_train=0.5)

@@ -102,7 +102,9 @@ STRATEGIES: dict[str, Callable[[Callable[[], nn.Module]], Any]] = {
     "ida": lambda model: IDA(),
     "ida, per tensor": lambda model: IDA(per_tensor=True),
     "fedce": lambda model: FedCE(),
-    "fedlaw": lambda model: FedLAW(model(), examples_of(99), server_epochs=3),
+    "fedlaw": lambda model: FedLAW(
+        model=model(), proxy=examples_of(99), server_epochs=3
+    ),
 }
 
 

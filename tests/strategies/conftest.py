@@ -185,6 +185,7 @@ def make_round(
     offsets: Sequence[int] | None = None,
     clients: Sequence[int] | None = None,
     number: int = 1,
+    state: Any = None,
     **options: Any,
 ) -> Round:
     """Make the round that a method sees, of vectors."""
@@ -204,6 +205,7 @@ def make_round(
         num_examples=torch.as_tensor(num_examples or [1.0] * k, dtype=torch.float64),
         metrics=tuple({n: v[i] for n, v in (metrics or {}).items()} for i in range(k)),
         profiles=({},) * k,
+        state=state,
     )
 
 

@@ -18,7 +18,7 @@ from fedweight.core.errors import AggregationError, ConfigurationError
 from fedweight.messages import _flower, keys
 from fedweight.server.known_errors import MOST
 from fedweight.strategies import WeightingStrategy
-from fedweight.strategies.base import LARGEST_VALUE
+from fedweight.strategies.checks import LARGEST_VALUE
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.fedce import FedCE
 from fedweight.strategies.feddisco import FedDisco
@@ -123,19 +123,19 @@ def test_a_variance_below_zero_is_rejected(kit):
     assert "'bn.running_var', a variance, has negative" in record.clients[2].reason
 
 
-def test_what_receive_cannot_take_rejects_the_reply(kit):
+def test_what_admit_cannot_take_rejects_the_reply(kit):
     class Careless(FedAvg):
         request = ("note",)
 
-        def receive(self, client, metrics, profile):
-            _ = profile["note"][0] / metrics["num-examples"]
+        def admit(self, report):
+            _ = report.profile["note"][0] / report.metrics["num-examples"]
 
     run = federation(kit, Careless(), [[1.0]] * 3)
     for client, note in zip(run.clients.values(), (["a"], [1.0], []), strict=True):
         client.profile = {"note": note}
     record = run.round()
     assert [c.status for c in record.clients] == ["rejected", "ok", "rejected"]
-    assert "Careless.receive cannot take it: TypeError" in record.clients[0].reason
+    assert "Careless.admit cannot take it: TypeError" in record.clients[0].reason
     assert "IndexError" in record.clients[2].reason
 
 
@@ -269,7 +269,7 @@ def test_a_function_for_the_metrics_that_returns_something_else_is_named(kit, ca
 
 def test_a_screen_that_fails_rejects_the_replies(kit):
     class Broken(FedAvg):
-        def screen(self, clients):
+        def screen(self, reports, state):
             raise KeyError("nobody")
 
     record = federation(kit, Broken(), [[1.0]] * 3).round()
@@ -280,7 +280,7 @@ def test_a_screen_that_fails_rejects_the_replies(kit):
 
 def test_a_screen_may_name_clients_that_are_not_there(kit):
     class Careful(FedAvg):
-        def screen(self, clients):
+        def screen(self, reports, state):
             return {1: "odd", 99: "odd"}
 
     record = federation(kit, Careful(), [[1.0]] * 3).round()
@@ -311,10 +311,11 @@ def test_a_function_for_the_metrics_that_fails_costs_them_alone(kit, caplog):
 class Reading(WeightingStrategy):
     """Weighs by a metric that it may not have asked for."""
 
-    def __init__(self, name, request=(), **arguments):
-        super().__init__(**arguments)
-        self.name = name
-        self.request = tuple(request)
+    name: str
+    asked: tuple[str, ...] = ()
+
+    def ask(self, selection):
+        return dict.fromkeys(self.asked, True)
 
     def weights(self, round):
         values = round.metric(self.name)
@@ -322,7 +323,7 @@ class Reading(WeightingStrategy):
 
 
 def test_a_metric_that_nobody_reports_is_named_with_what_there_is(kit):
-    run = federation(kit, Reading("loss"), [[1.0]] * 3)
+    run = federation(kit, Reading(name="loss"), [[1.0]] * 3)
     with pytest.raises(ConfigurationError) as caught:
         run.round()
     said = str(caught.value)
@@ -339,10 +340,10 @@ def test_a_metric_that_some_lack_fails_the_round_or_rejects_them(kit):
             run.clients[k].metrics[keys.LOSS] = 1.0 + k
         return run
 
-    record = told(federation(kit, Reading(keys.LOSS), rows)).round()
+    record = told(federation(kit, Reading(name=keys.LOSS), rows)).round()
     assert record.status == "failed"
     assert "1 of 3 clients do not report it, such as client 1" in record.reason
-    run = told(federation(kit, Reading(keys.LOSS, [keys.LOSS]), rows))
+    run = told(federation(kit, Reading(name=keys.LOSS, asked=[keys.LOSS]), rows))
     record = run.round()
     assert record.status == "ok"
     assert record.clients[1].status == "rejected"
@@ -416,7 +417,7 @@ def test_a_tie_says_what_to_do(kit):
     assert "as many clients count 2 classes as 3; tell FedDisco num_classes" in (
         record.clients[0].reason
     )
-    assert not run.strategy.label_counts
+    assert not run.strategy.state["method"]
 
 
 @pytest.mark.parametrize(
@@ -525,12 +526,14 @@ def test_an_update_a_thousand_times_the_median_is_told(kit, caplog):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_model_that_training_cannot_start_from_fails_the_round(kit, make, dtype):
     rows = [[1.0, 2.0], [2.0, 1.0], [1e30, -1e30], [1.5, 1.5], [1.0, 1.0]]
-    strategy = make(server_optimizer=ServerAdam()) if make is FedAvg else make()
+    options = {
+        FedAvg: {"server_optimizer": ServerAdam()},
+        IDA: {"base": "previous", "epsilon": 1e40},  # Nearly uniform weights.
+    }
+    strategy = make(**options.get(make, {}))
     run = federation(kit, strategy, rows, dtype=dtype)
     for client in run.clients.values():
         client.metrics[keys.MINUS_ERROR] = 0.5
-    if make is IDA:
-        strategy.base, strategy.epsilon = "previous", 1e40  # Nearly uniform weights.
     record = run.round()
     if make is FedAvg:  # Adam's step is bounded, whatever the update.
         assert run.vector.max() < LARGEST_VALUE
@@ -566,7 +569,7 @@ def shares_of_an_odd_client(kit, odd, **options):
     for name, strategy in {
         "fedavg": FedAvg(**options),
         "feddisco": FedDisco(**options),
-        "fedlaw": FedLAW(model, proxy, **options),
+        "fedlaw": FedLAW(model=model, proxy=proxy, **options),
         "fedce": FedCE(**options),
         "ida": IDA(**options),
     }.items():

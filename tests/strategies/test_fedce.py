@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -7,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedweight.core.errors import ConfigurationError
+from fedweight.core.state import pack, unpack
 from fedweight.messages import keys
 from fedweight.strategies.fedce import FedCE, minus_cosines
 from fedweight.strategies.weights import effective_clients
@@ -55,13 +54,15 @@ def test_golden_of_round_objects(kit, golden, case):
     expected = table["case"][case]
     options = {k: expected[k] for k in ("mode", "consensus", "floor", "clip")}
     strategy = FedCE(**options)
+    state = strategy.begin()
     for t in range(2):
         round = kit.make_round(
             table["updates"][t],
             metrics={keys.MINUS_ERROR: table["errors"][t]},
             number=t + 1,
+            state=state,
         )
-        weights = strategy.weights(round)
+        weights, state = strategy.weights(round)
         assert weights.tolist() == pytest.approx(expected["coefficients"][t], abs=1e-7)
 
 
@@ -101,17 +102,18 @@ def test_absent_clients_keep_theirs_and_new_ones_have_a_prior(kit):
     run = federation(kit, FedCE())
     play(run, [[1, 0], [0, 1], [1, 2]], [1, 1, 1])
     strategy = run.strategy
-    kept = dict(strategy.coefficients)
+    kept = strategy.state["method"]["coefficients"]
     run.clients[2].silent = True
     run.clients[3] = kit.Client(metrics={keys.MINUS_ERROR: 1.0})
     record, _ = play(run, [[1, 0], [0, 1], [1, 2], [1, 1]], [0.5, 0.6, 1, 1])
-    assert strategy.coefficients[2] == kept[2]
-    assert strategy.rounds == {0: 2, 1: 2, 2: 1, 3: 1}
+    state = strategy.state["method"]
+    assert state["coefficients"][2] == kept[2]
+    assert state["rounds"] == {0: 2, 1: 2, 2: 1, 3: 1}
     assert sum(c.weight for c in record.clients if c.status == "ok") == pytest.approx(1)
     consensus = strategy._consensus(
-        kit.make_round([[1, 0], [0, 1]], clients=(0, 9))
+        kit.make_round([[1, 0], [0, 1]], clients=(0, 9), state=state)
     ).tolist()
-    assert consensus == [strategy.coefficients[0], 1 / 5]
+    assert consensus == [state["coefficients"][0], 1 / 5]
 
 
 def test_one_client_is_not_enough(kit):
@@ -119,13 +121,13 @@ def test_one_client_is_not_enough(kit):
         FedCE(min_replies=1)
     run = federation(kit, FedCE())
     play(run, [[1, 0], [0, 1], [1, 2]], [1, 1, 1])
-    state, model = json.dumps(run.strategy.state()), run.vector
+    state, model = pack(run.strategy.state), run.vector
     run.clients[0].silent = True
     run.clients[1].error = "out of memory"
     record = run.round()
     assert record.status == "failed"
     assert "min_replies is 2" in record.reason
-    assert json.dumps(run.strategy.state()) == state
+    assert pack(run.strategy.state) == state
     np.testing.assert_array_equal(run.vector, model)
 
 
@@ -141,8 +143,7 @@ def test_legacy_weights_may_exceed_one(kit):
     """A floor after the sum: three clients at the floor add up to 3 floors."""
     strategy = FedCE(floor=0.2, clip="after", mode="times")
     updates = [[1, 0], [1, 0], [0, 1]]
-    round = kit.make_round(updates, metrics={keys.MINUS_ERROR: [0, 0, 1]})
-    weights = strategy.weights(round)
+    weights = weights_of(kit, strategy, updates, [0, 0, 1])
     assert float(weights.sum()) > 1
     assert float(weights.sum()) <= 1 + 3 * 0.2
     assert float(weights.min()) >= 0.2
@@ -158,7 +159,7 @@ def test_goes_on_through_json(kit):
     first, second = federation(kit, FedCE()), federation(kit, FedCE())
     for t in range(2):
         play(first, updates[t], errors[t])
-    second.strategy.load_state(json.loads(json.dumps(first.strategy.state())))
+    second.strategy.restore(unpack(*pack(first.strategy.state)))
     second.arrays, second.number = first.arrays, first.number
     for t in range(2, 5):
         play(second, updates[t], errors[t])
@@ -166,8 +167,10 @@ def test_goes_on_through_json(kit):
 
 
 def weights_of(kit, strategy, updates, errors):
-    round = kit.make_round(updates, metrics={keys.MINUS_ERROR: errors})
-    return strategy.weights(round)
+    round = kit.make_round(
+        updates, metrics={keys.MINUS_ERROR: errors}, state=strategy.begin()
+    )
+    return strategy.weights(round)[0]
 
 
 rounds = st.integers(2, 6).flatmap(
@@ -230,12 +233,16 @@ def test_times_spreads_weights_more_where_the_estimates_agree(kit, round):
     spread = {}
     for mode in ("plus", "times"):
         strategy = FedCE(mode=mode)
-        one = kit.make_round(updates, metrics={keys.MINUS_ERROR: sorted(errors)})
+        given = {
+            "metrics": {keys.MINUS_ERROR: sorted(errors)},
+            "state": strategy.begin(),
+        }
+        one = kit.make_round(updates, **given)
         strategy.weights(one)
         gradient = one.logged_clients["gradient-contribution"]
         in_order = [updates[k] for k in gradient.argsort(stable=True).tolist()]
-        one = kit.make_round(in_order, metrics={keys.MINUS_ERROR: sorted(errors)})
-        weights = FedCE(mode=mode).weights(one)
+        one = kit.make_round(in_order, **given)
+        weights, _ = FedCE(mode=mode).weights(one)
         assert (one.logged_clients["gradient-contribution"].diff() >= -1e-12).all()
         spread[mode] = effective_clients(weights)
     assert spread["times"] <= spread["plus"] + 1e-9
@@ -251,9 +258,7 @@ def test_where_they_disagree_it_need_not():
 def test_it_keeps_three_numbers_a_client(kit):
     run = federation(kit, FedCE())
     play(run, [[1, 0], [0, 1], [1, 2]], [1, 1, 1])
-    state = run.strategy.state()
-    assert state.keys() == {
-        *("clients", "coefficients", "cosines", "rounds", "without-examples")
-    }
-    for name in ("coefficients", "cosines", "rounds"):
+    state = run.strategy.state["method"]
+    assert state.keys() == {"coefficients", "cosines", "rounds"}
+    for name in state:
         assert len(state[name]) == 3

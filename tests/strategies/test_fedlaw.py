@@ -28,7 +28,9 @@ def toy(golden):
 
 
 def strategy_of(toy, **options):
-    return FedLAW(linear(), examples(toy["proxy_x"], toy["proxy_y"]), **options)
+    return FedLAW(
+        model=linear(), proxy=examples(toy["proxy_x"], toy["proxy_y"]), **options
+    )
 
 
 def federation(kit, toy, **options):
@@ -205,7 +207,7 @@ def test_the_model_that_was_given_stays_as_it_was(kit, toy):
     before = model.weight.detach().clone()
     data = examples(toy["proxy_x"], toy["proxy_y"])
     run = federation(kit, toy)
-    run.strategy = FedLAW(model, data)
+    run.strategy = FedLAW(model=model, proxy=data)
     run.round()
     assert torch.equal(model.weight, before)
     assert model.weight.grad is None
@@ -226,7 +228,7 @@ def noisy_federation(kit, k=4, **options):
         x=stream.normal(size=(33, 4)).astype(np.float32),
         y=stream.integers(0, 3, 33),
     )
-    strategy = FedLAW(noisy_net(), proxy, batch_size=8, **options)
+    strategy = FedLAW(model=noisy_net(), proxy=proxy, batch_size=8, **options)
     shapes = {n: t.numpy() for n, t in noisy_net().state_dict().items()}
     clients = {}
     for c in range(k):
@@ -262,7 +264,7 @@ def test_a_lone_proxy_example_joins_a_batch_where_the_model_needs_it(model, size
     width = 2 if model is linear else 4
     proxy = examples(np.eye(17, width), np.arange(17) % 2)
     net, state = model(), torch.random.get_rng_state()
-    strategy = FedLAW(net, proxy, batch_size=8)
+    strategy = FedLAW(model=net, proxy=proxy, batch_size=8)
     met = list(strategy._batches(1, 0))
     assert [len(batch) for batch in met] == sizes
     assert torch.equal(torch.cat(met).sort().values, torch.arange(17))
@@ -271,8 +273,8 @@ def test_a_lone_proxy_example_joins_a_batch_where_the_model_needs_it(model, size
 
 def test_one_proxy_example_does_not_do_for_batch_norm():
     with pytest.raises(ConfigurationError, match="proxy has 1 example, and this model"):
-        FedLAW(noisy_net(), examples(np.zeros((1, 4)), [0]))
-    FedLAW(linear(), examples(np.zeros((1, 2)), [0]))
+        FedLAW(model=noisy_net(), proxy=examples(np.zeros((1, 4)), [0]))
+    FedLAW(model=linear(), proxy=examples(np.zeros((1, 2)), [0]))
 
 
 def test_running_statistics_are_the_clients_mean_or_the_proxys(kit):
@@ -294,8 +296,8 @@ def test_running_statistics_are_the_clients_mean_or_the_proxys(kit):
 def test_read_only_proxy_and_tensors(kit, toy):
     data = examples(toy["proxy_x"], toy["proxy_y"])
     data.x.flags.writeable = data.y.flags.writeable = False
-    FedLAW(linear(), data)
-    FedLAW(linear(), SimpleNamespace(x=torch.zeros(3, 2), y=torch.zeros(3)))
+    FedLAW(model=linear(), proxy=data)
+    FedLAW(model=linear(), proxy=SimpleNamespace(x=torch.zeros(3, 2), y=torch.zeros(3)))
 
 
 @pytest.mark.parametrize(
@@ -317,16 +319,16 @@ def test_bad_options(toy, options, message):
 
 def test_a_proxy_set_is_needed(toy):
     with pytest.raises(ConfigurationError, match="use fedavg"):
-        FedLAW(linear(), examples(np.zeros((0, 2)), np.zeros(0, np.int64)))
+        FedLAW(model=linear(), proxy=examples(np.zeros((0, 2)), np.zeros(0, np.int64)))
     with pytest.raises(ConfigurationError, match="2 inputs and 1 labels"):
-        FedLAW(linear(), examples(np.zeros((2, 2)), [0]))
+        FedLAW(model=linear(), proxy=examples(np.zeros((2, 2)), [0]))
 
 
 def test_another_model_than_the_clients_is_an_error(kit, toy):
     run = federation(kit, toy)
     run.strategy = FedLAW(
-        nn.Linear(2, 3, bias=False).double(),
-        examples(toy["proxy_x"], toy["proxy_y"]),
+        model=nn.Linear(2, 3, bias=False).double(),
+        proxy=examples(toy["proxy_x"], toy["proxy_y"]),
     )
     with pytest.raises(ConfigurationError, match=r"'weight' \[3, 2\] float64 where"):
         run.round()
@@ -345,7 +347,7 @@ def test_only_its_bound_bounds_gamma(kit, depth, reached):
     x = np.eye(2)[y] + 0.1 * stream.normal(size=(200, 2))
 
     def gamma(**options):
-        strategy = FedLAW(model, SimpleNamespace(x=x, y=y), **options)
+        strategy = FedLAW(model=model, proxy=SimpleNamespace(x=x, y=y), **options)
         clients = {k: kit.Client(arrays) for k in range(2)}
         zeros = {n: np.zeros((2, 2)) for n in arrays}
         return (
@@ -388,8 +390,8 @@ def test_passes_over_the_proxy_set_and_over_the_updates(kit, monkeypatch):
     model = nn.Linear(2, 3, bias=False).double()
     stream = np.random.default_rng(0)
     proxy = SimpleNamespace(x=stream.normal(size=(256, 2)), y=np.arange(256) % 3)
-    strategy = FedLAW(model, proxy, coherence=False)
-    strategy._module.module.register_forward_hook(
+    strategy = FedLAW(model=model, proxy=proxy, coherence=False)
+    strategy._held.module.module.register_forward_hook(
         lambda *_: calls.update(["forward", "backward"][: 1 + torch.is_grad_enabled()])
     )
 
@@ -439,7 +441,7 @@ def weight_of_who_went_the_opposite_way(kit, claims=10, **options):
     rows = [direction + 0.3 * stream.normal(size=6) for _ in range(9)]
     clients = {k: kit.Client(row) for k, row in enumerate([*rows, -direction])}
     clients[9].num_examples = claims
-    strategy = FedLAW(model, proxy, coherence=False, **options)
+    strategy = FedLAW(model=model, proxy=proxy, coherence=False, **options)
     run = kit.Federation(strategy, clients, kit.record({"weight": np.zeros((3, 2))}))
     return run.round().clients[9].weight
 
@@ -478,7 +480,7 @@ def test_batch_statistics_cancel_the_gamma_of_the_layer_before(kit, normalised):
     model[2].requires_grad_(False)
     stream = np.random.default_rng(5)
     proxy = SimpleNamespace(x=stream.normal(size=(64, 4)), y=stream.integers(0, 3, 64))
-    strategy = FedLAW(model, proxy, shrink=2.0, coherence=False)
+    strategy = FedLAW(model=model, proxy=proxy, shrink=2.0, coherence=False)
     state = {n: t.numpy() for n, t in model.state_dict().items()}
     moved = {**state, **{n: state[n] + 0.1 for n in ("0.weight", "0.bias")}}
     clients = {k: kit.Client(moved) for k in range(2)}

@@ -114,7 +114,7 @@ def test_with_a_server_optimizer_too(name, optimizer, told):
 def test_where_the_strategy_is_told_the_names(name):
     strategy = build(name, frozen=FROZEN, buffers=["1.running_mean", "1.running_var"])
     assert_kept(run(strategy, told=False))
-    assert strategy._model.layout == FlatModule(network()).layout
+    assert strategy._now.model.layout == FlatModule(network()).layout
 
 
 def test_what_is_frozen_is_in_no_distance():
@@ -157,7 +157,11 @@ def test_fedlaws_gamma_is_learned_for_what_is_trained(kit):
         for k, row in enumerate(rows)
     }
     strategy = FedLAW(
-        model, proxy, server_epochs=1, optimizer="sgd", revert_if_worse=False
+        model=model,
+        proxy=proxy,
+        server_epochs=1,
+        optimizer="sgd",
+        revert_if_worse=False,
     )
     run = kit.Federation(strategy, clients, kit.record(start))
     record = run.round()

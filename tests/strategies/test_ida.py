@@ -106,7 +106,7 @@ def test_previous_is_the_distance_from_the_global_model(kit):
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 @pytest.mark.parametrize("per_tensor", [False, True])
 def test_two_clients_count_alike(kit, distance, per_tensor):
-    strategy = IDA(distance, per_tensor=per_tensor, accumulate="float32")
+    strategy = IDA(distance=distance, per_tensor=per_tensor, accumulate="float32")
     round = kit.make_round(
         [[1.1, 2.3, 1e7], [1.3, -7.9, 1e7 + 1]], accumulate="float32"
     )
@@ -221,7 +221,7 @@ def test_what_the_rounding_of_the_mean_explains_is_no_distance(kit, dtype, dista
     accumulate = "float32" if dtype == torch.float32 else "float64"
     model = (origin + 0.1).astype(accumulate)
     round = kit.make_round([model] * 5, origin=origin, accumulate=accumulate)
-    IDA(distance).weights(round)
+    IDA(distance=distance).weights(round)
     assert round.logged_clients["distance"].tolist() == [0.0] * 5
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import textwrap
+from dataclasses import FrozenInstanceError
+from typing import Annotated
 
 import numpy as np
 import pytest
 import torch
+from pydantic import Field
 
 from fedweight.cli import main
-from fedweight.core.errors import ConfigurationError
+from fedweight.core.errors import AggregationError, ConfigurationError
 from fedweight.strategies import WeightingStrategy
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.weights import size_weights
@@ -76,25 +79,68 @@ def test_what_is_no_method_is_refused_when_it_is_made():
     class Neither(WeightingStrategy):
         pass
 
-    class Asking(FedAvg):
-        request = "label-counts"
-
     with pytest.raises(ConfigurationError, match="Neither must define weights"):
         Neither()
     with pytest.raises(ConfigurationError, match="must define weights"):
         WeightingStrategy()
     with pytest.raises(ConfigurationError, match=r"Write \('label-counts',\)"):
-        Asking()
+
+        class Asking(FedAvg):
+            request = "label-counts"
 
 
-def test_a_state_without_the_bases_own_is_enough_to_go_on(kit):
-    class Forgetful(FedAvg):
-        def state(self):
-            return {}
+class Counting(WeightingStrategy):
+    """Counts the rounds that succeeded, in its state."""
 
-    clients = {k: kit.Client(error="no power") for k in range(3)}
-    run = kit.Federation(Forgetful(), clients, kit.record({"w": np.zeros(2)}))
+    def begin(self):
+        return 0
+
+    def weights(self, round):
+        if round.state == 1 and round.num_clients < 3:
+            raise AggregationError("too few for this one")
+        return round.size_weights, round.state + 1
+
+
+def test_a_state_is_replaced_when_a_round_succeeds_and_only_then(kit):
+    clients = {k: kit.Client(np.ones(2), 10) for k in range(3)}
+    run = kit.Federation(Counting(), clients, kit.record({"w": np.zeros(2)}))
+    assert run.strategy.state["method"] == 0
+    assert run.round().status == "ok"
+    assert run.strategy.state["method"] == 1
+    clients[0].error = "no power"
     assert run.round().status == "failed"
+    assert run.strategy.state["method"] == 1
+    clients[0].error = ""
+    assert run.round().status == "ok"
+    assert run.strategy.state["method"] == 2
+
+
+def test_options_are_fields_by_name_and_stay_as_they_are():
+    class Own(FedAvg):
+        tolerance: Annotated[float, Field(gt=0)] = 2.0
+
+    own = Own(tolerance=np.float32(0.5), fraction_train=0.1)
+    assert (own.tolerance, own.fraction_train) == (0.5, 0.1)
+    assert repr(own) == "Own(fraction_train=0.1, tolerance=0.5)"
+    with pytest.raises(ConfigurationError, match=r"tolerance must be in \(0, inf\)"):
+        Own(tolerance=0)
+    with pytest.raises(TypeError, match=r"no option 'tolerence'\. Did you mean 'tole"):
+        Own(tolerence=1)
+    with pytest.raises(TypeError, match=r"Name them, as in Own\(tolerance=...\)"):
+        Own(3.0)
+    with pytest.raises(FrozenInstanceError):
+        own.tolerance = 3.0
+
+
+def test_columns_have_a_value_for_each_client(kit):
+    class Short(FedAvg):
+        def tell(self, selection):
+            return {"epochs-left": [1, 2]}
+
+    clients = {k: kit.Client(np.ones(2), 10) for k in range(3)}
+    run = kit.Federation(Short(), clients, kit.record({"w": np.zeros(2)}))
+    with pytest.raises(ConfigurationError, match="2 values for 'epochs-left' and 3"):
+        run.round()
 
 
 def test_nobody_gives_what_was_not_requested(kit):

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedweight.messages import _flower, keys
 from fedweight.strategies import STRATEGIES, strategy_class
-from fedweight.strategies.base import LARGEST_VALUE
+from fedweight.strategies.checks import LARGEST_VALUE
 from fedweight.studies.columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from fedweight.studies.folder import Table
 from fedweight.studies.records import client_row, round_row
@@ -245,7 +245,7 @@ def test_no_reply_ends_a_run(kit, name, tmp_path):
             run.number, run.grid.send_and_receive(evaluated)
         )
         for client in bad:  # It may know better the next time.
-            run.strategy._without_examples.discard(client)
+            run.strategy._now.without_examples.discard(client)
         rounds.append([round_row(record, {})])
         clients.append(client_row(number, entry) for entry in record.clients)
     assert excluded > REPLIES / 10

@@ -11,11 +11,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
 
+from fedweight.core.options import options_of
 from fedweight.core.rng import Purpose, generator
 from fedweight.messages import _flower
 from fedweight.simulations.grid import FIRST_NODE
 from fedweight.simulations.local import LocalGrid
-from fedweight.strategies.base import StrategyArguments
 from fedweight.strategies.fedavg import FedAvg
 
 
@@ -28,7 +28,7 @@ class Listed(LocalGrid):
 
 def sampled(grid, fraction, least=1, round=3, seed=5):
     strategy = FedAvg(seed=seed, min_available_nodes=1)
-    return strategy._sample(grid, fraction, least, Purpose.SAMPLING, round)
+    return strategy._drawn(grid, fraction, least, Purpose.SAMPLING, round)
 
 
 @pytest.mark.parametrize("clients", [1, 2, 7, 1000, 30_000])
@@ -95,7 +95,7 @@ def test_every_client_takes_part_equally_often():
     assert np.abs(counts - 500).max() < 4.5 * 19.4
 
 
-COMMON = list(StrategyArguments.__annotations__)[:10]
+COMMON = list(options_of(FedAvg))[:10]
 
 
 def test_the_arguments_of_flowers_fedavg_have_its_names_and_defaults():

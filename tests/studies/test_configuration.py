@@ -292,10 +292,10 @@ def own_module(tmp_path, monkeypatch):
     (tmp_path / "own_things.py").write_text(
         """
 from __future__ import annotations
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from flwr.serverapp.strategy import FedAvg
-from fedweight.strategies.base import StrategyArguments, WeightingStrategy
+from fedweight.strategies import WeightingStrategy
 if TYPE_CHECKING:
     from nowhere import Something
 
@@ -308,7 +308,8 @@ def typed(labels, k, rng, thing: Something, more: int = 1): ...
 class Passes(FedAvg):
     def __init__(self, *args, own: int = 1, **kwargs): ...
 class Ours(WeightingStrategy):
-    def __init__(self, own: float, **arguments: Unpack[StrategyArguments]): ...
+    own: float
+    def weights(self, round): ...
 class Bare(WeightingStrategy): ...
 class Plain: ...
 """

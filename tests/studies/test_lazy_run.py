@@ -104,7 +104,7 @@ def test_the_written_configuration_repeats_the_run(tmp_path: Path) -> None:
         ("alpha", -1.0, r"alpha must be in \(0, inf\)"),
         ("examples-per-client", 500, "must be from 1 to 1.., .* got 500"),
         ("examples-per-client", 1.5, "must be a whole number"),
-        ("size-sigma", -1.0, "size_sigma must be in"),
+        ("size-sigma", -1.0, "size-sigma must be in"),
         ("size-sgma", 1.0, "Did you mean 'size-sigma'"),
         ("clients", 0, "needs num_clients"),
     ],

@@ -150,9 +150,7 @@ class Scaled(Objective):
 class First(WeightingStrategy):
     """Only the first client counts, by a share."""
 
-    def __init__(self, share: float = 1.0, **arguments):
-        super().__init__(**arguments)
-        self.share = share
+    share: float = 1.0
 
     def weights(self, round):
         weights = torch.zeros(round.num_clients, dtype=torch.float64)

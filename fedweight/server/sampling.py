@@ -1,0 +1,92 @@
+"""Which clients take part in a round, and for how long."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from ..core.errors import ConfigurationError
+from ..core.rng import Purpose, generator
+from ..messages import keys
+
+log = logging.getLogger("fedweight")
+
+
+def sample(
+    grid: Grid,
+    stream: Callable[[], np.random.Generator],
+    fraction: float,
+    least: int,
+    available: int,
+) -> list[tuple[int, int]]:
+    """Draw ``(client, node)`` pairs, in the order of the clients' numbers."""
+    if fraction == 0:
+        return []
+    number = getattr(grid, "client_of", int)
+    complete = getattr(grid, "complete", False)
+    nodes = grid.get_node_ids()
+    # A simulation's range is in the clients' order, and is not written out.
+    if not (complete and isinstance(nodes, range)):
+        nodes = list(nodes)
+    while len(nodes) < max(available, least):
+        if complete:
+            raise ConfigurationError(
+                f"the strategy waits for "
+                f"{max(available, least)} clients (min_train_nodes, "
+                f"min_evaluate_nodes, min_available_nodes), but the simulation "
+                f"has {len(nodes)}. Lower those or simulate more clients."
+            )
+        log.info("waiting for clients: %d connected", len(nodes))
+        time.sleep(1)  # Flower's Grid offers no event for a node that connects.
+        nodes = list(grid.get_node_ids())
+    size = max(int(len(nodes) * fraction), least)
+    if isinstance(nodes, list):
+        nodes.sort(key=number)
+    if size < len(nodes):
+        chosen = np.sort(stream().choice(len(nodes), size, replace=False))
+        nodes = [nodes[i] for i in chosen.tolist()]
+    return [(number(node), node) for node in nodes]
+
+
+def known_empty(grid: Grid, clients: Sequence[int], said: Collection[int]) -> set[int]:
+    """Return which clients are known to have no examples.
+
+    A simulation knows; of others, those whose reply has said so.
+    """
+    sizes_of = getattr(grid, "sizes_of", None)
+    sizes = None if sizes_of is None else sizes_of(clients)
+    empty = set(said).intersection(clients)
+    if sizes is not None:
+        empty |= {c for c, size in zip(clients, sizes, strict=True) if size == 0}
+    return empty
+
+
+def straggler_epochs(
+    seed: int, round: int, share: float, cohort: int, config: ConfigRecord
+) -> list[int | None]:
+    """Return the epochs of each straggler, ``None`` for all other clients.
+
+    Tian Li et al., "Federated Optimization in Heterogeneous Networks", MLSys
+    2020: all but ``round(K * (1 - share))`` clients do U{1, ..., E - 1} epochs.
+    """
+    epochs: list[int | None] = [None] * cohort
+    if share == 0:
+        return epochs
+    full = config.get(keys.LOCAL_EPOCHS)
+    if not isinstance(full, int) or full < 2:
+        raise ConfigurationError(
+            f"stragglers = {share:g} needs local epochs of 2 or more "
+            f"(the train config's '{keys.LOCAL_EPOCHS}'), got {full!r}: a "
+            "straggler does fewer epochs than the others, but at least one."
+        )
+    stream = generator(seed, Purpose.STRAGGLERS, round)
+    slow = cohort - math.floor(cohort * (1 - share) + 0.5)
+    for k in stream.choice(cohort, slow, replace=False):
+        epochs[k] = int(stream.integers(1, full))
+    return epochs

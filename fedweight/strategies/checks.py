@@ -1,0 +1,161 @@
+"""What a method gives, looked at before it becomes the next global model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import AggregationError, ConfigurationError
+from ..core.texts import clients_called
+from .round import Round, Selection
+
+if TYPE_CHECKING:
+    from .base import WeightingStrategy
+
+# A model with larger values is no model to start training from: a few layers multiply
+# them beyond what float32 holds.
+LARGEST_VALUE = 2.0**32
+
+
+def check_weights(strategy: WeightingStrategy, round: Round) -> None:
+    """Refuse weights that are not finite, all 0, or not one for each client."""
+    name = type(strategy).__name__
+    weights = round.logged_clients.get("weight")
+    if weights is None:
+        raise ConfigurationError(
+            f"{name}.aggregate must record the weights it used: "
+            'round.log("weight", weights), one for each client.'
+        )
+    values = weights.tolist()
+    if len(values) != round.num_clients or not all(map(math.isfinite, values)):
+        raise AggregationError(
+            f"{name} gave weights {_shortened(weights)} for {round.num_clients} "
+            "clients; they must be finite, one each"
+        )
+    if not any(values):
+        raise AggregationError(f"{name} gave every client the weight 0")
+
+
+def check_values(
+    round: Round, parameters: Tensor, name_of: Callable[[int], str]
+) -> None:
+    """Refuse a model from which training cannot start."""
+    largest = _largest(parameters)
+    if not math.isfinite(largest):
+        raise AggregationError("the aggregated model has NaN or infinite values")
+    if largest > LARGEST_VALUE and largest > _largest(round.model.parameters):
+        raise AggregationError(
+            f"the aggregated model has values of up to {largest:.3g}, from which "
+            f"training cannot start (at most {LARGEST_VALUE:.3g})"
+            f"{_longest(round, name_of)}"
+        )
+
+
+def _longest(round: Round, name_of: Callable[[int], str]) -> str:
+    """Say whose update is the longest, where the updates are at hand."""
+    try:
+        norms = round.updates.norms()
+    except AggregationError:  # They were added up as they came.
+        return ""
+    k = int(norms.argmax())
+    whose = clients_called([round.clients[k]], name_of)
+    return (
+        f"; {whose} has the longest update, of norm {float(norms[k]):.3g} where "
+        f"the median is {float(norms.median()):.3g}"
+    )
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is one, 0 if there is none."""
+    if not values.numel():
+        return 0.0
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high))
+
+
+def _shortened(values: Tensor, most: int = 5) -> str:
+    shown = ", ".join(f"{value:.4g}" for value in values.tolist()[:most])
+    return f"[{shown}, ...]" if len(values) > most else f"[{shown}]"
+
+
+def as_parameters(strategy: WeightingStrategy, made: Any, round: Round) -> Tensor:
+    """Return what ``aggregate(round)`` gave, if it is a vector of parameters."""
+    shape = list(round.model.parameters.shape)
+    if isinstance(made, Tensor) and made.is_floating_point():
+        if list(made.shape) == shape:
+            return made
+        got = f"shape {list(made.shape)}"
+    else:
+        got = str(made.dtype) if isinstance(made, Tensor) else type(made).__name__
+    raise ConfigurationError(
+        f"{type(strategy).__name__}.aggregate must return the next global parameters, "
+        f"a floating tensor of shape {shape}, got {got}."
+    )
+
+
+def as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tensor:
+    """Return what ``weights(round)`` gave as a tensor, if it is one weight each."""
+    try:
+        tensor = torch.as_tensor(weights)
+        if tensor.is_complex():
+            raise TypeError("complex numbers are no weights")
+        tensor = tensor.double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.weights must return numbers, got "
+            f"{type(weights).__name__}: {error}."
+        ) from None
+    clients, tensors = round.num_clients, round.updates.num_tensors
+    if tensor.shape not in ((clients,), (clients, tensors)):
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.weights must return one weight for each of "
+            f"the {clients} clients, shape [{clients}] (or [{clients}, {tensors}], one "
+            f"for each named tensor), got shape {list(tensor.shape)}."
+        )
+    return tensor
+
+
+def told_columns(
+    strategy: WeightingStrategy, selection: Selection
+) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
+    """Return what ``tell`` gives: numbers for all, and a column for each other name."""
+    shared: dict[str, Any] = {}
+    columns: dict[str, Sequence[Any]] = {}
+    for name, told in strategy.tell(selection).items():
+        if isinstance(told, str | bytes | bool | int | float):
+            shared[name] = told
+        else:
+            columns[name] = _column(strategy, "tell", name, told, selection)
+    return shared, columns
+
+
+def asked_names(
+    strategy: WeightingStrategy, selection: Selection
+) -> list[tuple[str, ...]]:
+    """Return what ``ask`` gives as the names that each client is asked for."""
+    columns = {}
+    for name, asked in strategy.ask(selection).items():
+        if isinstance(asked, bool):
+            columns[name] = [asked] * len(selection.clients)
+        else:
+            columns[name] = _column(strategy, "ask", name, asked, selection)
+    return [
+        tuple(name for name, column in columns.items() if column[k])
+        for k in range(len(selection.clients))
+    ]
+
+
+def _column(
+    strategy: WeightingStrategy, hook: str, name: str, given: Any, selection: Selection
+) -> list[Any]:
+    column = given.tolist() if hasattr(given, "tolist") else list(given)
+    if len(column) != len(selection.clients):
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.{hook} gave {len(column)} values for '{name}' "
+            f"and {len(selection.clients)} clients. Give one each, or one for all."
+        )
+    return column
