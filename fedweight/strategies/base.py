@@ -9,7 +9,15 @@ server's optimiser and the record of every round are done here, once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple, dataclass_transform
@@ -346,6 +354,19 @@ class WeightingStrategy(Strategy):
         finally:
             self._now.outermost = False
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Tell, in a ``with`` block, that nobody else reads replies or old rounds.
+
+        Then local models may be added up as they come, and :attr:`history` holds the
+        last round only.
+        """
+        self._now.outermost = self._now.forgets = True
+        try:
+            yield
+        finally:
+            self._now.outermost = self._now.forgets = False
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -356,6 +377,8 @@ class WeightingStrategy(Strategy):
         self._now.model = flatten(arrays, layout)
         # It counts as failed until it is aggregated: a wrapper may never get there.
         unfinished = RoundRecord(server_round, "failed", "its replies did not arrive")
+        if self._now.forgets:
+            self._now.history.clear()
         self._now.history.append(unfinished)
         nodes = self._drawn(
             grid,
@@ -914,6 +937,8 @@ class _Now:
         The messages of the phase that goes on.
     outermost : bool
         Whether no wrapper runs the rounds, which may look into the replies.
+    forgets : bool
+        Whether the log holds the last round only.
     """
 
     method: Any
@@ -928,6 +953,7 @@ class _Now:
     name_of: Callable[[int], str] = str
     cohort: Cohort | None = None
     outermost: bool = False
+    forgets: bool = False
 
 
 class _Asked(NamedTuple):

@@ -52,6 +52,8 @@ from ..data.examples import channels_last
 from ..data.files import load_one_csv
 from ..messages import keys
 from ..messages.arrays import FlatRecord, flatten
+from ..server import loop
+from ..server.loop import ServerState
 from ..simulations import Plan, simulate
 from ..simulations.engine import check_engine, check_local, choose_engine
 from ..simulations.grid import usable_plan
@@ -626,18 +628,35 @@ def serve(
     recorder.grid = grid
     schema = components.schema
     told = {} if schema is None else {keys.SCHEMA: schema.write()}
+    epochs = configuration["training"]["epochs"]
+    rounds = configuration["run"]["rounds"]
+    timeout = configuration["run"]["timeout"] or None
+    state = ServerState(
+        initial,
+        train_config=ConfigRecord({keys.LOCAL_EPOCHS: epochs, **told}),
+        evaluate_config=ConfigRecord(dict(told)),
+    )
     with one_thread():
-        strategy.start(
-            grid,
-            initial,
-            num_rounds=configuration["run"]["rounds"],
-            timeout=configuration["run"]["timeout"] or None,  # type: ignore[arg-type]
-            train_config=ConfigRecord(
-                {keys.LOCAL_EPOCHS: configuration["training"]["epochs"], **told}
-            ),
-            evaluate_config=ConfigRecord(dict(told)),
-            evaluate_fn=recorder.after_round,
-        )
+        if type(strategy).start in (Strategy.start, WeightingStrategy.start):
+            recorder(state)
+            loop.federate(
+                strategy,
+                grid,
+                state,
+                until=rounds,
+                timeout=timeout,
+                callbacks=[recorder],
+            )
+        else:  # It runs its rounds in a way of its own.
+            strategy.start(
+                grid,
+                initial,
+                num_rounds=rounds,
+                timeout=timeout,  # type: ignore[arg-type]
+                train_config=state.train_config,
+                evaluate_config=state.evaluate_config,
+                evaluate_fn=recorder.after_round,
+            )
 
 
 class Recorder:
@@ -780,6 +799,10 @@ class Recorder:
                 }
             )
         self.partition.append(rows)
+
+    def __call__(self, state: ServerState) -> None:
+        """Record a round of our loop, or what was there before the first."""
+        self.after_round(state.round, state.arrays)
 
     def after_round(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate the global model, and record the round; Flower's evaluate_fn."""

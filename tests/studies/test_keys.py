@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.serverapp.strategy import Strategy
 from safetensors.numpy import load_file
 
 from fedweight import run
@@ -15,6 +14,7 @@ from fedweight.core.errors import ConfigurationError
 from fedweight.core.module import FlatModule
 from fedweight.data import DataSet, Examples
 from fedweight.messages.arrays import FlatRecord
+from fedweight.server import loop
 from fedweight.simulations import Plan
 from fedweight.studies import runner
 from fedweight.studies.configuration import Configuration
@@ -58,12 +58,12 @@ def arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **settings: Any) 
         found.update(named)
         return simulate(*given, **{**named, "engine": "local", "workers": None})
 
-    def starting(self: Strategy, *given: Any, **named: Any) -> Any:
+    def federating(*given: Any, **named: Any) -> Any:
         found.update(named)
         raise Stopped
 
     monkeypatch.setattr(runner, "simulate", simulating)
-    monkeypatch.setattr(Strategy, "start", starting)
+    monkeypatch.setattr(loop, "federate", federating)
     with pytest.raises(Stopped):
         start(tmp_path / str(len(list(tmp_path.iterdir()))), **settings)
     return found

@@ -1,0 +1,113 @@
+"""The server's loop: rounds over Flower's four public hooks, from any state on.
+
+For Flower's strategies it gives the bits of their own ``start``. What the loop holds
+between two rounds is one value, so a run can stop, be written down and go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the loop holds between two rounds.
+
+    Attributes
+    ----------
+    arrays : ArrayRecord
+        The global model.
+    round : int
+        How many rounds are over.
+    train_config, evaluate_config : ConfigRecord
+        What the strategy is given to send. A strategy may change them, and finds them
+        in the next round as it left them.
+    """
+
+    arrays: ArrayRecord
+    round: int = 0
+    train_config: ConfigRecord = field(default_factory=ConfigRecord)
+    evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
+
+
+class Callback(Protocol):
+    """Called after every round; what it returns says whether to stop."""
+
+    def __call__(self, state: ServerState) -> bool | None:
+        """Return True to end the loop."""
+        ...
+
+
+@runtime_checkable
+class ReadsAlone(Protocol):
+    """A strategy that may have local models added up, where nobody else reads them."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Return a ``with`` block in which nobody else reads the replies."""
+        ...
+
+
+def federate(
+    strategy: Strategy,
+    grid: Grid,
+    state: ServerState,
+    *,
+    until: int,
+    timeout: float | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> ServerState:
+    """Run rounds until so many are over.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        Any Flower strategy.
+    grid : Grid
+        Where the clients are.
+    state : ServerState
+        What to go on from.
+    until : int
+        How many rounds are over at the end, those before ``state`` included.
+    timeout : float, optional
+        Seconds to wait for a round's replies.
+    callbacks : Iterable[Callback]
+        Called after every round, in this order; the first that returns True ends the
+        loop after the others were called.
+
+    Returns
+    -------
+    ServerState
+        After the last round.
+    """
+    several = list(callbacks)
+    alone = strategy.alone() if isinstance(strategy, ReadsAlone) else nullcontext()
+    with alone:
+        while state.round < until:
+            state = _round(strategy, grid, state, timeout)
+            stops = [callback(state) for callback in several]
+            if any(stops):
+                break
+    return state
+
+
+def _round(
+    strategy: Strategy, grid: Grid, state: ServerState, timeout: float | None
+) -> ServerState:
+    """Train and aggregate, then evaluate the new global model."""
+    number, arrays = state.round + 1, state.arrays
+    messages = strategy.configure_train(number, arrays, state.train_config, grid)
+    replies = grid.send_and_receive(messages, timeout=timeout)
+    aggregated, _ = strategy.aggregate_train(number, replies)
+    if aggregated is not None:
+        arrays = aggregated
+    messages = strategy.configure_evaluate(number, arrays, state.evaluate_config, grid)
+    replies = grid.send_and_receive(messages, timeout=timeout)
+    strategy.aggregate_evaluate(number, replies)
+    return replace(state, round=number, arrays=arrays)
