@@ -17,7 +17,8 @@ from torch import Tensor
 from .errors import ConfigurationError, DataError
 
 # How what JSON does not have is written: an object with this one key.
-_TENSOR, _ARRAY, _TUPLE, _PAIRS = "$tensor", "$array", "$tuple", "$pairs"
+_TENSOR, _ARRAY, _BYTES = "$tensor", "$array", "$bytes"
+_TUPLE, _PAIRS = "$tuple", "$pairs"
 
 
 def pack(state: Any, what: str = "state") -> tuple[str, dict[str, Tensor]]:
@@ -52,12 +53,14 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, bytes):
+        return {_BYTES: value.hex()}
     if isinstance(value, Tensor | np.ndarray):
         name = str(len(tensors))
         if isinstance(value, np.ndarray):
             tensors[name] = torch.from_numpy(np.array(value))
             return {_ARRAY: name}
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value.detach().cpu().clone().contiguous()
         return {_TENSOR: name}
     if isinstance(value, list | tuple):
         items = [_packed(v, f"{where}[{k}]", tensors) for k, v in enumerate(value)]
@@ -103,6 +106,8 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[content].clone()
         if key == _ARRAY:
             return tensors[content].numpy().copy()
+        if key == _BYTES:
+            return bytes.fromhex(content)
         if key == _TUPLE:
             return tuple(_unpacked(v, tensors) for v in content)
         if key == _PAIRS:

@@ -11,14 +11,13 @@ import math
 import os
 import re
 import sys
-import time
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ConfigurationError, OutputError
+from ..core.errors import ConfigurationError, DataError, OutputError
 from ..core.paths import clean_path
 from ..core.texts import listed, plain
 
@@ -42,10 +41,6 @@ FILES = (
 
 # Held by the run that writes to the folder, and removed when it ends.
 LOCK = ".lock"
-
-# Tables grow by a few rows a round but are written whole. So that writing stays a
-# small share of the time, a table rests this many times as long as it took to write.
-REST = 20
 
 
 def check_free(out: str | Path | None, overwrite: bool = False) -> None:
@@ -261,19 +256,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. "
-            f"{'Make room, or name' if full else 'Name'} another folder; what was "
-            "written before is whole."
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
 
 
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return OutputError(
+        f"{path} cannot be written: {error.strerror or error}. "
+        f"{'Make room, or name' if full else 'Name'} another folder; what was "
+        "written before is whole."
+    )
+
+
 class Table:
-    """A CSV file that grows row by row.
+    """A CSV file that grows row by row: what is there already is not written again.
+
+    Only a column that is new has the file written anew.
 
     Parameters
     ----------
@@ -292,48 +293,107 @@ class Table:
         self.columns = [name for name in columns if name not in optional]
         self._order = list(columns)
         self._known = set(self.columns)
-        self._lines: list[str] = []
-        self._rest_until = 0.0
+        self._pending = ""
+        self._begun = False
+        self._rows = 0
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows; write the file unless it was written a moment ago."""
-        for row in rows:
-            for name in row:
-                if name not in self._known:
-                    self._add_column(name)
-            self._lines.append(_line(row.get(name) for name in self.columns))
-        if time.monotonic() >= self._rest_until:
-            self.write()
+        """Add rows to the file."""
+        several = list(rows)
+        new = {name: None for row in several for name in row if name not in self._known}
+        if new:
+            self._add_columns(new)
+        self._pending += "".join(
+            _line(row.get(name) for name in self.columns) for row in several
+        )
+        self._rows += len(several)
+        self.write()
 
-    def _add_column(self, name: str) -> None:
-        self._known.add(name)
-        if name not in self._order:
-            self.columns.append(name)
-            return
-        place = sum(n in self.columns for n in self._order[: self._order.index(name)])
-        self.columns.insert(place, name)
-        for number, cells in enumerate(csv.reader(self._lines)):
-            self._lines[number] = _line([*cells[:place], "", *cells[place:]])
+    def _add_columns(self, new: Iterable[str]) -> None:
+        before = list(self.columns)
+        for name in new:
+            self._known.add(name)
+            place = len(self.columns)
+            if name in self._order:
+                ahead = self._order[: self._order.index(name)]
+                place = sum(n in self.columns for n in ahead)
+            self.columns.insert(place, name)
+        if self._begun:
+            self._write_again(before, rows_of(self.path)[1:])
+
+    def _write_again(
+        self, before: Sequence[str], rows: Iterable[Sequence[str]]
+    ) -> None:
+        """Write the file anew, of rows that have the columns of before."""
+        place = {name: k for k, name in enumerate(before)}
+        lines = [_line(self.columns)]
+        lines += (
+            _line(row[place[name]] if name in place else "" for name in self.columns)
+            for row in rows
+        )
+        write_whole(self.path, "".join(lines))
 
     def write(self) -> None:
-        """Write the file."""
-        began = time.monotonic()
-        width = len(self.columns)
-        lines = [_line(self.columns)]
-        for line in self._lines:
-            # Rows from before a column was known lack its commas.
-            short = width - 1 - _commas(line)
-            lines.append(line[:-1] + "," * short + "\n" if short else line)
-        write_whole(self.path, "".join(lines))
-        ended = time.monotonic()
-        self._rest_until = ended + REST * (ended - began)
+        """Write what is not in the file yet."""
+        if not self._begun:
+            write_whole(self.path, _line(self.columns) + self._pending)
+            self._begun, self._pending = True, ""
+        if not self._pending:
+            return
+        size = None
+        try:
+            with self.path.open("ab") as file:
+                size = file.tell()
+                file.write(self._pending.encode())
+        except OSError as error:
+            if size is not None:  # Half a row is none.
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+            raise _cannot_write(self.path, error) from error
+        self._pending = ""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Columns and number of rows, for :meth:`restore`."""
+        return {"columns": list(self.columns), "rows": self._rows}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where a table ended that had this state; what came later is removed."""
+        header, *rows = rows_of(self.path)
+        if len(rows) < state["rows"]:
+            raise DataError(
+                f"{self.path} has {len(rows)} rows, and {state['rows']} when the "
+                "checkpoint was written. It has been changed since."
+            )
+        self.columns = list(state["columns"])
+        self._known = set(self.columns)
+        self._begun, self._rows = True, state["rows"]
+        self._write_again(header, rows[: self._rows])
 
 
-def _commas(line: str) -> int:
-    """Count the separators of a line, not the commas inside quotes."""
-    if '"' not in line:
-        return line.count(",")
-    return len(next(csv.reader([line]))) - 1
+def rows_of(path: Path) -> list[list[str]]:
+    """Return the whole rows of a table, the first of them the header.
+
+    A process that is killed may leave a part of its last row, which is left out.
+    """
+    rows = list(csv.reader(io.StringIO(whole_rows(path), newline="")))
+    return rows or [[]]
+
+
+def whole_rows(path: Path) -> str:
+    """Return the text of a table, without a last row of which only a part is there."""
+    with path.open(encoding="utf-8", newline="") as file:
+        text = file.read()
+    if text.endswith("\n") and text.count('"') % 2 == 0:
+        return text
+    # The row begins behind the last line end that is not within quotes.
+    end, inside = 0, False
+    for place, character in enumerate(text):
+        if character == '"':
+            inside = not inside
+        elif character == "\n" and not inside:
+            end = place + 1
+    return text[:end]
 
 
 def _line(values: Iterable[Any]) -> str:

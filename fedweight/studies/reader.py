@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import tomllib
 from collections import Counter
@@ -19,6 +20,7 @@ from ..core.errors import DataError
 from ..core.paths import clean_path
 from ..core.texts import NAME_LENGTH, clients_called, plain
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
+from .folder import whole_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -316,8 +318,8 @@ class RunFolder:
         """Read a table; what is not one of a run's is refused here, once for all."""
         path = self._file(name)
         try:
-            with path.open(encoding="utf-8", newline="") as lines:
-                header = next(csv.reader(lines), [])
+            text_of_table = whole_rows(path)
+            header = next(csv.reader(io.StringIO(text_of_table, newline="")), [])
             for column in required:
                 if column not in header:
                     raise DataError(
@@ -327,11 +329,10 @@ class RunFolder:
             others = [column for column in header if column not in _TEXT]
             # A reason may well read "NaN": text columns are never taken for empty.
             frame = pd.read_csv(
-                path,
+                io.StringIO(text_of_table, newline=""),
                 dtype=dict.fromkeys(text, "str"),
                 keep_default_na=False,
                 na_values=dict.fromkeys(others, _EMPTY),
-                encoding="utf-8",
             )
             # At once: there may be thousands of classes.
             frame = pd.DataFrame(

@@ -319,7 +319,7 @@ def replies_of(
     timeout: float | None = None,
 ) -> Replies:
     """Let a grid answer the first round of a strategy."""
-    strategy._outermost = True
+    strategy._now.outermost = True
     initial = FlatRecord(FlatModule(model()).save())
     cohort = strategy.configure_train(1, initial, ConfigRecord(), grid)
     replies = grid.send_and_receive(cohort, timeout=timeout)

@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight.core.errors import ConfigurationError, OutputError
+from fedweight.core.errors import ConfigurationError, DataError, OutputError
 from fedweight.studies import folder as folder_module
-from fedweight.studies.folder import LOCK, Table, check_free, new_folder, write_whole
+from fedweight.studies.folder import (
+    LOCK,
+    Table,
+    check_free,
+    new_folder,
+    rows_of,
+    write_whole,
+)
 
 
 def read(path):
@@ -291,26 +298,52 @@ def test_the_first_rows_are_there_at_once(tmp_path):
     assert read(tmp_path / "t.csv") == [["a"], ["1"]]
 
 
-def test_a_table_rests_after_it_was_written_and_then_has_everything(
-    tmp_path, monkeypatch
-):
-    now = [0.0]
-    monkeypatch.setattr(folder_module.time, "monotonic", lambda: now[0])
-    sync = os.fsync
-
-    def slow(descriptor):
-        now[0] += 1.0
-        sync(descriptor)
-
-    monkeypatch.setattr(folder_module.os, "fsync", slow)
+def test_what_is_there_is_not_written_again(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        folder_module, "write_whole", lambda *given: written.append(given)
+    )
     table = Table(tmp_path / "t.csv", ["a"])
-    table.append([{"a": 1}])  # takes a second
-    now[0] += folder_module.REST - 1
-    table.append([{"a": 2}])
-    assert len(read(tmp_path / "t.csv")) == 2
-    now[0] += 2
-    table.append([{"a": 3}])
-    assert read(tmp_path / "t.csv") == [["a"], ["1"], ["2"], ["3"]]
+    (tmp_path / "t.csv").write_text("a\n")
+    table.append([{"a": 1}])
+    assert len(written) == 1
+    for number in range(5):
+        table.append([{"a": number}])
+    assert len(written) == 1
+    assert read(tmp_path / "t.csv") == [["a"], *([str(n)] for n in range(5))]
+
+
+@pytest.mark.parametrize("cut", range(1, 26))
+def test_a_part_of_a_row_is_no_row(tmp_path, cut):
+    """What a process that is killed while it writes may leave."""
+    path = tmp_path / "t.csv"
+    table = Table(path, ["a", "b"])
+    table.append([{"a": 1, "b": "x"}])
+    whole = path.read_bytes()
+    table.append([{"a": 'said "no"', "b": "two\nlines"}])
+    rest = path.read_bytes()[len(whole) :]
+    assert len(rest) == 26
+    path.write_bytes(whole + rest[:cut])
+    assert rows_of(path) == [["a", "b"], ["1", "x"]]
+
+
+def test_a_table_goes_on_from_its_state(tmp_path):
+    def rows(numbers):
+        return [{"a": n, **({"late": n} if n > 2 else {})} for n in numbers]
+
+    whole, half = (Table(tmp_path / f"{n}.csv", ["a"]) for n in ("whole", "half"))
+    whole.append(rows(range(6)))
+    half.append(rows(range(2)))
+    state = half.state
+    half.append(rows(range(2, 5)))  # More than the checkpoint knows of.
+    again = Table(half.path, ["a"])
+    again.restore(state)
+    assert read(half.path) == [["a"], ["0"], ["1"]]
+    again.append(rows(range(2, 6)))
+    assert half.path.read_bytes() == whole.path.read_bytes()
+    half.path.write_text("a\n0\n")
+    with pytest.raises(DataError, match="has 1 rows, and 2 when"):
+        Table(half.path, ["a"]).restore(state)
 
 
 values = st.one_of(

@@ -918,7 +918,7 @@ def test_the_servers_own_arithmetic_does_not_depend_on_threads(quick):
     [
         ({"strategy.min-train-nodes": 5000}, "strategy.min-train-nodes is 5000"),
         ({"strategy.stragglers": 0.5, "training.epochs": 1}, "strategy.stragglers"),
-        ({"strategy.min-train-nodes": -3}, "min_train_nodes must be in"),
+        ({"strategy.min-train-nodes": -3}, "min-train-nodes must be in"),
         ({"model.name": "char-gru"}, "model.name: 'char-gru' cannot take an example"),
         ({"server.name": "adam", "server.learning-rate": 0.0}, r"\[server\]: learning"),
         (

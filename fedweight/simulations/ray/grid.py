@@ -19,7 +19,7 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import ray
@@ -220,11 +220,12 @@ def _start_ray(workers: int | None, address: str | None) -> contextlib.ExitStack
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
+    watcher = None
     if address is None:
         options |= {"include_dashboard": False, "num_cpus": workers}
         mark = MARK + uuid.uuid4().hex
         settings[mark] = "1"
-        ours.enter_context(_watched(f"{mark}=1"))
+        watcher = ours.enter_context(_watched(f"{mark}=1"))
     else:
         _check_address(address)
         options["address"] = address
@@ -245,6 +246,8 @@ def _start_ray(workers: int | None, address: str | None) -> contextlib.ExitStack
             raise EngineError(f"cannot {where}: {error}") from error
         raise
     folder = context.address_info.get("session_dir") if context.address_info else None
+    if watcher is not None and folder:
+        watcher(folder)
     log.debug("Ray has started; what clients print is under %s/logs", folder)
     return ours
 
@@ -255,10 +258,13 @@ def _shut_down() -> None:
 
 
 @contextlib.contextmanager
-def _watched(mark: str) -> Iterator[None]:
-    """Have the processes with a mark ended if this one is killed meanwhile."""
+def _watched(mark: str) -> Iterator[Callable[[str], None] | None]:
+    """Have the processes with a mark ended if this one is killed meanwhile.
+
+    What it yields tells of the folder that they write to.
+    """
     if not sys.platform.startswith("linux"):  # Elsewhere Ray does it itself.
-        yield
+        yield None
         return
     with subprocess.Popen(
         [sys.executable, "-I", "-S", watch.__file__, mark],
@@ -268,11 +274,19 @@ def _watched(mark: str) -> Iterator[None]:
         start_new_session=True,  # What is sent to the driver's group is not for it.
         cwd="/",
     ) as process:
+        assert process.stdin is not None
+        stream = process.stdin
+
+        def tell(text: str) -> None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.write(os.fsencode(f"{text}\n"))
+                stream.flush()
+
         try:
-            yield
+            yield tell
         finally:
             with contextlib.suppress(BrokenPipeError):
-                process.communicate(b"closed")
+                process.communicate(watch.CLOSED.encode())
 
 
 def _check_address(address: str) -> None:
