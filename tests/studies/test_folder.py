@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -311,6 +312,39 @@ def test_what_is_there_is_not_written_again(tmp_path, monkeypatch):
         table.append([{"a": number}])
     assert len(written) == 1
     assert read(tmp_path / "t.csv") == [["a"], *([str(n)] for n in range(5))]
+
+
+def test_a_row_of_which_a_part_is_written_is_taken_back(tmp_path, monkeypatch):
+    """A full disk: what was there before is whole, and the row comes later."""
+    path = tmp_path / "t.csv"
+    table = Table(path, ["a"])
+    table.append([{"a": 1}])
+    opened = Path.open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def tell(self):
+            return self.file.tell()
+
+        def write(self, data):
+            self.file.write(data[:1])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Full(opened(path, mode)))
+    with pytest.raises(OutputError, match="t.csv cannot be written: No space left"):
+        table.append([{"a": 2}])
+    monkeypatch.undo()
+    assert path.read_bytes() == b"a\n1\n"
+    table.append([{"a": 3}])
+    assert path.read_bytes() == b"a\n1\n2\n3\n"
 
 
 @pytest.mark.parametrize("cut", range(1, 26))
