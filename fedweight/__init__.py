@@ -9,15 +9,16 @@ from .core.version import __version__
 
 if TYPE_CHECKING:
     from .simulations import simulate
-    from .studies import Configuration, Run, run
+    from .studies import Configuration, Run, resume, run
 
-__all__ = ["Configuration", "Run", "__version__", "run", "simulate"]
+__all__ = ["Configuration", "Run", "__version__", "resume", "run", "simulate"]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "Configuration": ".studies",
         "Run": ".studies",
+        "resume": ".studies",
         "run": ".studies",
         "simulate": ".simulations",
     },

@@ -1,4 +1,4 @@
-"""The command line: run, check, list, schema, report, data."""
+"""The command line: run, resume, check, list, schema, report, data."""
 
 from __future__ import annotations
 
@@ -105,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
         "print the JSON schema of simulation files, which editors read",
         "fedweight schema > fedweight.schema.json",
     )
+    resumed = command(
+        "resume",
+        "go on with a run that was stopped, from its last checkpoint",
+        "fedweight resume runs/my-run",
+    )
+    resumed.add_argument("folder", help="a run's folder")
     report = command(
         "report", "write a run's report again", "fedweight report runs/my-run"
     )
@@ -206,12 +212,26 @@ def _run(given: argparse.Namespace) -> int:
             progress=progress,
             overwrite=given.overwrite,
         )
+    return _tell(given, result)
+
+
+def _tell(given: argparse.Namespace, result: Run) -> int:
+    """Print what a run has reached; return the exit status."""
     summary = result.summary()
     if given.json:
         print(json.dumps({"folder": str(result.folder), **_no_nan(summary)}))
     else:
         _print_summary(result, summary)
     return 1 if summary.get("failed_rounds") else 0
+
+
+def _resume(given: argparse.Namespace) -> int:
+    from .studies.runner import resume
+
+    _show_warnings()
+    with _progress(given.json) as progress:
+        result = resume(given.folder, progress=progress)
+    return _tell(given, result)
 
 
 def _check(given: argparse.Namespace) -> int:
@@ -285,6 +305,7 @@ def _data(given: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": _run,
+    "resume": _resume,
     "check": _check,
     "list": _list,
     "schema": _schema,

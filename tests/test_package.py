@@ -155,8 +155,9 @@ def test_only_one_file_touches_what_is_private_to_flower():
 FORBIDDEN = ("pickle.load", "pickle.loads", "torch.load", "cloudpickle.load")
 # Where a driver and its own workers, of one run, send each other objects.
 UNPICKLES = {"simulations/ray/worker.py"}
-# Seed the streams of the process, or look at them, for a model that draws from them.
-SEEDS = {"clients/noise.py", "clients/trial.py"}
+# Seed the streams of the process, or look at them, for models and strategies that draw
+# from them.
+SEEDS = {"clients/noise.py", "clients/trial.py", "server/checkpoint.py"}
 # Names of numpy.random that make a stream of one's own.
 OWN_STREAM = {"Generator", "PCG64", "SeedSequence"}
 

@@ -50,7 +50,8 @@ def closest(name: str, allowed: Iterable[str]) -> str:
     >>> closest("zzz", ["fedavg"])
     ''
     """
-    match = difflib.get_close_matches(name.replace("_", "-"), list(allowed), n=1)
+    others = [other for other in allowed if other != name]
+    match = difflib.get_close_matches(name.replace("_", "-"), others, n=1)
     return f" Did you mean '{match[0]}'?" if match else ""
 
 

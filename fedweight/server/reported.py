@@ -114,6 +114,15 @@ class OwnMetrics:
         self._names: set[str] = set()
         self._told = False
 
+    @property
+    def names(self) -> list[str]:
+        """The names that are recorded."""
+        return sorted(self._names)
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Go on with the names of another run."""
+        self._names = set(names)
+
     def limit(self, reported: Iterable[ClientRecord]) -> set[str]:
         """Leave those in clients' records, and return the names of all of a run.
 

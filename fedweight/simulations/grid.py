@@ -74,6 +74,14 @@ class SimulationGrid(Grid):
         """Return how many examples some clients have, where the app knows."""
         return sizes_of(self.client_app, clients)
 
+    def client_states(self) -> dict[int, RecordDict]:
+        """Return what clients keep between rounds, by number, of those that do."""
+        raise NotImplementedError
+
+    def restore_clients(self, states: Mapping[int, RecordDict]) -> None:
+        """Let clients go on with what they kept in another run of the same."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Give back what the grid holds; it cannot be used afterwards."""
 

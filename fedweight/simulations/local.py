@@ -6,12 +6,12 @@ No Ray, no daemon, no start-up: a debugger stops where it should.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from ..core.errors import check_range
@@ -91,6 +91,13 @@ class LocalGrid(SimulationGrid):
                 client, self.num_clients, self.run_config
             )
         return self.contexts[client]
+
+    def client_states(self) -> dict[int, RecordDict]:  # noqa: D102
+        return {k: c.state for k, c in self.contexts.items() if len(c.state)}
+
+    def restore_clients(self, states: Mapping[int, RecordDict]) -> None:  # noqa: D102
+        for client, state in states.items():
+            self.context(client).state = state
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let the clients handle the messages, now; return the messages' ids."""

@@ -247,13 +247,27 @@ class WeightingStrategy(Strategy):
             "method": now.method,
             "server-optimizer": now.optimizer,
             "without-examples": sorted(now.without_examples),
+            "own-metrics": now.own_metrics.names,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over the :attr:`state` of a strategy with the same options."""
+        """Take over the :attr:`state` of a strategy with the same options.
+
+        Raises
+        ------
+        ConfigurationError
+            If it is not such a state.
+        """
+        expected = self.state.keys()
+        if not isinstance(state, Mapping) or state.keys() != expected:
+            raise ConfigurationError(
+                f"{type(self).__name__}.restore takes what `state` of such a strategy "
+                f"gives, with the keys {', '.join(expected)}; got {shown(state)}."
+            )
         self._now.method = state["method"]
         self._now.optimizer = state["server-optimizer"]
         self._now.without_examples = set(state["without-examples"])
+        self._now.own_metrics.restore(state["own-metrics"])
 
     # What a method answers.
 

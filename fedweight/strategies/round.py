@@ -139,8 +139,8 @@ class Round:
             if not isinstance(value, int | float)
         ]
         if len(without) == self.num_clients:
-            near = closest(name, (*REPORTED, *REQUESTED))
             reported = sorted({key for m in self.metrics for key in m})
+            near = closest(name, (*reported, *REPORTED, *REQUESTED))
             raise ConfigurationError(
                 f"round.metric('{name}'): no client reports it.{near} They report "
                 f"{listed(reported, most=20) or 'nothing'}; a strategy's `request` may "

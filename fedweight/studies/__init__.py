@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from .check import Checked, check_file
     from .configuration import Configuration
     from .result import Run
-    from .runner import Progress, run
+    from .runner import Progress, resume, run
 
-__all__ = ["Checked", "Configuration", "Progress", "Run", "check_file", "run"]
+__all__ = ["Checked", "Configuration", "Progress", "Run", "check_file", "resume", "run"]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -22,6 +22,7 @@ __getattr__, __dir__ = lazy_exports(
         "Progress": ".runner",
         "Run": ".result",
         "check_file": ".check",
+        "resume": ".runner",
         "run": ".runner",
     },
 )

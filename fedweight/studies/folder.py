@@ -37,6 +37,7 @@ FILES = (
     "errors.log",
     "model.safetensors",
     "report.html",
+    "checkpoint.safetensors",
 )
 
 # Held by the run that writes to the folder, and removed when it ends.
@@ -77,6 +78,20 @@ def new_folder(
     with _refusals(f"runs/{name}" if out is None else out):
         folder = _make_folder(out, name, overwrite)
         lock = _take(folder, overwrite)
+    try:
+        yield folder
+    finally:
+        _give_back(folder, lock)
+
+
+@contextmanager
+def old_folder(folder: Path) -> Iterator[Path]:
+    """Take the folder of a run that was stopped, for the time of a ``with`` block."""
+    lock = _lock(folder / LOCK)
+    if lock is None:
+        raise ConfigurationError(
+            f"another run is writing to '{folder}'. Wait for its end."
+        )
     try:
         yield folder
     finally:

@@ -42,6 +42,15 @@ class Listener:
         self._errors = KnownErrors()
         self._own_metrics = OwnMetrics()
 
+    @property
+    def own_metrics(self) -> list[str]:
+        """The names of the clients' own metrics that are recorded."""
+        return self._own_metrics.names
+
+    @own_metrics.setter
+    def own_metrics(self, names: list[str]) -> None:
+        self._own_metrics.restore(names)
+
     def asks(self, configure: Callable[..., Iterable[Message]]) -> Any:
         """Return ``configure_train`` that notes whom it asks."""
 

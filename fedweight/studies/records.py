@@ -6,6 +6,7 @@ And to ``errors.log``, where what went wrong is told in full.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -146,6 +147,23 @@ class ErrorLog:
         error.rounds.add(number)
         error.clients[client.client] = client.name or str(client.client)
         error.times += 1
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that was taken in, for :meth:`restore`."""
+        errors = {
+            key: [e.text, sorted(e.rounds), e.clients, e.times]
+            for key, e in self._errors.items()
+        }
+        return {"errors": errors, "left-out": self._left_out}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what another run took in."""
+        self._errors = {
+            key: Error(text, set(rounds), clients, times)
+            for key, (text, rounds, clients, times) in state["errors"].items()
+        }
+        self._left_out = state["left-out"]
 
     def write(self) -> None:
         """Write the file, with what has come together since."""

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -35,7 +35,7 @@ from ..core.options import options_of
 from ..core.registry import make
 from ..core.settings import parse_setting
 from ..core.signals import interruptible
-from ..core.texts import NAME_LENGTH, plain, shown
+from ..core.texts import NAME_LENGTH, listed, plain, shown
 from ..core.threads import one_thread
 from ..data import (
     ClientData,
@@ -53,8 +53,9 @@ from ..data.files import load_one_csv
 from ..messages import keys
 from ..messages.arrays import FlatRecord, flatten
 from ..server import loop
+from ..server.checkpoint import not_carried
 from ..server.loop import ServerState
-from ..simulations import Plan, simulate
+from ..simulations import Plan, SimulationGrid, simulate
 from ..simulations.engine import check_engine, check_local, choose_engine
 from ..simulations.grid import usable_plan
 from ..simulations.planner import (
@@ -74,8 +75,11 @@ from .folder import (
     check_free,
     check_repeats,
     new_folder,
+    old_folder,
     write_whole,
 )
+from .keeper import NAME as KEPT
+from .keeper import Keeper, go_on, read_checkpoint
 from .listener import Listener
 from .records import ErrorLog, client_row, round_row
 from .result import Run
@@ -561,8 +565,79 @@ def run(
     label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
     plan = components.plan(client_app, initial)
     # What was measured is part of the configuration now: it repeats the run.
-    configuration = configuration.having("engine", "plan", str(plan))
-    components.configuration = configuration
+    components.configuration = configuration.having("engine", "plan", str(plan))
+    return _simulated(
+        components,
+        (chosen, client_app, initial),
+        plan,
+        new_folder(out, label, overwrite),
+        report=report,
+        progress=progress,
+        preface="" if dataset is None else GIVEN_IN_PYTHON,
+    )
+
+
+def resume(
+    folder: str | Path, *, report: bool = True, progress: Report | None = None
+) -> Run:
+    """Go on with a run that was stopped, from its last checkpoint.
+
+    Its folder then holds what an uninterrupted run would have written, but for what the
+    clock said.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run's folder.
+    report : bool
+        Write ``report.html`` at the end.
+    progress : Callable[[Progress], None], optional
+        Called after every round.
+
+    Raises
+    ------
+    DataError
+        If the folder is not a run's, or has no checkpoint of this run.
+    ConfigurationError
+        If the run is going on, or its data were given in Python.
+    """
+    before = Run(Path(folder))
+    config = before.folder / "config.toml"
+    check_repeats(config)
+    configuration = Configuration.read(config)
+    if before.complete:
+        raise ConfigurationError(
+            f"the run in {before.folder} is complete: there is nothing to go on with."
+        )
+    checkpoint = read_checkpoint(before.folder, configuration)
+    components = prepare(configuration)
+    made = make_ready(components)
+    plan = Plan.parse(configuration["engine"]["plan"])
+    return _simulated(
+        components,
+        made,
+        plan or Plan(),
+        old_folder(before.folder),
+        report=report,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+
+
+def _simulated(
+    components: Components,
+    made: tuple[Strategy, TrainingApp, FlatRecord],
+    plan: Plan,
+    take: AbstractContextManager[Path],
+    *,
+    report: bool,
+    progress: Report | None,
+    preface: str = "",
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Run:
+    """Simulate a run that is ready, and write its folder."""
+    strategy, client_app, initial = made
+    configuration = components.configuration
     began = time.perf_counter()
     folder: Path | None = None
     server_app = ServerApp()
@@ -573,11 +648,12 @@ def run(
         def main(grid: Grid, context: Context) -> None:
             nonlocal folder
             # The clients' engine is there: nothing is left that could be refused.
-            folder = stack.enter_context(new_folder(out, label, overwrite))
-            recorder = Recorder(folder, components, chosen, progress, began)
-            preface = "" if dataset is None else GIVEN_IN_PYTHON
-            with recorder.recording({"plan": str(plan)}, preface=preface):
-                serve(grid, components, chosen, initial, recorder)
+            folder = stack.enter_context(take)
+            recorder = Recorder(folder, components, strategy, progress, began)
+            with recorder.recording(
+                {"plan": str(plan)}, preface=preface, anew=checkpoint is None
+            ):
+                serve(grid, components, strategy, initial, recorder, checkpoint)
 
         try:
             with quiet_flower():
@@ -596,12 +672,16 @@ def run(
                 result.report()
         except BaseException as stop:
             if folder is not None:
-                stop.add_note(
-                    f"What was recorded is in {folder}. To see it: fedweight report "
-                    f"{folder}"
-                )
+                stop.add_note(_what_was_recorded(folder))
             raise
     return result
+
+
+def _what_was_recorded(folder: Path) -> str:
+    said = f"What was recorded is in {folder}. To see it: fedweight report {folder}"
+    if (folder / KEPT).is_file():
+        said += f". To go on from the last checkpoint: fedweight resume {folder}"
+    return said
 
 
 @contextmanager
@@ -620,10 +700,14 @@ def serve(
     grid: Grid,
     components: Components,
     strategy: Strategy,
-    initial: ArrayRecord,
+    initial: FlatRecord,
     recorder: Recorder,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> None:
-    """Be the server: let the strategy run its rounds, and record them."""
+    """Be the server: let the strategy run its rounds, and record them.
+
+    With a ``checkpoint`` only those that come after it.
+    """
     configuration = components.configuration
     recorder.grid = grid
     schema = components.schema
@@ -638,14 +722,22 @@ def serve(
     )
     with one_thread():
         if type(strategy).start in (Strategy.start, WeightingStrategy.start):
-            recorder(state)
+            callbacks: list[loop.Callback] = [recorder]
+            if isinstance(grid, SimulationGrid):
+                _tell_what_is_not_carried(strategy)
+                callbacks.append(Keeper(configuration, strategy, grid, recorder))
+            if checkpoint is None:
+                recorder(state)
+            else:
+                assert isinstance(grid, SimulationGrid)
+                state = go_on(checkpoint, strategy, grid, recorder, initial)
             loop.federate(
                 strategy,
                 grid,
                 state,
                 until=rounds,
                 timeout=timeout,
-                callbacks=[recorder],
+                callbacks=callbacks,
             )
         else:  # It runs its rounds in a way of its own.
             strategy.start(
@@ -657,6 +749,18 @@ def serve(
                 evaluate_config=state.evaluate_config,
                 evaluate_fn=recorder.after_round,
             )
+
+
+def _tell_what_is_not_carried(strategy: Strategy) -> None:
+    """Name, at the start, what a run that is resumed would not have."""
+    odd = not_carried(strategy)
+    if odd:
+        log.warning(
+            "a run of %s that is stopped cannot go on with the same bits: no "
+            "checkpoint can hold its %s",
+            type(strategy).__name__,
+            listed(odd),
+        )
 
 
 class Recorder:
@@ -700,12 +804,14 @@ class Recorder:
         self._heard: list[RoundRecord] = []
         self._environment: dict[str, Any] = {}
         self.grid: Grid | None = None
+        self.listener: Listener | None = None
         if not hasattr(strategy, "history"):
             self._listen(strategy)
 
     def _listen(self, strategy: Strategy) -> None:
         """Record what clients answer to a strategy that keeps no history itself."""
         listener = Listener(self._heard, self._client_of, self._name_of)
+        self.listener = listener
         strategy.configure_train = listener.asks(strategy.configure_train)  # type: ignore[method-assign]
         strategy.aggregate_train = listener.hears(strategy.aggregate_train)  # type: ignore[method-assign]
 
@@ -724,6 +830,7 @@ class Recorder:
         *,
         own_data: bool = False,
         preface: str = "",
+        anew: bool = True,
     ) -> Iterator[None]:
         """Write the folder while rounds are run in a ``with`` block.
 
@@ -737,9 +844,11 @@ class Recorder:
             Clients have data of their own: how those are spread is theirs to know.
         preface : str
             Comments that ``config.toml`` begins with.
+        anew : bool
+            False where the run was begun before, and goes on.
         """
         try:
-            self._begin(dict(engine or {}), own_data, preface)
+            self._begin(dict(engine or {}), own_data, preface, anew)
             yield
         except BaseException as stop:
             failure = self._end()
@@ -750,18 +859,54 @@ class Recorder:
         if failure is not None:
             raise failure
 
-    def _begin(self, engine: dict[str, Any], own_data: bool, preface: str) -> None:
+    @property
+    def state(self) -> dict[str, Any]:
+        """How much is recorded, for :meth:`restore`."""
+        tables = self._tables().items()
+        return {
+            "tables": {name: table.state for name, table in tables},
+            "errors": self.errors.state,
+            "described": sorted(self._described),
+            "own-metrics": [] if self.listener is None else self.listener.own_metrics,
+            "elapsed": time.perf_counter() - self._began,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; what was recorded later is removed."""
+        for name, table in self._tables().items():
+            table.restore(state["tables"][name])
+        self.errors.restore(state["errors"])
+        self._described = set(state["described"])
+        if self.listener is not None:
+            self.listener.own_metrics = state["own-metrics"]
+        self._last = time.perf_counter()
+        self._began = self._last - state["elapsed"]
+
+    def _tables(self) -> dict[str, Table]:
+        tables = {
+            "rounds": self.rounds,
+            "clients": self.clients,
+            "timings": self.timings,
+        }
+        return (
+            tables if self.partition is None else tables | {"partition": self.partition}
+        )
+
+    def _begin(
+        self, engine: dict[str, Any], own_data: bool, preface: str, anew: bool
+    ) -> None:
         """Write what is known before the first round."""
         components = self.components
-        config = preface + components.configuration.to_toml()
-        write_whole(self.folder / "config.toml", config)
         self._environment = environment_of(components)
         self._environment["engine"] |= engine
         if own_data:
             del self._environment["data"]["clients"]
         else:
             self._environment["data"]["notes"] = notes(components.data)
-        self._write_environment()
+        if anew:
+            config = preface + components.configuration.to_toml()
+            write_whole(self.folder / "config.toml", config)
+            self._write_environment()
         if own_data:
             return
         classes = (f"label_{c}" for c in range(components.data.num_classes))
@@ -770,7 +915,8 @@ class Recorder:
         self.partition = Table(self.folder / "partition.csv", columns)
         # Of clients that are computed when they are asked for, only those who are.
         lazy = components.data.is_lazy
-        self._write_partition(() if lazy else range(components.data.num_clients))
+        if anew:
+            self._write_partition(() if lazy else range(components.data.num_clients))
 
     def _write_environment(self) -> None:
         text = json.dumps(self._environment, indent=2) + "\n"

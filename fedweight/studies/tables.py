@@ -60,6 +60,23 @@ class Run:
         ),
     ] = 1
 
+    checkpoint_rounds: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MOST,
+            description="rounds from one checkpoint to the next; 0 does not count them",
+        ),
+    ] = 0
+    checkpoint_minutes: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=MOST_SECONDS / 60,
+            description="minutes from one checkpoint to the next; 0 does not time them",
+        ),
+    ] = 10.0
+
 
 @dataclass(frozen=True)
 class Data:

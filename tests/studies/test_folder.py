@@ -339,7 +339,7 @@ def test_a_row_of_which_a_part_is_written_is_taken_back(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "open", lambda path, mode: Full(opened(path, mode)))
-    with pytest.raises(OutputError, match="t.csv cannot be written: No space left"):
+    with pytest.raises(OutputError, match=r"t\.csv cannot be written: No space left"):
         table.append([{"a": 2}])
     monkeypatch.undo()
     assert path.read_bytes() == b"a\n1\n"

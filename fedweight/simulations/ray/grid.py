@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import ray
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from ...core.errors import ConfigurationError, EngineError, check_range
@@ -131,6 +131,12 @@ class RayGrid(SimulationGrid):
         self.client_app = client_app
         self.num_clients = num_clients
         self.run_config = dict(run_config or {})
+
+    def client_states(self) -> dict[int, RecordDict]:  # noqa: D102
+        return self._pool.client_states()
+
+    def restore_clients(self, states: Mapping[int, RecordDict]) -> None:  # noqa: D102
+        self._pool.restore_clients(states)
 
     def close(self) -> None:
         """Stop the workers, and Ray too if the grid started it."""

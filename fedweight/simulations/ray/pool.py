@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -489,6 +489,16 @@ class Pool:
         return max(min(waiting / (2 * count), LONGEST_LIST), min(share, SHORTEST_LIST))
 
     # From lists to replies, in the workers' threads.
+
+    def client_states(self) -> dict[int, Any]:
+        """Return what clients keep between rounds, by number."""
+        clients = list(self._states)
+        kept = ray.get([self._states[client] for client in clients])
+        return dict(zip(clients, kept, strict=True))
+
+    def restore_clients(self, states: Mapping[int, Any]) -> None:
+        """Let clients go on with what they kept in another run."""
+        self._states = {client: ray.put(state) for client, state in states.items()}
 
     def _serve(self, slot: int) -> None:
         try:
