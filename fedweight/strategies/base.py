@@ -259,7 +259,8 @@ class WeightingStrategy(Strategy):
             If it is not such a state.
         """
         expected = self.state.keys()
-        if not isinstance(state, Mapping) or state.keys() != expected:
+        given: Any = state  # Of a user's, or of a file.
+        if not isinstance(given, Mapping) or given.keys() != expected:
             raise ConfigurationError(
                 f"{type(self).__name__}.restore takes what `state` of such a strategy "
                 f"gives, with the keys {', '.join(expected)}; got {shown(state)}."
