@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
-from pydantic import AllowInfNan, Strict
+from pydantic import AllowInfNan, BeforeValidator, Strict
 from pydantic.fields import FieldInfo
 
 from .texts import shown
@@ -30,6 +40,8 @@ def plain_value(value: Any) -> Any:
             if type(value) in (list, tuple)
             else value
         )
+    if isinstance(value, KeysView | ValuesView):
+        return list(value)
     if isinstance(value, Mapping):
         return {plain_value(key): plain_value(v) for key, v in value.items()}
     if hasattr(value, "tolist") and hasattr(value, "shape"):
@@ -94,37 +106,64 @@ def _interval(annotation: Any) -> str:
 
 
 def out_of_range(where: str, value: Any, annotation: Any) -> str:
-    """Return the message about a number out of its range."""
+    """Return the message about a number out of its range; empty where there are two."""
     bounds = _bounds(annotation)
     if bounds is not None and _FAR < bounds[1] < value < math.inf:
         return f"{where} must be at most {bounds[1]:,.0f}, got {shown(value)}."
-    return f"{where} must be in {_interval(annotation)}, got {shown(value)}."
+    interval = _interval(annotation)
+    several = [item for item in metadata(annotation) if isinstance(item, Ge | Gt)]
+    if not interval or len(several) > 1:
+        return ""
+    return f"{where} must be in {interval}, got {shown(value)}."
 
 
 def strict(annotation: Any) -> Any:
     """Return the annotation for pydantic: strict of numbers, texts and flags."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
+        inner, *added = arguments
+        if typing.get_origin(inner) in (typing.Union, types.UnionType):
+            # Bounds are those of the numbers among the alternatives.
+            kinds = [
+                Annotated[(kind, *added)] if kind in (int, float) else kind
+                for kind in typing.get_args(inner)
+            ]
+            return typing.Union[tuple(map(strict, kinds))]  # noqa: UP007
         finite = bare(annotation) is float and _bounds(annotation) is not None
         extra = [AllowInfNan(False)] if finite else []
-        return Annotated[(strict(arguments[0]), *extra, *arguments[1:])]
+        return Annotated[(strict(inner), *extra, *added)]
+    if origin is Literal:
+        return Annotated[annotation, BeforeValidator(partial(_of_a_kind, arguments))]
+    if hasattr(annotation, "__supertype__"):  # A NewType.
+        return strict(annotation.__supertype__)
     if origin in (typing.Union, types.UnionType):
         return typing.Union[tuple(map(strict, arguments))]  # noqa: UP007
     if annotation in (int, float, bool, str):
         return Annotated[annotation, Strict()]
     if isinstance(annotation, TypeVar) or getattr(annotation, "_is_protocol", False):
         return Any
-    if origin in (None, Literal) or not isinstance(origin, type):
+    if not isinstance(origin, type):
         return annotation
     if issubclass(origin, Mapping):
         return dict[tuple(map(strict, arguments))] if arguments else dict  # type: ignore[misc]
     if issubclass(origin, tuple):
         several = tuple(a if a is ... else strict(a) for a in arguments)
         return tuple[several]  # type: ignore[valid-type]
-    if issubclass(origin, Iterable):
-        inner = strict(arguments[0]) if arguments else Any
-        return Sequence[inner]  # type: ignore[valid-type]
-    return annotation
+    if not issubclass(origin, Iterable):
+        return annotation
+    inner = strict(arguments[0]) if arguments else Any
+    if origin in (list, set, frozenset):
+        return origin[inner]
+    if origin in (Collection, Iterable):
+        return Sequence[inner] | set[inner] | frozenset[inner]  # type: ignore[valid-type]
+    return Sequence[inner]  # type: ignore[valid-type]
+
+
+def _of_a_kind(listed: Sequence[Any], value: Any) -> Any:
+    """Refuse what equals a listed value and is none, as ``True`` equals 1."""
+    if type(value) not in map(type, listed):
+        raise ValueError("it is of another kind")
+    return value
 
 
 def choices(annotation: Any) -> Iterator[Any]:

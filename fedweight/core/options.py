@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
@@ -60,6 +61,9 @@ class InFile:
 
 # A count that no run reaches in a lifetime can only be a mistake.
 MOST = 2**31 - 1
+
+# What pydantic calls a value of another kind than is asked for ends so.
+_KINDS = ("_type", "_error", "_required", "is_instance_of", "_parsing", "missing")
 
 # What pydantic calls a number beyond the bounds.
 _BEYOND = frozenset(
@@ -167,6 +171,9 @@ class Option:
         """
         if bare(self.annotation) is Any:
             return value
+        given = value.item() if isinstance(value, np.generic) else value
+        with contextlib.suppress(ValidationError, TypeError):
+            return self.adapter.validate_python(given)
         try:
             return self.adapter.validate_python(plain_value(value))
         except ValidationError as problem:
@@ -176,12 +183,18 @@ class Option:
 
     def _worded(self, where: str, value: Any, error: ValidationError) -> str:
         problems = error.errors(include_url=False, include_input=False)
-        nested = any(isinstance(step, int) for p in problems for step in p["loc"])
-        if not nested and any(p["type"] in _BEYOND for p in problems):
-            return out_of_range(where, value, self.annotation)
+        beyond = any(p["type"] in _BEYOND for p in problems)
+        if beyond and isinstance(value, int | float | np.number):
+            said = out_of_range(where, value, self.annotation)
+            if said:
+                return said
         near = closest(str(value), map(str, self.choices)) if self.choices else ""
-        wanted = described(bare(self.annotation))
-        return f"{where} must be {wanted}, got {shown(value)}.{near}"
+        wanted = self.allowed if beyond else described(bare(self.annotation))
+        why = [p["msg"] for p in problems if not p["type"].endswith(_KINDS)]
+        because = (
+            f" ({why[0]})" if len(problems) == len(why) == 1 and not beyond else ""
+        )
+        return f"{where} must be {wanted}{because}, got {shown(value)}.{near}"
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Option]:
@@ -407,7 +420,8 @@ def _by_place(
     """Check what a dataclass is given by position."""
     places = [f.name for f in dataclasses.fields(cls) if f.init and not f.kw_only]
     if len(arguments) > len(places):
-        some = next(name for name in cls.__annotations__ if name in options)
+        own = [name for name in vars(cls).get("__annotations__", {}) if name in options]
+        some = [*own, *options][0]
         raise TypeError(
             f"{cls.__name__} takes {len(places)} options by position, got "
             f"{len(arguments)}. Name them, as in {cls.__name__}({some}=...)."

@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import ConfigurationError, DataError
 
 # How what JSON does not have is written: an object with this one key.
-_TENSOR, _ARRAY, _BYTES = "$tensor", "$array", "$bytes"
+_TENSOR, _ARRAY, _SCALAR, _BYTES = "$tensor", "$array", "$scalar", "$bytes"
 _TUPLE, _PAIRS = "$tuple", "$pairs"
 
 
@@ -45,12 +45,15 @@ def pack(state: Any, what: str = "state") -> tuple[str, dict[str, Tensor]]:
     {3: 0.5}
     """
     tensors: dict[str, Tensor] = {}
-    return json.dumps(_packed(state, what, tensors)), tensors
+    try:
+        return json.dumps(_packed(state, what, tensors)), tensors
+    except RecursionError:
+        raise _unfit(what, "nested without end") from None
 
 
 def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.generic):
-        value = value.item()
+        return {_SCALAR: _packed(np.asarray(value), where, tensors)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, bytes):
@@ -58,7 +61,11 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor | np.ndarray):
         name = str(len(tensors))
         if isinstance(value, np.ndarray):
-            tensors[name] = torch.from_numpy(np.array(value))
+            native = value.astype(value.dtype.newbyteorder("="), order="C")
+            try:
+                tensors[name] = torch.from_numpy(native)
+            except TypeError:
+                raise _unfit(where, f"an array of {value.dtype}") from None
             return {_ARRAY: name}
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {_TENSOR: name}
@@ -73,9 +80,13 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
             for k, v in value.items()
         ]
         return {_PAIRS: pairs}
-    raise ConfigurationError(
-        f"{where} is {type(value).__name__}, which no checkpoint can hold. Carry "
-        "numbers, texts, lists, dictionaries, arrays and tensors."
+    raise _unfit(where, type(value).__name__)
+
+
+def _unfit(where: str, kind: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{where} is {kind}, which no checkpoint can hold. Carry numbers, texts, "
+        "lists, dictionaries, arrays and tensors."
     )
 
 
@@ -106,6 +117,8 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[content].clone()
         if key == _ARRAY:
             return tensors[content].numpy().copy()
+        if key == _SCALAR:
+            return _unpacked(content, tensors)[()]
         if key == _BYTES:
             return bytes.fromhex(content)
         if key == _TUPLE:

@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from ..messages.arrays import view
 FORMAT = "1"
 
 
-@runtime_checkable
 class Carries(Protocol):
     """A strategy whose state is one value."""
 
@@ -130,6 +129,12 @@ def records_of(plain: Mapping[str, Any]) -> RecordDict:
 # ------------------------------------------------------------------------- strategies
 
 
+def _carries(strategy: Any) -> TypeGuard[Carries]:
+    """Tell whether a strategy's own class has a state, not one that it wraps."""
+    own = type(strategy)
+    return hasattr(own, "state") and hasattr(own, "restore")
+
+
 def carried_by(strategy: Strategy) -> Any:
     """Return what a strategy carries from round to round, as plain values.
 
@@ -137,14 +142,14 @@ def carried_by(strategy: Strategy) -> Any:
     strategies inside it included, and what the process's random streams are at: such a
     strategy draws from those.
     """
-    if isinstance(strategy, Carries):
+    if _carries(strategy):
         return strategy.state
     return {"attributes": _attributes(strategy), "streams": _streams()}
 
 
 def give_back(strategy: Strategy, carried: Any) -> None:
     """Let a strategy of the same options go on with what another one carried."""
-    if isinstance(strategy, Carries):
+    if _carries(strategy):
         strategy.restore(carried)
         return
     _set_attributes(strategy, carried["attributes"])
@@ -158,7 +163,7 @@ def not_carried(strategy: Strategy) -> list[str]:
 
     Functions, and what the constructor was given, do not.
     """
-    if isinstance(strategy, Carries):
+    if _carries(strategy):
         return []
     odd = []
     for name, value in vars(strategy).items():
@@ -177,7 +182,7 @@ def _attributes(strategy: Strategy) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in vars(strategy).items():
         if isinstance(value, Strategy):
-            if isinstance(value, Carries):
+            if _carries(value):
                 found[name] = {"carried": value.state}
             else:
                 found[name] = {"strategy": _attributes(value)}

@@ -87,7 +87,9 @@ def federate(
         After the last round.
     """
     several = list(callbacks)
-    alone = strategy.alone() if isinstance(strategy, ReadsAlone) else nullcontext()
+    # Not a wrapper that hands on whatever it does not have itself.
+    itself = hasattr(type(strategy), "alone") and isinstance(strategy, ReadsAlone)
+    alone = strategy.alone() if itself else nullcontext()  # type: ignore[attr-defined]
     with alone:
         while state.round < until:
             state = _round(strategy, grid, state, timeout)

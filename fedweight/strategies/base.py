@@ -301,11 +301,12 @@ class WeightingStrategy(Strategy):
         weights that it used: ``round.log("weight", weights)``.
         """
         given = self.weights(round)
-        weights = given[0] if isinstance(given, tuple) else given
+        remembers = _has_state(given)
+        weights = given[0] if remembers else given
         weights = cap(as_weights(self, weights, round), self.max_share)
         round.log("weight", weights if weights.ndim == 1 else weights.mean(1))
         model = round.updates.combine(weights).add_(round.model.parameters)
-        return (model, *given[1:]) if isinstance(given, tuple) else model
+        return (model, given[1]) if remembers else model
 
     def tell(self, selection: Selection) -> Mapping[str, Told]:
         """Return what the method tells the clients of a round; nothing by default.
@@ -979,9 +980,15 @@ class _Asked(NamedTuple):
     asks: tuple[str, ...]
 
 
+def _has_state(given: Any) -> bool:
+    """Tell whether a method gives its next state, too, and not a tuple of weights."""
+    pair = isinstance(given, tuple) and len(given) == 2
+    return pair and not isinstance(given[0], int | float)
+
+
 def _parted(given: Any, state: Any) -> tuple[Any, Any]:
     """Return what a method gives, and the next state: by default the last one."""
-    return given if isinstance(given, tuple) and len(given) == 2 else (given, state)
+    return given if _has_state(given) else (given, state)
 
 
 def _reason(error: AggregationError) -> str:

@@ -126,6 +126,7 @@ def told_columns(
     shared: dict[str, Any] = {}
     columns: dict[str, Sequence[Any]] = {}
     for name, told in strategy.tell(selection).items():
+        told = _scalar(told)
         if isinstance(told, str | bytes | bool | int | float):
             shared[name] = told
         else:
@@ -139,6 +140,7 @@ def asked_names(
     """Return what ``ask`` gives as the names that each client is asked for."""
     columns = {}
     for name, asked in strategy.ask(selection).items():
+        asked = _scalar(asked)
         if isinstance(asked, bool):
             columns[name] = [asked] * len(selection.clients)
         else:
@@ -147,6 +149,12 @@ def asked_names(
         tuple(name for name, column in columns.items() if column[k])
         for k in range(len(selection.clients))
     ]
+
+
+def _scalar(value: Any) -> Any:
+    """Return NumPy's and PyTorch's single numbers as Python's."""
+    single = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if single else value
 
 
 def _column(

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..core.errors import ConfigurationError, DataError, OutputError
 from ..core.paths import clean_path
 from ..core.texts import listed, plain
@@ -397,25 +399,28 @@ def rows_of(path: Path) -> list[list[str]]:
 
 def whole_rows(path: Path) -> str:
     """Return the text of a table, without a last row of which only a part is there."""
-    with path.open(encoding="utf-8", newline="") as file:
-        text = file.read()
-    if text.endswith("\n") and text.count('"') % 2 == 0:
-        return text
-    # The row begins behind the last line end that is not within quotes.
-    end, inside = 0, False
-    for place, character in enumerate(text):
-        if character == '"':
-            inside = not inside
-        elif character == "\n" and not inside:
-            end = place + 1
-    return text[:end]
+    data = path.read_bytes()
+    if not data.endswith(b"\n") or data.count(b'"') % 2:
+        # The row begins behind the last line end that is not within quotes.
+        inside = np.cumsum(np.frombuffer(data, np.uint8) == ord('"')) % 2 == 1
+        ends = (np.frombuffer(data, np.uint8) == ord("\n")) & ~inside
+        data = data[: int(np.flatnonzero(ends)[-1]) + 1 if ends.any() else 0]
+    return data.decode()
 
 
 def _line(values: Iterable[Any]) -> str:
     """Return one line of CSV; a float in full, NaN as nothing."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(
+    cells = [
         "" if v is None or (isinstance(v, float) and math.isnan(v)) else v
         for v in values
+    ]
+    # Not every version of the module quotes a lone carriage return.
+    returns = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+    buffer = io.StringIO()
+    writer = (
+        csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        if returns
+        else csv.writer(buffer, lineterminator="\n")
     )
+    writer.writerow(cells)
     return buffer.getvalue()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, Unpack
+from typing import Annotated, Any, Literal, NewType, Protocol, TypedDict, Unpack
 
 import numpy as np
 import pytest
+import torch
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.core.options import (
@@ -194,3 +196,61 @@ def test_values_that_do_not_fit_are_told_what_does(value, annotation, wanted):
 )
 def test_a_settings_value_is_read_whole_or_taken_as_text(text, value):
     assert parse_setting(text) == ("a", "b", value)
+
+
+Number = NewType("Number", int)
+Between = Annotated[int, Ge(1), Le(8)] | Annotated[float, Gt(0), Lt(1)]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "taken"),
+    [
+        (Literal[1, 2], 1, 1),
+        (Number, np.int64(3), 3),
+        (Annotated[float | None, Gt(0)], 1, 1.0),
+        (Annotated[float | None, Gt(0)], None, None),
+        (list[int], (1, np.int32(2)), [1, 2]),
+        (tuple[int, ...], [1, 2], (1, 2)),
+        (Collection[str], {"a"}, {"a"}),
+        (Collection[str], {"a": 1}.keys(), {"a"}),
+        (set[str], {"a"}, {"a"}),
+        (Sequence[float], np.ones(2), [1.0, 1.0]),
+        (Between, 0.5, 0.5),
+        (str | Path, Path("a"), Path("a")),
+    ],
+)
+def test_what_is_taken_becomes_what_was_asked_for(annotation, value, taken):
+    found = Option(None, annotation).checked("k", value)
+    assert found == taken
+    assert type(found) is type(taken)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "said"),
+    [
+        (Literal[1, 2], True, "one of 1, 2, got True"),
+        (Literal[1, 2], 1.0, "one of 1, 2, got 1.0"),
+        (Number, True, "Number, got True"),
+        (Number, "3", "Number, got '3'"),
+        (Annotated[float | None, Gt(0)], math.inf, "in (0, inf), got inf"),
+        (
+            dict[str, Annotated[float, Gt(0)]],
+            {"a": -1},
+            "each a number in (0, inf), got",
+        ),
+        (Between, 9, "a whole number in [1, 8] or a number in (0, 1), got 9"),
+        (Annotated[str, MinLen(3)], "a", "should have at least 3 characters), got 'a'"),
+        (Annotated[int, Ge(1), Le(2**31)], 2**32, "at most 2,147,483,648, got"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_its_bounds(annotation, value, said):
+    with pytest.raises(ConfigurationError) as caught:
+        Option(None, annotation).checked("k", value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_and_arrays_stay_what_they_are():
+    tensor, array = torch.ones(3), np.ones(2)
+    assert Option(None, torch.Tensor | None).checked("k", tensor) is tensor
+    assert Option(None, np.ndarray).checked("k", array) is array

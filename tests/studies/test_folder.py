@@ -361,6 +361,16 @@ def test_a_part_of_a_row_is_no_row(tmp_path, cut):
     assert rows_of(path) == [["a", "b"], ["1", "x"]]
 
 
+def test_a_cut_within_a_character_and_a_lone_return_cost_no_table(tmp_path):
+    path = tmp_path / "t.csv"
+    table = Table(path, ["a"])
+    table.append([{"a": "c\rd"}, {"a": "Mü"}])
+    table.append([{"new": 1}])
+    assert rows_of(path) == [["a", "new"], ["c\rd", ""], ["Mü", ""], ["", "1"]]
+    path.write_bytes(path.read_bytes() + "ü".encode()[:1])
+    assert len(rows_of(path)) == 4
+
+
 def test_a_table_goes_on_from_its_state(tmp_path):
     def rows(numbers):
         return [{"a": n, **({"late": n} if n > 2 else {})} for n in numbers]

@@ -59,17 +59,22 @@ def marked(mark: bytes) -> set[int]:
 
 
 def writing_to(folder: str) -> set[int]:
-    """Return the processes, but this one, that have a file in a folder open."""
-    found = set()
-    for number in _others() if folder else ():
-        with contextlib.suppress(OSError):
-            for name in os.listdir(f"/proc/{number}/fd"):
-                with contextlib.suppress(OSError):
-                    if os.readlink(f"/proc/{number}/fd/{name}").startswith(
-                        f"{folder}/"
-                    ):
-                        found.add(number)
-    return found
+    """Return the processes, but this one, that write to a file of a folder."""
+    return {number for number in _others() if folder and _writes(number, folder)}
+
+
+def _writes(number: int, folder: str) -> bool:
+    """Tell whether a process writes to a folder; those that are gone do not."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{number}/fd"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                path = os.readlink(f"/proc/{number}/fd/{name}")
+                if path.startswith(f"{folder}/"):
+                    with open(f"/proc/{number}/fdinfo/{name}") as file:
+                        flags = int(file.read().split("flags:")[1].split()[0], 8)
+                    if flags & os.O_ACCMODE != os.O_RDONLY:
+                        return True
+    return False
 
 
 def _others() -> list[int]:
