@@ -201,6 +201,12 @@ class WeightingStrategy(Strategy):
                 f"{cls.__name__}.request must be a tuple of names, got "
                 f"{cls.request!r}. Write ({cls.request!r},)."
             )
+        own, inherited = vars(cls), {one.name for one in fields(cls)}
+        for name in inherited & own.keys() - own.get("__annotations__", {}).keys():
+            raise ConfigurationError(
+                f"{cls.__name__}.{name} is an option: another default needs its type, "
+                f"as in `{name}: {type(own[name]).__name__} = {own[name]!r}`."
+            )
         checked_fields(dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls))
 
     def __post_init__(self) -> None:

@@ -132,6 +132,17 @@ def test_options_are_fields_by_name_and_stay_as_they_are():
         own.tolerance = 3.0
 
 
+def test_another_default_needs_its_type():
+    class Told(FedAvg):
+        min_replies: int = 3
+
+    assert Told().min_replies == 3
+    with pytest.raises(ConfigurationError, match="as in `min_replies: int = 3`"):
+
+        class Bare(FedAvg):
+            min_replies = 3
+
+
 def test_columns_have_a_value_for_each_client(kit):
     class Short(FedAvg):
         def tell(self, selection):
