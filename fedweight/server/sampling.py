@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import numpy as np
 from flwr.app import ConfigRecord
@@ -54,14 +54,14 @@ def sample(
     return [(number(node), node) for node in nodes]
 
 
-def known_empty(grid: Grid, clients: Sequence[int], said: Collection[int]) -> set[int]:
+def known_empty(grid: Grid, clients: Sequence[int], said: Set[int]) -> set[int]:
     """Return which clients are known to have no examples.
 
     A simulation knows; of others, those whose reply has said so.
     """
     sizes_of = getattr(grid, "sizes_of", None)
     sizes = None if sizes_of is None else sizes_of(clients)
-    empty = set(said).intersection(clients)
+    empty = {client for client in clients if client in said}
     if sizes is not None:
         empty |= {c for c, size in zip(clients, sizes, strict=True) if size == 0}
     return empty

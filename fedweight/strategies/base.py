@@ -413,7 +413,7 @@ class WeightingStrategy(Strategy):
         epochs = straggler_epochs(
             self.seed, server_round, self.stragglers, len(nodes), config
         )
-        self._now.asked, self._now.not_asked = {}, []
+        self._now.asked = {}
         empty = known_empty(
             grid, [client for client, _ in nodes], self._now.without_examples
         )

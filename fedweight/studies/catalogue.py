@@ -6,7 +6,6 @@ All of it is read from the registries and from the annotations of what they name
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ..core.docstrings import meanings
@@ -74,12 +73,19 @@ def options_page(kind: str, name: str = "") -> dict[str, dict[str, Any]]:
     if table not in PICKS:
         raise ConfigurationError(f"the table [{table}] picks nothing by name.")
     del page["name"]
-    texts = meanings(PICKS[table].registry.resolve(name))
-    for option, rule in options_in_file(table, name).items():
-        if option != ANY:
-            text = rule.meaning or texts.get(option, "")
-            page.setdefault(kebab(option), _row(rule, text))
+    for key, (rule, text) in _brought(table, name).items():
+        page.setdefault(key, _row(rule, text))
     return page
+
+
+def _brought(table: str, name: str) -> dict[str, tuple[Option, str]]:
+    """Return the keys that a choice brings, each with what it means."""
+    texts = meanings(PICKS[table].registry.resolve(name))
+    return {
+        kebab(option): (rule, rule.meaning or texts.get(option, ""))
+        for option, rule in options_in_file(table, name).items()
+        if option != ANY
+    }
 
 
 def _row(rule: Option, meaning: str) -> dict[str, Any]:
@@ -125,8 +131,8 @@ def _table_schema(table: str) -> dict[str, Any]:
     cases = []
     for name in sorted(registry.entries):
         more = {
-            key: _key_schema_of(row, table, name, key)
-            for key, row in options_page(table, name).items()
+            key: _key_schema(rule, _line(text))
+            for key, (rule, text) in _brought(table, name).items()
             if key not in keys
         }
         is_it: dict[str, Any] = {"properties": {"name": {"const": name}}}
@@ -135,13 +141,6 @@ def _table_schema(table: str) -> dict[str, Any]:
         allowed = {"properties": {**dict.fromkeys(keys, True), **more}}
         cases.append({"if": is_it, "then": allowed | {"additionalProperties": False}})
     return schema | {"allOf": cases}
-
-
-def _key_schema_of(
-    row: Mapping[str, Any], table: str, name: str, key: str
-) -> dict[str, Any]:
-    rule = options_in_file(table, name)[key.replace("-", "_")]
-    return _key_schema(rule, row["meaning"])
 
 
 def _key_schema(rule: Option, meaning: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..core.errors import DataError
 from ..core.texts import plain
 from .folder import write_whole
 from .reader import RunFolder
-from .summary import summary_of
+from .summary import SummedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ _MOST_BAD_REPLIES = 200
 _MOST_ROUNDS = 200
 
 
-def write_report(run: RunFolder) -> Path:
+def write_report(run: SummedRun) -> Path:
     """Write ``report.html`` in the run's folder, whole or not at all.
 
     Parameters
@@ -56,7 +56,7 @@ def write_report(run: RunFolder) -> Path:
     return path
 
 
-def render(run: RunFolder) -> str:
+def render(run: SummedRun) -> str:
     """Return the report as one HTML document.
 
     Parameters
@@ -64,7 +64,7 @@ def render(run: RunFolder) -> str:
     run : RunFolder
         What to report on.
     """
-    summary = summary_of(run)
+    summary = run.summary()
     title = escape(run.name)
     return _PAGE.format(
         title=title,
@@ -76,7 +76,7 @@ def render(run: RunFolder) -> str:
     )
 
 
-def notebook_summary(run: RunFolder) -> str:
+def notebook_summary(run: SummedRun) -> str:
     """Return the run's key numbers and its accuracy as an HTML fragment.
 
     Parameters
@@ -86,7 +86,7 @@ def notebook_summary(run: RunFolder) -> str:
     """
     from . import plots
 
-    summary = summary_of(run)
+    summary = run.summary()
     rows = "".join(
         f"<tr><th scope='row' style='text-align:left'>{escape(label)}</th>"
         f"<td style='text-align:right'>{value}</td></tr>"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import plots
-from .endings import warnings_of
-from .reader import RunFolder
-from .summary import last_of, summary_of
+from .summary import SummedRun, last_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Run(RunFolder):
+class Run(SummedRun):
     """A run's folder as frames, numbers, figures and a report.
 
     Everything is read when it is asked for and then kept. An interrupted run can be
@@ -32,35 +29,6 @@ class Run(RunFolder):
     DataError
         The folder is not a run's; the message names the file that is missing.
     """
-
-    @cached_property
-    def warnings(self) -> list[str]:
-        """What a reader must know before trusting the run, one line each.
-
-        Clients that failed in every round they were asked, or never took part; rounds
-        in which many did; a loss that exploded, an accuracy at chance, one client that
-        decided alone; and what was noticed of the data. Empty if all is well.
-        """
-        return warnings_of(self)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the run in numbers, ready for JSON; None is what was not measured.
-
-        Returns
-        -------
-        dict
-            ``name``, ``strategy``, ``data``, ``seed``, ``rounds``, ``rounds_asked``,
-            ``complete``, ``clients``; accuracies in [0, 1]: ``test_accuracy`` (the
-            last),
-            ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
-            many of them there are), ``held_out_accuracy``, and over
-            the clients in the last evaluated round ``client_accuracy_mean``,
-            ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
-            round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
-            ``bytes_up`` and ``seconds``, the only one that depends on the clock; and
-            ``warnings``.
-        """
-        return summary_of(self)
 
     # ------------------------------------------------------------------- figures
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,53 +12,66 @@ from .endings import warnings_of
 from .reader import BAD_REPLIES, RunFolder, table_of
 
 
-def summary_of(run: RunFolder) -> dict[str, Any]:
-    """Return the run in numbers, ready for JSON; None is what was not measured.
+class SummedRun(RunFolder):
+    """A run's folder with what follows from it: numbers, and what to know first."""
 
-    Returns
-    -------
-    dict
-        ``name``, ``strategy``, ``data``, ``seed``, ``rounds``, ``rounds_asked``,
-        ``complete``, ``clients``; accuracies in [0, 1]: ``test_accuracy`` (the
-        last),
-        ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
-        many of them there are), ``held_out_accuracy``, and over
-        the clients in the last evaluated round ``client_accuracy_mean``,
-        ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
-        round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
-        ``bytes_up`` and ``seconds``, the only one that depends on the clock; and
-        ``warnings``.
-    """
-    trained = run.rounds[run.rounds["round"] > 0]
-    test = run.measured("test_accuracy")
-    last_ten = test[(test.index > 0) & (test.index > run.rounds_done - 10)]
-    result: dict[str, Any] = {
-        "name": run.name,
-        "strategy": run.strategy,
-        "data": run.data_set,
-        "seed": _seed(run),
-        "rounds": run.rounds_done,
-        "rounds_asked": run.rounds_asked,
-        "complete": run.complete,
-        "clients": _num_clients(run),
-        "test_accuracy": last_of(test),
-        "mean_test_accuracy_last_10": _number(last_ten.mean()),
-        "test_accuracies_in_mean": len(last_ten),
-        "held_out_accuracy": last_of(run.measured("evaluate_accuracy")),
-    }
-    for statistic in ("mean", "std", "worst10", "best10"):
-        column = f"client_accuracy_{statistic}"
-        result[column] = last_of(run.measured(column))
-    result["effective_clients"] = last_of(run.measured("effective_clients"))
-    failed = trained["status"] == "failed" if "status" in trained else None
-    result["failed_rounds"] = int(failed.sum()) if failed is not None else 0
-    result["bad_replies"] = _num_bad_replies(trained)
-    for column in ("bytes_down", "bytes_up"):
-        total = run.rounds[column].sum() if column in run.rounds else 0
-        result[column] = int(total)
-    result["seconds"] = _seconds(run)
-    result["warnings"] = warnings_of(run)
-    return result
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting the run, one line each.
+
+        Clients that failed in every round they were asked, or never took part; rounds
+        in which many did; a loss that exploded, an accuracy at chance, one client that
+        decided alone; and what was noticed of the data. Empty if all is well.
+        """
+        return warnings_of(self)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run in numbers, ready for JSON; None is what was not measured.
+
+        Returns
+        -------
+        dict
+            ``name``, ``strategy``, ``data``, ``seed``, ``rounds``, ``rounds_asked``,
+            ``complete``, ``clients``; accuracies in [0, 1]: ``test_accuracy`` (the
+            last),
+            ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
+            many of them there are), ``held_out_accuracy``, and over
+            the clients in the last evaluated round ``client_accuracy_mean``,
+            ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
+            round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
+            ``bytes_up`` and ``seconds``, the only one that depends on the clock; and
+            ``warnings``.
+        """
+        trained = self.rounds[self.rounds["round"] > 0]
+        test = self.measured("test_accuracy")
+        last_ten = test[(test.index > 0) & (test.index > self.rounds_done - 10)]
+        result: dict[str, Any] = {
+            "name": self.name,
+            "strategy": self.strategy,
+            "data": self.data_set,
+            "seed": _seed(self),
+            "rounds": self.rounds_done,
+            "rounds_asked": self.rounds_asked,
+            "complete": self.complete,
+            "clients": _num_clients(self),
+            "test_accuracy": last_of(test),
+            "mean_test_accuracy_last_10": _number(last_ten.mean()),
+            "test_accuracies_in_mean": len(last_ten),
+            "held_out_accuracy": last_of(self.measured("evaluate_accuracy")),
+        }
+        for statistic in ("mean", "std", "worst10", "best10"):
+            column = f"client_accuracy_{statistic}"
+            result[column] = last_of(self.measured(column))
+        result["effective_clients"] = last_of(self.measured("effective_clients"))
+        failed = trained["status"] == "failed" if "status" in trained else None
+        result["failed_rounds"] = int(failed.sum()) if failed is not None else 0
+        result["bad_replies"] = _num_bad_replies(trained)
+        for column in ("bytes_down", "bytes_up"):
+            total = self.rounds[column].sum() if column in self.rounds else 0
+            result[column] = int(total)
+        result["seconds"] = _seconds(self)
+        result["warnings"] = list(self.warnings)
+        return result
 
 
 def _seed(run: RunFolder) -> int | None:
