@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import errno
@@ -401,6 +402,8 @@ def whole_rows(path: Path) -> str:
     """Return the text of a table, without a last row of which only a part is there."""
     data = path.read_bytes()
     if not data.endswith(b"\n") or data.count(b'"') % 2:
+        # A character may be cut at the end; what else is no UTF-8 is no table.
+        codecs.getincrementaldecoder("utf-8")().decode(data)
         # The row begins behind the last line end that is not within quotes.
         inside = np.cumsum(np.frombuffer(data, np.uint8) == ord('"')) % 2 == 1
         ends = (np.frombuffer(data, np.uint8) == ord("\n")) & ~inside
