@@ -50,6 +50,8 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings_of(method: str, engine: str) -> dict[str, Any]:
     settings = {**QUICK, **METHODS[method], "engine.name": engine}
+    if engine == "ray":
+        settings["engine.workers"] = 2
     if "own" in settings["strategy.name"]:
         del settings["strategy.fraction-train"]
     return settings
@@ -87,7 +89,12 @@ def written(folder: Path) -> dict[str, bytes]:
     ("method", "engine"),
     [
         *((method, "local") for method in METHODS),
-        pytest.param("fedce, momentum", "ray", marks=pytest.mark.ray),
+        pytest.param(
+            "fedce, momentum",
+            "ray",
+            # Ray starts three times.
+            marks=[pytest.mark.ray, pytest.mark.timeout(400)],
+        ),
     ],
 )
 def test_a_run_that_was_killed_ends_with_the_same_bits(
