@@ -28,8 +28,8 @@ from .messages import keys
 
 if TYPE_CHECKING:
     from .data import Schema
+    from .studies.components import Components
     from .studies.configuration import Configuration
-    from .studies.runner import Components
 
 log = logging.getLogger("fedweight")
 
@@ -67,8 +67,9 @@ def main(grid: Grid, context: Context) -> None:
         components = _shared_components(run_config, _num_partitions(numbered))
 
     from .studies.folder import cannot_repeat, new_folder
+    from .studies.recorder import Recorder
     from .studies.result import Run
-    from .studies.runner import Recorder, make_ready, serve
+    from .studies.runner import make_ready, serve
 
     own_data, preface = bool(_num_classes(run_config)), ""
     if own_data:
@@ -319,7 +320,7 @@ def _own_client_app(message: Message, context: Context) -> ClientApp:
     import numpy as np
 
     from .data import DataSet, FederatedData, check
-    from .studies.runner import Components, client_data
+    from .studies.components import Components, client_data
 
     run_config = _frozen(context)
     configuration = _configuration(run_config)
@@ -411,7 +412,7 @@ def _server_components(run_config: Frozen) -> Components:
     from .data import DataSet, FederatedData, check, take_proxy
     from .data.examples import MOST_CLASSES
     from .data.files import load_one, load_one_csv
-    from .studies.runner import Components
+    from .studies.components import Components
 
     configuration = _configuration(run_config)
     data, seed = configuration["data"], configuration.seed("partition")

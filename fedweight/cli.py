@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .studies.recorder import Progress, Report
     from .studies.result import Run
-    from .studies.runner import Progress, Report
 
 # A program that a signal has ended has this exit status, plus the signal's number.
 SIGNALLED = 128

@@ -9,8 +9,9 @@ from ..core.lazy import lazy_exports
 if TYPE_CHECKING:
     from .check import Checked, check_file
     from .configuration import Configuration
+    from .recorder import Progress
     from .result import Run
-    from .runner import Progress, resume, run
+    from .runner import resume, run
 
 __all__ = ["Checked", "Configuration", "Progress", "Run", "check_file", "resume", "run"]
 
@@ -19,7 +20,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "Checked": ".check",
         "Configuration": ".configuration",
-        "Progress": ".runner",
+        "Progress": ".recorder",
         "Run": ".result",
         "check_file": ".check",
         "resume": ".runner",

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
@@ -26,9 +26,7 @@ from ..server.loop import ServerState
 from ..simulations import SimulationGrid
 from .configuration import Configuration
 from .folder import write_whole
-
-if TYPE_CHECKING:
-    from .runner import Recorder
+from .recorder import Recorder
 
 NAME = "checkpoint.safetensors"
 

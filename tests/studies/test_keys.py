@@ -16,6 +16,7 @@ from fedweight.data import DataSet, Examples
 from fedweight.messages.arrays import FlatRecord
 from fedweight.server import loop
 from fedweight.simulations import Plan
+from fedweight.studies import components as components_module
 from fedweight.studies import runner
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.runner import prepare
@@ -148,7 +149,7 @@ def test_a_plan_is_measured_for_long_runs_without_convolutions(
     components = prepare(
         Configuration.read(None, settings, "points"), points((1, 8, 8))
     )
-    monkeypatch.setattr(runner, "choose_plan", lambda *_, **__: Plan(17))
+    monkeypatch.setattr(components_module, "choose_plan", lambda *_, **__: Plan(17))
     initial = FlatRecord(FlatModule(components.make_model()).save())
     plan = components.plan(components.client_app(), initial)
     measured = rounds > 1 and model == "softmax"

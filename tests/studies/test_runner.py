@@ -37,12 +37,13 @@ from fedweight.core.errors import (
 from fedweight.data import DataSet, Examples
 from fedweight.messages import _flower
 from fedweight.simulations import Plan
+from fedweight.studies import components, recorder
 from fedweight.studies import folder as folder_module
 from fedweight.studies import report as report_module
-from fedweight.studies import runner
+from fedweight.studies.components import client_data
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.listener import Listener
-from fedweight.studies.runner import client_data, prepare
+from fedweight.studies.runner import prepare
 
 QUICK: dict[str, Any] = {
     "run.rounds": 2,
@@ -385,13 +386,13 @@ def test_an_interrupt_at_any_time_leaves_a_folder_that_can_be_read(
                 raise KeyboardInterrupt
             whole(path, data)
 
-        for module in (folder_module, runner, report_module):
+        for module in (folder_module, recorder, report_module):
             monkeypatch.setattr(module, "write_whole", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             quick(out=str(number), report=True)
         (note,) = caught.value.__notes__
         assert note.startswith(f"What was recorded is in {tmp_path / str(number)}. ")
-        for module in (runner, report_module):
+        for module in (recorder, report_module):
             monkeypatch.setattr(module, "write_whole", whole)
         assert Run(tmp_path / str(number)).report().is_file()
 
@@ -636,7 +637,7 @@ class Reshaping(TrainingApp):
 
 
 def test_another_shape_and_odd_metrics_are_recorded(quick, rows, monkeypatch):
-    monkeypatch.setattr(runner, "TrainingApp", Reshaping)
+    monkeypatch.setattr(components, "TrainingApp", Reshaping)
     result = quick(dataset=skewed(), settings=NATURAL)
     clients = rows(result.folder / "clients.csv")
     clients = [row for row in clients if row["status"] != "evaluated"]
@@ -784,7 +785,7 @@ def test_strategies_that_are_not_ours_lose_nobody_in_silence(
                 raise ValueError("not today\n\x1b[2J")
             return super().__call__(message, context)
 
-    monkeypatch.setattr(runner, "TrainingApp", Moody)
+    monkeypatch.setattr(components, "TrainingApp", Moody)
     result = quick(settings={"strategy.name": "flwr.serverapp.strategy:FedAvg"})
     clients = rows(result.folder / "clients.csv")
     assert [row["status"] for row in clients] == ["ok", "failed", "ok", "ok"] * 2
@@ -888,11 +889,11 @@ def test_every_refusal_is_an_error_of_ours(quick):
 
 
 def test_a_measured_plan_is_written_and_repeats_the_run(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "WORTH_MEASURING", 0.0)
-    monkeypatch.setattr(runner, "choose_plan", lambda *_, **__: Plan(3))
+    monkeypatch.setattr(components, "WORTH_MEASURING", 0.0)
+    monkeypatch.setattr(components, "choose_plan", lambda *_, **__: Plan(3))
     first = quick()
     assert first.config["engine"]["plan"] == "batched-3"
-    monkeypatch.setattr(runner, "choose_plan", None)  # It must not be asked again.
+    monkeypatch.setattr(components, "choose_plan", None)  # It must not be asked again.
     file = first.folder / "config.toml"
     settings = {"data.name": "digits"}  # What the file names is not to be loaded.
     again = quick(out="again", file=file, settings=settings)

@@ -1,0 +1,362 @@
+"""What a run writes while it runs: its folder, round by round."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from safetensors.torch import save as safetensors_bytes
+
+from ..clients.training import evaluate
+from ..core.errors import OutputError
+from ..core.layout import Layout
+from ..core.module import FlatModule
+from ..core.texts import NAME_LENGTH, plain
+from ..data import notes
+from ..messages.arrays import flatten
+from ..server.loop import ServerState
+from ..strategies import RoundRecord
+from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
+from .components import Components
+from .folder import Table, write_whole
+from .listener import Listener
+from .records import ErrorLog, client_row, round_row
+
+log = logging.getLogger("fedweight")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known after a round; ``accuracy`` is the test accuracy, or NaN."""
+
+    round: int
+    rounds: int
+    accuracy: float
+    loss: float
+    seconds: float
+
+
+Report = Callable[[Progress], None]
+
+
+class Recorder:
+    """Writes a run's folder, round by round.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's folder.
+    components : Components
+        What is run.
+    strategy : Strategy
+        Its ``history`` is what is recorded, if it keeps one.
+    progress : Callable, optional
+        Called after every round.
+    began : float, optional
+        When the run began, by ``time.perf_counter``; by default now.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        components: Components,
+        strategy: Strategy,
+        progress: Report | None = None,
+        began: float | None = None,
+    ) -> None:
+        self.folder = folder
+        self.components = components
+        self.strategy = strategy
+        self.progress = progress
+        self.rounds = Table(folder / "rounds.csv", ROUND_COLUMNS)
+        self.clients = Table(folder / "clients.csv", CLIENT_COLUMNS, ["name"])
+        self.errors = ErrorLog(folder / "errors.log")
+        self.timings = Table(folder / "timings.csv", ("round", "seconds", "elapsed"))
+        self.partition: Table | None = None
+        self._described: set[int] = set()
+        self._module: FlatModule | None = None
+        self._arrays: ArrayRecord | None = None
+        self._began = self._last = time.perf_counter() if began is None else began
+        self._heard: list[RoundRecord] = []
+        self._environment: dict[str, Any] = {}
+        self.grid: Grid | None = None
+        self.listener: Listener | None = None
+        if not hasattr(strategy, "history"):
+            self._listen(strategy)
+
+    def _listen(self, strategy: Strategy) -> None:
+        """Record what clients answer to a strategy that keeps no history itself."""
+        listener = Listener(self._heard, self._client_of, self._name_of)
+        self.listener = listener
+        strategy.configure_train = listener.asks(strategy.configure_train)  # type: ignore[method-assign]
+        strategy.aggregate_train = listener.hears(strategy.aggregate_train)  # type: ignore[method-assign]
+
+    def _client_of(self, node: int) -> int:
+        number: Callable[[int], int] = getattr(self.grid, "client_of", int)
+        return number(node)
+
+    def _name_of(self, client: int) -> str:
+        name: Callable[[int], str] = getattr(self.grid, "name_of", None) or str
+        return name(client)
+
+    @contextmanager
+    def recording(
+        self,
+        engine: Mapping[str, Any] | None = None,
+        *,
+        own_data: bool = False,
+        preface: str = "",
+        anew: bool = True,
+    ) -> Iterator[None]:
+        """Write the folder while rounds are run in a ``with`` block.
+
+        However the block ends, what was recorded in it is written.
+
+        Parameters
+        ----------
+        engine : Mapping, optional
+            What else is known of the engine.
+        own_data : bool
+            Clients have data of their own: how those are spread is theirs to know.
+        preface : str
+            Comments that ``config.toml`` begins with.
+        anew : bool
+            False where the run was begun before, and goes on.
+        """
+        try:
+            self._begin(dict(engine or {}), own_data, preface, anew)
+            yield
+        except BaseException as stop:
+            failure = self._end()
+            if failure is not None and not isinstance(stop, OutputError):
+                log.warning("%s", failure)  # Not instead of what stopped the run.
+            raise
+        failure = self._end()
+        if failure is not None:
+            raise failure
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """How much is recorded, for :meth:`restore`."""
+        tables = self._tables().items()
+        return {
+            "tables": {name: table.state for name, table in tables},
+            "errors": self.errors.state,
+            "described": sorted(self._described),
+            "own-metrics": [] if self.listener is None else self.listener.own_metrics,
+            "elapsed": time.perf_counter() - self._began,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; what was recorded later is removed."""
+        for name, table in self._tables().items():
+            table.restore(state["tables"][name])
+        self.errors.restore(state["errors"])
+        self._described = set(state["described"])
+        if self.listener is not None:
+            self.listener.own_metrics = state["own-metrics"]
+        self._last = time.perf_counter()
+        self._began = self._last - state["elapsed"]
+
+    def _tables(self) -> dict[str, Table]:
+        tables = {
+            "rounds": self.rounds,
+            "clients": self.clients,
+            "timings": self.timings,
+        }
+        return (
+            tables if self.partition is None else tables | {"partition": self.partition}
+        )
+
+    def _begin(
+        self, engine: dict[str, Any], own_data: bool, preface: str, anew: bool
+    ) -> None:
+        """Write what is known before the first round."""
+        components = self.components
+        self._environment = environment_of(components)
+        self._environment["engine"] |= engine
+        if own_data:
+            del self._environment["data"]["clients"]
+        else:
+            self._environment["data"]["notes"] = notes(components.data)
+        if anew:
+            config = preface + components.configuration.to_toml()
+            write_whole(self.folder / "config.toml", config)
+            self._write_environment()
+        if own_data:
+            return
+        classes = (f"label_{c}" for c in range(components.data.num_classes))
+        name = ("name",) if components.data.names else ()
+        columns = ("client", *name, "train_examples", "held_out_examples", *classes)
+        self.partition = Table(self.folder / "partition.csv", columns)
+        # Of clients that are computed when they are asked for, only those who are.
+        lazy = components.data.is_lazy
+        if anew:
+            self._write_partition(() if lazy else range(components.data.num_clients))
+
+    def _write_environment(self) -> None:
+        text = json.dumps(self._environment, indent=2) + "\n"
+        write_whole(self.folder / "environment.json", text)
+
+    def _write_partition(self, clients: Iterable[int]) -> None:
+        """Add clients that are not there yet to ``partition.csv``."""
+        if self.partition is None:
+            return
+        # A reply may claim to be from a client that there is not.
+        data = self.components.data
+        there_are = range(data.num_clients)
+        new = [c for c in clients if c in there_are and c not in self._described]
+        self._described.update(new)
+        rows = []
+        for client in new:
+            train, held_out = data.labels(client)
+            name = {"name": plain(data.name_of(client), NAME_LENGTH)}
+            rows.append(
+                {
+                    "client": client,
+                    **(name if data.names else {}),
+                    "train_examples": int(train.sum()),
+                    "held_out_examples": int(held_out.sum()),
+                    **{f"label_{c}": n for c, n in enumerate(train.tolist())},
+                }
+            )
+        self.partition.append(rows)
+
+    def __call__(self, state: ServerState) -> None:
+        """Record a round of our loop, or what was there before the first."""
+        self.after_round(state.round, state.arrays)
+
+    def after_round(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Evaluate the global model, and record the round; Flower's evaluate_fn."""
+        self._arrays = arrays
+        test = self._test(number, arrays)
+        history = getattr(self.strategy, "history", self._heard)
+        if history and history[-1].number == number:
+            record = history[-1]
+        else:
+            record = RoundRecord(number)
+        self.clients.append(client_row(number, c) for c in record.clients)
+        self.errors.add(record)
+        if self.components.data.is_lazy:
+            self._write_partition(c.client for c in record.clients)
+        self.rounds.append([round_row(record, test)])
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.timings.append(
+            [{"round": number, "seconds": seconds, "elapsed": now - self._began}]
+        )
+        if self.progress is not None:
+            self.progress(
+                Progress(
+                    number,
+                    self.components.configuration["run"]["rounds"],
+                    test.get("accuracy", float("nan")),
+                    test.get("loss", float("nan")),
+                    now - self._began,
+                )
+            )
+        return MetricRecord(dict(test)) if test else None
+
+    def _end(self) -> OutputError | None:
+        """Write all that is still to be written; return why some of it cannot be."""
+        tables = (self.rounds, self.clients, self.timings, self.partition)
+        jobs = [table.write for table in tables if table is not None]
+        jobs += [self.errors.write, self._write_connected, self._write_model]
+        failure = None
+        for write in jobs:
+            try:
+                write()
+            except OutputError as error:
+                failure = failure or error
+        return failure
+
+    def _write_connected(self) -> None:
+        """Write down which clients were there, where they come and go."""
+        connected = getattr(self.grid, "connected", None)
+        if connected is not None and self._environment:
+            self._environment["data"]["connected"] = sorted(connected)
+            self._write_environment()
+
+    def _write_model(self) -> None:
+        if self._arrays is not None:
+            layout = self._ready_module().layout
+            state = flatten(self._arrays, layout).state_dict()
+            write_whole(self.folder / "model.safetensors", safetensors_bytes(state))
+
+    def _ready_module(self) -> FlatModule:
+        if self._module is None:
+            components = self.components
+            self._module = FlatModule(components.make_model(), components.device)
+        return self._module
+
+    def _test(self, number: int, arrays: ArrayRecord) -> dict[str, float]:
+        table = self.components.configuration["run"]
+        due = number % table["evaluate-every"] == 0 or number == table["rounds"]
+        if not due:
+            return {}
+        module = self._ready_module()
+        model = flatten(arrays, module.layout)
+        loss, accuracy = evaluate(module, model, self.components.data.test)
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def environment_of(components: Components) -> dict[str, Any]:
+    """Return what a run ran on: versions, machine, engine, data."""
+    test = components.data.test
+    packages = ("fedweight", "flwr", "torch", "ray", "numpy", "pandas")
+    name = components.engine()
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in packages},
+        },
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "gpus": [
+                torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+            ],
+        },
+        "engine": {"name": name, "device": components.device},
+        "data": {
+            "name": components.data.name,
+            "clients": components.data.num_clients,
+            "classes": components.data.num_classes,
+            "class_names": list(components.data.class_names),
+            "input_shape": list(components.data.input_shape),
+            "test_examples": len(test),
+            "largest_test_class": _largest_share(test.y),
+        },
+        "model": {
+            "parameters": Layout.of_module(components.make_model()).num_parameters
+        },
+    }
+
+
+def _largest_share(labels: Any) -> float | None:
+    """Return the share of the most frequent class; None where there are no labels."""
+    if not len(labels):
+        return None
+    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
