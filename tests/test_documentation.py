@@ -24,8 +24,7 @@ from torch import nn
 
 from fedweight.cli import parser
 from fedweight.clients import Objective, TrainingApp, TrainingSettings
-from fedweight.clients.objectives import OBJECTIVES
-from fedweight.clients.objectives.proximal import Proximal
+from fedweight.clients.objectives import OBJECTIVES, Proximal
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.layout import FlatModel, Layout
 from fedweight.core.module import FlatModule
@@ -343,9 +342,9 @@ def test_what_a_round_has_is_listed() -> None:
 
 
 def test_what_a_request_may_name_is_listed() -> None:
-    page = text_of("strategies/README.md")
-    [said] = re.findall(r"What `request` may name: (.*?), or any", page, re.DOTALL)
-    assert {name.strip('"') for name in names(said)} == set(REQUESTED)
+    rows = table("strategies/README.md", "name", "what a client measures")
+    listed = {name.strip('"') for row in rows for name in names(row["name"])}
+    assert listed == set(REQUESTED)
 
 
 def test_what_may_be_overridden_is_listed_as_it_is_called() -> None:

@@ -10,11 +10,13 @@ from .objectives import OBJECTIVES, objective
 if TYPE_CHECKING:
     from .app import TrainingApp, client_number
     from .objectives import Batch, Objective
+    from .probes import ClientRound
     from .settings import TrainingSettings
 
 __all__ = [
     "OBJECTIVES",
     "Batch",
+    "ClientRound",
     "Objective",
     "TrainingApp",
     "TrainingSettings",
@@ -26,6 +28,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "Batch": ".objectives",
+        "ClientRound": ".probes",
         "Objective": ".objectives",
         "TrainingApp": ".app",
         "TrainingSettings": ".settings",

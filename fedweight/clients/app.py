@@ -12,9 +12,10 @@ import math
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,6 @@ from flwr.app import (
     ConfigRecord,
     Context,
     Message,
-    MetricRecord,
     RecordDict,
 )
 from flwr.clientapp import ClientApp
@@ -37,20 +37,17 @@ from ..core.module import FlatModule
 from ..core.rng import Purpose, key_table
 from ..data.federated import ClientData
 from ..messages import keys
-from ..messages.arrays import FlatRecord, flatten
+from ..messages.arrays import flatten
 from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
 from .batched import BatchedTrainer
 from .noise import own_streams
-from .objectives import Objective, Plain, Proximal
+from .objectives import OBJECTIVES, Objective, Plain
+from .probes import PROBES, ClientRound, Probe
 from .settings import TrainingSettings
 from .training import LocalResult, Task, evaluate, evaluate_each, train
 from .trial import Findings, Kind, Trials, kind_of
 
 log = logging.getLogger("fedweight")
-
-# Where a client keeps what it needs in later rounds, in Flower's Context.state.
-PERSONAL_MODEL = "personal-model"
-PERSONAL_METRICS = "personal-metrics"
 
 # What an error calls the global model, and the client's own.
 RECEIVED = {"given": "the received model", "expected": "this client's model"}
@@ -94,6 +91,9 @@ class TrainingApp(ClientApp):
         of the largest.
     name_of : Callable[[int], str], optional
         What client k is called in records and messages; by default its number.
+    probes : Mapping[str, Probe], optional
+        Functions that a strategy may ask for by these names, besides those in
+        :data:`~fedweight.clients.probes.PROBES`.
     mods : list, optional
         Flower client mods, applied to every message.
 
@@ -121,11 +121,13 @@ class TrainingApp(ClientApp):
         device: str = "cpu",
         sizes: Sequence[int] | npt.NDArray[np.int64] | None = None,
         name_of: Callable[[int], str] | None = None,
+        probes: Mapping[str, Probe] | None = None,
         mods: list[Any] | None = None,
     ) -> None:
         super().__init__(mods=mods)
         self.sizes = sizes
         self.name_of = name_of
+        self.probes = dict(probes or {})
         self.mods = list(mods or [])
         self._has_lifespan = False
         self.model = model
@@ -332,7 +334,8 @@ class TrainingApp(ClientApp):
     def _query(self, message: Message, context: Context) -> Message:
         data = self.data(context).cast(np.float32, f"client {client_number(context)}")
         metrics = {keys.NUM_EXAMPLES: len(data.train)}
-        reply = Reply(0, metrics=metrics, profile=self._label_counts(data))
+        counts = np.bincount(data.train.y, minlength=self.num_classes).tolist()
+        reply = Reply(0, metrics=metrics, profile={keys.LABEL_COUNTS: counts})
         return reply.message(message)
 
     # Steps of the answers.
@@ -353,7 +356,6 @@ class TrainingApp(ClientApp):
             dtype = _dtype(module)
             clients = [client.cast(dtype) for client in clients]
             start = flatten(record, module.layout, **RECEIVED)
-            measured = [self._before(module, start, client) for client in clients]
             alike = {(c.instructions.round, c.instructions.mu) for c in clients}
             batched = batched and len(alike) == 1
             kind = self._kind_if_batched(clients, cancelled) if batched else None
@@ -361,48 +363,70 @@ class TrainingApp(ClientApp):
                 results = self._fit_batched(start, clients, kind, cancelled)
             else:
                 results = self._fit_sequentially(module, start, clients, cancelled)
-            for client, result, known in zip(clients, results, measured, strict=True):
-                if keys.ACCURACY_AFTER in client.instructions.request:
-                    _, accuracy = evaluate(module, result.model, client.data.train)
-                    known.metrics[keys.ACCURACY_AFTER] = accuracy
+            pairs = list(zip(clients, results, strict=True))
+            replies = [
+                Reply(
+                    client.node,
+                    result.model,
+                    {
+                        keys.NUM_EXAMPLES: len(client.data.train),
+                        keys.TRAIN_LOSS: result.loss,
+                        keys.TRAIN_ACCURACY: result.accuracy,
+                        keys.NUM_STEPS: result.num_steps,
+                    },
+                )
+                for client, result in pairs
+            ]
+            probed = [
+                self._probe(module, start, *pair, reply)
+                for pair, reply in zip(pairs, replies, strict=True)
+                if pair[0].instructions.request
+            ]
         # Only now, when nothing can fail any more, do the clients' states change.
-        return [
-            self._reply(client, result, known)
-            for client, result, known in zip(clients, results, measured, strict=True)
-        ]
+        for view in probed:
+            view.commit()
+        return replies
 
-    def _before(
-        self, module: FlatModule, start: FlatModel, client: ClientTask
-    ) -> _Measured:
-        """Measure what the server wants to know of the received model."""
-        known = _Measured()
-        if keys.LABEL_COUNTS in client.instructions.request:
-            known.profile = self._label_counts(client.data)
-        if keys.LOSS_BEFORE in client.instructions.request:
-            loss, _ = evaluate(module, start, client.data.train)
-            known.metrics[keys.LOSS_BEFORE] = loss
-        if keys.MINUS_ERROR in client.instructions.request:
-            known.minus_scores = self._minus_scores(module, start, client)
-            mean = sum(known.minus_scores) / len(known.minus_scores)
-            known.metrics[keys.MINUS_ERROR] = 1 - mean
-        return known
+    def _probe(
+        self,
+        module: FlatModule,
+        start: FlatModel,
+        client: ClientTask,
+        result: LocalResult,
+        reply: Reply,
+    ) -> ClientRound:
+        """Measure what the server asks for; numbers are metrics, lists side data."""
+        instructions = client.instructions
+        view = ClientRound(
+            client.number,
+            instructions.round,
+            instructions.told,
+            client.data,
+            self.num_classes,
+            start,
+            result.model,
+            result.num_steps,
+            self.settings,
+            self.settings.learning_rate_in(instructions.round),
+            partial(evaluate, module),
+            client.context.state,
+        )
+        measured: dict[str, Any] = {}
+        profile: dict[str, Any] = {}
+        for name in instructions.request:
+            probe = self._probe_called(name)
+            if probe is None:
+                continue  # Perhaps a Flower mod reports it; if nobody does, it is told.
+            found = np.asarray(probe(view)).tolist()
+            (profile if isinstance(found, list) else measured)[name] = found
+        reply.metrics, reply.profile = {**measured, **reply.metrics}, profile
+        return view
 
-    def _reply(
-        self, client: ClientTask, result: LocalResult, known: _Measured
-    ) -> Reply:
-        """Make a client's reply, and keep what the client needs in later rounds."""
-        if known.minus_scores:
-            state = client.context.state
-            state[PERSONAL_MODEL] = FlatRecord(result.model)
-            state[PERSONAL_METRICS] = MetricRecord({"minus-scores": known.minus_scores})
-        metrics = {
-            **known.metrics,
-            keys.NUM_EXAMPLES: len(client.data.train),
-            keys.TRAIN_LOSS: result.loss,
-            keys.TRAIN_ACCURACY: result.accuracy,
-            keys.NUM_STEPS: result.num_steps,
-        }
-        return Reply(client.node, result.model, metrics, known.profile)
+    def _probe_called(self, name: str) -> Probe | None:
+        """Return a probe of the app's own, or one that is registered."""
+        if name in self.probes:
+            return self.probes[name]
+        return PROBES.resolve(name) if name in PROBES.entries else None
 
     def _fit_sequentially(
         self,
@@ -610,46 +634,15 @@ class TrainingApp(ClientApp):
                 instructions.mu,
                 self.settings.diverging_mu,
             )
-        inner = self.objective
-        if isinstance(inner, Proximal):
+        inner, proximal = self.objective, OBJECTIVES.resolve("proximal")
+        if isinstance(inner, proximal):
             inner = inner.inner
-        return Proximal(instructions.mu, inner)
+        return proximal(instructions.mu, inner)  # type: ignore[no-any-return]
 
     def _warn_once(self, about: str, message: str, *values: object) -> None:
         if about not in self._warned:
             self._warned.add(about)
             log.warning(message, *values)
-
-    def _label_counts(self, data: ClientData) -> dict[str, list[int]]:
-        counts = np.bincount(data.train.y, minlength=self.num_classes)
-        return {keys.LABEL_COUNTS: [int(c) for c in counts]}
-
-    def _minus_scores(
-        self, module: FlatModule, start: FlatModel, client: ClientTask
-    ) -> list[float]:
-        """Return the accuracies of all rounds' models without this client (FedCE).
-
-        Meirui Jiang et al., "Fair Federated Medical Image Segmentation via Client
-        Contribution Estimation", CVPR 2023. The minus model is ``(w - c w_own) / (1 -
-        c)`` with the own model of the last round; its accuracy is measured on the
-        held-out part. A first round counts as accuracy 0, and stays in the mean. It
-        is one where the server tells no coefficient: it has none of this client.
-        """
-        own = client.context.state.get(PERSONAL_MODEL)
-        coefficient = client.instructions.coefficient
-        if own is None or coefficient is None:
-            return [0.0]
-        before = flatten(own, module.layout)  # type: ignore[arg-type]
-        c = min(coefficient, 0.999)
-        # Buffers stay the global model's: they were averaged by data size, and what
-        # is left of a variance without another share of it may be negative.
-        minus = start.with_parameters(
-            (start.parameters - c * before.parameters) / (1 - c)
-        )
-        part = client.data.held_out if len(client.data.held_out) else client.data.train
-        _, accuracy = evaluate(module, minus, part)
-        past = client.context.state[PERSONAL_METRICS]["minus-scores"]
-        return [*past, accuracy]  # type: ignore[misc]
 
 
 def client_number(context: Context) -> int:
@@ -665,7 +658,7 @@ class Instructions:
     request: tuple[str, ...]
     epochs: int | None
     mu: float | None
-    coefficient: float | None
+    told: ConfigRecord
 
     @classmethod
     def of(cls, config: ConfigRecord) -> Instructions:
@@ -674,13 +667,13 @@ class Instructions:
         epochs = told.get(keys.LOCAL_EPOCHS)
         if epochs is not None:
             check_range(keys.LOCAL_EPOCHS, epochs, 1)
-        mu, coefficient = told.get(keys.PROXIMAL_MU), told.get(keys.COEFFICIENT)
+        mu = told.get(keys.PROXIMAL_MU)
         return cls(
             round=int(told.get(keys.ROUND, 1)),
             request=tuple(told.get(keys.REQUEST, ())),
             epochs=None if epochs is None else int(epochs),
             mu=None if mu is None else float(mu),
-            coefficient=None if coefficient is None else float(coefficient),
+            told=config,
         )
 
 
@@ -703,15 +696,6 @@ class ClientTask(NamedTuple):
 def _dtype(module: FlatModule) -> np.dtype[Any]:
     double = module.layout.dtype == torch.float64
     return np.dtype(np.float64 if double else np.float32)
-
-
-@dataclass
-class _Measured:
-    """What a client measured around its training."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    minus_scores: list[float] = field(default_factory=list)
-    profile: dict[str, list[int]] = field(default_factory=dict)
 
 
 def _config(content: RecordDict) -> ConfigRecord:

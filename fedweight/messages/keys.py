@@ -33,7 +33,13 @@ ACCURACY: Final = "accuracy"
 # What a strategy may ask for (the entries of `request`).
 LABEL_COUNTS: Final = "label-counts"
 LOSS_BEFORE: Final = "loss-before"
+LOSS_AFTER: Final = "loss-after"
+ACCURACY_BEFORE: Final = "accuracy-before"
 ACCURACY_AFTER: Final = "accuracy-after"
+HELD_OUT_LOSS_BEFORE: Final = "held-out-loss-before"
+HELD_OUT_LOSS_AFTER: Final = "held-out-loss-after"
+HELD_OUT_ACCURACY_BEFORE: Final = "held-out-accuracy-before"
+HELD_OUT_ACCURACY_AFTER: Final = "held-out-accuracy-after"
 MINUS_ERROR: Final = "minus-error"
 
 # Why a client is dropped, where that is nobody's fault.

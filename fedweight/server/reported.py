@@ -31,7 +31,13 @@ RANGES: dict[str, tuple[float, float]] = {
     keys.LOSS: (-math.inf, math.inf),
     keys.ACCURACY: (0, 1),
     keys.LOSS_BEFORE: (-math.inf, math.inf),
+    keys.LOSS_AFTER: (-math.inf, math.inf),
+    keys.ACCURACY_BEFORE: (0, 1),
     keys.ACCURACY_AFTER: (0, 1),
+    keys.HELD_OUT_LOSS_BEFORE: (-math.inf, math.inf),
+    keys.HELD_OUT_LOSS_AFTER: (-math.inf, math.inf),
+    keys.HELD_OUT_ACCURACY_BEFORE: (0, 1),
+    keys.HELD_OUT_ACCURACY_AFTER: (0, 1),
     keys.MINUS_ERROR: (0, 1),
 }
 

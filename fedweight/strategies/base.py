@@ -36,6 +36,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 from torch import Tensor
 
+from ..clients.probes import Probe
 from ..core.errors import AggregationError, ConfigurationError
 from ..core.layout import FlatModel, is_finite
 from ..core.local_models import LocalModels, middle
@@ -163,6 +164,10 @@ class WeightingStrategy(Strategy):
 
     request: ClassVar[tuple[str, ...]] = ()
     """What the method asks the clients for, beyond what every reply reports."""
+
+    probes: ClassVar[Mapping[str, Probe]] = {}
+    """Functions of the method's own that clients measure with, by name; see
+    :mod:`fedweight.clients.probes`."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     """What of the server's the method takes as fields: "model", "proxy"."""

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..clients.probes import ClientRound, Part
 from ..messages import keys
 from ..server.admission import check_fraction
 from .base import Told, WeightingStrategy
@@ -126,6 +127,34 @@ class FedCE(WeightingStrategy):
         total = raw.sum()
         shares = raw / total if total > 0 else torch.full_like(raw, 1 / len(raw))
         return shares if self.clip == "before" else shares.clamp(min=self.floor)
+
+
+def minus_error(client: ClientRound) -> float:
+    """Return the error of all rounds' models without this client, on average.
+
+    The client's half of the method, in [0, 1]. The minus model is ``(w - c w_own) / (1
+    - c)`` with the model that the client sent last; its accuracy is measured on the
+    held-out part, or on the training data where there is none. A first round counts as
+    accuracy 0, and stays in the mean. It is one where the server tells no coefficient:
+    it has none of this client.
+    """
+    own, told = (
+        client.kept_model("minus-error-model"),
+        client.told.get(keys.COEFFICIENT),
+    )
+    if own is None or told is None:
+        accuracies = [0.0]
+    else:
+        w, c = client.received, min(float(told), 0.999)  # type: ignore[arg-type]
+        # Buffers stay the global model's: they were averaged by data size, and what
+        # is left of a variance without another share of it may be negative.
+        minus = w.with_parameters((w.parameters - c * own.parameters) / (1 - c))
+        part: Part = "held-out" if len(client.data.held_out) else "train"
+        past = client.kept_numbers("minus-error-accuracies")
+        accuracies = [*past, client.evaluate(minus, part).accuracy]
+    client.keep("minus-error-model", client.trained)
+    client.keep("minus-error-accuracies", accuracies)
+    return 1 - sum(accuracies) / len(accuracies)
 
 
 def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:

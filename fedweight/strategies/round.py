@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..clients.probes import PROBES
 from ..core.errors import AggregationError, ConfigurationError, closest
 from ..core.layout import FlatModel
 from ..core.texts import clients_called, listed, shown
@@ -19,7 +20,7 @@ from .weights import size_weights
 
 # What every reply reports, and what a strategy may request besides.
 REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
-REQUESTED = (keys.LOSS_BEFORE, keys.ACCURACY_AFTER, keys.MINUS_ERROR, keys.LABEL_COUNTS)
+REQUESTED = tuple(PROBES.entries)
 
 # Recorded of a client whose update is far longer than others': how many times as long.
 TIMES_MEDIAN = "update-times-median"

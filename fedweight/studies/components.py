@@ -102,6 +102,9 @@ class Components:
             device=self.device,
             sizes=self.data.sizes,
             name_of=self.data.name_of if self.data.names else None,
+            probes=getattr(
+                strategy_class(self.configuration["strategy"]["name"]), "probes", {}
+            ),
         )
 
     def engine(self) -> str:

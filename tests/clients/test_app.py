@@ -637,8 +637,8 @@ def test_a_failure_does_not_count_a_round_of_fedce_twice(kit, batched):
         cohort = cohort_of(kit, range(4), server_round=round, **told)
         replies = contexts.answers(app, cohort, batched)
         assert [r.error is None for r in replies] == [k not in bad for k in range(4)]
-    kept = [contexts[1000 + k].state["personal-metrics"] for k in range(4)]
-    assert [len(record["minus-scores"]) for record in kept] == [3, 3, 3, 2]
+    kept = [contexts[1000 + k].state["minus-error-accuracies"] for k in range(4)]
+    assert [len(record["values"]) for record in kept] == [3, 3, 3, 2]
 
 
 @pytest.mark.parametrize("batched", [False, True])

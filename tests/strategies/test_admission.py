@@ -329,7 +329,7 @@ def test_a_metric_that_nobody_reports_is_named_with_what_there_is(kit):
     said = str(caught.value)
     assert "round.metric('loss'): no client reports it" in said
     assert "They report num-examples" in said
-    assert "`request` may name loss-before, accuracy-after" in said
+    assert "`request` may name label-counts, loss-before" in said
 
 
 def test_a_metric_that_some_lack_fails_the_round_or_rejects_them(kit):

@@ -9,9 +9,9 @@ from ...core.lazy import lazy_exports
 from ...core.registry import Registry
 
 if TYPE_CHECKING:
+    from ...strategies.fedprox import Proximal
     from .base import Batch, Objective
     from .plain import Plain
-    from .proximal import Proximal
 
 __all__ = ["OBJECTIVES", "Batch", "Objective", "Plain", "Proximal", "objective"]
 
@@ -21,7 +21,7 @@ __getattr__, __dir__ = lazy_exports(
         "Batch": ".base",
         "Objective": ".base",
         "Plain": ".plain",
-        "Proximal": ".proximal",
+        "Proximal": "...strategies.fedprox",
     },
 )
 
@@ -29,7 +29,7 @@ OBJECTIVES = Registry(
     "objective",
     {
         "plain": "fedweight.clients.objectives.plain:Plain",
-        "proximal": "fedweight.clients.objectives.proximal:Proximal",
+        "proximal": "fedweight.strategies.fedprox:Proximal",
     },
 )
 

@@ -1,0 +1,165 @@
+"""Probes: what a client measures for a strategy, besides training.
+
+A strategy asks for probes by name. The client runs the function that it has under that
+name itself, in :data:`PROBES` or in its app's ``probes``; never one that a message
+brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from ..core.layout import FlatModel
+from ..core.registry import Registry
+from ..messages import keys
+from ..messages.arrays import FlatRecord, flatten
+
+if TYPE_CHECKING:
+    from ..data.examples import Examples
+    from ..data.federated import ClientData
+    from .settings import TrainingSettings
+
+Part = Literal["train", "held-out"]
+
+PROBES = Registry(
+    "probe",
+    {
+        keys.LABEL_COUNTS: f"{__name__}:label_counts",
+        keys.LOSS_BEFORE: f"{__name__}:loss_before",
+        keys.LOSS_AFTER: f"{__name__}:loss_after",
+        keys.ACCURACY_BEFORE: f"{__name__}:accuracy_before",
+        keys.ACCURACY_AFTER: f"{__name__}:accuracy_after",
+        keys.HELD_OUT_LOSS_BEFORE: f"{__name__}:held_out_loss_before",
+        keys.HELD_OUT_LOSS_AFTER: f"{__name__}:held_out_loss_after",
+        keys.HELD_OUT_ACCURACY_BEFORE: f"{__name__}:held_out_accuracy_before",
+        keys.HELD_OUT_ACCURACY_AFTER: f"{__name__}:held_out_accuracy_after",
+        keys.MINUS_ERROR: "fedweight.strategies.fedce:minus_error",
+    },
+)
+
+
+class Evaluation(NamedTuple):
+    """A model's mean cross-entropy and accuracy; both NaN without examples."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass
+class ClientRound:
+    """What a probe sees: one client in one round, after its local training.
+
+    Attributes
+    ----------
+    client : int
+        The client's number.
+    number : int
+        The round, from 1.
+    told : ConfigRecord
+        What the server told the client.
+    data : ClientData
+        The client's examples: ``data.train`` and ``data.held_out``.
+    num_classes : int
+        C.
+    received, trained : FlatModel
+        The global model as received, and the local model; to be read only.
+    num_steps : int
+        How many steps were made.
+    settings : TrainingSettings
+        What they were made with.
+    learning_rate : float
+        Of this round.
+    """
+
+    client: int
+    number: int
+    told: ConfigRecord
+    data: ClientData
+    num_classes: int
+    received: FlatModel
+    trained: FlatModel
+    num_steps: int
+    settings: TrainingSettings
+    learning_rate: float
+    _evaluate: Callable[[FlatModel, Examples], tuple[float, float]]
+    _state: RecordDict
+    _known: dict[tuple[int, Part], Evaluation] = field(default_factory=dict)
+    _new: dict[str, ArrayRecord | MetricRecord] = field(default_factory=dict)
+
+    def evaluate(self, model: FlatModel, part: Part = "train") -> Evaluation:
+        """Return a model's loss and accuracy on a part of the client's data."""
+        if model is not self.received and model is not self.trained:
+            return Evaluation(*self._evaluate(model, self.part(part)))
+        key = id(model), part
+        if key not in self._known:
+            found = self._evaluate(model, self.part(part))
+            self._known[key] = Evaluation(*found)
+        return self._known[key]
+
+    def part(self, name: Part) -> Examples:
+        """Return a part of the client's data."""
+        return self.data.train if name == "train" else self.data.held_out
+
+    def kept_model(self, name: str) -> FlatModel | None:
+        """Return what :meth:`keep` was given in an earlier round, if anything."""
+        record: Any = self._state.get(name)
+        return None if record is None else flatten(record, self.received.layout)
+
+    def kept_numbers(self, name: str) -> list[float]:
+        """Return what :meth:`keep` was given in an earlier round; else nothing."""
+        record: Any = self._state.get(name)
+        return [] if record is None else list(record["values"])
+
+    def keep(self, name: str, value: FlatModel | Sequence[float]) -> None:
+        """Keep a model or some numbers for later rounds, if this one succeeds.
+
+        They stay with the client, in Flower's ``Context.state``. Begin the name with
+        the probe's.
+        """
+        if isinstance(value, FlatModel):
+            self._new[name] = FlatRecord(value)
+        else:
+            self._new[name] = MetricRecord({"values": [float(v) for v in value]})
+
+    def commit(self) -> None:
+        """Put what was kept into the client's state: nothing can fail any more."""
+        for name, record in self._new.items():
+            self._state[name] = record
+
+
+Probe = Callable[[ClientRound], "float | Sequence[float]"]
+"""Measures a number, or a list of numbers, which is sent as side data."""
+
+
+def label_counts(client: ClientRound) -> list[int]:
+    """Return how many training examples of each class the client has: ``[C]``."""
+    counts = np.bincount(client.data.train.y, minlength=client.num_classes)
+    return [int(c) for c in counts]
+
+
+def _evaluation(
+    what: Literal["loss", "accuracy"], when: Literal["before", "after"], part: Part
+) -> Probe:
+    """Return the probe that evaluates the received or the local model."""
+
+    def probe(client: ClientRound) -> float:
+        model = client.received if when == "before" else client.trained
+        found = client.evaluate(model, part)
+        return found.loss if what == "loss" else found.accuracy
+
+    return probe
+
+
+loss_before = _evaluation("loss", "before", "train")
+loss_after = _evaluation("loss", "after", "train")
+accuracy_before = _evaluation("accuracy", "before", "train")
+accuracy_after = _evaluation("accuracy", "after", "train")
+held_out_loss_before = _evaluation("loss", "before", "held-out")
+held_out_loss_after = _evaluation("loss", "after", "held-out")
+held_out_accuracy_before = _evaluation("accuracy", "before", "held-out")
+held_out_accuracy_after = _evaluation("accuracy", "after", "held-out")

@@ -1,0 +1,162 @@
+"""What clients measure for a strategy, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedweight import run
+from fedweight.clients.probes import PROBES, ClientRound
+from fedweight.clients.training import evaluate
+from fedweight.core.layout import FlatModel
+from fedweight.core.module import FlatModule
+from fedweight.messages import keys
+from fedweight.strategies.fedce import minus_error
+from fedweight.strategies.fedprox import Proximal
+
+EVALUATIONS = {
+    f"{part}{what}-{when}": (part, what, when)
+    for part in ("", "held-out-")
+    for what in ("loss", "accuracy")
+    for when in ("before", "after")
+}
+
+
+def test_every_name_that_servers_know_is_registered() -> None:
+    expected = {*EVALUATIONS, keys.LABEL_COUNTS, keys.MINUS_ERROR}
+    assert expected <= set(PROBES.entries)
+    assert PROBES.resolve(keys.MINUS_ERROR) is minus_error
+    for name in PROBES.entries:
+        assert callable(PROBES.resolve(name))
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_loss_and_accuracy_are_measured_before_and_after(kit: Any, name: str) -> None:
+    part, what, when = EVALUATIONS[name]
+    app, context = kit.app(), kit.context()
+    reply = app(kit.message(kit.start(), request=[name]), context)
+    module = FlatModule(kit.linear())
+    data = app.data(context)
+    examples = data.held_out if part else data.train
+    [record] = reply.content.array_records.values()
+    model = module.save() if when == "before" else None
+    if model is None:
+        from fedweight.messages.arrays import flatten
+
+        model = flatten(record, module.layout)
+    loss, accuracy = evaluate(module, model, examples)
+    expected = loss if what == "loss" else accuracy
+    assert reply.content["metrics"][name] == expected
+
+
+def test_a_model_is_evaluated_once_for_all_who_ask(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedweight.clients import app as module
+
+    seen = []
+
+    def counted(module: FlatModule, model: FlatModel, examples: Any) -> Any:
+        seen.append(model)
+        return evaluate(module, model, examples)
+
+    monkeypatch.setattr(module, "evaluate", counted)
+    kit.app()(kit.message(kit.start(), request=list(EVALUATIONS)), kit.context())
+    assert len(seen) == 4
+
+
+def half(client: ClientRound) -> np.float32:
+    return np.float32(0.5)
+
+
+def counts(client: ClientRound) -> np.ndarray:
+    return np.array([client.client, client.number, client.num_steps])
+
+
+def rounds(client: ClientRound) -> float:
+    before = client.kept_numbers("rounds")
+    client.keep("rounds", [*before, client.number])
+    return len(before)
+
+
+def test_an_apps_own_probes_may_be_asked_for(kit: Any) -> None:
+    app = kit.app(probes={"half": half, "counts": counts, "rounds": rounds})
+    context = kit.context()
+    asked = {"request": ["half", "counts", "rounds", "nobody's"]}
+    for round in (1, 2):
+        reply = app(kit.message(kit.start(), server_round=round, **asked), context)
+        metrics = reply.content["metrics"]
+        assert metrics["half"] == 0.5
+        assert metrics["rounds"] == round - 1
+        steps = metrics[keys.NUM_STEPS]
+        assert reply.content["profile"]["counts"] == [0, round, steps]
+        assert "nobody's" not in metrics
+
+
+def test_a_message_names_no_code(kit: Any) -> None:
+    reply = kit.app()(kit.message(kit.start(), request=["os:getcwd"]), kit.context())
+    assert "os:getcwd" not in reply.content["metrics"]
+    assert "profile" not in reply.content
+
+
+def test_what_a_failed_probe_kept_is_lost(kit: Any) -> None:
+    def fails(client: ClientRound) -> float:
+        client.keep("fails", [1.0])
+        raise ValueError("no")
+
+    app, context = kit.app(probes={"rounds": rounds, "fails": fails}), kit.context()
+    with pytest.raises(ValueError, match="no"):
+        app(kit.message(kit.start(), request=["rounds", "fails"]), context)
+    assert not context.state
+
+
+OWN = '''
+import torch
+from fedweight.clients import ClientRound
+from fedweight.strategies import WeightingStrategy
+
+
+def gain(client: ClientRound) -> float:
+    before = client.evaluate(client.received, "held-out").loss
+    return before - client.evaluate(client.trained, "held-out").loss
+
+
+class ByGain(WeightingStrategy):
+    """Weigh clients by what their training gains."""
+
+    probes = {"gain": gain}
+    request = ("gain",)
+
+    def weights(self, round):
+        return torch.softmax(round.metric("gain"), 0)
+'''
+
+
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]
+)
+def test_a_strategy_brings_its_probes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    (tmp_path / "own_gain.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "strategy.name": "own_gain:ByGain",
+        "run.rounds": 2,
+        "partition.clients": 4,
+        "engine.name": engine,
+        "engine.workers": 2 if engine == "ray" else 0,
+    }
+    made = run(settings=settings, out=tmp_path / "run", report=False)
+    assert made.rounds["ok"].tolist()[1:] == [4, 4]
+    assert made.clients["own_gain"].notna().all()
+
+
+def test_the_proximal_term_stands_with_its_method() -> None:
+    from fedweight.clients import objective
+
+    assert type(objective("proximal", mu=0.5)) is Proximal
