@@ -24,10 +24,15 @@ def sample(
     fraction: float,
     least: int,
     available: int,
-) -> list[tuple[int, int]]:
-    """Draw ``(client, node)`` pairs, in the order of the clients' numbers."""
+    empty: Set[int] = frozenset(),
+) -> tuple[list[tuple[int, int]], int]:
+    """Draw ``(client, node)`` pairs, in the order of the clients' numbers.
+
+    With them comes how many clients there are in all, drawn or not, those known to be
+    ``empty`` not counted.
+    """
     if fraction == 0:
-        return []
+        return [], 0
     number = getattr(grid, "client_of", int)
     complete = getattr(grid, "complete", False)
     nodes = grid.get_node_ids()
@@ -46,12 +51,16 @@ def sample(
         time.sleep(1)  # Flower's Grid offers no event for a node that connects.
         nodes = list(grid.get_node_ids())
     size = max(int(len(nodes) * fraction), least)
+    if isinstance(nodes, range):
+        population = len(nodes) - len(empty)  # Nobody leaves a simulation.
+    else:
+        population = sum(number(node) not in empty for node in nodes)
     if isinstance(nodes, list):
         nodes.sort(key=number)
     if size < len(nodes):
         chosen = np.sort(stream().choice(len(nodes), size, replace=False))
         nodes = [nodes[i] for i in chosen.tolist()]
-    return [(number(node), node) for node in nodes]
+    return [(number(node), node) for node in nodes], population
 
 
 def known_empty(grid: Grid, clients: Sequence[int], said: Set[int]) -> set[int]:

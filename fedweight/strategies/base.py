@@ -16,6 +16,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Set,
 )
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -428,8 +429,11 @@ class WeightingStrategy(Strategy):
             if client not in empty
         ]
         self._now.not_asked = [client for client, _ in nodes if client in empty]
+        self._now.leave_out(empty)
         clients = tuple(client for client, _, _ in chosen)
-        selection = Selection(server_round, clients, self._now.method)
+        selection = Selection(
+            server_round, clients, self._now.method, self._now.population
+        )
         shared, columns = told_columns(self, selection)
         for key, value in shared.items():
             config[key] = value
@@ -640,7 +644,15 @@ class WeightingStrategy(Strategy):
         """Draw ``(client, node)`` pairs, in the order of the clients' numbers."""
         self._now.name_of = getattr(grid, "name_of", None) or str
         stream = partial(generator, self.seed, purpose, round)
-        return sample(grid, stream, fraction, least, self.min_available_nodes)
+        drawn, self._now.population = sample(
+            grid,
+            stream,
+            fraction,
+            least,
+            self.min_available_nodes,
+            self._now.without_examples,
+        )
+        return drawn
 
     def _read(
         self, replies: Iterable[Message]
@@ -723,7 +735,7 @@ class WeightingStrategy(Strategy):
             except AggregationError as error:
                 entry.status, entry.reason = "rejected", _reason(error)
             if entry.reason == keys.NO_EXAMPLES:
-                self._now.without_examples.add(client)
+                self._now.leave_out({client})
         for client, reason in self._screened(accepted).items():
             entries[client].status, entries[client].reason = "rejected", reason
             del accepted[client]
@@ -844,6 +856,7 @@ class WeightingStrategy(Strategy):
             metrics=tuple(one.reply.metrics for one in accepted),
             profiles=tuple(one.reply.profile for one in accepted),
             state=self._now.method,
+            population=self._now.population,
         )
 
     def _updates(self, accepted: list[AcceptedReply], models: LocalModels) -> Updates:
@@ -959,7 +972,9 @@ class _Now:
     not_asked : list[int]
         The clients that were drawn but are known to have no examples.
     without_examples : set[int]
-        The clients that said so.
+        The clients that said so, or are known to.
+    population : int
+        How many clients there were when the last ones were drawn, without these.
     cohort : Cohort, optional
         The messages of the phase that goes on.
     outermost : bool
@@ -975,12 +990,18 @@ class _Now:
     asked: dict[int, _Asked] = field(default_factory=dict)
     not_asked: list[int] = field(default_factory=list)
     without_examples: set[int] = field(default_factory=set)
+    population: int = 0
     errors: KnownErrors = field(default_factory=KnownErrors)
     own_metrics: OwnMetrics = field(default_factory=OwnMetrics)
     name_of: Callable[[int], str] = str
     cohort: Cohort | None = None
     outermost: bool = False
     forgets: bool = False
+
+    def leave_out(self, empty: Set[int]) -> None:
+        """Remember that these clients, drawn in this round, have no examples."""
+        self.population -= len(empty - self.without_examples)
+        self.without_examples |= empty
 
 
 class _Asked(NamedTuple):

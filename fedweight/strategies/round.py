@@ -48,11 +48,14 @@ class Selection(NamedTuple):
         The clients' numbers, ascending.
     state : Any
         What the method carries.
+    population : int
+        N: how many clients there are in all, those that were not drawn included.
     """
 
     number: int
     clients: tuple[int, ...]
     state: Any
+    population: int = 0
 
 
 class Report(NamedTuple):
@@ -85,6 +88,9 @@ class Round:
         The side data that the strategy asked for; empty mappings where it did not.
     state : Any
         What the method returned as its next state when the last round ended.
+    population : int
+        N: how many clients there are in all, those that were not drawn or did not
+        answer included; not those known to have no examples. At least K.
     """
 
     number: int
@@ -97,6 +103,12 @@ class Round:
     state: Any = None
     logged: dict[str, float] = field(default_factory=dict)
     logged_clients: dict[str, Tensor] = field(default_factory=dict)
+    population: int = 0
+
+    def __post_init__(self) -> None:
+        """Count at least those that are there."""
+        most = max(self.population, len(self.clients))
+        object.__setattr__(self, "population", most)
 
     @property
     def num_clients(self) -> int:

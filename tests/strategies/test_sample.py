@@ -124,3 +124,68 @@ def test_as_many_clients_take_part_as_flower_would_ask(clients, fraction, least)
                 messages = configure(1, arrays, ConfigRecord(), grid)
                 asked.append(len(list(messages)))
     assert asked[:2] == asked[2:]
+
+
+class Counting(FedAvg):
+    """Remembers how many clients there are, as it selects and as it weighs."""
+
+    def begin(self):
+        return []
+
+    def tell(self, selection):
+        self.selected.append(selection.population)
+        return {}
+
+    def weights(self, round):
+        return super().weights(round), [*round.state, round.population]
+
+
+def populations(kit, sizes, rounds=2, change=None, **options):
+    """How many clients each round counts, as they are selected and weighed."""
+    strategy = Counting(min_train_nodes=1, min_available_nodes=1, **options)
+    object.__setattr__(strategy, "selected", [])
+    clients = {k: kit.Client(np.ones(1), n) for k, n in enumerate(sizes)}
+    run = kit.Federation(strategy, clients, kit.record({"w": np.zeros(1)}))
+    for number in range(rounds):
+        if change:
+            change(run, number)
+        assert run.round().status == "ok"
+    return strategy.selected, strategy.state["method"]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2])
+def test_the_population_counts_those_that_are_not_drawn(kit, fraction):
+    found = populations(kit, [5] * 10, fraction_train=fraction)
+    assert found == ([10, 10], [10, 10])
+
+
+def test_the_population_is_without_clients_that_have_no_examples(kit):
+    """From the round on in which they say so, or in which the grid knows."""
+    assert populations(kit, [5, 0, 5, 0, 5]) == ([5, 3], [3, 3])
+
+    def known(run, number):
+        run.grid.sizes_of = lambda clients: [[5, 0, 5, 0, 5][c] for c in clients]
+
+    assert populations(kit, [5, 0, 5, 0, 5], change=known) == ([3, 3], [3, 3])
+
+
+def test_the_population_is_that_of_the_connected(kit):
+    """Who left is not counted, whether it had examples or not."""
+
+    def leave(run, number):
+        if number == 1:
+            del run.clients[1], run.clients[2]
+
+    assert populations(kit, [5, 0, 5, 0, 5], 3, leave)[1] == [3, 2, 2]
+
+
+def test_the_population_of_a_range_is_not_counted_one_by_one():
+    strategy = FedAvg(min_available_nodes=1)
+    grid = LocalGrid(ClientApp(), 10**12)
+    strategy._now.without_examples = {3, 10**11}
+    strategy._drawn(grid, 1e-10, 1, Purpose.SAMPLING, 1)
+    assert strategy._now.population == 10**12 - 2
+
+
+def test_a_round_made_by_hand_counts_at_least_its_clients(kit):
+    assert kit.make_round(np.zeros((3, 1))).population == 3
