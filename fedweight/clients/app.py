@@ -43,6 +43,7 @@ from .batched import BatchedTrainer
 from .noise import own_streams
 from .objectives import OBJECTIVES, Objective, Plain
 from .probes import PROBES, ClientRound, Probe
+from .queries import QUERIES, ClientQuery, Query, arrays_of
 from .settings import TrainingSettings
 from .training import LocalResult, Task, evaluate, evaluate_each, train
 from .trial import Findings, Kind, Trials, kind_of
@@ -65,8 +66,9 @@ KEPT_TRAINERS = 4
 class TrainingApp(ClientApp):
     """A ClientApp that trains a PyTorch classifier on a client's own data.
 
-    It answers ``train``, ``evaluate`` and ``query.label_counts`` messages, with the
-    records and metrics that :mod:`fedweight.messages.keys` names.
+    It answers ``train`` and ``evaluate`` messages, with the records and metrics that
+    :mod:`fedweight.messages.keys` names, and those of
+    :data:`~fedweight.clients.queries.QUERIES`, such as ``query.label_counts``.
 
     Parameters
     ----------
@@ -144,7 +146,8 @@ class TrainingApp(ClientApp):
         self._forget()
         self.train()(self._train)
         self.evaluate()(self._evaluate)
-        self.query("label_counts")(self._query)
+        for name in QUERIES.entries:
+            self.query(name)(partial(self._query, name))
 
     def _forget(self) -> None:
         """Start without prepared modules: each process makes its own."""
@@ -331,12 +334,18 @@ class TrainingApp(ClientApp):
         )
         return reply.message(message)
 
-    def _query(self, message: Message, context: Context) -> Message:
-        data = self.data(context).cast(np.float32, f"client {client_number(context)}")
-        metrics = {keys.NUM_EXAMPLES: len(data.train)}
-        counts = np.bincount(data.train.y, minlength=self.num_classes).tolist()
-        reply = Reply(0, metrics=metrics, profile={keys.LABEL_COUNTS: counts})
-        return reply.message(message)
+    def _query(self, name: str, message: Message, context: Context) -> Message:
+        number = client_number(context)
+        asked = ClientQuery(
+            number,
+            _config(message.content),
+            arrays_of(message.content),
+            self.data(context).cast(np.float32, f"client {number}"),
+            self.num_classes,
+            self.seed,
+        )
+        query: Query = QUERIES.resolve(name)
+        return query(asked).message(message)
 
     # Steps of the answers.
 

@@ -8,8 +8,8 @@ it came, where the strategy weighs clients by data size and needs no more.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,113 @@ class HeldModels(LocalModels):
 
     def integers(self, nodes: Sequence[int]) -> list[Integers]:  # noqa: D102
         return [self.models[node].integers for node in nodes]
+
+
+class JoinedModels(LocalModels):
+    """Models that different clients have trained from different ones.
+
+    Parameters
+    ----------
+    parts : Sequence[tuple[Collection[int], LocalModels]]
+        Some nodes, and their models; every node in one part.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Collection[int], LocalModels]]) -> None:
+        self.parts = parts
+        self._part = {node: k for k, (some, _) in enumerate(parts) for node in some}
+
+    def updates(  # noqa: D102
+        self,
+        nodes: Sequence[int],
+        start: FlatModel,
+        *,
+        accumulate: Accumulate | None = None,
+        threads: int | None = None,
+    ) -> Updates:
+        options: dict[str, Any] = {"accumulate": accumulate, "threads": threads}
+        parts = self._parts_of(nodes)
+        if len(parts) == 1:
+            return parts[0][1].updates(nodes, start, **options)
+        # Counted from 0 they are the models themselves, without a rounding.
+        zero = start.with_parameters(torch.zeros_like(start.parameters))
+        rows = {
+            n: row for some, models in parts for n, row in _rows(models, some, zero)
+        }
+        return StackedUpdates(
+            [rows[node] for node in nodes],
+            start.parameters,
+            start.layout.offsets,
+            **options,
+        )
+
+    def buffers(self, nodes: Sequence[int], start: FlatModel) -> Updates:  # noqa: D102
+        zero = replace(start, buffers=torch.zeros_like(start.buffers))
+        rows = {
+            node: row
+            for some, models in self._parts_of(nodes)
+            for node, row in zip(some, _matrix(models.buffers(some, zero)), strict=True)
+        }
+        return StackedUpdates([rows[node] for node in nodes], start.buffers)
+
+    def integers(self, nodes: Sequence[int]) -> list[Integers]:  # noqa: D102
+        found = {
+            node: values
+            for some, models in self._parts_of(nodes)
+            for node, values in zip(some, models.integers(some), strict=True)
+        }
+        return [found[node] for node in nodes]
+
+    def _parts_of(self, nodes: Sequence[int]) -> list[tuple[list[int], LocalModels]]:
+        """Return some nodes part by part."""
+        alike: dict[int, list[int]] = {}
+        for node in nodes:
+            alike.setdefault(self._part[node], []).append(node)
+        return [(some, self.parts[k][1]) for k, some in alike.items()]
+
+
+def _rows(
+    models: LocalModels, nodes: Sequence[int], zero: FlatModel
+) -> Iterable[tuple[int, Tensor]]:
+    return zip(nodes, _matrix(models.updates(nodes, zero)), strict=True)
+
+
+def _matrix(updates: Updates) -> Tensor:
+    """Return all rows, ``[K, P]``."""
+    sheets = [sheet for _, sheet in updates.column_blocks()]
+    empty = torch.empty(updates.num_clients, 0, dtype=updates.dtype)
+    return torch.cat(sheets, 1) if sheets else empty
+
+
+def moved(
+    parts: Sequence[Updates],
+    places: Sequence[Sequence[int]],
+    model: FlatModel,
+    **options: Any,
+) -> Updates:
+    """Return updates that were made to several models as updates of one.
+
+    Row k is what client k's training added to the model that it began with.
+
+    Parameters
+    ----------
+    parts : Sequence[Updates]
+        The updates of the clients that began with one model each.
+    places : Sequence[Sequence[int]]
+        Which rows those are.
+    model : FlatModel
+        What they are added to.
+    options
+        See :class:`~fedweight.core.updates.StackedUpdates`.
+    """
+    rows: dict[int, Tensor] = {}
+    for updates, some in zip(parts, places, strict=True):
+        rows |= zip(some, _matrix(updates) + model.parameters, strict=True)
+    return StackedUpdates(
+        [rows[k] for k in range(len(rows))],
+        model.parameters,
+        model.layout.offsets,
+        **options,
+    )
 
 
 @dataclass

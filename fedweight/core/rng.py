@@ -33,6 +33,9 @@ class Purpose(IntEnum):
     DROPOUT = 9
     SERVER = 10
     EVALUATION = 11
+    SPEED = 12
+    ARRIVALS = 13
+    PHASE = 14
 
 
 def generator(

@@ -26,7 +26,13 @@ from flwr.app import (
 
 from ..core.errors import AggregationError, ClientError, EngineError
 from ..core.layout import FlatModel, Layout, is_finite
-from ..core.local_models import HeldModels, LocalModels, ModelSum, SummedModels
+from ..core.local_models import (
+    HeldModels,
+    JoinedModels,
+    LocalModels,
+    ModelSum,
+    SummedModels,
+)
 from ..core.updates import changed_tensors
 from . import keys
 from ._flower import CLIENT_APP_RAISED_EXCEPTION, NO_REPLY, reason_of
@@ -77,7 +83,7 @@ class _Messages(Sequence[Message], ABC):
 
 
 class Cohort(_Messages):
-    """The messages of one phase: the same content to each of some clients.
+    """The messages of one phase: what some clients receive.
 
     Parameters
     ----------
@@ -91,6 +97,8 @@ class Cohort(_Messages):
         For some nodes, the config that they receive instead of the shared one.
     config_key : str
         The name of the config record in ``content``.
+    starts : Mapping[int, ArrayRecord], optional
+        For some nodes, the model that they receive instead of the shared one.
     summed_by : str, optional
         A metric. A grid of ours may then add the models up as they come, each times
         this metric of its client, and keep none.
@@ -106,6 +114,7 @@ class Cohort(_Messages):
         own: Mapping[int, ConfigRecord] | None = None,
         config_key: str = keys.CONFIG,
         *,
+        starts: Mapping[int, ArrayRecord] | None = None,
         summed_by: str | None = None,
         left_out: Collection[int] = (),
     ) -> None:
@@ -114,6 +123,7 @@ class Cohort(_Messages):
         self.message_type = message_type
         self.own = dict(own or {})
         self.config_key = config_key
+        self.starts = dict(starts or {})
         self.summed_by = summed_by
         self.left_out = frozenset(left_out)
         super().__init__()
@@ -130,8 +140,33 @@ class Cohort(_Messages):
 
     @cached_property
     def arrays(self) -> ArrayRecord:
-        """The one array record that every client receives."""
+        """The one array record that every client receives that has none of its own."""
         return only_arrays(self.content)
+
+    def parts(self) -> list[Cohort]:
+        """Return the messages by the model that they bring: each part has one."""
+        if not self.starts:
+            return [self]
+        alike: dict[int, list[int]] = {}
+        for node in self.nodes:
+            alike.setdefault(id(self.starts.get(node, self.arrays)), []).append(node)
+        return [
+            Cohort(
+                self._content_of(nodes[0]),
+                nodes,
+                self.message_type,
+                {node: self.own[node] for node in nodes if node in self.own},
+                self.config_key,
+            )
+            for nodes in alike.values()
+        ]
+
+    def _content_of(self, node: int) -> RecordDict:
+        """Return what a client receives, but for a config of its own."""
+        if node not in self.starts:
+            return self.content
+        [key] = self.content.array_records
+        return RecordDict({**dict(self.content), key: self.starts[node]})
 
     @cached_property
     def _shared(self) -> ConfigRecord:
@@ -149,7 +184,7 @@ class Cohort(_Messages):
 
     def _make(self, index: int) -> Message:
         node = self.nodes[index]
-        content = self.content
+        content = self._content_of(node)
         if node in self.own:
             content = RecordDict({**dict(content), self.config_key: self.own[node]})
         return Message(content, dst_node_id=node, message_type=self.message_type)
@@ -350,6 +385,16 @@ class Replies(_Messages):
         then on the messages are what counts.
         """
         return None if self._messages else self._replies
+
+    @classmethod
+    def joined(cls, cohort: Cohort, parts: Sequence[Replies]) -> Replies:
+        """Return the replies to a cohort's :meth:`~Cohort.parts` as one."""
+        if len(parts) == 1:
+            return parts[0]
+        answers = {reply.node: reply for part in parts for reply in part._replies}
+        replies = [answers[node] for node in cohort.nodes if node in answers]
+        models = JoinedModels([(part.cohort.nodes, part.models) for part in parts])
+        return cls(cohort, replies, models)
 
     def forget(self) -> None:
         """Let go of the models, which Flower would hold until the next round's come."""

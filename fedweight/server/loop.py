@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+
+from ..core.errors import ConfigurationError
+from .schedules import Clock, Schedule
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,15 @@ class ServerState:
     train_config, evaluate_config : ConfigRecord
         What the strategy is given to send. A strategy may change them, and finds them
         in the next round as it left them.
+    schedule : Any
+        What the schedule carries; ``None`` at first, and where there is none.
     """
 
     arrays: ArrayRecord
     round: int = 0
     train_config: ConfigRecord = field(default_factory=ConfigRecord)
     evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
+    schedule: Any = None
 
 
 class Callback(Protocol):
@@ -54,6 +60,15 @@ class ReadsAlone(Protocol):
         ...
 
 
+@runtime_checkable
+class Follows(Protocol):
+    """A strategy that takes the updates that a schedule says."""
+
+    def following(self, clock: Clock) -> AbstractContextManager[None]:
+        """Return a ``with`` block in which a schedule says whose updates come."""
+        ...
+
+
 def federate(
     strategy: Strategy,
     grid: Grid,
@@ -61,6 +76,7 @@ def federate(
     *,
     until: int,
     timeout: float | None = None,
+    schedule: Schedule | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> ServerState:
     """Run rounds until so many are over.
@@ -77,6 +93,10 @@ def federate(
         How many rounds are over at the end, those before ``state`` included.
     timeout : float, optional
         Seconds to wait for a round's replies.
+    schedule : Schedule, optional
+        When the next model is made, and of whose updates; by default of all clients
+        that were asked, once they have answered. Others need one of this library's
+        strategies, which no other strategy wraps.
     callbacks : Iterable[Callback]
         Called after every round, in this order; the first that returns True ends the
         loop after the others were called.
@@ -87,16 +107,41 @@ def federate(
         After the last round.
     """
     several = list(callbacks)
-    # Not a wrapper that hands on whatever it does not have itself.
-    itself = hasattr(type(strategy), "alone") and isinstance(strategy, ReadsAlone)
+    itself = _has_itself(strategy, ReadsAlone, "alone")
     alone = strategy.alone() if itself else nullcontext()  # type: ignore[attr-defined]
+    if schedule is not None and not _has_itself(strategy, Follows, "following"):
+        raise ConfigurationError(
+            f"schedule: {type(schedule).__name__} needs a strategy that is derived "
+            "from fedweight.strategies.WeightingStrategy, and not inside another; got "
+            f"{type(strategy).__name__}. Leave the schedule out."
+        )
     with alone:
         while state.round < until:
-            state = _round(strategy, grid, state, timeout)
+            state = _scheduled_round(strategy, grid, state, timeout, schedule)
             stops = [callback(state) for callback in several]
             if any(stops):
                 break
     return state
+
+
+def _has_itself(strategy: Strategy, protocol: type, name: str) -> bool:
+    """Tell whether a strategy can do something, and not what it wraps."""
+    return hasattr(type(strategy), name) and isinstance(strategy, protocol)
+
+
+def _scheduled_round(
+    strategy: Strategy,
+    grid: Grid,
+    state: ServerState,
+    timeout: float | None,
+    schedule: Schedule | None,
+) -> ServerState:
+    if schedule is None:
+        return _round(strategy, grid, state, timeout)
+    clock = Clock(schedule, state.schedule)
+    with strategy.following(clock):  # type: ignore[attr-defined]
+        state = _round(strategy, grid, state, timeout)
+    return replace(state, schedule=clock.state)
 
 
 def _round(

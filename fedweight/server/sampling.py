@@ -51,16 +51,43 @@ def sample(
         time.sleep(1)  # Flower's Grid offers no event for a node that connects.
         nodes = list(grid.get_node_ids())
     size = max(int(len(nodes) * fraction), least)
-    if isinstance(nodes, range):
-        population = len(nodes) - len(empty)  # Nobody leaves a simulation.
-    else:
-        population = sum(number(node) not in empty for node in nodes)
+    population = _count(nodes, number, empty)
     if isinstance(nodes, list):
         nodes.sort(key=number)
     if size < len(nodes):
         chosen = np.sort(stream().choice(len(nodes), size, replace=False))
         nodes = [nodes[i] for i in chosen.tolist()]
     return [(number(node), node) for node in nodes], population
+
+
+def _count(nodes: Sequence[int], number: Callable[[int], int], empty: Set[int]) -> int:
+    if isinstance(nodes, range):
+        return len(nodes) - len(empty)  # Nobody leaves a simulation.
+    return sum(number(node) not in empty for node in nodes)
+
+
+def count(grid: Grid, empty: Set[int]) -> int:
+    """Return how many clients there are in all; ``empty`` ones are not counted."""
+    nodes, number = grid.get_node_ids(), getattr(grid, "client_of", int)
+    return _count(nodes if isinstance(nodes, range) else list(nodes), number, empty)
+
+
+def nodes_of(grid: Grid, clients: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ``(client, node)`` pairs of some clients."""
+    nodes = grid.get_node_ids()
+    if isinstance(nodes, range):  # In the clients' order.
+        return [(client, nodes[client]) for client in clients]
+    number = getattr(grid, "client_of", int)
+    known = {number(node): node for node in nodes}
+    return [(client, known[client]) for client in clients]
+
+
+def numbered(grid: Grid) -> dict[int, int]:
+    """Return the node of every client that may have examples, by its number."""
+    number = getattr(grid, "client_of", int)
+    known = {number(node): node for node in grid.get_node_ids()}
+    empty = known_empty(grid, list(known), frozenset())
+    return {client: known[client] for client in sorted(known) if client not in empty}
 
 
 def known_empty(grid: Grid, clients: Sequence[int], said: Set[int]) -> set[int]:

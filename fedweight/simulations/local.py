@@ -120,7 +120,8 @@ class LocalGrid(SimulationGrid):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if answers_cohort(messages, self.client_app):
-            return self._answer(messages, deadline)
+            answers = [self._answer(part, deadline) for part in messages.parts()]
+            return Replies.joined(messages, answers)
         return list(self._handle(self._addressed(messages), deadline))
 
     def _answer(self, cohort: Cohort, deadline: float | None) -> Replies:

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
     from ..core.records import ClientRecord, RoundRecord
     from .base import WeightingStrategy
+    from .fedasync import FedAsync
     from .fedavg import FedAvg
+    from .fedbuff import FedBuff
     from .fedce import FedCE
+    from .fedcollab import FedCollab
     from .feddisco import FedDisco
     from .fedlaw import FedLAW
     from .fedprox import FedProx
@@ -26,8 +29,11 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "STRATEGIES",
     "ClientRecord",
+    "FedAsync",
     "FedAvg",
+    "FedBuff",
     "FedCE",
+    "FedCollab",
     "FedDisco",
     "FedLAW",
     "FedProx",
@@ -42,8 +48,11 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "FedAsync": ".fedasync",
         "FedAvg": ".fedavg",
+        "FedBuff": ".fedbuff",
         "FedCE": ".fedce",
+        "FedCollab": ".fedcollab",
         "FedDisco": ".feddisco",
         "FedLAW": ".fedlaw",
         "FedProx": ".fedprox",
@@ -61,6 +70,9 @@ STRATEGIES = Registry(
     "strategy",
     {
         "fedavg": "fedweight.strategies.fedavg:FedAvg",
+        "fedbuff": "fedweight.strategies.fedbuff:FedBuff",
+        "fedasync": "fedweight.strategies.fedasync:FedAsync",
+        "fedcollab": "fedweight.strategies.fedcollab:FedCollab",
         "fedprox": "fedweight.strategies.fedprox:FedProx",
         "feddisco": "fedweight.strategies.feddisco:FedDisco",
         "fedlaw": "fedweight.strategies.fedlaw:FedLAW",

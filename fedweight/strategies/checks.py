@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AggregationError, ConfigurationError
-from ..core.texts import clients_called
+from ..core.texts import clients_called, shown
 from .round import Round, Selection
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # A model with larger values is no model to start training from: a few layers multiply
 # them beyond what float32 holds.
 LARGEST_VALUE = 2.0**32
+
+# So many global models may a method keep; each is as large as the model.
+MOST_MODELS = 10_000
 
 
 def check_weights(strategy: WeightingStrategy, round: Round) -> None:
@@ -149,6 +152,20 @@ def asked_names(
         tuple(name for name, column in columns.items() if column[k])
         for k in range(len(selection.clients))
     ]
+
+
+def assigned(strategy: WeightingStrategy, selection: Selection) -> list[int] | None:
+    """Return what ``assign`` gives, if it is a model's number for each client."""
+    given = strategy.assign(selection)
+    if given is None:
+        return None
+    which = _column(strategy, "assign", "the models", given, selection)
+    if not all(isinstance(one, int) and 0 <= one < MOST_MODELS for one in which):
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.assign must give whole numbers from 0, below "
+            f"{MOST_MODELS}, got {shown(which)}."
+        )
+    return which
 
 
 def _scalar(value: Any) -> Any:

@@ -79,7 +79,8 @@ class Round:
     model : FlatModel
         The global model that the clients started from.
     updates : Updates
-        Their local updates, ``[K, P]``.
+        Their local updates, ``[K, P]``: what training added to the model that each
+        began with.
     num_examples : Tensor
         ``[K]``, float64.
     metrics : tuple[Mapping[str, Any], ...]
@@ -91,6 +92,9 @@ class Round:
     population : int
         N: how many clients there are in all, those that were not drawn or did not
         answer included; not those known to have no examples. At least K.
+    discounts : Tensor
+        ``[K]``; what a schedule lets updates count that began with older models, times
+        what they would otherwise. 1 where there are none.
     """
 
     number: int
@@ -104,11 +108,30 @@ class Round:
     logged: dict[str, float] = field(default_factory=dict)
     logged_clients: dict[str, Tensor] = field(default_factory=dict)
     population: int = 0
+    discounts: Tensor = field(default_factory=lambda: torch.ones(0))
+    since_now: Updates | None = None
 
     def __post_init__(self) -> None:
         """Count at least those that are there."""
         most = max(self.population, len(self.clients))
         object.__setattr__(self, "population", most)
+        if len(self.discounts) != len(self.clients):
+            ones = torch.ones(len(self.clients), dtype=torch.float64)
+            object.__setattr__(self, "discounts", ones)
+
+    @property
+    def in_time(self) -> bool:
+        """Whether all updates were made to the global model of now."""
+        return self.since_now is None
+
+    @property
+    def differences(self) -> Updates:
+        """``w_k - w``, row by row, with the global model of now.
+
+        They are the :attr:`updates`, unless a schedule lets clients begin with older
+        models.
+        """
+        return self.updates if self.since_now is None else self.since_now
 
     @property
     def num_clients(self) -> int:

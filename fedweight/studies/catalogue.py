@@ -22,6 +22,7 @@ KINDS = {
     "partitions": "partition",
     "models": "model",
     "server optimisers": "server",
+    "schedules": "schedule",
 }
 
 

@@ -26,6 +26,7 @@ from ..data import ClientData, FederatedData, Schema, load_client
 from ..data.examples import channels_last
 from ..data.files import load_one_csv
 from ..messages.arrays import FlatRecord
+from ..server.schedules import SCHEDULES, Buffered, Clock, Schedule, make_schedule
 from ..simulations import Plan
 from ..simulations.engine import check_engine, check_local, choose_engine
 from ..simulations.grid import usable_plan
@@ -144,6 +145,7 @@ class Components:
                 f"training.epochs of 2 or more, got {epochs}: a straggler does fewer "
                 "epochs than the others, but at least one."
             )
+        self._check_schedule(strategy, simulated=simulated)
         self._check_proximal(strategy, client_app)
         self._check_model()
         if simulated:
@@ -266,6 +268,49 @@ class Components:
                 **machine(),
             },
         )
+
+    def schedule(self) -> Schedule | None:
+        """Make the schedule; ``None`` for the synchronous one."""
+        name = self.configuration["schedule"]["name"]
+        options = self.configuration.options("schedule")
+        if "seed" in options_of(SCHEDULES.resolve(name)):
+            options["seed"] = self.configuration["run"]["seed"]
+        return named("schedule", partial(make_schedule, name, **options))
+
+    def _check_schedule(self, strategy: Strategy, *, simulated: bool) -> None:
+        """Refuse what does not go with a schedule that is not the synchronous one."""
+        schedule = self.schedule()
+        if schedule is None:
+            return
+        name = self.configuration["schedule"]["name"]
+        if not simulated:
+            raise ConfigurationError(
+                f"schedule.name: '{name}' is for simulated clients, whose speeds are "
+                "known. Choose 'synchronous'."
+            )
+        if not isinstance(strategy, WeightingStrategy):
+            raise ConfigurationError(
+                f"schedule.name: '{name}' needs a strategy derived from "
+                "fedweight.strategies.WeightingStrategy, got "
+                f"{type(strategy).__name__}. Choose 'synchronous'."
+            )
+        with strategy.following(Clock(schedule)):  # It says what does not go.
+            pass
+        if not isinstance(schedule, Buffered):
+            return
+        if strategy.stragglers or strategy.fraction_train != 1:
+            key = "stragglers" if strategy.stragglers else "fraction-train"
+            raise ConfigurationError(
+                f"strategy.{key} does not go with schedule '{name}', where "
+                "schedule.concurrency says how many clients train at a time. Leave it "
+                "out."
+            )
+        clients = self.data.num_clients
+        if schedule.buffer_size > clients:
+            raise ConfigurationError(
+                f"schedule.buffer-size is {schedule.buffer_size}, but there are "
+                f"{clients} clients (partition.clients), and none is in a buffer twice."
+            )
 
     def strategy(self) -> Strategy:
         """Make the strategy, with what it needs from the server."""

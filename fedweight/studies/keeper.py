@@ -81,6 +81,7 @@ class Keeper:
             "arrays": plain_record(state.arrays),
             "train-config": plain_record(state.train_config),
             "evaluate-config": plain_record(state.evaluate_config),
+            "schedule": state.schedule,
             "strategy": carried_by(self.strategy),
             "clients": {c: plain_records(records) for c, records in clients.items()},
             "recorder": self.recorder.state,
@@ -119,9 +120,15 @@ def go_on(
     )
     recorder.restore(content["recorder"])
     arrays: Any = record_of(content["arrays"])
-    train, evaluation = content["train-config"], content["evaluate-config"]
-    configs: Any = record_of(train), record_of(evaluation)
-    return ServerState(_laid_out(arrays, initial), content["round"], *configs)
+    train: Any = record_of(content["train-config"])
+    evaluation: Any = record_of(content["evaluate-config"])
+    return ServerState(
+        _laid_out(arrays, initial),
+        content["round"],
+        train,
+        evaluation,
+        content["schedule"],
+    )
 
 
 def _laid_out(arrays: ArrayRecord, initial: FlatRecord) -> ArrayRecord:

@@ -356,6 +356,7 @@ def serve(
                 state,
                 until=rounds,
                 timeout=timeout,
+                schedule=components.schedule(),
                 callbacks=callbacks,
             )
         else:  # It runs its rounds in a way of its own.

@@ -18,6 +18,7 @@ from ..core.settings import kebab
 from ..data import DATA_SETS
 from ..data.partitions import PARTITIONS
 from ..models import MODELS
+from ..server.schedules import SCHEDULES
 from ..strategies import SERVER_OPTIMIZERS, STRATEGIES
 
 # Beyond these a number can only be a mistake: a seed longer than Flower carries,
@@ -154,6 +155,19 @@ class Server:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """[schedule]: when the server makes the next model."""
+
+    name: Annotated[
+        str,
+        Field(
+            description="when the next model is made: synchronous, deadline or "
+            "buffered, or 'module:Class'"
+        ),
+    ] = "synchronous"
+
+
+@dataclass(frozen=True)
 class Engine:
     """[engine]: where clients run, and how."""
 
@@ -205,6 +219,7 @@ SCHEMA: dict[str, dict[str, Option]] = {
     "training": _table(TrainingSettings, epochs=10, batch_size=16, momentum=0.9),
     "strategy": _table(ServerStrategy),
     "server": _table(Server),
+    "schedule": _table(Timing),
     "engine": _table(Engine),
 }
 
@@ -261,6 +276,7 @@ PICKS: dict[str, Pick] = {
         ),
     ),
     "server": Pick(SERVER_OPTIMIZERS, "Class(**options)"),
+    "schedule": Pick(SCHEDULES, "Class(**options)"),
 }
 
 

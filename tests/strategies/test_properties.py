@@ -269,7 +269,7 @@ def test_clients_without_examples_never_count(kit, name, options):
         weights = {c.client: c.weight for c in record.clients if c.status == "ok"}
         assert weights == {c.client: c.weight for c in alone.clients}
         np.testing.assert_array_equal(run.vector, others.vector)
-        for name in ("method", "server-optimizer"):
+        for name in ("method", "server-optimizers"):
             assert run.strategy.state[name] == others.strategy.state[name]
     for k in (0, 2, 5):
         assert len(run.clients[k].told) == 1  # Its first reply tells: not asked again.

@@ -16,6 +16,7 @@ from fedweight.core.rng import Purpose, generator
 from fedweight.messages import _flower
 from fedweight.simulations.grid import FIRST_NODE
 from fedweight.simulations.local import LocalGrid
+from fedweight.strategies.asking import drawn
 from fedweight.strategies.fedavg import FedAvg
 
 
@@ -28,7 +29,8 @@ class Listed(LocalGrid):
 
 def sampled(grid, fraction, least=1, round=3, seed=5):
     strategy = FedAvg(seed=seed, min_available_nodes=1)
-    return strategy._drawn(grid, fraction, least, Purpose.SAMPLING, round)
+    now = strategy._now
+    return drawn(strategy, now, grid, fraction, least, Purpose.SAMPLING, round)
 
 
 @pytest.mark.parametrize("clients", [1, 2, 7, 1000, 30_000])
@@ -183,7 +185,7 @@ def test_the_population_of_a_range_is_not_counted_one_by_one():
     strategy = FedAvg(min_available_nodes=1)
     grid = LocalGrid(ClientApp(), 10**12)
     strategy._now.without_examples = {3, 10**11}
-    strategy._drawn(grid, 1e-10, 1, Purpose.SAMPLING, 1)
+    drawn(strategy, strategy._now, grid, 1e-10, 1, Purpose.SAMPLING, 1)
     assert strategy._now.population == 10**12 - 2
 
 

@@ -19,7 +19,7 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import ray
@@ -33,7 +33,7 @@ from ...messages.dispatch import Cohort, Gathered, Replies
 from ..grid import RunConfig, SimulationGrid, answers_cohort, usable_plan
 from ..plan import Plan, sizes_of
 from . import watch
-from .pool import Pool
+from .pool import CohortBatch, Pool
 from .rows import ShardedModels
 
 log = logging.getLogger("fedweight")
@@ -164,7 +164,7 @@ class RayGrid(SimulationGrid):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if answers_cohort(messages, self.client_app):
-            return self._answer(messages, deadline)
+            return Replies.joined(messages, self._answer(messages.parts(), deadline))
         batch = self._addressed(messages)
         pushed = self._pool.push(batch)
         try:
@@ -173,8 +173,21 @@ class RayGrid(SimulationGrid):
             replies = self._pool.finish(pushed, batch)
         return replies
 
-    def _answer(self, cohort: Cohort, deadline: float | None) -> Replies:
-        """Let our own app handle a cohort, a list of clients at a time."""
+    def _answer(self, parts: Sequence[Cohort], deadline: float | None) -> list[Replies]:
+        """Let our own app handle a cohort's parts, a list of clients at a time."""
+        waiting = [self._push(part) for part in parts]
+        replies = []
+        with one_thread():  # PyTorch's threads wait busily: on the workers' cores.
+            for gathered, models, pushed in waiting:
+                for answers, shard in self._pool.take(pushed, deadline):
+                    if shard is not None:
+                        models.add(shard, answers.replies)
+                    gathered.add(answers)
+                replies.append(gathered.replies(models))
+        return replies
+
+    def _push(self, cohort: Cohort) -> tuple[Gathered, ShardedModels, CohortBatch]:
+        """Let a cohort wait for the workers; return what its answers go into."""
         clients = [self._checked_client(node) for node in cohort.nodes]
         sizes = sizes_of(self.client_app, clients)
         plan = usable_plan(
@@ -189,12 +202,7 @@ class RayGrid(SimulationGrid):
         gathered = Gathered(cohort, lists)
         models = ShardedModels(cohort, lists, self._pool)
         pushed = self._pool.push_cohort(cohort, lists, work, batched=batched)
-        with one_thread():  # PyTorch's threads wait busily: on the workers' cores.
-            for answers, shard in self._pool.take(pushed, deadline):
-                if shard is not None:
-                    models.add(shard, answers.replies)
-                gathered.add(answers)
-        return gathered.replies(models)
+        return gathered, models, pushed
 
 
 def _end(pool: Pool, ours: contextlib.ExitStack) -> None:

@@ -1,0 +1,125 @@
+"""A phase before the rounds: what the server asks clients besides training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from ..core.texts import clients_called, plain_lines
+from ..messages import keys
+from ..messages._flower import reason_of
+from .sampling import numbered
+
+log = logging.getLogger("fedweight")
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class Question(NamedTuple):
+    """What one client is asked: numbers and texts, and arrays by name."""
+
+    told: Mapping[str, Any]
+    arrays: Arrays = MappingProxyType({})
+
+
+class Given(NamedTuple):
+    """What one client answers: numbers or lists of them, and arrays, by name."""
+
+    metrics: Mapping[str, Any]
+    arrays: Arrays
+
+
+class Population:
+    """All clients, before the first round.
+
+    Parameters
+    ----------
+    grid : Grid
+        Where they are.
+    seed : int
+        The run's.
+
+    Attributes
+    ----------
+    clients : tuple[int, ...]
+        The clients' numbers, ascending; those known to have no examples left out.
+    """
+
+    def __init__(self, grid: Grid, seed: int) -> None:
+        self.grid = grid
+        self.seed = seed
+        self._node = numbered(grid)
+        self.clients = tuple(self._node)
+
+    def ask(
+        self,
+        query: str,
+        questions: Mapping[int, Question],
+        timeout: float | None = None,
+    ) -> dict[int, Given]:
+        """Ask some clients, and return what those answered that could.
+
+        Parameters
+        ----------
+        query : str
+            A name of :data:`fedweight.clients.queries.QUERIES`.
+        questions : Mapping[int, Question]
+            By client.
+        timeout : float, optional
+            Seconds to wait.
+        """
+        clients = {self._node[client]: client for client in questions}
+        messages = [
+            Message(
+                RecordDict(
+                    {
+                        keys.CONFIG: ConfigRecord(dict(asked.told)),
+                        keys.ARRAYS: ArrayRecord(
+                            {n: Array(np.asarray(a)) for n, a in asked.arrays.items()}
+                        ),
+                    }
+                ),
+                dst_node_id=self._node[client],
+                message_type=f"query.{query}",
+            )
+            for client, asked in questions.items()
+        ]
+        answers = {}
+        for reply in self.grid.send_and_receive(messages, timeout=timeout):
+            client = clients.get(reply.metadata.src_node_id)
+            if client is None:
+                continue
+            if reply.has_error():
+                why = reason_of(reply.error)
+            else:
+                try:
+                    answers[client] = _given(reply)
+                    continue
+                except Exception as error:  # Its bytes are a stranger's.
+                    why = f"its reply cannot be read: {error}"
+            log.warning(
+                "%s did not answer '%s': %s",
+                clients_called([client]),
+                query,
+                plain_lines(why, 200),
+            )
+        return dict(sorted(answers.items()))
+
+
+def _given(reply: Message) -> Given:
+    metrics: dict[str, Any] = {}
+    for record in reply.content.metric_records.values():
+        metrics |= dict(record)
+    arrays = {
+        name: array.numpy()
+        for record in reply.content.array_records.values()
+        for name, array in record.items()
+    }
+    return Given(metrics, arrays)

@@ -1,0 +1,389 @@
+"""Schedules: when the server makes the next model, and of whose updates.
+
+Time is virtual: a client's speed is constant and part of the run's seed, so who arrives
+when is known before anybody trains, and is the same on every engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from ..core.errors import ConfigurationError
+from ..core.layout import FlatModel
+from ..core.options import GIVEN, checked_fields
+from ..core.registry import Registry
+from ..core.rng import Purpose, generator
+
+Sizes = Callable[[Sequence[int]], "Sequence[int] | None"]
+
+SCHEDULES = Registry(
+    "schedule",
+    {
+        "synchronous": f"{__name__}:Synchronous",
+        "deadline": f"{__name__}:Deadline",
+        "buffered": f"{__name__}:Buffered",
+    },
+)
+
+
+class Arrival(NamedTuple):
+    """An update that arrives.
+
+    Attributes
+    ----------
+    client : int
+        Whose.
+    round : int
+        In which the client began, from 1.
+    start : FlatModel
+        The global model that it began with.
+    discount : float
+        What its weight is multiplied by.
+    """
+
+    client: int
+    round: int
+    start: FlatModel
+    discount: float
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """What a schedule says of one round.
+
+    Attributes
+    ----------
+    arrivals : tuple[Arrival, ...], optional
+        Whose updates are aggregated; by default the strategy draws who trains.
+    late : Callable
+        Takes clients that were drawn, and returns why some of them come too late.
+    seconds : Callable
+        Takes the clients that were drawn, and returns how long the round takes.
+    """
+
+    arrivals: tuple[Arrival, ...] | None
+    late: Callable[[Sequence[int]], Mapping[int, str]]
+    seconds: Callable[[Sequence[int]], float]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How long clients train: by their examples, each at a constant speed of its own.
+
+    Parameters
+    ----------
+    seed : int
+        0 or more.
+    spread : float
+        0 or more: the standard deviation of the logarithm of the speed. At 0 all are
+        alike; at 0.5 one in six is 1.6 times slower than the median, or more.
+    sizes_of : Callable
+        Returns how many examples some clients have, or ``None`` where nobody knows:
+        then each counts as one.
+    """
+
+    seed: int
+    spread: float
+    sizes_of: Sizes
+
+    def seconds(self, client: int) -> float:
+        """Return how long a pass over a client's data takes, in virtual seconds.
+
+        A client of median speed sees a thousand examples in a second.
+        """
+        sizes = self.sizes_of([client])
+        drawn = generator(self.seed, Purpose.SPEED, client=client).standard_normal()
+        return 1e-3 * (sizes[0] if sizes else 1) * float(np.exp(self.spread * drawn))
+
+
+class Schedule(ABC):
+    """When the server makes the next model, and of whose updates."""
+
+    @property
+    def discounts(self) -> bool:
+        """Whether updates of older models may count less."""
+        return False
+
+    @abstractmethod
+    def next(
+        self,
+        round: int,
+        model: FlatModel,
+        epochs: int,
+        population: int,
+        sizes_of: Sizes,
+        state: Any,
+    ) -> tuple[Timetable, Any]:
+        """Return what is to happen in a round, and the schedule's next state.
+
+        Parameters
+        ----------
+        round : int
+            From 1.
+        model : FlatModel
+            The global model that the round begins with.
+        epochs : int
+            How many passes clients make.
+        population : int
+            N; the clients are 0 to N - 1.
+        sizes_of : Callable
+            As for :class:`Speeds`.
+        state : Any
+            What was returned last; ``None`` at first.
+        """
+
+
+@dataclass
+class Clock:
+    """A schedule, and what it carries from round to round.
+
+    Attributes
+    ----------
+    schedule : Schedule
+        The schedule.
+    state : Any
+        Its state, of the last round or, once it was asked, of this one.
+    timetable : Timetable, optional
+        What it says of the round that goes on.
+    """
+
+    schedule: Schedule
+    state: Any = None
+    timetable: Timetable | None = None
+
+    def next(
+        self,
+        round: int,
+        model: FlatModel,
+        epochs: int,
+        population: int,
+        sizes_of: Sizes,
+    ) -> Timetable:
+        """Let the schedule say what happens in a round."""
+        self.timetable, self.state = self.schedule.next(
+            round, model, epochs, population, sizes_of, self.state
+        )
+        return self.timetable
+
+
+class Synchronous:
+    """Every round waits for all clients that were drawn; nothing is timed."""
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class Deadline(Schedule):
+    """Every round ends after so many seconds; who is not done by then is dropped.
+
+    Parameters
+    ----------
+    seconds : float
+        Above 0; virtual seconds, in which a client of median speed sees a thousand
+        examples each.
+    speed_spread : float
+        0 or more: the standard deviation of the logarithm of the clients' speeds.
+    """
+
+    seconds: Annotated[float, Field(gt=0)] = 1.0
+    speed_spread: Annotated[float, Field(ge=0)] = 0.5
+    seed: Annotated[int, Field(ge=0), GIVEN] = 0
+
+    def next(
+        self,
+        round: int,
+        model: FlatModel,
+        epochs: int,
+        population: int,
+        sizes_of: Sizes,
+        state: Any,
+    ) -> tuple[Timetable, Any]:
+        """Let the strategy draw; name who is late."""
+        speeds = Speeds(self.seed, self.speed_spread, sizes_of)
+
+        def late(clients: Sequence[int]) -> dict[int, str]:
+            needed = {client: epochs * speeds.seconds(client) for client in clients}
+            return {
+                client: f"it needs {own:.4g} s, the deadline is {self.seconds:g} s"
+                for client, own in needed.items()
+                if own > self.seconds
+            }
+
+        def seconds(clients: Sequence[int]) -> float:
+            needed = [epochs * speeds.seconds(client) for client in clients]
+            return min(self.seconds, max(needed, default=0.0))
+
+        return Timetable(None, late, seconds), None
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class Buffered(Schedule):
+    """A new model as soon as so many updates have arrived; nobody waits for the others.
+
+    John Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation",
+    AISTATS 2022. So many clients train at a time. When one is done, another takes its
+    place and begins with the newest model; the update waits in the buffer. When the
+    buffer is full it is aggregated, which is a round, and emptied. An update whose
+    client began ``tau`` rounds ago counts ``s(tau)`` times what the strategy says.
+
+    Parameters
+    ----------
+    buffer_size : int
+        1 or more updates in the buffer; 1 makes a model of every arrival, as FedAsync.
+    concurrency : int
+        1 or more clients train at a time. Where it is ``buffer_size`` and the number of
+        clients, and their speeds do not differ, rounds are synchronous.
+    speed_spread : float
+        0 or more: the standard deviation of the logarithm of the clients' speeds.
+    discount : {"polynomial", "hinge", "constant"}
+        ``s(tau)``: ``(1 + tau)^-exponent``; 1 up to ``threshold`` and ``1 / (exponent
+        (tau - threshold) + 1)`` beyond; 1.
+    exponent : float
+        Above 0; FedBuff's 0.5 by default.
+    threshold : float
+        0 or more, for ``hinge``.
+
+    Notes
+    -----
+    Who begins is drawn uniformly of those who do not train and have not had the newest
+    model; so a client is in a buffer once at most. That is this library's choice: a
+    client that began twice with one model would train the same twice. Ties of time are
+    broken by the client's number.
+    """
+
+    buffer_size: Annotated[int, Field(ge=1)] = 10
+    concurrency: Annotated[int, Field(ge=1)] = 20
+    speed_spread: Annotated[float, Field(ge=0)] = 0.5
+    discount: Literal["polynomial", "hinge", "constant"] = "polynomial"
+    exponent: Annotated[float, Field(gt=0)] = 0.5
+    threshold: Annotated[float, Field(ge=0)] = 4.0
+    seed: Annotated[int, Field(ge=0), GIVEN] = 0
+
+    @property
+    def discounts(self) -> bool:
+        """Whether updates of older models count less."""
+        return self.discount != "constant"
+
+    def staleness_discount(self, staleness: int) -> float:
+        """Return ``s(tau)``, in (0, 1].
+
+        Examples
+        --------
+        >>> Buffered(exponent=0.5).staleness_discount(3)
+        0.5
+        """
+        if self.discount == "polynomial":
+            return float((1 + staleness) ** -self.exponent)
+        if self.discount == "hinge" and staleness > self.threshold:
+            return 1 / (self.exponent * (staleness - self.threshold) + 1)
+        return 1.0
+
+    def next(
+        self,
+        round: int,
+        model: FlatModel,
+        epochs: int,
+        population: int,
+        sizes_of: Sizes,
+        state: Any,
+    ) -> tuple[Timetable, Any]:
+        """Let the clients train until the buffer is full.
+
+        The state is the time; who trains, since which round and until when; the models
+        that they began with; and how many were drawn so far.
+        """
+        speeds = Speeds(self.seed, self.speed_spread, sizes_of)
+        began = time = 0.0 if state is None else state["seconds"]
+        training = {} if state is None else dict(state["training"])
+        models = {} if state is None else dict(state["models"])
+        draws = 0 if state is None else state["draws"]
+        starts = {since: replace(model, **own) for since, own in models.items()}
+        starts[round] = model
+        models[round] = {
+            "parameters": model.parameters,
+            "buffers": model.buffers,
+            "integers": model.integers,
+        }
+        had = {client for client, (since, _) in training.items() if since == round}
+        arrived: list[tuple[int, int]] = []
+        while len(arrived) < self.buffer_size:
+            while len(training) < self.concurrency:
+                client = self._drawn(draws, population, {*had, *training}, sizes_of)
+                if client is None:
+                    break
+                draws += 1
+                had.add(client)
+                training[client] = [round, time + epochs * speeds.seconds(client)]
+            if not training:
+                break  # Everybody has had the newest model.
+            client = min(training, key=lambda c: (training[c][1], c))
+            since, time = training.pop(client)
+            arrived.append((client, since))
+        if not arrived:
+            raise ConfigurationError(
+                "schedule 'buffered': no client has examples to train on."
+            )
+        arrivals = tuple(
+            Arrival(
+                client, since, starts[since], self.staleness_discount(round - since)
+            )
+            for client, since in sorted(arrived)
+        )
+        needed = {since for since, _ in training.values()}
+        took = time - began
+        return Timetable(arrivals, lambda clients: {}, lambda clients: took), {
+            "seconds": time,
+            "training": training,
+            "models": {since: models[since] for since in sorted(needed)},
+            "draws": draws,
+        }
+
+    def _drawn(
+        self, draws: int, population: int, busy: set[int], sizes_of: Sizes
+    ) -> int | None:
+        """Draw who begins next; ``None`` if there is nobody."""
+        stream = generator(self.seed, Purpose.ARRIVALS, draws)
+        without: set[int] = set()  # examples
+        while len(busy | without) < population:
+            if 2 * len(busy | without) < population:
+                client = int(stream.integers(population))
+                if client in busy or client in without:
+                    continue
+            else:
+                left = [c for c in range(population) if c not in busy | without]
+                client = left[int(stream.integers(len(left)))]
+            sizes = sizes_of([client])
+            if sizes is None or sizes[0]:
+                return client
+            without.add(client)
+        return None
+
+
+def make_schedule(name: str, **options: Any) -> Schedule | None:
+    """Make a schedule by name; ``None`` for the synchronous one.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none of this name, or an option is out of its range.
+
+    Examples
+    --------
+    >>> make_schedule("buffered", buffer_size=2).concurrency
+    20
+    """
+    made = SCHEDULES.resolve(name)(**options)
+    if isinstance(made, Synchronous):
+        return None
+    if not isinstance(made, Schedule):
+        raise ConfigurationError(
+            f"schedule '{name}' is not derived from "
+            "fedweight.server.schedules.Schedule."
+        )
+    return made

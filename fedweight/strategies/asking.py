@@ -1,0 +1,304 @@
+"""The first half of a round: who is asked for what, and starts from which model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from ..core.errors import ConfigurationError
+from ..core.layout import FlatModel
+from ..core.records import RoundRecord
+from ..core.rng import Purpose, generator
+from ..messages import keys
+from ..messages.arrays import FlatRecord, flatten, layout_of
+from ..messages.dispatch import Cohort
+from ..server.phase import Population
+from ..server.sampling import (
+    count,
+    known_empty,
+    nodes_of,
+    sample,
+    straggler_epochs,
+)
+from ..server.schedules import Timetable
+from .checks import asked_names, assigned, told_columns
+from .now import Asked, GlobalModel, Now
+from .round import Selection
+
+if TYPE_CHECKING:
+    from .base import WeightingStrategy
+
+
+def train_messages(
+    strategy: WeightingStrategy,
+    now: Now,
+    round: int,
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    grid: Grid,
+) -> Cohort:
+    """Choose the round's clients and write them their messages."""
+    layout = now.model.layout if now.model else None
+    if layout is None or len(arrays) != len(layout.entries):
+        layout = layout_of(arrays, strategy.buffers, strategy.frozen)
+    now.model = flatten(arrays, layout)
+    # It counts as failed until it is aggregated: a wrapper may never get there.
+    unfinished = RoundRecord(round, "failed", "its replies did not arrive")
+    if now.forgets:
+        now.history.clear()
+    now.history.append(unfinished)
+    now.name_of = getattr(grid, "name_of", None) or str
+    if not now.prepared:
+        if strategy.prepares:
+            now.method = strategy.prepare(Population(grid, strategy.seed))
+        now.prepared = True
+    config[keys.ROUND] = round
+    chosen = _chosen(strategy, now, round, config, grid)
+    clients = tuple(client for client, _, _ in chosen)
+    selection = Selection(round, clients, now.method, now.population)
+    which = _which_model(strategy, now, selection)
+    shared, columns = told_columns(strategy, selection)
+    for key, value in shared.items():
+        config[key] = value
+    asks = asked_names(strategy, selection)
+    arrivals = {arrival.client: arrival for arrival in now.arrivals or ()}
+    own = {}
+    # Clients that are told the same share one record.
+    records: dict[tuple[tuple[str, Any], ...], ConfigRecord] = {}
+    now.asked = {}
+    for k, (client, node, part) in enumerate(chosen):
+        arrival = arrivals.get(client)
+        now.asked[node] = Asked(client, part is not None, asks[k], which[k], arrival)
+        told: dict[str, Any] = {
+            name: column[k] for name, column in columns.items() if column[k] is not None
+        }
+        if part is not None:
+            told[keys.LOCAL_EPOCHS] = part
+        if arrival is not None and arrival.round != round:
+            told[keys.ROUND] = arrival.round
+        if asks[k]:
+            told[keys.REQUEST] = asks[k]
+        if told:
+            same = tuple(told.items())
+            if same not in records:
+                told |= _request(config, asks[k])
+                records[same] = ConfigRecord({**dict(config), **told})
+            own[node] = records[same]
+    several = bool(arrivals or now.models)
+    now.sent = {a.client: a for a in now.asked.values()} if several else {}
+    starts = _starts(now) if several else {}
+    sums = (
+        not starts
+        and now.outermost
+        and strategy.weighs_by_size
+        and strategy.weighted_by_key == keys.NUM_EXAMPLES  # always there, and finite
+        and strategy.accumulate is None
+        and strategy.max_share == 1
+        and strategy.max_update_norm is None
+        and getattr(grid, "sums_models", False)
+    )
+    # As vectors, so that clients of ours answer in this layout.
+    content = RecordDict(
+        {
+            strategy.arrayrecord_key: _flat(arrays, now.model),
+            strategy.configrecord_key: config,
+        }
+    )
+    now.cohort = Cohort(
+        content,
+        list(now.asked),
+        MessageType.TRAIN,
+        own,
+        strategy.configrecord_key,
+        starts=starts,
+        summed_by=strategy.weighted_by_key if sums else None,
+        left_out=[
+            node
+            for node, asked in now.asked.items()
+            if sums and not strategy.keeps(round, asked.client, asked.straggler)
+        ],
+    )
+    return now.cohort
+
+
+def evaluate_messages(
+    strategy: WeightingStrategy,
+    now: Now,
+    round: int,
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    grid: Grid,
+) -> Cohort | list[Any]:
+    """Choose who evaluates the global model, and write them their messages."""
+    now.asked, now.not_asked = {}, {}
+    if strategy.fraction_evaluate == 0:
+        return []
+    now.name_of = getattr(grid, "name_of", None) or str
+    nodes = drawn(
+        strategy,
+        now,
+        grid,
+        strategy.fraction_evaluate,
+        strategy.min_evaluate_nodes,
+        Purpose.EVALUATION,
+        round,
+    )
+    config[keys.ROUND] = round
+    empty = known_empty(grid, [client for client, _ in nodes], now.without_examples)
+    nodes = [(client, node) for client, node in nodes if client not in empty]
+    clients = tuple(client for client, _ in nodes)
+    selection = Selection(round, clients, now.method, now.population)
+    which = _which_model(strategy, now, selection)
+    now.asked = {
+        node: Asked(client, False, (), own)
+        for (client, node), own in zip(nodes, which, strict=True)
+    }
+    content = RecordDict(
+        {strategy.arrayrecord_key: arrays, strategy.configrecord_key: config}
+    )
+    now.cohort = Cohort(
+        content,
+        list(now.asked),
+        MessageType.EVALUATE,
+        config_key=strategy.configrecord_key,
+        starts=_starts(now),
+    )
+    return now.cohort
+
+
+def drawn(
+    strategy: WeightingStrategy,
+    now: Now,
+    grid: Grid,
+    fraction: float,
+    least: int,
+    purpose: Purpose,
+    round: int,
+) -> list[tuple[int, int]]:
+    """Draw ``(client, node)`` pairs, in the order of the clients' numbers."""
+    pairs, now.population = sample(
+        grid,
+        partial(generator, strategy.seed, purpose, round),
+        fraction,
+        least,
+        strategy.min_available_nodes,
+        now.without_examples,
+    )
+    return pairs
+
+
+def _chosen(
+    strategy: WeightingStrategy,
+    now: Now,
+    round: int,
+    config: ConfigRecord,
+    grid: Grid,
+) -> list[tuple[int, int, int | None]]:
+    """Return who trains: client, node, and the epochs of a straggler."""
+    timetable = _timetable(now, round, config, grid)
+    if timetable is None or timetable.arrivals is None:
+        nodes = drawn(
+            strategy,
+            now,
+            grid,
+            strategy.fraction_train,
+            strategy.min_train_nodes,
+            Purpose.SAMPLING,
+            round,
+        )
+    else:
+        nodes = nodes_of(grid, [arrival.client for arrival in timetable.arrivals])
+        now.population = count(grid, now.without_examples)
+    epochs = straggler_epochs(
+        strategy.seed, round, strategy.stragglers, len(nodes), config
+    )
+    clients = [client for client, _ in nodes]
+    empty = known_empty(grid, clients, now.without_examples)
+    now.leave_out(empty)
+    now.not_asked = dict.fromkeys(
+        [client for client in clients if client in empty], keys.NO_EXAMPLES
+    )
+    if timetable is not None:
+        clients = [client for client in clients if client not in empty]
+        now.not_asked |= timetable.late(clients)
+        now.history[-1].metrics["round-seconds"] = timetable.seconds(clients)
+    return [
+        (client, node, part)
+        for (client, node), part in zip(nodes, epochs, strict=True)
+        if client not in now.not_asked
+    ]
+
+
+def _timetable(
+    now: Now, round: int, config: ConfigRecord, grid: Grid
+) -> Timetable | None:
+    """Ask the loop's schedule, if there is one."""
+    if now.clock is None:
+        return None
+    sizes_of = getattr(grid, "sizes_of", None)
+    if not getattr(grid, "complete", False) or sizes_of is None:
+        raise ConfigurationError(
+            f"schedule: {type(now.clock.schedule).__name__} needs simulated clients; "
+            "real ones are waited for. Leave it out."
+        )
+    assert now.model is not None
+    epochs: Any = config.get(keys.LOCAL_EPOCHS, 1)
+    nodes = len(list(grid.get_node_ids()))
+    return now.clock.next(round, now.model, int(epochs), nodes, sizes_of)
+
+
+def _which_model(
+    strategy: WeightingStrategy, now: Now, selection: Selection
+) -> list[int]:
+    """Return which global model each client starts from; make those that are new."""
+    which = assigned(strategy, selection)
+    if which is None:
+        return [0] * len(selection.clients)
+    if not now.outermost:
+        raise ConfigurationError(
+            f"{type(strategy).__name__} keeps several global models, of which what "
+            "runs it sees only the mean. Start it itself, and not inside another "
+            "strategy."
+        )
+    if now.arrivals is not None:
+        raise ConfigurationError(
+            f"{type(strategy).__name__} keeps several global models, which a buffered "
+            "schedule does not know. Choose another schedule."
+        )
+    assert now.model is not None
+    first = GlobalModel(now.model.parameters, now.model.buffers, now.model.integers, 0)
+    missing = max(which, default=-1) + 1 - len(now.models)
+    now.models = [*now.models, *[first] * missing]
+    return which
+
+
+def _starts(now: Now) -> dict[int, FlatRecord]:
+    """Return, by node, the model of each client that is not sent the shared one."""
+    models: dict[int, FlatModel] = {}
+    if now.models:
+        several = [now.global_model(which) for which in range(len(now.models))]
+        models = {node: several[asked.which] for node, asked in now.asked.items()}
+    for node, asked in now.asked.items():
+        if asked.arrival is not None and asked.arrival.start is not now.model:
+            models[node] = asked.arrival.start
+    records = {id(model): FlatRecord(model) for model in models.values()}
+    return {node: records[id(model)] for node, model in models.items()}
+
+
+def _flat(arrays: ArrayRecord, model: FlatModel) -> ArrayRecord:
+    """Return arrays as a record that says how they are laid out."""
+    known = isinstance(arrays, FlatRecord) and arrays.flat is model
+    return arrays if known else FlatRecord(model)
+
+
+def _request(config: ConfigRecord, asks: Collection[str]) -> dict[str, list[str]]:
+    """Return the config's own request, if it has one, with the method's added."""
+    if not asks:
+        return {}
+    already = config.get(keys.REQUEST)
+    names = [str(n) for n in already] if isinstance(already, list) else []
+    return {keys.REQUEST: [*names, *(n for n in asks if n not in names)]}
