@@ -9,7 +9,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,23 +35,10 @@ from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .components import Components
 from .folder import Table, write_whole
 from .listener import Listener
+from .progress import Progress, Report
 from .records import ErrorLog, client_row, round_row
 
 log = logging.getLogger("fedweight")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is known after a round; ``accuracy`` is the test accuracy, or NaN."""
-
-    round: int
-    rounds: int
-    accuracy: float
-    loss: float
-    seconds: float
-
-
-Report = Callable[[Progress], None]
 
 
 class Recorder:

@@ -34,7 +34,8 @@ from .configuration import Configuration
 from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
 from .keeper import NAME as KEPT
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
-from .recorder import Recorder, Report
+from .progress import Wanted, check_progress, telling
+from .recorder import Recorder
 from .result import Run
 
 log = logging.getLogger("fedweight")
@@ -121,7 +122,7 @@ def run(
     settings: Mapping[str, Any] | Sequence[str] = (),
     dataset: DataSet | None = None,
     report: bool = True,
-    progress: Report | None = None,
+    progress: Wanted = True,
     callbacks: Sequence[loop.Callback] = (),
     overwrite: bool = False,
 ) -> Run:
@@ -144,8 +145,9 @@ def run(
         Data of your own instead of the file's ``[data]``.
     report : bool
         Write ``report.html`` at the end.
-    progress : Callable[[Progress], None], optional
-        Called after every round.
+    progress : bool or Callable[[Progress], None], optional
+        A bar in a terminal or a notebook (True), or nothing (False or None); or what is
+        called after every round.
     callbacks : Sequence[Callable[[ServerState], bool | None]]
         Called after every round, when it is recorded, with what the loop holds then:
         :class:`~fedweight.server.loop.ServerState`. One that returns True ends the
@@ -193,6 +195,7 @@ def run(
     configuration = Configuration.read(file, {**settings, **given}, own)
     check_free(out, overwrite)
     own_callbacks = checked_callbacks(callbacks)
+    check_progress(progress)
     components = prepare(configuration, dataset)
     chosen, client_app, initial = make_ready(components, callbacks=own_callbacks)
     name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
@@ -216,7 +219,7 @@ def resume(
     folder: str | Path,
     *,
     report: bool = True,
-    progress: Report | None = None,
+    progress: Wanted = True,
     callbacks: Sequence[loop.Callback] = (),
 ) -> Run:
     """Go on with a run that was stopped, from its last checkpoint.
@@ -230,8 +233,8 @@ def resume(
         The run's folder.
     report : bool
         Write ``report.html`` at the end.
-    progress : Callable[[Progress], None], optional
-        Called after every round.
+    progress : bool or Callable[[Progress], None], optional
+        As :func:`run` takes it.
     callbacks : Sequence[Callable[[ServerState], bool | None]]
         As :func:`run` takes them. No checkpoint holds what they remember.
 
@@ -251,6 +254,7 @@ def resume(
             f"the run in {before.folder} is complete: there is nothing to go on with."
         )
     own_callbacks = checked_callbacks(callbacks)
+    check_progress(progress)
     checkpoint = read_checkpoint(before.folder, configuration)
     components = prepare(configuration)
     made = make_ready(components, callbacks=own_callbacks)
@@ -274,7 +278,7 @@ def _simulated(
     take: AbstractContextManager[Path],
     *,
     report: bool,
-    progress: Report | None,
+    progress: Wanted,
     callbacks: Sequence[loop.Callback] = (),
     preface: str = "",
     checkpoint: Mapping[str, Any] | None = None,
@@ -293,7 +297,7 @@ def _simulated(
             nonlocal folder
             # The clients' engine is there: nothing is left that could be refused.
             folder = stack.enter_context(take)
-            recorder = Recorder(folder, components, strategy, progress, began)
+            recorder = Recorder(folder, components, strategy, told, began)
             with recorder.recording(
                 {"plan": str(plan)}, preface=preface, anew=checkpoint is None
             ):
@@ -310,7 +314,7 @@ def _simulated(
             (folder / KEPT).unlink(missing_ok=True)
 
         try:
-            with quiet_flower():
+            with quiet_flower(), telling(progress) as told:
                 simulate(
                     server_app,
                     client_app,
