@@ -89,6 +89,8 @@ def main(grid: Grid, context: Context) -> None:
     summary = run.summary()
     if summary["test_accuracy"] is not None:
         print(f"test accuracy {summary['test_accuracy']:.4f}")
+    if summary["stopped"]:
+        print(f"stopped early, {summary['stopped']}")
     print(f"results in {folder}", flush=True)
     for warning in summary["warnings"]:
         print(f"warning: {warning}", flush=True)

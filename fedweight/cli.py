@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .studies.recorder import Progress, Report
+    from .studies.progress import Progress, Wanted
     from .studies.result import Run
 
 # A program that a signal has ended has this exit status, plus the signal's number.
@@ -201,17 +201,16 @@ def _run(given: argparse.Namespace) -> int:
     from .studies.runner import run
 
     _show_warnings()
-    with _progress(given.json) as progress:
-        result = run(
-            given.file,
-            strategy=given.strategy,
-            engine=given.engine,
-            seed=given.seed,
-            out=given.out,
-            settings=given.settings,
-            progress=progress,
-            overwrite=given.overwrite,
-        )
+    result = run(
+        given.file,
+        strategy=given.strategy,
+        engine=given.engine,
+        seed=given.seed,
+        out=given.out,
+        settings=given.settings,
+        progress=_progress(given),
+        overwrite=given.overwrite,
+    )
     return _tell(given, result)
 
 
@@ -229,8 +228,7 @@ def _resume(given: argparse.Namespace) -> int:
     from .studies.runner import resume
 
     _show_warnings()
-    with _progress(given.json) as progress:
-        result = resume(given.folder, progress=progress)
+    result = resume(given.folder, progress=_progress(given))
     return _tell(given, result)
 
 
@@ -332,65 +330,17 @@ class _ToStderr(logging.Handler):
             print(self.format(record), file=sys.stderr)
 
 
-class _progress:
-    """Shows rounds as they end: a live line on a terminal, plain lines elsewhere."""
+def _progress(given: argparse.Namespace) -> Wanted:
+    """Return how rounds are shown: a bar where one can be, plain lines elsewhere."""
+    from .studies.progress import watched
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        # Asked once: what draws the live line puts itself in the stream's place.
-        self.live = sys.stderr is not None and sys.stderr.isatty()
-        self.bar: Any = None
-
-    def __enter__(self) -> Report:
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def _show(self, progress: Progress) -> None:
-        if self.quiet:
-            return
-        text = f"accuracy {progress.accuracy:.4f}  loss {progress.loss:.4f}"
-        if progress.accuracy != progress.accuracy:  # NaN: not a round that is tested.
-            text = "not tested"
-        if not self.live:
-            print(
-                f"round {progress.round}/{progress.rounds}  {text}  "
-                f"{progress.seconds:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-            return
-        if self.bar is None:
-            self.bar = _terminal_bar(progress.rounds)
-        self.bar.update(self.bar.task_ids[0], completed=progress.round, text=text)
+    if given.json:
+        return False
+    return True if watched() else _print_round
 
 
-def _terminal_bar(rounds: int) -> Any:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    bar.add_task("", total=rounds, text="")
-    bar.start()
-    return bar
+def _print_round(progress: Progress) -> None:
+    print(progress, file=sys.stderr, flush=True)
 
 
 def _print_summary(result: Run, summary: dict[str, Any]) -> None:

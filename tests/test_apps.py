@@ -220,6 +220,42 @@ def test_app_gives_what_fedweight_run_gives(start: Start, tmp_path: Path) -> Non
     assert grid.asked.count("query.identity") == 5  # each once
 
 
+def test_an_app_stops_early_and_keeps_the_best_model(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = QUICK | {
+        "run.rounds": 20,
+        "run.stop-after": 2,
+        "run.stop-delta": 0.05,
+        "run.keep-best": "evaluate-loss",
+    }
+    grid = FlowerLikeGrid(LocalGrid(apps.client_app, 4, config))
+    flowers = fedweight.Run(start(grid, config))
+    settings = config | {"engine.name": "local"}
+    ours = fedweight.run(out=tmp_path / "ours", settings=settings, report=False)
+    assert flowers.complete
+    assert flowers.rounds_done == ours.rounds_done < 20
+    assert flowers.best_round == ours.best_round
+    assert flowers.stopped == ours.stopped
+    said = f"stopped early, after round {ours.rounds_done} of 20: evaluate-loss"
+    assert said in capsys.readouterr().out
+
+
+def test_an_app_refuses_to_stop_by_what_nobody_measures(
+    start: Start, tmp_path: Path
+) -> None:
+    config = QUICK | {
+        "run.stop-after": 2,
+        "settings": "strategy.fraction-evaluate=0.0",
+    }
+    grid = FlowerLikeGrid(LocalGrid(apps.client_app, 4, config))
+    with pytest.raises(
+        ConfigurationError, match=r"run\.stop-metric is 'evaluate-loss'"
+    ):
+        start(grid, config)
+    assert not (tmp_path / "flower").exists()
+
+
 def test_app_runs_on_our_own_grids(start: Start) -> None:
     folder = start(LocalGrid(apps.client_app, 3, QUICK), QUICK)
     assert len((folder / "partition.csv").read_text().splitlines()) == 4

@@ -93,6 +93,8 @@ class FederatedData:
         Shape ``[K]``, int64: how many examples a client trains on.
     is_lazy : bool
         Whether what clients have is computed when it is asked for.
+    holds_out : bool
+        Whether any client has held-out examples.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class FederatedData:
         else:
             self._clients = _InOrder(dataset.train, partition, free, held_out, seed)
         self.sizes = self._clients.sizes
+        self.holds_out = self._clients.holds_out
         self._lately: dict[int, tuple[Indices, Indices]] = {}
 
     def client(self, i: int) -> ClientData:
@@ -212,6 +215,7 @@ class _InOrder:
             lengths += [len(half) for half in halves]
         self.examples = train.take(np.concatenate(order))
         self.sizes = np.array(lengths[::2], np.int64)
+        self.holds_out = any(lengths[1::2])
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
     def rows(self, i: int) -> tuple[slice, slice]:
@@ -235,6 +239,7 @@ class _Drawn:
         few = sizes[:1] if sizes.strides == (0,) else sizes
         less = np.minimum(np.rint(held_out * few), np.maximum(few - 1, 0))
         self.sizes = np.broadcast_to((few - less).astype(np.int64), sizes.shape)
+        self.holds_out = bool((less > 0).any())
 
     def rows(self, i: int) -> tuple[Indices, Indices]:
         """Return the places of what client i trains on, and of what it holds out."""

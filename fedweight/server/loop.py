@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -34,6 +34,10 @@ class ServerState:
         in the next round as it left them.
     schedule : Any
         What the schedule carries; ``None`` at first, and where there is none.
+    train_metrics, evaluate_metrics : MetricRecord
+        What the strategy made of the clients' metrics in the last round; empty before
+        the first, and where it made nothing. Those of evaluation are measured on the
+        clients' held-out data, of the new global model: ``loss`` and ``accuracy``.
     """
 
     arrays: ArrayRecord
@@ -41,6 +45,8 @@ class ServerState:
     train_config: ConfigRecord = field(default_factory=ConfigRecord)
     evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
     schedule: Any = None
+    train_metrics: MetricRecord = field(default_factory=MetricRecord)
+    evaluate_metrics: MetricRecord = field(default_factory=MetricRecord)
 
 
 class Callback(Protocol):
@@ -151,10 +157,16 @@ def _round(
     number, arrays = state.round + 1, state.arrays
     messages = strategy.configure_train(number, arrays, state.train_config, grid)
     replies = grid.send_and_receive(messages, timeout=timeout)
-    aggregated, _ = strategy.aggregate_train(number, replies)
+    aggregated, trained = strategy.aggregate_train(number, replies)
     if aggregated is not None:
         arrays = aggregated
     messages = strategy.configure_evaluate(number, arrays, state.evaluate_config, grid)
     replies = grid.send_and_receive(messages, timeout=timeout)
-    strategy.aggregate_evaluate(number, replies)
-    return replace(state, round=number, arrays=arrays)
+    evaluated = strategy.aggregate_evaluate(number, replies)
+    return replace(
+        state,
+        round=number,
+        arrays=arrays,
+        train_metrics=trained or MetricRecord(),
+        evaluate_metrics=evaluated or MetricRecord(),
+    )

@@ -9,7 +9,7 @@ from ..core.lazy import lazy_exports
 if TYPE_CHECKING:
     from .check import Checked, check_file
     from .configuration import Configuration
-    from .recorder import Progress
+    from .progress import Progress
     from .result import Run
     from .runner import resume, run
 
@@ -20,7 +20,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "Checked": ".check",
         "Configuration": ".configuration",
-        "Progress": ".recorder",
+        "Progress": ".progress",
         "Run": ".result",
         "check_file": ".check",
         "resume": ".runner",

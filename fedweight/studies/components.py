@@ -147,6 +147,7 @@ class Components:
             )
         self._check_schedule(strategy, simulated=simulated)
         self._check_proximal(strategy, client_app)
+        self._check_decisions(strategy)
         self._check_model()
         if simulated:
             self._check_clients(strategy)
@@ -190,6 +191,44 @@ class Components:
                 "learning-rate on, the proximal term alone makes sgd diverge. Lower it "
                 "or training.learning-rate."
             )
+
+    def _check_decisions(self, strategy: Strategy) -> None:
+        """Refuse to stop, or to choose a model, by what nobody will have measured."""
+        table = self.configuration["run"]
+        rests_on = {
+            "run.stop-metric": table["stop-metric"] if table["stop-after"] else "",
+            "run.keep-best": table["keep-best"],
+        }
+        off = {"run.stop-metric": "run.stop-after = 0", "run.keep-best": 'it to ""'}
+        for key, metric in rests_on.items():
+            why, instead = self._not_measured(strategy, metric) if metric else ("", "")
+            if why:
+                advice = f"{instead}set {off[key]}"
+                raise ConfigurationError(
+                    f"{key} is '{metric}', but {why}. {advice[0].upper()}{advice[1:]}."
+                )
+
+    def _not_measured(self, strategy: Strategy, metric: str) -> tuple[str, str]:
+        """Return why no round will have a metric, and what to do; empty if it will."""
+        if not has_our_loop(strategy):
+            return f"{own_loop(self.configuration)}, which ends when it wants", ""
+        trains = metric.startswith("train-")
+        share = "fraction_train" if trains else "fraction_evaluate"
+        if getattr(strategy, share, 1.0) == 0:
+            key = f"strategy.{share.replace('_', '-')}"
+            return f"{key} is 0: no client measures it", f"Raise {key}, or "
+        if trains:
+            return "", ""
+        raise_it = "Raise data.held-out, or "
+        if self.configuration["data"]["held-out"] == 0:
+            return "data.held-out is 0: clients keep nothing to evaluate", raise_it
+        if self.schema is None and not self.data.holds_out:
+            return (
+                f"no client has so many examples that data.held-out = "
+                f"{self.configuration['data']['held-out']:g} leaves it one to evaluate",
+                raise_it,
+            )
+        return "", ""
 
     def _check_model(self) -> None:
         """Refuse a model that cannot take the data or gives no logits for them."""
@@ -353,6 +392,17 @@ class Components:
                 "the arguments that are not its own."
             )
         return made
+
+
+def has_our_loop(strategy: Strategy) -> bool:
+    """Tell whether our loop runs a strategy's rounds, and no ``start`` of its own."""
+    return type(strategy).start in (Strategy.start, WeightingStrategy.start)
+
+
+def own_loop(configuration: Configuration) -> str:
+    """Return how a message says that a strategy runs its rounds itself."""
+    name = configuration["strategy"]["name"]
+    return f"strategy '{name}' runs its rounds in a start() of its own"
 
 
 def named(table: str, call: Callable[[], T]) -> T:

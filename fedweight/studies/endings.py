@@ -60,6 +60,14 @@ def warnings_of(run: RunFolder) -> list[str]:
     return [plain(line, LINE_LENGTH) for line in lines]
 
 
+def ending_of(run: RunFolder) -> str | None:
+    """Return when and why a run was over before all of its rounds, if it was."""
+    if run.stopped is None:
+        return None
+    of = "" if run.rounds_asked is None else f" of {run.rounds_asked}"
+    return plain(f"after round {run.rounds_done}{of}: {run.stopped}", LINE_LENGTH)
+
+
 # ------------------------------------------------------------------ clients that fail
 
 

@@ -39,6 +39,7 @@ FILES = (
     "timings.csv",
     "errors.log",
     "model.safetensors",
+    "best-model.safetensors",
     "report.html",
     "checkpoint.safetensors",
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
@@ -26,9 +26,21 @@ from ..server.loop import ServerState
 from ..simulations import SimulationGrid
 from .configuration import Configuration
 from .folder import write_whole
-from .recorder import Recorder
 
 NAME = "checkpoint.safetensors"
+
+
+class Remembers(Protocol):
+    """What a checkpoint holds besides the loop's state."""
+
+    @property
+    def state(self) -> Any:
+        """What it remembers, as plain values."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go on with what another one remembered."""
+        ...
 
 
 class Keeper:
@@ -42,8 +54,13 @@ class Keeper:
         What runs.
     grid : SimulationGrid
         Where the clients are.
-    recorder : Recorder
-        What has recorded a round when this is called.
+    folder : Path
+        The run's folder.
+    others : Mapping[str, Remembers]
+        What else is carried from round to round; all of it has seen a round when this
+        is called.
+    over : Callable[[], bool]
+        Whether the round is the last one, though more were asked for.
     """
 
     def __init__(
@@ -51,26 +68,28 @@ class Keeper:
         configuration: Configuration,
         strategy: Strategy,
         grid: SimulationGrid,
-        recorder: Recorder,
+        folder: Path,
+        others: Mapping[str, Remembers],
+        over: Callable[[], bool],
     ) -> None:
         self.configuration = configuration
         self.strategy = strategy
         self.grid = grid
-        self.recorder = recorder
+        self.path = folder / NAME
+        self.others = others
+        self.over = over
         self._written = time.monotonic()
 
     def __call__(self, state: ServerState) -> None:
-        """Write one if it is time; remove it where the run is over."""
+        """Write one if it is time, and the run is not over."""
         table = self.configuration["run"]
-        path = self.recorder.folder / NAME
-        if state.round >= table["rounds"]:
-            path.unlink(missing_ok=True)
+        if state.round >= table["rounds"] or self.over():
             return
         every, minutes = table["checkpoint-rounds"], table["checkpoint-minutes"]
         passed = (time.monotonic() - self._written) / 60
         due = every and state.round % every == 0
         if due or (minutes and passed >= minutes):
-            write_whole(path, checkpoint.write(self._content(state)))
+            write_whole(self.path, checkpoint.write(self._content(state)))
             self._written = time.monotonic()
 
     def _content(self, state: ServerState) -> dict[str, Any]:
@@ -84,7 +103,7 @@ class Keeper:
             "schedule": state.schedule,
             "strategy": carried_by(self.strategy),
             "clients": {c: plain_records(records) for c, records in clients.items()},
-            "recorder": self.recorder.state,
+            **{name: other.state for name, other in self.others.items()},
         }
 
 
@@ -110,7 +129,7 @@ def go_on(
     content: Mapping[str, Any],
     strategy: Strategy,
     grid: SimulationGrid,
-    recorder: Recorder,
+    others: Mapping[str, Remembers],
     initial: FlatRecord,
 ) -> ServerState:
     """Put everything back as it was when a checkpoint was written."""
@@ -118,7 +137,8 @@ def go_on(
     grid.restore_clients(
         {client: records_of(kept) for client, kept in content["clients"].items()}
     )
-    recorder.restore(content["recorder"])
+    for name, other in others.items():
+        other.restore(content[name])
     arrays: Any = record_of(content["arrays"])
     train: Any = record_of(content["train-config"])
     evaluation: Any = record_of(content["evaluate-config"])
@@ -127,7 +147,7 @@ def go_on(
         content["round"],
         train,
         evaluation,
-        content["schedule"],
+        schedule=content["schedule"],
     )
 
 

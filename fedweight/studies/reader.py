@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError, safe_open
 
 from ..core.errors import DataError
 from ..core.paths import clean_path
@@ -136,14 +137,34 @@ class RunFolder:
         DataError
             There is none, since the run did not end.
         """
+        return self._model(
+            "model.safetensors",
+            "the model is written when a run ends. Repeat the run: fedweight run "
+            f"{self.folder / 'config.toml'}",
+        )
+
+    def best_model(self) -> dict[str, Tensor]:
+        """Return the model that the clients' held-out data liked best, by name.
+
+        It is the global model after :attr:`best_round`.
+
+        Raises
+        ------
+        DataError
+            There is none: the run was not told to keep it.
+        """
+        return self._model(
+            "best-model.safetensors",
+            "the best model is kept where run.keep-best says by what, for instance "
+            "evaluate-loss",
+        )
+
+    def _model(self, name: str, otherwise: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        path = self.folder / "model.safetensors"
+        path = self.folder / name
         if not path.is_file():
-            raise DataError(
-                f"{path} is missing: the model is written when a run ends. Repeat "
-                f"the run: fedweight run {self.folder / 'config.toml'}"
-            )
+            raise DataError(f"{path} is missing: {otherwise}")
         return dict(load_file(path))
 
     # --------------------------------------------------------------- what follows
@@ -186,10 +207,35 @@ class RunFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether all rounds are there, and the model."""
+        """Whether the run is over, all rounds done or stopped early, with its model."""
         asked = self.rounds_asked
-        all_rounds = asked is None or self.rounds_done >= asked
-        return all_rounds and (self.folder / "model.safetensors").is_file()
+        over = asked is None or self.rounds_done >= asked or self.stopped is not None
+        return over and (self.folder / "model.safetensors").is_file()
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run was over before all of its rounds; ``None`` if it was not.
+
+        A run that was interrupted is not over: it can be gone on with.
+        """
+        stopped = table_of(self.environment, "stopped")
+        if stopped.get("round") != self.rounds_done:
+            return None
+        return plain(stopped.get("reason") or "no reason was recorded")
+
+    @cached_property
+    def best_round(self) -> int | None:
+        """The round of :meth:`best_model`, by ``run.keep-best``; ``None`` without."""
+        path = self.folder / "best-model.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                return int((file.metadata() or {})["round"])
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{path} is no model that a run kept: {plain(error)}."
+            ) from error
 
     @cached_property
     def names(self) -> dict[int, str]:

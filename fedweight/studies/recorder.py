@@ -9,7 +9,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,32 +24,21 @@ from ..clients.training import evaluate
 from ..core.errors import OutputError
 from ..core.layout import Layout
 from ..core.module import FlatModule
+from ..core.records import NOTHING
 from ..core.texts import NAME_LENGTH, plain
 from ..data import notes
 from ..messages.arrays import flatten
 from ..server.loop import ServerState
+from ..server.reported import recorded_metrics
 from ..strategies import RoundRecord
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .components import Components
 from .folder import Table, write_whole
 from .listener import Listener
+from .progress import Progress, Report
 from .records import ErrorLog, client_row, round_row
 
 log = logging.getLogger("fedweight")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is known after a round; ``accuracy`` is the test accuracy, or NaN."""
-
-    round: int
-    rounds: int
-    accuracy: float
-    loss: float
-    seconds: float
-
-
-Report = Callable[[Progress], None]
 
 
 class Recorder:
@@ -94,6 +82,7 @@ class Recorder:
         self._heard: list[RoundRecord] = []
         self._environment: dict[str, Any] = {}
         self.grid: Grid | None = None
+        self.over: Callable[[], bool] = lambda: False  # Whether no round comes after.
         self.listener: Listener | None = None
         if not hasattr(strategy, "history"):
             self._listen(strategy)
@@ -238,9 +227,18 @@ class Recorder:
 
     def __call__(self, state: ServerState) -> None:
         """Record a round of our loop, or what was there before the first."""
-        self.after_round(state.round, state.arrays)
+        measured = {
+            **recorded_metrics(state.train_metrics),
+            **recorded_metrics(state.evaluate_metrics, "evaluate-"),
+        }
+        self.after_round(state.round, state.arrays, measured)
 
-    def after_round(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
+    def after_round(
+        self,
+        number: int,
+        arrays: ArrayRecord,
+        measured: Mapping[str, float] = NOTHING,
+    ) -> MetricRecord | None:
         """Evaluate the global model, and record the round; Flower's evaluate_fn."""
         self._arrays = arrays
         test = self._test(number, arrays)
@@ -249,6 +247,9 @@ class Recorder:
             record = history[-1]
         else:
             record = RoundRecord(number)
+        if self.listener is not None:  # It has heard the clients, not the strategy.
+            known = {n: v for n, v in measured.items() if not n.startswith("own-")}
+            record.metrics = {**record.metrics, **known}
         self.clients.append(client_row(number, c) for c in record.clients)
         self.errors.add(record)
         if self.components.data.is_lazy:
@@ -293,9 +294,20 @@ class Recorder:
 
     def _write_model(self) -> None:
         if self._arrays is not None:
-            layout = self._ready_module().layout
-            state = flatten(self._arrays, layout).state_dict()
-            write_whole(self.folder / "model.safetensors", safetensors_bytes(state))
+            self.write_model(self.folder / "model.safetensors", self._arrays)
+
+    def write_model(
+        self, path: Path, arrays: ArrayRecord, about: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a model, and in its file's metadata what is said about it."""
+        state = flatten(arrays, self._ready_module().layout).state_dict()
+        metadata = None if about is None else dict(about)
+        write_whole(path, safetensors_bytes(state, metadata))
+
+    def stopped(self, number: int, reason: str) -> None:
+        """Write down that no round comes after this one, though more were asked for."""
+        self._environment["stopped"] = {"round": number, "reason": reason}
+        self._write_environment()
 
     def _ready_module(self) -> FlatModule:
         if self._module is None:
@@ -305,8 +317,8 @@ class Recorder:
 
     def _test(self, number: int, arrays: ArrayRecord) -> dict[str, float]:
         table = self.components.configuration["run"]
-        due = number % table["evaluate-every"] == 0 or number == table["rounds"]
-        if not due:
+        last = number == table["rounds"] or self.over()
+        if number % table["evaluate-every"] and not last:
             return {}
         module = self._ready_module()
         model = flatten(arrays, module.layout)

@@ -135,7 +135,12 @@ def _name(run: RunFolder, table: str, key: str = "name") -> str:
 def _notice(summary: Mapping[str, Any]) -> str:
     done, asked = summary["rounds"], summary["rounds_asked"]
     parts = _warnings(summary)
-    if asked is not None and done < asked:
+    if summary["stopped"]:
+        parts = (
+            f"<p class='notice'>This run stopped early, {escape(summary['stopped'])}."
+            "</p>"
+        ) + parts
+    elif asked is not None and done < asked:
         parts = (
             f"<p class='notice'>This run stands at round {done} of {asked}. "
             "It ended early; what follows is of the rounds that ended.</p>"

@@ -97,6 +97,7 @@ class Run(SummedRun):
         done = f"{self.rounds_done} rounds"
         if self.rounds_asked is not None and self.rounds_done < self.rounds_asked:
             done = f"{self.rounds_done} of {self.rounds_asked} rounds"
+            done += " (stopped early)" if self.stopped else ""
         accuracy = last_of(self.accuracy)
         reached = "" if accuracy is None else f", accuracy {accuracy:.4f}"
         return f"Run({str(self.folder)!r}: {self.name}, {done}{reached})"

@@ -28,13 +28,14 @@ from ..server import loop
 from ..server.checkpoint import not_carried
 from ..server.loop import ServerState
 from ..simulations import Plan, SimulationGrid, simulate
-from ..strategies import WeightingStrategy
-from .components import Components, engine_arguments
+from .callbacks import BestModel, EarlyStopping, OwnCallbacks, checked_callbacks
+from .components import Components, engine_arguments, has_our_loop, own_loop
 from .configuration import Configuration
 from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
 from .keeper import NAME as KEPT
-from .keeper import Keeper, go_on, read_checkpoint
-from .recorder import Recorder, Report
+from .keeper import Keeper, Remembers, go_on, read_checkpoint
+from .progress import Wanted, check_progress, telling
+from .recorder import Recorder
 from .result import Run
 
 log = logging.getLogger("fedweight")
@@ -83,11 +84,15 @@ def prepare(
 
 
 def make_ready(
-    components: Components, *, simulated: bool = True
+    components: Components,
+    *,
+    simulated: bool = True,
+    callbacks: Sequence[loop.Callback] = (),
 ) -> tuple[Strategy, TrainingApp, FlatRecord]:
     """Make what a run starts with, or refuse it before anything is written.
 
     Where the run is not ``simulated``, who takes part is not known before.
+    ``callbacks`` are the user's.
 
     Returns
     -------
@@ -99,6 +104,11 @@ def make_ready(
     client_app = components.client_app()
     initial = FlatRecord(FlatModule(components.make_model()).save())
     components.check_feasible(strategy, client_app, simulated=simulated)
+    if callbacks and not has_our_loop(strategy):
+        raise ConfigurationError(
+            f"callbacks: {own_loop(components.configuration)}, which calls none. Leave "
+            "them out."
+        )
     return strategy, client_app, initial
 
 
@@ -112,7 +122,8 @@ def run(
     settings: Mapping[str, Any] | Sequence[str] = (),
     dataset: DataSet | None = None,
     report: bool = True,
-    progress: Report | None = None,
+    progress: Wanted = True,
+    callbacks: Sequence[loop.Callback] = (),
     overwrite: bool = False,
 ) -> Run:
     """Run a simulation and write its folder.
@@ -134,8 +145,13 @@ def run(
         Data of your own instead of the file's ``[data]``.
     report : bool
         Write ``report.html`` at the end.
-    progress : Callable[[Progress], None], optional
-        Called after every round.
+    progress : bool or Callable[[Progress], None], optional
+        A bar in a terminal or a notebook (True), or nothing (False or None); or what is
+        called after every round.
+    callbacks : Sequence[Callable[[ServerState], bool | None]]
+        Called after every round, when it is recorded, with what the loop holds then:
+        :class:`~fedweight.server.loop.ServerState`. One that returns True ends the
+        run.
     overwrite : bool
         Remove the run that is in the folder already, as one that crashed leaves it.
         A folder that holds anything else, or a run that goes on, is refused all the
@@ -178,8 +194,10 @@ def run(
         check_repeats(Path(file))
     configuration = Configuration.read(file, {**settings, **given}, own)
     check_free(out, overwrite)
+    own_callbacks = checked_callbacks(callbacks)
+    check_progress(progress)
     components = prepare(configuration, dataset)
-    chosen, client_app, initial = make_ready(components)
+    chosen, client_app, initial = make_ready(components, callbacks=own_callbacks)
     name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
     label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
     plan = components.plan(client_app, initial)
@@ -192,12 +210,17 @@ def run(
         new_folder(out, label, overwrite),
         report=report,
         progress=progress,
+        callbacks=own_callbacks,
         preface="" if dataset is None else GIVEN_IN_PYTHON,
     )
 
 
 def resume(
-    folder: str | Path, *, report: bool = True, progress: Report | None = None
+    folder: str | Path,
+    *,
+    report: bool = True,
+    progress: Wanted = True,
+    callbacks: Sequence[loop.Callback] = (),
 ) -> Run:
     """Go on with a run that was stopped, from its last checkpoint.
 
@@ -210,8 +233,10 @@ def resume(
         The run's folder.
     report : bool
         Write ``report.html`` at the end.
-    progress : Callable[[Progress], None], optional
-        Called after every round.
+    progress : bool or Callable[[Progress], None], optional
+        As :func:`run` takes it.
+    callbacks : Sequence[Callable[[ServerState], bool | None]]
+        As :func:`run` takes them. No checkpoint holds what they remember.
 
     Raises
     ------
@@ -228,9 +253,11 @@ def resume(
         raise ConfigurationError(
             f"the run in {before.folder} is complete: there is nothing to go on with."
         )
+    own_callbacks = checked_callbacks(callbacks)
+    check_progress(progress)
     checkpoint = read_checkpoint(before.folder, configuration)
     components = prepare(configuration)
-    made = make_ready(components)
+    made = make_ready(components, callbacks=own_callbacks)
     plan = Plan.parse(configuration["engine"]["plan"])
     return _simulated(
         components,
@@ -239,6 +266,7 @@ def resume(
         old_folder(before.folder),
         report=report,
         progress=progress,
+        callbacks=own_callbacks,
         checkpoint=checkpoint,
     )
 
@@ -250,7 +278,8 @@ def _simulated(
     take: AbstractContextManager[Path],
     *,
     report: bool,
-    progress: Report | None,
+    progress: Wanted,
+    callbacks: Sequence[loop.Callback] = (),
     preface: str = "",
     checkpoint: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -268,14 +297,24 @@ def _simulated(
             nonlocal folder
             # The clients' engine is there: nothing is left that could be refused.
             folder = stack.enter_context(take)
-            recorder = Recorder(folder, components, strategy, progress, began)
+            recorder = Recorder(folder, components, strategy, told, began)
             with recorder.recording(
                 {"plan": str(plan)}, preface=preface, anew=checkpoint is None
             ):
-                serve(grid, components, strategy, initial, recorder, checkpoint)
+                serve(
+                    grid,
+                    components,
+                    strategy,
+                    initial,
+                    recorder,
+                    checkpoint,
+                    callbacks,
+                )
+            # Only now, with the model written, is there nothing to go on with.
+            (folder / KEPT).unlink(missing_ok=True)
 
         try:
-            with quiet_flower():
+            with quiet_flower(), telling(progress) as told:
                 simulate(
                     server_app,
                     client_app,
@@ -322,43 +361,68 @@ def serve(
     initial: FlatRecord,
     recorder: Recorder,
     checkpoint: Mapping[str, Any] | None = None,
+    callbacks: Sequence[loop.Callback] = (),
 ) -> None:
     """Be the server: let the strategy run its rounds, and record them.
 
-    With a ``checkpoint`` only those that come after it.
+    With a ``checkpoint`` only those that come after it. ``callbacks`` are the user's.
     """
     configuration = components.configuration
     recorder.grid = grid
     schema = components.schema
     told = {} if schema is None else {keys.SCHEMA: schema.write()}
     epochs = configuration["training"]["epochs"]
-    rounds = configuration["run"]["rounds"]
-    timeout = configuration["run"]["timeout"] or None
+    table = configuration["run"]
+    rounds, timeout = table["rounds"], table["timeout"] or None
     state = ServerState(
         initial,
         train_config=ConfigRecord({keys.LOCAL_EPOCHS: epochs, **told}),
         evaluate_config=ConfigRecord(dict(told)),
     )
     with one_thread():
-        if type(strategy).start in (Strategy.start, WeightingStrategy.start):
-            callbacks: list[loop.Callback] = [recorder]
+        if has_our_loop(strategy):
+            stopping = EarlyStopping(
+                table["stop-metric"], table["stop-after"], table["stop-delta"]
+            )
+            best = BestModel(table["keep-best"], recorder.folder, recorder.write_model)
+            own = OwnCallbacks(callbacks)
+            # What is tested depends on whether the round is the last one, and what a
+            # checkpoint holds on what all others have made of the round.
+            recorder.over = lambda: bool(stopping.reason)
+            several: list[loop.Callback] = [stopping, recorder, best, own]
+            others: dict[str, Remembers] = {
+                "recorder": recorder,
+                "stopping": stopping,
+                "best": best,
+            }
             if isinstance(grid, SimulationGrid):
                 _tell_what_is_not_carried(strategy)
-                callbacks.append(Keeper(configuration, strategy, grid, recorder))
+                several.append(
+                    Keeper(
+                        configuration,
+                        strategy,
+                        grid,
+                        recorder.folder,
+                        others,
+                        lambda: bool(stopping.reason or own.reason),
+                    )
+                )
             if checkpoint is None:
                 recorder(state)
             else:
                 assert isinstance(grid, SimulationGrid)
-                state = go_on(checkpoint, strategy, grid, recorder, initial)
-            loop.federate(
+                state = go_on(checkpoint, strategy, grid, others, initial)
+            state = loop.federate(
                 strategy,
                 grid,
                 state,
                 until=rounds,
                 timeout=timeout,
                 schedule=components.schedule(),
-                callbacks=callbacks,
+                callbacks=several,
             )
+            if state.round < rounds:
+                recorder.stopped(state.round, stopping.reason or own.reason)
         else:  # It runs its rounds in a way of its own.
             strategy.start(
                 grid,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .endings import warnings_of
+from .endings import ending_of, warnings_of
 from .reader import BAD_REPLIES, RunFolder, table_of
 
 
@@ -32,10 +32,11 @@ class SummedRun(RunFolder):
         -------
         dict
             ``name``, ``strategy``, ``data``, ``seed``, ``rounds``, ``rounds_asked``,
-            ``complete``, ``clients``; accuracies in [0, 1]: ``test_accuracy`` (the
-            last),
+            ``complete``, ``stopped`` (when and why, if early), ``clients``; accuracies
+            in [0, 1]: ``test_accuracy`` (the last),
             ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
-            many of them there are), ``held_out_accuracy``, and over
+            many of them there are), ``held_out_accuracy``, ``round_of_best_model`` and
+            ``test_accuracy_of_best_model`` (by ``run.keep-best``), and over
             the clients in the last evaluated round ``client_accuracy_mean``,
             ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
             round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
@@ -53,11 +54,14 @@ class SummedRun(RunFolder):
             "rounds": self.rounds_done,
             "rounds_asked": self.rounds_asked,
             "complete": self.complete,
+            "stopped": ending_of(self),
             "clients": _num_clients(self),
             "test_accuracy": last_of(test),
             "mean_test_accuracy_last_10": _number(last_ten.mean()),
             "test_accuracies_in_mean": len(last_ten),
             "held_out_accuracy": last_of(self.measured("evaluate_accuracy")),
+            "round_of_best_model": self.best_round,
+            "test_accuracy_of_best_model": _number(test.get(self.best_round, np.nan)),
         }
         for statistic in ("mean", "std", "worst10", "best10"):
             column = f"client_accuracy_{statistic}"

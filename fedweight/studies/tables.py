@@ -77,6 +77,31 @@ class Run:
             description="minutes from one checkpoint to the next; 0 does not time them",
         ),
     ] = 10.0
+    stop_after: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MOST,
+            description="rounds without improvement that end the run; 0 never ends it",
+        ),
+    ] = 0
+    stop_metric: Annotated[
+        Literal["evaluate-loss", "evaluate-accuracy", "train-loss"],
+        Field(description="what must improve, as the clients measure it"),
+    ] = "evaluate-loss"
+    stop_delta: Annotated[
+        float,
+        Field(
+            ge=0, description="what is better by no more than this is no improvement"
+        ),
+    ] = 0.0
+    keep_best: Annotated[
+        Literal["", "evaluate-loss", "evaluate-accuracy"],
+        Field(
+            description="keep the model that is best by this on the clients' held-out "
+            "data, too; empty: only the last"
+        ),
+    ] = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,252 @@
+"""How a run shows its rounds: in a terminal, in a notebook, and elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedweight
+from fedweight import run
+from fedweight.core.errors import ConfigurationError
+from fedweight.studies import progress as progress_module
+from fedweight.studies.progress import Progress, telling, watched
+
+pty = pytest.importorskip("pty", reason="terminals are POSIX's")
+
+ROOT = Path(fedweight.__file__).parents[1]
+QUICK: dict[str, Any] = {
+    "run.rounds": 3,
+    "partition.clients": 3,
+    "training.epochs": 1,
+    "model.name": "softmax",
+    "engine.name": "local",
+}
+HIDDEN, VISIBLE = "\x1b[?25l", "\x1b[?25h"
+
+
+class Terminal:
+    """A program whose standard error is a terminal."""
+
+    def __init__(self, code: str, folder: Path, **environment: str) -> None:
+        self.ours, theirs = pty.openpty()
+        self.shown = ""
+        head = f"from fedweight import run\nQUICK = {QUICK!r}\n"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", head + textwrap.dedent(code)],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "TERM": "xterm",
+                "COLUMNS": "120",
+                **environment,
+            },
+        )
+        os.close(theirs)
+
+    def read(self, until: str = "") -> None:
+        """Read what is shown, until the end or a text."""
+        while not until or until not in self.shown:
+            try:
+                part = os.read(self.ours, 4096)
+            except OSError:  # Linux's way to say that the other side is closed
+                break
+            if not part:
+                break
+            self.shown += part.decode()
+
+    def end(self) -> str:
+        """Wait for the end; return what went to the standard output."""
+        self.read()
+        out, _ = self.process.communicate(timeout=60)
+        os.close(self.ours)
+        return out
+
+    @property
+    def lines(self) -> list[str]:
+        """What is shown, line by line, without the terminal's own commands."""
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.shown)
+        return [line.rstrip() for line in re.split(r"[\r\n]+", text)]
+
+
+def test_python_shows_a_bar_by_default_and_a_warning_does_not_tear_it(
+    tmp_path: Path,
+) -> None:
+    terminal = Terminal(
+        """
+        import logging, sys, warnings
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        handler = logging.getLogger().handlers[0]
+        before = handler.stream, sys.stdout, sys.stderr
+        def tell(state):
+            logging.getLogger("mine").warning("of round %d", state.round)
+            print("said", state.round)
+        run(settings=QUICK, out="x", report=False, callbacks=[tell])
+        assert (handler.stream, sys.stdout, sys.stderr) == before
+        """,
+        tmp_path,
+    )
+    out = terminal.end()
+    assert terminal.process.returncode == 0, terminal.shown
+    assert out == "said 1\nsaid 2\nsaid 3\n"
+    assert "3/3" in terminal.shown
+    assert [line for line in terminal.lines if "of round" in line] == [
+        f"WARNING of round {number}" for number in (1, 2, 3)
+    ]
+    assert terminal.shown.rfind(VISIBLE) > terminal.shown.rfind(HIDDEN) >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        ("progress=False", {}),
+        ("progress=None", {}),
+        ("progress=lambda p: None", {}),
+        ("progress=True", {"TERM": "dumb"}),
+    ],
+)
+def test_python_shows_nothing_where_that_is_asked_for(
+    tmp_path: Path, arguments: str, environment: dict[str, str]
+) -> None:
+    code = f"run(settings=QUICK, out='x', report=False, {arguments})"
+    terminal = Terminal(code, tmp_path, **environment)
+    assert terminal.end() == ""
+    assert terminal.process.returncode == 0
+    assert terminal.shown == ""
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "an error"])
+def test_whatever_ends_a_run_leaves_the_terminal_as_it_was(
+    tmp_path: Path, how: str
+) -> None:
+    terminal = Terminal(
+        """
+        import time
+        def wait(state):
+            if state.round == 2:
+                print("waiting", flush=True)
+                WAIT
+        run(settings=QUICK, out="x", report=False, callbacks=[wait])
+        """.replace("WAIT", "time.sleep(60)" if how == "Ctrl-C" else "1 / 0"),
+        tmp_path,
+    )
+    if how == "Ctrl-C":
+        assert terminal.process.stdout is not None
+        assert terminal.process.stdout.readline() == "waiting\n"
+        terminal.process.send_signal(signal.SIGINT)
+    terminal.end()
+    assert terminal.process.returncode != 0
+    assert terminal.shown.rfind(VISIBLE) > terminal.shown.rfind(HIDDEN) >= 0
+    # The bar has its line, and the traceback begins on another.
+    kind = "KeyboardInterrupt" if how == "Ctrl-C" else "ZeroDivisionError"
+    assert "Traceback (most recent call last):" in terminal.lines
+    assert any(line.startswith(kind) for line in terminal.lines)
+    tail = terminal.shown[terminal.shown.index("Traceback") :]
+    assert "2/3" not in tail
+
+
+def test_nobody_watches_a_pipe(tmp_path: Path, capsys: Any) -> None:
+    assert watched() == ""
+    run(settings=QUICK, out=tmp_path / "x", report=False)
+    out, err = capsys.readouterr()
+    assert out == err == ""
+
+
+class Screen:
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_only_the_main_thread_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Screen())
+    monkeypatch.setenv("TERM", "xterm")
+    assert watched() == "terminal"
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(watched()))
+    thread.start()
+    thread.join()
+    assert found == [""]
+    for odd in (None, object()):
+        monkeypatch.setattr(sys, "stderr", odd)
+        assert watched() == ""
+
+
+@pytest.mark.parametrize("progress", ["yes", 3, [print]])
+def test_progress_that_is_none_is_refused(tmp_path: Path, progress: Any) -> None:
+    with pytest.raises(ConfigurationError, match="progress must be a function"):
+        run(settings=QUICK, out=tmp_path / "x", progress=progress)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_notebook_has_a_bar_without_widgets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Any] = []
+
+    class ZMQInteractiveShell:
+        """What a notebook's kernel calls its shell."""
+
+    def display(shown: Any, display_id: bool) -> Any:
+        assert display_id
+        drawn.append(shown)
+        return types.SimpleNamespace(update=drawn.append)
+
+    ipython: Any = types.ModuleType("IPython")
+    ipython.get_ipython = ZMQInteractiveShell
+    ipython.display = types.ModuleType("IPython.display")
+    ipython.display.display = display
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython.display)
+    monkeypatch.setattr(progress_module, "_SELDOM", 0.0)
+    assert watched() == "notebook"
+    run(settings=QUICK, out=tmp_path / "x", report=False)
+    lines = [repr(shown) for shown in drawn]
+    assert [line.split()[1] for line in lines] == ["0/3", "1/3", "2/3", "3/3", "3/3"]
+    html = drawn[-1]._repr_html_()
+    assert html.startswith("<progress value='3' max='3'></progress> round 3/3  accur")
+    run(settings=QUICK, out=tmp_path / "y", report=False, progress=False)
+    assert len(drawn) == len(lines)
+
+
+def test_a_handler_gets_its_stream_back_also_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "screen").open("w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        monkeypatch.setenv("FORCE_COLOR", "1")  # A terminal, as far as rich can see.
+        handler = logging.StreamHandler(file)
+        streams: list[Any] = []
+
+        def fails_with_a_bar() -> None:
+            with telling(True) as told:
+                assert told is not None
+                told(Progress(1, 2, float("nan"), float("nan"), 0.5))
+                streams.append(handler.stream)
+                raise ZeroDivisionError
+
+        logging.getLogger("fedweight").addHandler(handler)
+        try:
+            monkeypatch.setattr(progress_module, "watched", lambda: "terminal")
+            with pytest.raises(ZeroDivisionError):
+                fails_with_a_bar()
+            assert streams != [file]
+            assert handler.stream is file
+            assert sys.stderr is file
+        finally:
+            logging.getLogger("fedweight").removeHandler(handler)
