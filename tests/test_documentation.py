@@ -318,6 +318,7 @@ def test_the_tables_of_strategies_have_all_of_them(page: str) -> None:
 def test_what_a_strategy_asks_for_and_needs_is_as_its_table_says() -> None:
     said = {
         "label-counts": "label counts",
+        "loss-before": "a loss",
         "minus-error": "an evaluation a round",
     }
     for row in table("strategies/README.md", "name", "asks of clients"):
@@ -539,6 +540,9 @@ def test_the_readmes_results_are_the_recorded_ones() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_cards_results_are_the_recorded_ones(name: str) -> None:
     card = " ".join(text_of(f"strategies/{name}.md").split())
+    if name not in reached():
+        assert card.endswith("## What we measured Nothing yet.")
+        return
     card = card[card.index("## What we measured") :]
     row = reached()[name]
     for key, form in MEASURED.values():

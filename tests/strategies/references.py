@@ -21,6 +21,7 @@ class Sent:
     accuracy: float = 0.0
     error: float = 1.0
     label_counts: list[int] = field(default_factory=list)
+    loss: float = 1.0
 
 
 def shares(values):
@@ -29,7 +30,10 @@ def shares(values):
 
 
 class FedAvg:
+    """The mean by data size; ``number`` and ``population`` are those of the round."""
+
     least = 1
+    number = population = 0
 
     def step(self, start, sent):
         """Return the weights and the next model."""

@@ -173,7 +173,7 @@ def test_weights_are_a_share_of_one(kit, name, options, data):
         weights = np.array([c.weight for c in counted])
         assert np.isfinite(weights).all()
         assert (weights >= 0).all()
-        assert weights.sum() == pytest.approx(1, abs=1e-9)
+        kit.check_sum(name, weights)
         assert 1 - 1e-9 <= record.metrics["effective-clients"] <= k + 1e-9
 
 
@@ -226,7 +226,7 @@ def test_one_client_alone(kit, name, options):
     if fewest(name) > 1:
         assert record.status == "failed"
     else:
-        assert record.clients[0].weight == 1
+        kit.check_sum(name, [record.clients[0].weight])
 
 
 @every_variant
@@ -293,7 +293,7 @@ def test_a_client_that_made_no_step_does_not_count(kit, name):
     run = federation(kit, build(name), random_models(4))
     run.clients[1].metrics[keys.NUM_STEPS] = 0
     clean = federation(kit, build(name), random_models(4))
-    del clean.clients[1]
+    clean.clients[1].silent = True
     record = run.round()
     clean.round()
     reason = "the model could not train on its 10 examples"
@@ -319,7 +319,7 @@ def test_one_client_learnt_nothing(kit, name, options):
     for _ in range(2):
         record = run.round()
         assert record.status == "ok"
-        assert sum(c.weight for c in record.clients) == pytest.approx(1)
+        kit.check_sum(name, [c.weight for c in record.clients])
 
 
 def named(vector, dtype=np.float64):
@@ -382,7 +382,7 @@ def test_a_bad_reply_is_recorded_and_does_no_harm(kit, name, how, caplog):
     run = federation(kit, build(name), random_models(5))
     run.clients[2] = odd
     clean = federation(kit, build(name), random_models(5))
-    del clean.clients[2]
+    clean.clients[2].silent = True
     with caplog.at_level(logging.WARNING, logger="fedweight"):
         record, other = run.round(), clean.round()
     assert record.status == "ok"
@@ -391,7 +391,7 @@ def test_a_bad_reply_is_recorded_and_does_no_harm(kit, name, how, caplog):
     assert "client 2" in caplog.text
     np.testing.assert_array_equal(run.vector, clean.vector)
     weights = {c.client: c.weight for c in record.clients if c.client != 2}
-    assert weights == {c.client: c.weight for c in other.clients}
+    assert weights == {c.client: c.weight for c in other.clients if c.client != 2}
     assert np.isnan(record.clients[2].weight)
 
 
