@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
     from ..core.records import ClientRecord, RoundRecord
+    from .afl import AFL
     from .base import WeightingStrategy
     from .fedavg import FedAvg
     from .fedce import FedCE
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .round import Report, Round, Selection
 
 __all__ = [
+    "AFL",
     "IDA",
     "SERVER_OPTIMIZERS",
     "STRATEGIES",
@@ -42,6 +44,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "AFL": ".afl",
         "FedAvg": ".fedavg",
         "FedCE": ".fedce",
         "FedDisco": ".feddisco",
@@ -66,6 +69,7 @@ STRATEGIES = Registry(
         "fedlaw": "fedweight.strategies.fedlaw:FedLAW",
         "fedce": "fedweight.strategies.fedce:FedCE",
         "ida": "fedweight.strategies.ida:IDA",
+        "afl": "fedweight.strategies.afl:AFL",
     },
 )
 

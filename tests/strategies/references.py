@@ -174,6 +174,36 @@ class FedCE(FedAvg):
         return a @ b / length if length > 1e-12 else 0.0
 
 
+class AFL(FedAvg):
+    def __init__(self, update="projected", step=0.1):
+        self.update, self.rate = update, step
+        self.seen, self.unseen = {}, None
+
+    def weights(self, start, sent):
+        p = super().weights(start, sent)
+        if self.unseen is None:
+            self.unseen = 1 / self.population
+        mixture = {one.client: self.unseen for one in sent} | self.seen
+        own = np.array([mixture[one.client] for one in sent])
+        others = max(self.population - len(mixture), 0)
+        v = np.array([*mixture.values(), *[self.unseen] * others])
+        rise = np.zeros(len(v))
+        for one in sent:
+            rise[[*mixture].index(one.client)] = self.rate * one.loss
+        if self.update == "projected":
+            v = v + rise
+            u = np.sort(v)[::-1]
+            spare = (1 - np.cumsum(u)) / np.arange(1, len(u) + 1)
+            v = np.maximum(v + spare[np.nonzero(u + spare > 0)[0].max()], 0)
+        else:
+            v = shares(v * np.exp(rise))
+        self.seen = dict(zip(mixture, v[: len(mixture)].tolist(), strict=True))
+        self.unseen = float(v[-1]) if others else None
+        if len(sent) == 1:
+            return np.ones(1)
+        return own / own.sum() if own.sum() > 0 else p
+
+
 class FedLAW:
     """With a linear model ``x W^T + b`` on the proxy set, one batch an epoch."""
 

@@ -675,6 +675,7 @@ class Counted(StackedUpdates):
     ("name", "options", "apart"),
     [
         *(("fedavg", {}, 1), ("fedprox", {}, 1), ("feddisco", {}, 1)),
+        ("afl", {}, 1),
         *(("fedce", {}, 3), ("ida", {}, 3), ("ida", {"base": "previous"}, 2)),
         ("ida", {"per_tensor": True, "fedavg": True, "intrac": True}, 3),
     ],
@@ -683,7 +684,8 @@ def test_how_often_the_updates_are_read(kit, name, options, apart):
     """In one place as the table of strategies says; of FedLAW see test_fedlaw."""
     page = (Path(__file__).parents[2] / "strategies" / "README.md").read_text("utf-8")
     [here] = re.findall(rf"^\| \[`{name}`\].*\| (\d)[^|]*\|$", page, re.MULTILINE)
-    metrics = {keys.MINUS_ERROR: [0.5] * 4, keys.ACCURACY_AFTER: [0.5] * 4}
+    asked = (keys.MINUS_ERROR, keys.ACCURACY_AFTER, keys.LOSS_BEFORE)
+    metrics = {name: [0.5] * 4 for name in asked}
     for places, passes in ((1, int(here)), (2, apart)):
         strategy = build(name, **options)
         state = strategy.begin()

@@ -50,6 +50,10 @@ VARIANTS = {
             {"per_tensor": True, "fedavg": True},
         )
     ],
+    "afl": [
+        (options, plain.AFL, options)
+        for options in ({}, {"step": 0.01}, {"update": "exponentiated"})
+    ],
     "fedce": [
         (options, plain.FedCE, options)
         for options in (
