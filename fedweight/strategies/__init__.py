@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .fedlaw import FedLAW
     from .fedprox import FedProx
     from .ida import IDA
+    from .qfedavg import QFedAvg
     from .round import Report, Round, Selection
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "FedDisco",
     "FedLAW",
     "FedProx",
+    "QFedAvg",
     "Report",
     "Round",
     "RoundRecord",
@@ -51,6 +53,7 @@ __getattr__, __dir__ = lazy_exports(
         "FedLAW": ".fedlaw",
         "FedProx": ".fedprox",
         "IDA": ".ida",
+        "QFedAvg": ".qfedavg",
         "WeightingStrategy": ".base",
         "Report": ".round",
         "Round": ".round",
@@ -70,6 +73,7 @@ STRATEGIES = Registry(
         "fedce": "fedweight.strategies.fedce:FedCE",
         "ida": "fedweight.strategies.ida:IDA",
         "afl": "fedweight.strategies.afl:AFL",
+        "qfedavg": "fedweight.strategies.qfedavg:QFedAvg",
     },
 )
 

@@ -204,6 +204,17 @@ class AFL(FedAvg):
         return own / own.sum() if own.sum() > 0 else p
 
 
+class QFedAvg(FedAvg):
+    def __init__(self, q=0.1, lipschitz=10.0):
+        self.q, self.lipschitz = q, lipschitz
+
+    def weights(self, start, sent):
+        f = np.array([one.loss for one in sent]) + 1e-10
+        g = [self.lipschitz * np.linalg.norm(start - one.model) for one in sent]
+        h = self.q * f ** (self.q - 1) * np.square(g) + self.lipschitz * f**self.q
+        return self.lipschitz * f**self.q / h.sum()
+
+
 class FedLAW:
     """With a linear model ``x W^T + b`` on the proxy set, one batch an epoch."""
 

@@ -51,7 +51,9 @@ METHODS = sorted(STRATEGIES.entries)
 # Settings under which a method's law is the common one.
 CONVEX = {
     # Its shrinking factor makes another model of the same weights: see test_fedlaw.
-    "fedlaw": {"server_epochs": 0}
+    "fedlaw": {"server_epochs": 0},
+    # Its weights are the step's length as well.
+    "qfedavg": {"q": 0.0},
 }
 
 # What only takes time: the promises hold after any number of steps.
@@ -675,7 +677,7 @@ class Counted(StackedUpdates):
     ("name", "options", "apart"),
     [
         *(("fedavg", {}, 1), ("fedprox", {}, 1), ("feddisco", {}, 1)),
-        ("afl", {}, 1),
+        *(("afl", {}, 1), ("qfedavg", {}, 2)),
         *(("fedce", {}, 3), ("ida", {}, 3), ("ida", {"base": "previous"}, 2)),
         ("ida", {"per_tensor": True, "fedavg": True, "intrac": True}, 3),
     ],

@@ -63,6 +63,10 @@ VARIANTS = {
             {"floor": 1e-3, "clip": "after"},
         )
     ],
+    "qfedavg": [
+        (options, plain.QFedAvg, options)
+        for options in ({}, {"q": 0.0}, {"q": 2.5, "lipschitz": 0.7})
+    ],
     "fedlaw": [
         (options, plain.FedLAW, {"x": PROXY.x, "y": PROXY.y, **options})
         for options in (
