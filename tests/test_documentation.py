@@ -187,7 +187,8 @@ def test_an_option_is_as_its_card_says(name: str, row: Row) -> None:
         return build(name, **{option: value})
 
     choices = [json.loads(c) if c[0] == '"' else c for c in names(row["range"])]
-    limits = Range.find(row["range"], whole=type(getattr(made, option)) is int)
+    whole = type(getattr(made, option)) is int or "whole" in row["range"]
+    limits = Range.find(row["range"], whole)
     if row["range"].startswith("`[C]`"):
         check(take, [[1, 2, 3], [0.2, 0.8]], [[0, 0], [-1, 2], [0, 1], []])
     elif row["range"]:

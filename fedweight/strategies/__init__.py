@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..core.records import ClientRecord, RoundRecord
     from .afl import AFL
     from .base import WeightingStrategy
+    from .fedau import FedAU
     from .fedavg import FedAvg
     from .fedce import FedCE
     from .feddisco import FedDisco
@@ -29,6 +30,7 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "STRATEGIES",
     "ClientRecord",
+    "FedAU",
     "FedAvg",
     "FedCE",
     "FedDisco",
@@ -47,6 +49,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "AFL": ".afl",
+        "FedAU": ".fedau",
         "FedAvg": ".fedavg",
         "FedCE": ".fedce",
         "FedDisco": ".feddisco",
@@ -74,6 +77,7 @@ STRATEGIES = Registry(
         "ida": "fedweight.strategies.ida:IDA",
         "afl": "fedweight.strategies.afl:AFL",
         "qfedavg": "fedweight.strategies.qfedavg:QFedAvg",
+        "fedau": "fedweight.strategies.fedau:FedAU",
     },
 )
 

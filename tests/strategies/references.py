@@ -204,6 +204,25 @@ class AFL(FedAvg):
         return own / own.sum() if own.sum() > 0 else p
 
 
+class FedAU(FedAvg):
+    def __init__(self, cutoff=np.inf):
+        self.cutoff = cutoff
+        self.intervals, self.cuts = {}, {}
+
+    def weights(self, start, sent):
+        found = []
+        for one in sent:
+            mine = self.intervals.setdefault(one.client, [])
+            cut = self.cuts.get(one.client, 0)
+            while self.number - 1 - cut >= self.cutoff:
+                mine.append(self.cutoff)
+                cut += self.cutoff
+            found.append(np.mean(mine) if mine else 1.0)
+            mine.append(self.number - cut)
+            self.cuts[one.client] = self.number
+        return np.array(found) / self.population
+
+
 class QFedAvg(FedAvg):
     def __init__(self, q=0.1, lipschitz=10.0):
         self.q, self.lipschitz = q, lipschitz

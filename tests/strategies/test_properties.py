@@ -677,7 +677,7 @@ class Counted(StackedUpdates):
     ("name", "options", "apart"),
     [
         *(("fedavg", {}, 1), ("fedprox", {}, 1), ("feddisco", {}, 1)),
-        *(("afl", {}, 1), ("qfedavg", {}, 2)),
+        *(("afl", {}, 1), ("fedau", {}, 1), ("qfedavg", {}, 2)),
         *(("fedce", {}, 3), ("ida", {}, 3), ("ida", {"base": "previous"}, 2)),
         ("ida", {"per_tensor": True, "fedavg": True, "intrac": True}, 3),
     ],

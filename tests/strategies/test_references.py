@@ -63,6 +63,7 @@ VARIANTS = {
             {"floor": 1e-3, "clip": "after"},
         )
     ],
+    "fedau": [({}, plain.FedAU, {}), ({"cutoff": 3}, plain.FedAU, {"cutoff": 3})],
     "qfedavg": [
         (options, plain.QFedAvg, options)
         for options in ({}, {"q": 0.0}, {"q": 2.5, "lipschitz": 0.7})
