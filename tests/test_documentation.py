@@ -187,7 +187,8 @@ def test_an_option_is_as_its_card_says(name: str, row: Row) -> None:
         return build(name, **{option: value})
 
     choices = [json.loads(c) if c[0] == '"' else c for c in names(row["range"])]
-    limits = Range.find(row["range"], whole=type(getattr(made, option)) is int)
+    whole = type(getattr(made, option)) is int or "whole" in row["range"]
+    limits = Range.find(row["range"], whole)
     if row["range"].startswith("`[C]`"):
         check(take, [[1, 2, 3], [0.2, 0.8]], [[0, 0], [-1, 2], [0, 1], []])
     elif row["range"]:
@@ -318,6 +319,7 @@ def test_the_tables_of_strategies_have_all_of_them(page: str) -> None:
 def test_what_a_strategy_asks_for_and_needs_is_as_its_table_says() -> None:
     said = {
         "label-counts": "label counts",
+        "loss-before": "a loss",
         "minus-error": "an evaluation a round",
     }
     for row in table("strategies/README.md", "name", "asks of clients"):
@@ -539,6 +541,9 @@ def test_the_readmes_results_are_the_recorded_ones() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_cards_results_are_the_recorded_ones(name: str) -> None:
     card = " ".join(text_of(f"strategies/{name}.md").split())
+    if name not in reached():
+        assert card.endswith("## What we measured Nothing yet.")
+        return
     card = card[card.index("## What we measured") :]
     row = reached()[name]
     for key, form in MEASURED.values():

@@ -105,6 +105,13 @@ def check_fraction(metrics: Mapping[str, Any], name: str) -> None:
         raise AggregationError(f"its '{name}' must be in [0, 1], got {shown(value)}")
 
 
+def check_not_negative(metrics: Mapping[str, Any], name: str) -> None:
+    """Raise ``AggregationError`` unless a client reports a number of 0 or more."""
+    value = metrics.get(name)
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise AggregationError(f"its '{name}' must be 0 or more, got {shown(value)}")
+
+
 def update_norm(model: FlatModel, start: FlatModel) -> float:
     """Return the Euclidean length of a client's update."""
     norm = float(torch.dist(model.parameters, start.parameters))

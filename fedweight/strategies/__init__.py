@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
     from ..core.records import ClientRecord, RoundRecord
+    from .afl import AFL
     from .base import WeightingStrategy
     from .fedasync import FedAsync
+    from .fedau import FedAU
     from .fedavg import FedAvg
     from .fedbuff import FedBuff
     from .fedce import FedCE
@@ -22,13 +24,16 @@ if TYPE_CHECKING:
     from .fedlaw import FedLAW
     from .fedprox import FedProx
     from .ida import IDA
+    from .qfedavg import QFedAvg
     from .round import Report, Round, Selection
 
 __all__ = [
+    "AFL",
     "IDA",
     "SERVER_OPTIMIZERS",
     "STRATEGIES",
     "ClientRecord",
+    "FedAU",
     "FedAsync",
     "FedAvg",
     "FedBuff",
@@ -37,6 +42,7 @@ __all__ = [
     "FedDisco",
     "FedLAW",
     "FedProx",
+    "QFedAvg",
     "Report",
     "Round",
     "RoundRecord",
@@ -49,6 +55,8 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "FedAsync": ".fedasync",
+        "AFL": ".afl",
+        "FedAU": ".fedau",
         "FedAvg": ".fedavg",
         "FedBuff": ".fedbuff",
         "FedCE": ".fedce",
@@ -57,6 +65,7 @@ __getattr__, __dir__ = lazy_exports(
         "FedLAW": ".fedlaw",
         "FedProx": ".fedprox",
         "IDA": ".ida",
+        "QFedAvg": ".qfedavg",
         "WeightingStrategy": ".base",
         "Report": ".round",
         "Round": ".round",
@@ -78,6 +87,9 @@ STRATEGIES = Registry(
         "fedlaw": "fedweight.strategies.fedlaw:FedLAW",
         "fedce": "fedweight.strategies.fedce:FedCE",
         "ida": "fedweight.strategies.ida:IDA",
+        "afl": "fedweight.strategies.afl:AFL",
+        "qfedavg": "fedweight.strategies.qfedavg:QFedAvg",
+        "fedau": "fedweight.strategies.fedau:FedAU",
     },
 )
 

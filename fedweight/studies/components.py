@@ -368,6 +368,7 @@ class Components:
             ),
             "device": self.device,
             "num_classes": self.data.num_classes,
+            "local_learning_rate": self.configuration["training"]["learning-rate"],
         }
         if self.configuration["engine"]["threads"]:
             ours["threads"] = self.configuration["engine"]["threads"]

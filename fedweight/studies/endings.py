@@ -345,7 +345,8 @@ def _odd_weights(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
     if len(odd):
         yield (
             f"the weights summed to {odd.iloc[-1]:.4g} and not to 1 "
-            f"({rounds_listed(odd.index.tolist())}); the global model is scaled by that"
+            f"({rounds_listed(odd.index.tolist())}); the global model's step is scaled "
+            "by it"
         )
 
 

@@ -31,6 +31,9 @@ from fedweight.strategies import Round
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
+# Methods whose weights, by their law, need not sum to one: they scale the step, too.
+SCALE_THE_STEP = frozenset({"fedau", "qfedavg"})
+
 
 @dataclass
 class Client:
@@ -229,6 +232,12 @@ def golden() -> Callable[[str], dict[str, Any]]:
     return golden_values
 
 
+def check_sum(name: str, weights: Iterable[float]) -> None:
+    """Fail unless a registered method's weights sum to what they must."""
+    if name not in SCALE_THE_STEP:
+        assert sum(weights) == pytest.approx(1, abs=1e-9)
+
+
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """What tests build federations of."""
@@ -237,5 +246,6 @@ def kit() -> SimpleNamespace:
         Federation=Federation,
         record=record_of,
         make_round=make_round,
+        check_sum=check_sum,
         toy=golden_values("toy"),
     )

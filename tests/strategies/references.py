@@ -21,6 +21,7 @@ class Sent:
     accuracy: float = 0.0
     error: float = 1.0
     label_counts: list[int] = field(default_factory=list)
+    loss: float = 1.0
 
 
 def shares(values):
@@ -29,7 +30,10 @@ def shares(values):
 
 
 class FedAvg:
+    """The mean by data size; ``number`` and ``population`` are those of the round."""
+
     least = 1
+    number = population = 0
 
     def step(self, start, sent):
         """Return the weights and the next model."""
@@ -168,6 +172,66 @@ class FedCE(FedAvg):
     def cosine(a, b):
         length = np.linalg.norm(a) * np.linalg.norm(b)
         return a @ b / length if length > 1e-12 else 0.0
+
+
+class AFL(FedAvg):
+    def __init__(self, update="projected", step=0.1):
+        self.update, self.rate = update, step
+        self.seen, self.unseen = {}, None
+
+    def weights(self, start, sent):
+        p = super().weights(start, sent)
+        if self.unseen is None:
+            self.unseen = 1 / self.population
+        mixture = {one.client: self.unseen for one in sent} | self.seen
+        own = np.array([mixture[one.client] for one in sent])
+        others = max(self.population - len(mixture), 0)
+        v = np.array([*mixture.values(), *[self.unseen] * others])
+        rise = np.zeros(len(v))
+        for one in sent:
+            rise[[*mixture].index(one.client)] = self.rate * one.loss
+        if self.update == "projected":
+            v = v + rise
+            u = np.sort(v)[::-1]
+            spare = (1 - np.cumsum(u)) / np.arange(1, len(u) + 1)
+            v = np.maximum(v + spare[np.nonzero(u + spare > 0)[0].max()], 0)
+        else:
+            v = shares(v * np.exp(rise))
+        self.seen = dict(zip(mixture, v[: len(mixture)].tolist(), strict=True))
+        self.unseen = float(v[-1]) if others else None
+        if len(sent) == 1:
+            return np.ones(1)
+        return own / own.sum() if own.sum() > 0 else p
+
+
+class FedAU(FedAvg):
+    def __init__(self, cutoff=np.inf):
+        self.cutoff = cutoff
+        self.intervals, self.cuts = {}, {}
+
+    def weights(self, start, sent):
+        found = []
+        for one in sent:
+            mine = self.intervals.setdefault(one.client, [])
+            cut = self.cuts.get(one.client, 0)
+            while self.number - 1 - cut >= self.cutoff:
+                mine.append(self.cutoff)
+                cut += self.cutoff
+            found.append(np.mean(mine) if mine else 1.0)
+            mine.append(self.number - cut)
+            self.cuts[one.client] = self.number
+        return np.array(found) / self.population
+
+
+class QFedAvg(FedAvg):
+    def __init__(self, q=0.1, lipschitz=10.0):
+        self.q, self.lipschitz = q, lipschitz
+
+    def weights(self, start, sent):
+        f = np.array([one.loss for one in sent]) + 1e-10
+        g = [self.lipschitz * np.linalg.norm(start - one.model) for one in sent]
+        h = self.q * f ** (self.q - 1) * np.square(g) + self.lipschitz * f**self.q
+        return self.lipschitz * f**self.q / h.sum()
 
 
 class FedLAW:

@@ -50,6 +50,10 @@ VARIANTS = {
             {"per_tensor": True, "fedavg": True},
         )
     ],
+    "afl": [
+        (options, plain.AFL, options)
+        for options in ({}, {"step": 0.01}, {"update": "exponentiated"})
+    ],
     "fedce": [
         (options, plain.FedCE, options)
         for options in (
@@ -58,6 +62,11 @@ VARIANTS = {
             {"consensus": "uniform"},
             {"floor": 1e-3, "clip": "after"},
         )
+    ],
+    "fedau": [({}, plain.FedAU, {}), ({"cutoff": 3}, plain.FedAU, {"cutoff": 3})],
+    "qfedavg": [
+        (options, plain.QFedAvg, options)
+        for options in ({}, {"q": 0.0}, {"q": 2.5, "lipschitz": 0.7})
     ],
     "fedlaw": [
         (options, plain.FedLAW, {"x": PROXY.x, "y": PROXY.y, **options})
@@ -101,15 +110,20 @@ def draw_clients(kit, rng, start, present, empty, dtype):
         counts = (rng.integers(0, 9, CLASSES) * rng.integers(0, 2, CLASSES)).tolist()
         counts[int(rng.integers(CLASSES))] += 1
         accuracy, error = rng.uniform(size=2).tolist()
+        loss = error * (0.0, 1e-3, 0.7, 40.0)[int(accuracy * 1e6) % 4]
         clients[client] = kit.Client(
             model,
             n,
-            {keys.ACCURACY_AFTER: accuracy, keys.MINUS_ERROR: error},
+            {
+                keys.ACCURACY_AFTER: accuracy,
+                keys.MINUS_ERROR: error,
+                keys.LOSS_BEFORE: loss,
+            },
             {keys.LABEL_COUNTS: counts},
             silent=bool(rng.uniform() < 0.1),
         )
         if n and not clients[client].silent:
-            sent.append(plain.Sent(client, model, n, accuracy, error, counts))
+            sent.append(plain.Sent(client, model, n, accuracy, error, counts, loss))
     return clients, sent
 
 
@@ -138,6 +152,7 @@ def test_random_rounds(kit, name, case, dtype):
         known = rng.permutation(MOST_CLIENTS)[: int(rng.integers(1, MOST_CLIENTS + 1))]
         empty = {client for client in known.tolist() if rng.uniform() < 0.2}
         run = kit.Federation(strategy, {}, kit.record(arrays))
+        known_empty = set()
         for _ in range(ROUNDS):
             some = rng.permutation(known)[: int(rng.integers(1, len(known) + 1))]
             start = run.vector  # Ours, so that rounding does not add up.
@@ -146,11 +161,14 @@ def test_random_rounds(kit, name, case, dtype):
             )
             run.clients = run.grid.clients = clients
             record = run.round()
+            known_empty |= {c.client for c in record.clients if c.status == "dropped"}
             if len(sent) < plain_one.least:
                 assert record.status == "failed"
                 np.testing.assert_array_equal(run.vector, start)
                 continue
             assert record.status == "ok", record.reason
+            plain_one.number = run.number
+            plain_one.population = len(set(clients) - known_empty)
             weights, model = plain_one.step(start, sent)
             good = [c for c in record.clients if c.status == "ok"]
             assert [c.client for c in good] == [one.client for one in sent]

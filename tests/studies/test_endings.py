@@ -100,8 +100,8 @@ def test_weights_that_are_none_of_a_mean_are_told(tell: Tell) -> None:
     rows = [row | {"weight": 1.0} for row in asked(3, 5)]
     (line,) = tell(rows)
     assert line == (
-        "the weights summed to 5 and not to 1 (rounds 1 to 3); the global model is "
-        "scaled by that"
+        "the weights summed to 5 and not to 1 (rounds 1 to 3); the global model's "
+        "step is scaled by it"
     )
     rows = [row | {"weight": -0.5 if row["client"] == 1 else 0.375} for row in rows]
     line, *_ = tell(rows)

@@ -37,6 +37,7 @@ from fedweight.core.errors import (
 from fedweight.data import DataSet, Examples
 from fedweight.messages import _flower
 from fedweight.simulations import Plan
+from fedweight.strategies import STRATEGIES
 from fedweight.studies import components, recorder
 from fedweight.studies import folder as folder_module
 from fedweight.studies import report as report_module
@@ -714,7 +715,7 @@ def test_stragglers_do_less_and_may_be_dropped(quick, rows):
         }
 
 
-@pytest.mark.parametrize("strategy", ["fedprox", "feddisco", "fedlaw", "fedce", "ida"])
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.entries))
 def test_every_strategy_runs(quick, strategy):
     result = quick(strategy=strategy, settings={"data.proxy": 0.2})
     assert result.summary()["failed_rounds"] == 0
