@@ -320,6 +320,7 @@ def test_what_a_strategy_asks_for_and_needs_is_as_its_table_says() -> None:
     said = {
         "label-counts": "label counts",
         "loss-before": "a loss",
+        "normaliser": "a normaliser",
         "minus-error": "an evaluation a round",
     }
     for row in table("strategies/README.md", "name", "asks of clients"):

@@ -39,6 +39,7 @@ PROBES = Registry(
         keys.HELD_OUT_ACCURACY_BEFORE: f"{__name__}:held_out_accuracy_before",
         keys.HELD_OUT_ACCURACY_AFTER: f"{__name__}:held_out_accuracy_after",
         keys.MINUS_ERROR: "fedweight.strategies.fedce:minus_error",
+        keys.NORMALISER: "fedweight.strategies.fednova:normaliser",
     },
 )
 

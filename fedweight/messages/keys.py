@@ -41,6 +41,7 @@ HELD_OUT_LOSS_AFTER: Final = "held-out-loss-after"
 HELD_OUT_ACCURACY_BEFORE: Final = "held-out-accuracy-before"
 HELD_OUT_ACCURACY_AFTER: Final = "held-out-accuracy-after"
 MINUS_ERROR: Final = "minus-error"
+NORMALISER: Final = "normaliser"
 
 # Why a client is dropped, where that is nobody's fault.
 NO_EXAMPLES: Final = "it has no examples"

@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     keys.HELD_OUT_ACCURACY_BEFORE: (0, 1),
     keys.HELD_OUT_ACCURACY_AFTER: (0, 1),
     keys.MINUS_ERROR: (0, 1),
+    keys.NORMALISER: (0, math.inf),
 }
 
 # Sizes beyond this are scaled before they are added up.

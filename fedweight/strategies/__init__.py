@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .fedcollab import FedCollab
     from .feddisco import FedDisco
     from .fedlaw import FedLAW
+    from .fednova import FedNova
     from .fedprox import FedProx
     from .ida import IDA
     from .qfedavg import QFedAvg
@@ -41,6 +42,7 @@ __all__ = [
     "FedCollab",
     "FedDisco",
     "FedLAW",
+    "FedNova",
     "FedProx",
     "QFedAvg",
     "Report",
@@ -63,6 +65,7 @@ __getattr__, __dir__ = lazy_exports(
         "FedCollab": ".fedcollab",
         "FedDisco": ".feddisco",
         "FedLAW": ".fedlaw",
+        "FedNova": ".fednova",
         "FedProx": ".fedprox",
         "IDA": ".ida",
         "QFedAvg": ".qfedavg",
@@ -90,6 +93,7 @@ STRATEGIES = Registry(
         "afl": "fedweight.strategies.afl:AFL",
         "qfedavg": "fedweight.strategies.qfedavg:QFedAvg",
         "fedau": "fedweight.strategies.fedau:FedAU",
+        "fednova": "fedweight.strategies.fednova:FedNova",
     },
 )
 

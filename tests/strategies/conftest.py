@@ -32,7 +32,7 @@ from fedweight.strategies import Round
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 # Methods whose weights, by their law, need not sum to one: they scale the step, too.
-SCALE_THE_STEP = frozenset({"fedau", "qfedavg"})
+SCALE_THE_STEP = frozenset({"fedau", "fednova", "qfedavg"})
 
 
 @dataclass

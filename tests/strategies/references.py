@@ -22,6 +22,7 @@ class Sent:
     error: float = 1.0
     label_counts: list[int] = field(default_factory=list)
     loss: float = 1.0
+    work: float = 1.0
 
 
 def shares(values):
@@ -221,6 +222,12 @@ class FedAU(FedAvg):
             mine.append(self.number - cut)
             self.cuts[one.client] = self.number
         return np.array(found) / self.population
+
+
+class FedNova(FedAvg):
+    def weights(self, start, sent):
+        p, work = super().weights(start, sent), np.array([one.work for one in sent])
+        return (p @ work) * p / work
 
 
 class QFedAvg(FedAvg):

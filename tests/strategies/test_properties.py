@@ -99,6 +99,7 @@ def client(kit, model, n=10.0, seed=0, **changes):
         name: float(stream.uniform())
         for name in (keys.LOSS_BEFORE, keys.ACCURACY_AFTER, keys.MINUS_ERROR)
     }
+    metrics[keys.NORMALISER] = 3.0  # All do the same work, for a mean of FedNova's.
     profile = {keys.LABEL_COUNTS: stream.integers(0, 20, CLASSES).tolist()}
     return kit.Client(model, n, metrics, profile, **changes)
 
@@ -677,7 +678,7 @@ class Counted(StackedUpdates):
     ("name", "options", "apart"),
     [
         *(("fedavg", {}, 1), ("fedprox", {}, 1), ("feddisco", {}, 1)),
-        *(("afl", {}, 1), ("fedau", {}, 1), ("qfedavg", {}, 2)),
+        *(("afl", {}, 1), ("fedau", {}, 1), ("fednova", {}, 1), ("qfedavg", {}, 2)),
         *(("fedce", {}, 3), ("ida", {}, 3), ("ida", {"base": "previous"}, 2)),
         ("ida", {"per_tensor": True, "fedavg": True, "intrac": True}, 3),
     ],
@@ -686,7 +687,7 @@ def test_how_often_the_updates_are_read(kit, name, options, apart):
     """In one place as the table of strategies says; of FedLAW see test_fedlaw."""
     page = (Path(__file__).parents[2] / "strategies" / "README.md").read_text("utf-8")
     [here] = re.findall(rf"^\| \[`{name}`\].*\| (\d)[^|]*\|$", page, re.MULTILINE)
-    asked = (keys.MINUS_ERROR, keys.ACCURACY_AFTER, keys.LOSS_BEFORE)
+    asked = (keys.MINUS_ERROR, keys.ACCURACY_AFTER, keys.LOSS_BEFORE, keys.NORMALISER)
     metrics = {name: [0.5] * 4 for name in asked}
     for places, passes in ((1, int(here)), (2, apart)):
         strategy = build(name, **options)

@@ -64,6 +64,7 @@ VARIANTS = {
         )
     ],
     "fedau": [({}, plain.FedAU, {}), ({"cutoff": 3}, plain.FedAU, {"cutoff": 3})],
+    "fednova": [({}, plain.FedNova, {})],
     "qfedavg": [
         (options, plain.QFedAvg, options)
         for options in ({}, {"q": 0.0}, {"q": 2.5, "lipschitz": 0.7})
@@ -110,6 +111,7 @@ def draw_clients(kit, rng, start, present, empty, dtype):
         counts = (rng.integers(0, 9, CLASSES) * rng.integers(0, 2, CLASSES)).tolist()
         counts[int(rng.integers(CLASSES))] += 1
         accuracy, error = rng.uniform(size=2).tolist()
+        work = 0.5 + 9 * accuracy
         loss = error * (0.0, 1e-3, 0.7, 40.0)[int(accuracy * 1e6) % 4]
         clients[client] = kit.Client(
             model,
@@ -118,12 +120,14 @@ def draw_clients(kit, rng, start, present, empty, dtype):
                 keys.ACCURACY_AFTER: accuracy,
                 keys.MINUS_ERROR: error,
                 keys.LOSS_BEFORE: loss,
+                keys.NORMALISER: work,
             },
             {keys.LABEL_COUNTS: counts},
             silent=bool(rng.uniform() < 0.1),
         )
         if n and not clients[client].silent:
-            sent.append(plain.Sent(client, model, n, accuracy, error, counts, loss))
+            measured = accuracy, error, counts, loss, work
+            sent.append(plain.Sent(client, model, n, *measured))
     return clients, sent
 
 

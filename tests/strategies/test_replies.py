@@ -171,6 +171,7 @@ def build(name):
 def honest(kit, rng, k):
     asked = (keys.LOSS_BEFORE, keys.ACCURACY_AFTER, keys.MINUS_ERROR)
     metrics = {name: float(rng.uniform()) for name in asked}
+    metrics[keys.NORMALISER] = float(rng.integers(1, 9))
     counts = {keys.LABEL_COUNTS: rng.integers(1, 20, CLASSES).tolist()}
     size = CLASSES * (FEATURES + 1)
     return kit.Client(rng.normal(size=size), float(10 + k), metrics, counts)
