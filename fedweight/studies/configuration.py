@@ -82,6 +82,7 @@ class Configuration:
         path: str | Path | None = None,
         settings: Mapping[str, Any] | Iterable[str] = (),
         data: str | None = None,
+        whole: Iterable[str] = (),
     ) -> Configuration:
         """Read a simulation file, and settings that override it.
 
@@ -95,10 +96,13 @@ class Configuration:
         data : str, optional
             What the data are called, where they come as an object: then nothing that
             [data] says of where they are is read.
+        whole : iterable of str
+            Tables that the settings say all of: what the file says of them is not read.
         """
         if path is not None:
             path = clean_path("the simulation file", path)
         given: dict[str, Any] = {} if path is None else _read_toml(path)
+        given = {name: table for name, table in given.items() if name not in {*whole}}
         changes: dict[str, Any] = {}
         for setting in settings:
             if isinstance(settings, Mapping):

@@ -32,6 +32,7 @@ from .callbacks import BestModel, EarlyStopping, OwnCallbacks, checked_callbacks
 from .components import Components, engine_arguments, has_our_loop, own_loop
 from .configuration import Configuration
 from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
+from .given import as_settings, of_main, whole_tables
 from .keeper import NAME as KEPT
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
 from .progress import Wanted, check_progress, telling
@@ -83,6 +84,19 @@ def prepare(
     return Components(configuration, federated)
 
 
+def _preface(settings: Mapping[str, Any], dataset: DataSet | None) -> str:
+    """Return what ``config.toml`` begins with where it is not enough."""
+    if dataset is not None:
+        return GIVEN_IN_PYTHON
+    unnamed = of_main(settings)
+    if not unnamed:
+        return ""
+    return cannot_repeat(
+        f"{listed(unnamed)} is of the script or notebook that ran it",
+        "put it into a module of its own, and name that",
+    )
+
+
 def make_ready(
     components: Components,
     *,
@@ -115,7 +129,7 @@ def make_ready(
 def run(
     file: str | Path | None = None,
     *,
-    strategy: str | None = None,
+    strategy: str | type | Strategy | None = None,
     engine: str | None = None,
     seed: int | None = None,
     out: str | Path | None = None,
@@ -134,13 +148,18 @@ def run(
     ----------
     file : str or Path, optional
         A simulation file; the quick start by default.
-    strategy, engine, seed : optional
-        Short for the settings ``strategy.name``, ``engine.name`` and ``run.seed``.
+    strategy : str, class or object, optional
+        A strategy's name, class, or the strategy itself with its options: short for
+        the setting ``strategy``.
+    engine, seed : optional
+        Short for the settings ``engine.name`` and ``run.seed``.
     out : str or Path, optional
         The run's folder; by default a new one under ``runs/``.
     settings : Mapping or sequence of str
         Override keys of the file: ``{"partition.alpha": 0.1}``, or texts as on the
-        command line, ``["partition.alpha=0.1"]``.
+        command line, ``["partition.alpha=0.1"]``. A table may be given as a whole, as
+        a dictionary of keys, a class or function, or a made object: ``{"server":
+        ServerAdam(learning_rate=0.1), "model": Net}``. An object says all of its table.
     dataset : DataSet, optional
         Data of your own instead of the file's ``[data]``.
     report : bool
@@ -182,8 +201,10 @@ def run(
             f"{table}.{key}": value
             for table, key, value in map(parse_setting, settings)
         }
-    short = {"strategy.name": strategy, "engine.name": engine, "run.seed": seed}
+    short = {"strategy": strategy, "engine.name": engine, "run.seed": seed}
     given = {key: value for key, value in short.items() if value is not None}
+    whole = whole_tables({**settings, **given})
+    settings = {**as_settings(settings), **as_settings(given)}
     if dataset is not None and not isinstance(dataset, DataSet):
         raise DataError(
             f"dataset must be a fedweight.data.DataSet, got {shown(dataset)}. A file "
@@ -192,7 +213,7 @@ def run(
     own = None if dataset is None else dataset.name
     if file is not None and own is None and "data.name" not in settings:
         check_repeats(Path(file))
-    configuration = Configuration.read(file, {**settings, **given}, own)
+    configuration = Configuration.read(file, settings, own, whole)
     check_free(out, overwrite)
     own_callbacks = checked_callbacks(callbacks)
     check_progress(progress)
@@ -211,7 +232,7 @@ def run(
         report=report,
         progress=progress,
         callbacks=own_callbacks,
-        preface="" if dataset is None else GIVEN_IN_PYTHON,
+        preface=_preface(settings, dataset),
     )
 
 

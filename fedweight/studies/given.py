@@ -1,0 +1,136 @@
+"""What Python gives in place of a name: classes, functions, and made objects.
+
+They become the keys that a simulation file has, so a run's ``config.toml`` repeats it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+from ..core.errors import ConfigurationError
+from ..core.options import options_of
+from ..core.settings import kebab
+from ..core.texts import shown
+from .tables import PICKS, SCHEMA
+
+# In which module a notebook or a script defines what a file cannot name.
+MAIN = "__main__"
+
+
+def as_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as dotted keys, also those that name a table.
+
+    Parameters
+    ----------
+    settings : Mapping[str, Any]
+        By ``"table.key"`` a value; or by ``"table"`` a mapping of keys, a name, a class
+        or function, or an object whose options are the keys.
+
+    Raises
+    ------
+    ConfigurationError
+        If no file could say it.
+
+    Examples
+    --------
+    >>> from fedweight.strategies import FedDisco
+    >>> found = as_settings({"strategy": FedDisco(a=0.2), "run.rounds": 3})
+    >>> found["strategy.name"], found["strategy.a"], found["run.rounds"]
+    ('feddisco', 0.2, 3)
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in SCHEMA:
+            found[key] = value
+            continue
+        table = value if isinstance(value, Mapping) else _table_of(key, value)
+        found |= {f"{key}.{own}": v for own, v in table.items()}
+    return found
+
+
+def whole_tables(settings: Mapping[str, Any]) -> list[str]:
+    """Return the tables that a made object says all of: a file's keys do not stand."""
+    return [
+        key
+        for key, value in settings.items()
+        if key in SCHEMA and not isinstance(value, Mapping | str) and _is_made(value)
+    ]
+
+
+def _is_made(given: Any) -> bool:
+    return not (inspect.isclass(given) or inspect.isfunction(given))
+
+
+def of_main(settings: Mapping[str, Any]) -> list[str]:
+    """Return the keys that name what only this process has, as a notebook's classes."""
+    return [
+        key
+        for key, value in settings.items()
+        if key.endswith(".name") and str(value).startswith(f"{MAIN}:")
+    ]
+
+
+def _table_of(table: str, given: Any) -> dict[str, Any]:
+    """Return the keys of a table, as an object says them."""
+    if isinstance(given, str):
+        return {"name": given}
+    if table not in PICKS:
+        return _options(table, given, type(given))
+    if not _is_made(given):
+        return {"name": _name(table, given)}
+    return {"name": _name(table, type(given)), **_options(table, given, type(given))}
+
+
+def _options(table: str, made: Any, cls: type) -> dict[str, Any]:
+    """Return the options of a made object, as a file may say them."""
+    if not is_dataclass(cls):
+        raise ConfigurationError(
+            f"{table}: {shown(made)} does not say what it was made with. Give the "
+            f"class, and its options as '{table}.option', or a dictionary of keys."
+        )
+    options = options_of(cls)
+    found: dict[str, Any] = {}
+    for one in fields(cls):
+        option = options.get(one.name)
+        if option is None or not one.init:
+            continue
+        value = getattr(made, one.name)
+        if not option.given:
+            if value is not None:
+                found[kebab(one.name)] = value
+        elif not _is_default(one, value):
+            raise ConfigurationError(
+                f"{table}: {one.name} of {cls.__name__} is filled in by the run. Leave "
+                "it out; a seed is 'run.seed', a server optimiser 'server'."
+            )
+    return found
+
+
+def _is_default(one: Field[Any], value: Any) -> bool:
+    """Tell whether a field has what it has where nothing is given."""
+    default = one.default if one.default_factory is MISSING else one.default_factory()
+    if type(value) is not type(default):
+        return False
+    return value is default or bool(value == default) or _content(value, default)
+
+
+def _content(value: Any, default: Any) -> bool:
+    """Tell whether two objects without an equality of their own hold the same."""
+    return hasattr(value, "__dict__") and vars(value) == vars(default)
+
+
+def _name(table: str, given: Any) -> str:
+    """Return the name of a class or a function, as a file has it."""
+    path = f"{given.__module__}:{given.__qualname__}"
+    for name, known in PICKS[table].registry.entries.items():
+        if known == path:
+            return name
+    if "." in given.__qualname__:
+        raise ConfigurationError(
+            f"{table}: {given.__qualname__} is defined inside a function or a class, "
+            "where no file can name it. Define it at the top of its module."
+        )
+    return path

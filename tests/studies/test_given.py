@@ -1,0 +1,140 @@
+"""What Python gives in place of names: classes, functions and made objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from fedweight import run
+from fedweight.clients import TrainingSettings, objective
+from fedweight.core.errors import ConfigurationError
+from fedweight.server.schedules import Buffered
+from fedweight.strategies import IDA, FedDisco, WeightingStrategy
+from fedweight.strategies.server_optimizers import ServerAdam
+from fedweight.studies.configuration import Configuration
+from fedweight.studies.given import as_settings, of_main, whole_tables
+
+QUICK = {"run.rounds": 1, "training.epochs": 1, "partition.clients": 4}
+
+
+class Uniform(WeightingStrategy):
+    """Weigh clients alike."""
+
+    extra: float = 1.0
+
+    def weights(self, round: Any) -> Any:
+        return [1 / round.num_clients] * round.num_clients
+
+
+def net(input_shape: tuple[int, ...], num_classes: int, *, hidden: int = 4) -> Any:
+    size = 1
+    for n in input_shape:
+        size *= n
+    return nn.Sequential(nn.Flatten(), nn.Linear(size, num_classes))
+
+
+def test_names_classes_and_objects_say_the_same() -> None:
+    assert as_settings({"strategy": "ida"}) == {"strategy.name": "ida"}
+    assert as_settings({"strategy": IDA}) == {"strategy.name": "ida"}
+    made = as_settings({"strategy": IDA(fedavg=True)})
+    assert made["strategy.name"] == "ida"
+    assert made["strategy.fedavg"] is True
+    table = Configuration.read(None, made)["strategy"]
+    assert table["fedavg"] is True
+    assert as_settings({"strategy": {"name": "ida", "fedavg": True}}) == {
+        "strategy.name": "ida",
+        "strategy.fedavg": True,
+    }
+
+
+def test_what_has_no_name_goes_by_its_module() -> None:
+    path = f"{__name__}:Uniform"
+    assert as_settings({"strategy": Uniform})["strategy.name"] == path
+    found = as_settings({"strategy": Uniform(extra=2.0)})
+    assert found["strategy.name"] == path
+    assert found["strategy.extra"] == 2.0
+
+
+def test_every_table_that_picks_takes_objects() -> None:
+    found = as_settings(
+        {
+            "server": ServerAdam(learning_rate=0.5),
+            "schedule": Buffered(buffer_size=3),
+            "objective": objective("proximal", mu=0.25),
+            "training": TrainingSettings(epochs=3),
+            "model": net,
+        }
+    )
+    configuration = Configuration.read(
+        None, {k: v for k, v in found.items() if k != "model.name"}
+    )
+    assert configuration["server"] == {
+        **configuration["server"],
+        "name": "adam",
+        "learning-rate": 0.5,
+    }
+    assert configuration["schedule"]["buffer-size"] == 3
+    assert configuration["objective"]["mu"] == 0.25
+    assert configuration["training"]["epochs"] == 3
+    # All of it is the object's: the quick start's momentum does not stand.
+    assert configuration["training"]["momentum"] == 0.0
+    assert found["model.name"] == f"{__name__}:net"
+
+
+def test_an_object_replaces_what_a_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text('[strategy]\nname = "feddisco"\na = 0.3\nmetric = "l2"\n')
+    settings = {"strategy": FedDisco(b=0.2)}
+    found = Configuration.read(
+        file, as_settings(settings), whole=whole_tables(settings)
+    )
+    assert found["strategy"]["a"] == 0.5
+    assert found["strategy"]["b"] == 0.2
+    assert found["strategy"]["metric"] == "kl"
+    by_class = Configuration.read(file, as_settings({"strategy": FedDisco}))
+    assert by_class["strategy"]["a"] == 0.3
+
+
+def test_what_the_run_fills_in_is_refused() -> None:
+    with pytest.raises(
+        ConfigurationError, match="seed of FedDisco is filled in"
+    ):
+        as_settings({"strategy": FedDisco(seed=3)})
+    with pytest.raises(
+        ConfigurationError, match="server_optimizer of FedDisco"
+    ):
+        as_settings({"strategy": FedDisco(server_optimizer=ServerAdam())})
+
+
+def test_what_no_file_can_name_is_refused() -> None:
+    class Inner(Uniform):
+        """Weigh clients alike."""
+
+    with pytest.raises(ConfigurationError, match="inside a function or a class"):
+        as_settings({"strategy": Inner})
+    with pytest.raises(ConfigurationError, match="does not say what it was made with"):
+        as_settings({"model": nn.Linear(2, 2)})
+    with pytest.raises(ConfigurationError, match="training: 3 does not say"):
+        as_settings({"training": 3})
+
+
+def test_a_notebooks_own_class_is_said_not_to_repeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Uniform, "__module__", "__main__")
+    assert of_main(as_settings({"strategy": Uniform})) == ["strategy.name"]
+    assert of_main(as_settings({"strategy": "ida"})) == []
+
+
+def test_a_run_takes_them_and_its_file_repeats_it(tmp_path: Path) -> None:
+    settings = {**QUICK, "server": ServerAdam(learning_rate=0.05)}
+    first = run(
+        strategy=IDA(fedavg=True), settings=settings, out=tmp_path / "a", report=False
+    )
+    again = run(tmp_path / "a" / "config.toml", out=tmp_path / "b", report=False)
+    assert first.clients.equals(again.clients)
+    assert first.config["strategy"]["fedavg"] is True
+    assert first.config["server"]["learning-rate"] == 0.05
