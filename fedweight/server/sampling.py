@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from ..core.errors import ConfigurationError
 from ..core.rng import Purpose, generator
 from ..messages import keys
+from ..messages.grids import is_complete, number_of, sizes_of
 
 log = logging.getLogger("fedweight")
 
@@ -33,8 +34,8 @@ def sample(
     """
     if fraction == 0:
         return [], 0
-    number = getattr(grid, "client_of", int)
-    complete = getattr(grid, "complete", False)
+    number = number_of(grid)
+    complete = is_complete(grid)
     nodes = grid.get_node_ids()
     # A simulation's range is in the clients' order, and is not written out.
     if not (complete and isinstance(nodes, range)):
@@ -68,7 +69,7 @@ def _count(nodes: Sequence[int], number: Callable[[int], int], empty: Set[int]) 
 
 def count(grid: Grid, empty: Set[int]) -> int:
     """Return how many clients there are in all; ``empty`` ones are not counted."""
-    nodes, number = grid.get_node_ids(), getattr(grid, "client_of", int)
+    nodes, number = grid.get_node_ids(), number_of(grid)
     return _count(nodes if isinstance(nodes, range) else list(nodes), number, empty)
 
 
@@ -77,14 +78,14 @@ def nodes_of(grid: Grid, clients: Sequence[int]) -> list[tuple[int, int]]:
     nodes = grid.get_node_ids()
     if isinstance(nodes, range):  # In the clients' order.
         return [(client, nodes[client]) for client in clients]
-    number = getattr(grid, "client_of", int)
+    number = number_of(grid)
     known = {number(node): node for node in nodes}
     return [(client, known[client]) for client in clients]
 
 
 def numbered(grid: Grid) -> dict[int, int]:
     """Return the node of every client that may have examples, by its number."""
-    number = getattr(grid, "client_of", int)
+    number = number_of(grid)
     known = {number(node): node for node in grid.get_node_ids()}
     empty = known_empty(grid, list(known), frozenset())
     return {client: known[client] for client in sorted(known) if client not in empty}
@@ -95,8 +96,7 @@ def known_empty(grid: Grid, clients: Sequence[int], said: Set[int]) -> set[int]:
 
     A simulation knows; of others, those whose reply has said so.
     """
-    sizes_of = getattr(grid, "sizes_of", None)
-    sizes = None if sizes_of is None else sizes_of(clients)
+    sizes = sizes_of(grid, clients)
     empty = {client for client in clients if client in said}
     if sizes is not None:
         empty |= {c for c, size in zip(clients, sizes, strict=True) if size == 0}
