@@ -16,6 +16,7 @@ from ..core.rng import Purpose, generator
 from ..messages import keys
 from ..messages.arrays import FlatRecord, flatten, layout_of
 from ..messages.dispatch import Cohort
+from ..messages.grids import is_complete, name_of, sizes_of, sums_models
 from ..server.phase import Population
 from ..server.sampling import (
     count,
@@ -51,7 +52,7 @@ def train_messages(
     if now.forgets:
         now.history.clear()
     now.history.append(unfinished)
-    now.name_of = getattr(grid, "name_of", None) or str
+    now.name_of = name_of(grid)
     if not now.prepared:
         if strategy.prepares:
             now.method = strategy.prepare(Population(grid, strategy.seed))
@@ -99,7 +100,7 @@ def train_messages(
         and strategy.accumulate is None
         and strategy.max_share == 1
         and strategy.max_update_norm is None
-        and getattr(grid, "sums_models", False)
+        and sums_models(grid)
     )
     # As vectors, so that clients of ours answer in this layout.
     content = RecordDict(
@@ -137,7 +138,7 @@ def evaluate_messages(
     now.asked, now.not_asked = {}, {}
     if strategy.fraction_evaluate == 0:
         return []
-    now.name_of = getattr(grid, "name_of", None) or str
+    now.name_of = name_of(grid)
     nodes = drawn(
         strategy,
         now,
@@ -239,8 +240,7 @@ def _timetable(
     """Ask the loop's schedule, if there is one."""
     if now.clock is None:
         return None
-    sizes_of = getattr(grid, "sizes_of", None)
-    if not getattr(grid, "complete", False) or sizes_of is None:
+    if not is_complete(grid):
         raise ConfigurationError(
             f"schedule: {type(now.clock.schedule).__name__} needs simulated clients; "
             "real ones are waited for. Leave it out."
@@ -248,16 +248,17 @@ def _timetable(
     assert now.model is not None
     epochs: Any = config.get(keys.LOCAL_EPOCHS, 1)
     nodes = len(list(grid.get_node_ids()))
-    return now.clock.next(round, now.model, int(epochs), nodes, sizes_of)
+    sizes = partial(sizes_of, grid)
+    return now.clock.next(round, now.model, int(epochs), nodes, sizes)
 
 
 def _which_model(
     strategy: WeightingStrategy, now: Now, selection: Selection
 ) -> list[int]:
     """Return which global model each client starts from; make those that are new."""
-    which = assigned(strategy, selection)
-    if which is None:
-        return [0] * len(selection.clients)
+    which = assigned(strategy, selection) or [0] * len(selection.clients)
+    if not now.models and not any(which):
+        return which
     if not now.outermost:
         raise ConfigurationError(
             f"{type(strategy).__name__} keeps several global models, of which what "

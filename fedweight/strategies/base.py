@@ -378,7 +378,8 @@ class WeightingStrategy(Strategy):
     def models(self) -> list[FlatModel]:
         """The global models, where the method keeps several; else none."""
         now = self._now
-        return [now.global_model(which) for which in range(len(now.models))]
+        several = [] if now.model is None else range(len(now.models))
+        return [now.global_model(which) for which in several]
 
     @contextmanager
     def following(self, clock: Clock) -> Iterator[None]:

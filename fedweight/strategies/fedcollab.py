@@ -78,6 +78,10 @@ class FedCollab(WeightingStrategy):
     evaluate_every: Annotated[int, Field(ge=1)] = 10
     patience: Annotated[int, Field(ge=1)] = 10
 
+    def begin(self) -> dict[str, Any]:
+        """Know no coalition: then all are together."""
+        return {"coalitions": {}, "distances": None}
+
     def prepare(self, population: Population) -> dict[str, Any]:
         """Measure distances and choose the coalitions."""
         clients = population.clients

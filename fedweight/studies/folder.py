@@ -40,6 +40,7 @@ FILES = (
     "errors.log",
     "model.safetensors",
     "best-model.safetensors",
+    "models.safetensors",
     "report.html",
     "checkpoint.safetensors",
 )

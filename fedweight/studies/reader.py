@@ -143,6 +143,26 @@ class RunFolder:
             f"{self.folder / 'config.toml'}",
         )
 
+    def models(self) -> list[dict[str, Tensor]]:
+        """Return the final global models, of a method that keeps several.
+
+        :meth:`model` is their mean, by the data of the clients that trained them.
+
+        Raises
+        ------
+        DataError
+            There are none: the method keeps one, or the run did not end.
+        """
+        whole = self._model(
+            "models.safetensors",
+            "it is written when a run ends whose method keeps several global models",
+        )
+        found: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in whole.items():
+            which, _, name = key.partition("/")
+            found.setdefault(int(which), {})[name] = tensor
+        return [found[which] for which in sorted(found)]
+
     def best_model(self) -> dict[str, Tensor]:
         """Return the model that the clients' held-out data liked best, by name.
 

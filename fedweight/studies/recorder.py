@@ -28,9 +28,10 @@ from ..core.records import NOTHING
 from ..core.texts import NAME_LENGTH, plain
 from ..data import notes
 from ..messages.arrays import flatten
+from ..messages.grids import KnowsWhoCame, name_of, number_of
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
-from ..strategies import RoundRecord
+from ..strategies import RoundRecord, WeightingStrategy
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .components import Components
 from .folder import Table, write_whole
@@ -95,12 +96,10 @@ class Recorder:
         strategy.aggregate_train = listener.hears(strategy.aggregate_train)  # type: ignore[method-assign]
 
     def _client_of(self, node: int) -> int:
-        number: Callable[[int], int] = getattr(self.grid, "client_of", int)
-        return number(node)
+        return number_of(self.grid)(node)
 
     def _name_of(self, client: int) -> str:
-        name: Callable[[int], str] = getattr(self.grid, "name_of", None) or str
-        return name(client)
+        return name_of(self.grid)(client)
 
     @contextmanager
     def recording(
@@ -287,14 +286,22 @@ class Recorder:
 
     def _write_connected(self) -> None:
         """Write down which clients were there, where they come and go."""
-        connected = getattr(self.grid, "connected", None)
-        if connected is not None and self._environment:
-            self._environment["data"]["connected"] = sorted(connected)
+        if isinstance(self.grid, KnowsWhoCame) and self._environment:
+            self._environment["data"]["connected"] = sorted(self.grid.connected)
             self._write_environment()
 
     def _write_model(self) -> None:
         if self._arrays is not None:
             self.write_model(self.folder / "model.safetensors", self._arrays)
+        ours = isinstance(self.strategy, WeightingStrategy)
+        several = self.strategy.models if ours else []  # type: ignore[attr-defined]
+        if several:
+            states = {
+                f"{which}/{name}": tensor
+                for which, model in enumerate(several)
+                for name, tensor in model.state_dict().items()
+            }
+            write_whole(self.folder / "models.safetensors", safetensors_bytes(states))
 
     def write_model(
         self, path: Path, arrays: ArrayRecord, about: Mapping[str, str] | None = None

@@ -35,6 +35,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SCALE_THE_STEP = frozenset({"fedau", "fednova", "qfedavg"})
 
 
+def as_it_begins(strategy: Any) -> Any:
+    """Return a strategy without its phase before the rounds: nobody here answers."""
+    if strategy.prepares:
+        strategy.restore({**strategy.state, "prepared": True})
+    return strategy
+
+
 @dataclass
 class Client:
     """What one client answers.
@@ -243,6 +250,7 @@ def kit() -> SimpleNamespace:
     """What tests build federations of."""
     return SimpleNamespace(
         Client=Client,
+        as_it_begins=as_it_begins,
         Federation=Federation,
         record=record_of,
         make_round=make_round,

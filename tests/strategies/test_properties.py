@@ -89,7 +89,10 @@ def build(name, **options):
     }
     needed = {key: inputs[key] for key in cls.needs}
     usual = {"min_train_nodes": 1, "min_available_nodes": 1, **QUICK.get(name, {})}
-    return cls(**needed, **{**usual, **options})
+    made = cls(**needed, **{**usual, **options})
+    if made.prepares:  # With nothing that clients were asked before: as it begins.
+        made.restore({**made.state, "prepared": True})
+    return made
 
 
 def client(kit, model, n=10.0, seed=0, **changes):
@@ -596,7 +599,7 @@ def with_statistics(kit, name, variances, sizes):
     x = stream.normal(size=(12, FEATURES))
     inputs = {"model": model, "proxy": SimpleNamespace(x=x, y=np.arange(12) % 3)}
     needed = {key: inputs[key] for key in cls.needs}
-    strategy = cls(**needed, **QUICK.get(name, {}))
+    strategy = kit.as_it_begins(cls(**needed, **QUICK.get(name, {})))
     state = {n: t.numpy() for n, t in model.state_dict().items()}
     clients = {}
     for k, n in enumerate(sizes):

@@ -214,7 +214,7 @@ def test_no_reply_ends_a_run(kit, name, tmp_path):
                 }
             )
             some = {k: honest(kit, rng, k) for k in range(HONEST + PER_ROUND)}
-            run = kit.Federation(build(name), some, start)
+            run = kit.Federation(kit.as_it_begins(build(name)), some, start)
         bad = set(rng.permutation(len(some))[:PER_ROUND].tolist())
 
         def arrange(replies, bad=bad):
