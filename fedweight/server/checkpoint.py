@@ -88,8 +88,9 @@ def read(path: Path) -> dict[str, Any]:
 def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors, key=int):
-        values = tensors[name].reshape(-1).view(torch.uint8).numpy()
-        digest.update(values.data if values.size else b"")
+        values = tensors[name].reshape(-1)
+        if len(values):  # The strides of nothing may be anything.
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -99,13 +99,9 @@ def test_an_object_replaces_what_a_file_says(tmp_path: Path) -> None:
 
 
 def test_what_the_run_fills_in_is_refused() -> None:
-    with pytest.raises(
-        ConfigurationError, match="seed of FedDisco is filled in"
-    ):
+    with pytest.raises(ConfigurationError, match="seed of FedDisco is filled in"):
         as_settings({"strategy": FedDisco(seed=3)})
-    with pytest.raises(
-        ConfigurationError, match="server_optimizer of FedDisco"
-    ):
+    with pytest.raises(ConfigurationError, match="server_optimizer of FedDisco"):
         as_settings({"strategy": FedDisco(server_optimizer=ServerAdam())})
 
 
