@@ -22,7 +22,6 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from .clients.queries import QUERIES
 from .core.errors import AggregationError, ConfigurationError, check_range
 from .core.texts import NAME_LENGTH, plain, shown
 from .messages import keys
@@ -298,8 +297,8 @@ def _handle(message: Message, context: Context) -> Message:
 
 client_app.train()(_handle)
 client_app.evaluate()(_handle)
-for _name in QUERIES.entries:
-    client_app.query(_name)(_handle)
+client_app.query("ask")(_handle)
+client_app.query("label_counts")(_handle)
 
 
 @client_app.query(IDENTITY)

@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from .app import TrainingApp, client_number
     from .objectives import Batch, Objective
     from .probes import ClientRound
+    from .queries import Answer, ClientQuery
     from .settings import TrainingSettings
 
 __all__ = [
     "OBJECTIVES",
+    "Answer",
     "Batch",
+    "ClientQuery",
     "ClientRound",
     "Objective",
     "TrainingApp",
@@ -28,6 +31,8 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "Batch": ".objectives",
+        "Answer": ".queries",
+        "ClientQuery": ".queries",
         "ClientRound": ".probes",
         "Objective": ".objectives",
         "TrainingApp": ".app",

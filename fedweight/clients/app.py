@@ -31,10 +31,11 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from ..core.errors import ClientError, check_range, describe_failure
+from ..core.errors import ClientError, check_range, closest, describe_failure
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
 from ..core.rng import Purpose, key_table
+from ..core.texts import shown
 from ..data.federated import ClientData
 from ..messages import keys
 from ..messages.arrays import flatten
@@ -66,9 +67,9 @@ KEPT_TRAINERS = 4
 class TrainingApp(ClientApp):
     """A ClientApp that trains a PyTorch classifier on a client's own data.
 
-    It answers ``train`` and ``evaluate`` messages, with the records and metrics that
-    :mod:`fedweight.messages.keys` names, and those of
-    :data:`~fedweight.clients.queries.QUERIES`, such as ``query.label_counts``.
+    It answers ``train``, ``evaluate`` and ``query.ask`` messages, with the records and
+    metrics that :mod:`fedweight.messages.keys` names; and ``query.label_counts``, which
+    is the query of that name.
 
     Parameters
     ----------
@@ -96,6 +97,9 @@ class TrainingApp(ClientApp):
     probes : Mapping[str, Probe], optional
         Functions that a strategy may ask for by these names, besides those in
         :data:`~fedweight.clients.probes.PROBES`.
+    queries : Mapping[str, Query], optional
+        Functions that a strategy may ask before the rounds by these names, besides
+        those in :data:`~fedweight.clients.queries.QUERIES`.
     mods : list, optional
         Flower client mods, applied to every message.
 
@@ -124,12 +128,14 @@ class TrainingApp(ClientApp):
         sizes: Sequence[int] | npt.NDArray[np.int64] | None = None,
         name_of: Callable[[int], str] | None = None,
         probes: Mapping[str, Probe] | None = None,
+        queries: Mapping[str, Query] | None = None,
         mods: list[Any] | None = None,
     ) -> None:
         super().__init__(mods=mods)
         self.sizes = sizes
         self.name_of = name_of
         self.probes = dict(probes or {})
+        self.queries = dict(queries or {})
         self.mods = list(mods or [])
         self._has_lifespan = False
         self.model = model
@@ -146,8 +152,8 @@ class TrainingApp(ClientApp):
         self._forget()
         self.train()(self._train)
         self.evaluate()(self._evaluate)
-        for name in QUERIES.entries:
-            self.query(name)(partial(self._query, name))
+        self.query("ask")(self._query)
+        self.query("label_counts")(partial(self._query, name=keys.LABEL_COUNTS))
 
     def _forget(self) -> None:
         """Start without prepared modules: each process makes its own."""
@@ -334,8 +340,9 @@ class TrainingApp(ClientApp):
         )
         return reply.message(message)
 
-    def _query(self, name: str, message: Message, context: Context) -> Message:
+    def _query(self, message: Message, context: Context, name: str = "") -> Message:
         number = client_number(context)
+        query = self._query_called(name or _config(message.content).get(keys.QUERY))
         asked = ClientQuery(
             number,
             _config(message.content),
@@ -344,8 +351,20 @@ class TrainingApp(ClientApp):
             self.num_classes,
             self.seed,
         )
-        query: Query = QUERIES.resolve(name)
         return query(asked).message(message)
+
+    def _query_called(self, name: Any) -> Query:
+        """Return a query of the app's own, or one that is registered."""
+        if name in self.queries:
+            return self.queries[name]
+        if name in QUERIES.entries:
+            return QUERIES.resolve(name)  # type: ignore[no-any-return]
+        names = sorted({*self.queries, *QUERIES.entries})
+        raise ClientError(
+            f"there is no query {shown(name)} here.{closest(str(name), names)} There "
+            f"are {', '.join(names)}; others are those of the strategy that this "
+            "client's own run config names."
+        )
 
     # Steps of the answers.
 

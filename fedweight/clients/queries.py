@@ -1,7 +1,8 @@
 """Queries: what clients are asked before the rounds, without a model to train.
 
-A server names one in the type of its message, as ``query.label_counts``. What is run is
-what the client has under that name in :data:`QUERIES`.
+A server names one in the config of a ``query.ask`` message. What is run is what the
+client has under that name itself, in :data:`QUERIES` or in its app's ``queries``; never
+what a message brings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 QUERIES = Registry(
     "query",
     {
-        "label_counts": f"{__name__}:label_counts",
+        keys.LABEL_COUNTS: f"{__name__}:label_counts",
         "discriminate": "fedweight.strategies.fedcollab:discriminate",
     },
 )

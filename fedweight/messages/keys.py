@@ -15,6 +15,7 @@ PROFILE: Final = "profile"
 # What the server tells a client in the config record.
 ROUND: Final = "server-round"
 REQUEST: Final = "request"
+QUERY: Final = "query"
 LOCAL_EPOCHS: Final = "local-epochs"
 PROXIMAL_MU: Final = "proximal-mu"
 COEFFICIENT: Final = "coefficient"

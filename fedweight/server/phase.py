@@ -19,13 +19,15 @@ from .sampling import numbered
 
 log = logging.getLogger("fedweight")
 
+ANSWER_SECONDS = 600.0
+
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class Question(NamedTuple):
     """What one client is asked: numbers and texts, and arrays by name."""
 
-    told: Mapping[str, Any]
+    told: Mapping[str, Any] = MappingProxyType({})
     arrays: Arrays = MappingProxyType({})
 
 
@@ -62,32 +64,34 @@ class Population:
         self,
         query: str,
         questions: Mapping[int, Question],
-        timeout: float | None = None,
+        timeout: float | None = ANSWER_SECONDS,
     ) -> dict[int, Given]:
         """Ask some clients, and return what those answered that could.
 
         Parameters
         ----------
         query : str
-            A name of :data:`fedweight.clients.queries.QUERIES`.
+            A name of :data:`fedweight.clients.queries.QUERIES`, or of the strategy's
+            own :attr:`~fedweight.strategies.WeightingStrategy.queries`.
         questions : Mapping[int, Question]
             By client.
         timeout : float, optional
-            Seconds to wait.
+            Seconds to wait; ten minutes by default. Who has not answered by then did
+            not answer.
         """
         clients = {self._node[client]: client for client in questions}
         messages = [
             Message(
                 RecordDict(
                     {
-                        keys.CONFIG: ConfigRecord(dict(asked.told)),
+                        keys.CONFIG: ConfigRecord({**asked.told, keys.QUERY: query}),
                         keys.ARRAYS: ArrayRecord(
                             {n: Array(np.asarray(a)) for n, a in asked.arrays.items()}
                         ),
                     }
                 ),
                 dst_node_id=self._node[client],
-                message_type=f"query.{query}",
+                message_type="query.ask",
             )
             for client, asked in questions.items()
         ]

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..clients.probes import Probe
+from ..clients.queries import Query
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.options import GIVEN, InFile, checked_fields
@@ -122,6 +123,10 @@ class WeightingStrategy(Strategy):
     probes: ClassVar[Mapping[str, Probe]] = {}
     """Functions of the method's own that clients measure with, by name; see
     :mod:`fedweight.clients.probes`."""
+
+    queries: ClassVar[Mapping[str, Query]] = {}
+    """Functions of the method's own that clients answer with in :meth:`prepare`, by
+    name; see :mod:`fedweight.clients.queries`."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     """What of the server's the method takes as fields: "model", "proxy"."""

@@ -88,6 +88,8 @@ class Components:
         """Make the ClientApp."""
         training = self.configuration["training"]
         chosen = self.configuration["objective"]["name"]
+        method: Any = strategy_class(self.configuration["strategy"]["name"])
+        ours = issubclass(method, WeightingStrategy)
         return TrainingApp(
             self.make_model,
             self.client_data,
@@ -103,9 +105,8 @@ class Components:
             device=self.device,
             sizes=self.data.sizes,
             name_of=self.data.name_of if self.data.names else None,
-            probes=getattr(
-                strategy_class(self.configuration["strategy"]["name"]), "probes", {}
-            ),
+            probes=method.probes if ours else {},
+            queries=method.queries if ours else {},
         )
 
     def engine(self) -> str:

@@ -1,0 +1,182 @@
+"""Methods that ask clients before the rounds and keep several global models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedweight import run
+from fedweight.core.errors import ConfigurationError
+from fedweight.strategies import Selection, WeightingStrategy
+from fedweight.strategies.server_optimizers import ServerMomentum
+
+
+class Odd(WeightingStrategy):
+    """Train one model for even clients, one for odd ones; count the rounds of each."""
+
+    def begin(self) -> dict[str, int]:
+        return {"rounds": 0}
+
+    def assign(self, selection: Selection) -> list[int]:
+        return [client % 2 for client in selection.clients]
+
+    def weights(self, round: Any) -> Any:
+        round.log("clients", float(round.num_clients))
+        state = {"rounds": round.state["rounds"] + 1}
+        return round.size_weights, state
+
+
+def federation(kit: Any, strategy: Any, models: Any, **options: Any) -> Any:
+    clients = {k: kit.Client(np.array(m, float)) for k, m in enumerate(models)}
+    made = kit.Federation(strategy, clients, kit.record({"w": np.zeros(2)}), **options)
+    strategy._now.outermost = True  # As in Strategy.start and in our loop.
+    return made
+
+
+def vectors(strategy: Any) -> list[list[float]]:
+    return [model.parameters.tolist() for model in strategy.models]
+
+
+def test_each_model_is_the_mean_of_its_own_clients(kit: Any) -> None:
+    strategy = Odd()
+    run = federation(kit, strategy, [[1, 0], [0, 4], [3, 0], [0, 8]])
+    record = run.round()
+    assert vectors(strategy) == [[2, 0], [0, 6]]
+    assert run.vector.tolist() == [1, 3]  # Their mean, by data size.
+    assert [c.weight for c in record.clients] == [0.5] * 4
+    assert record.metrics["clients-model-0"] == record.metrics["clients-model-1"] == 2
+    assert strategy.state["method"] == {"rounds": 2}
+
+
+def test_a_model_that_nobody_trained_stays(kit: Any) -> None:
+    strategy = Odd()
+    run = federation(kit, strategy, [[1, 0], [0, 4], [3, 0], [0, 8]])
+    run.round()
+    for client in (1, 3):
+        run.clients[client].error = "no power"
+    run.round()
+    assert vectors(strategy)[1] == [0, 6]
+    assert strategy.state["models"][1]["examples"] == 20
+
+
+def test_a_failed_round_leaves_all_models(kit: Any) -> None:
+    strategy = Odd(min_replies=4)
+    run = federation(kit, strategy, [[1, 0], [0, 4], [3, 0], [0, 8]])
+    run.round()
+    before = vectors(strategy)
+    run.clients[0].error = "no power"
+    assert run.round().status == "failed"
+    assert vectors(strategy) == before
+    assert strategy.state["method"] == {"rounds": 2}
+
+
+def test_each_model_has_a_server_optimizer_of_its_own(kit: Any) -> None:
+    strategy = Odd(server_optimizer=ServerMomentum(beta=0.5))
+    run = federation(kit, strategy, [[1, 0], [0, 4]])
+    run.round()
+    run.round()
+    # w1 = m; v2 = 0.5 v1 + (m - w1) = 0.5 m; w2 = 1.5 m.
+    assert vectors(strategy) == [[1.5, 0], [0, 6]]
+
+
+def test_goes_on_from_its_state(kit: Any) -> None:
+    models = [[1, 0], [0, 4], [3, 0], [0, 8]]
+    one, other = (Odd(server_optimizer=ServerMomentum(beta=0.5)) for _ in range(2))
+    run = federation(kit, one, models)
+    run.round()
+    again = federation(kit, other, models)
+    again.number, again.arrays = run.number, run.arrays
+    other.restore(one.state)
+    run.round()
+    again.round()
+    assert vectors(one) == vectors(other)
+
+
+def test_clients_receive_and_evaluate_their_own_model(kit: Any) -> None:
+    strategy = Odd()
+    run = federation(kit, strategy, [[1, 0], [0, 4], [3, 0], [0, 8]])
+    run.round()
+    cohort = strategy.configure_evaluate(1, run.arrays, run.config, run.grid)
+    sent = [
+        torch.cat([torch.from_numpy(a.numpy()) for a in m.content["arrays"].values()])
+        for m in cohort
+    ]
+    assert [v.tolist() for v in sent] == [[2, 0], [0, 6], [2, 0], [0, 6]]
+    cohort = strategy.configure_train(2, run.arrays, run.config, run.grid)
+    assert [len(part.nodes) for part in cohort.parts()] == [2, 2]
+
+
+@pytest.mark.parametrize("given", [[0], [0, -1, 0, 0], [0.5] * 4, [0, 10**6, 0, 0]])
+def test_what_is_no_assignment_is_refused(kit: Any, given: Any) -> None:
+    class Wrong(Odd):
+        """Assign whatever."""
+
+        def assign(self, selection: Selection) -> list[int]:
+            return given
+
+    run = federation(kit, Wrong(), [[1, 0]] * 4)
+    with pytest.raises(ConfigurationError, match=r"Wrong\.assign"):
+        run.round()
+
+
+OWN = '''
+import numpy as np
+
+from fedweight.clients import Answer, ClientQuery
+from fedweight.server import Question
+from fedweight.strategies import WeightingStrategy
+
+
+def half(asked: ClientQuery) -> Answer:
+    upper = np.mean(asked.data.train.y >= asked.num_classes / 2)
+    return Answer({"half": int(upper > 0.5)})
+
+
+class ByHalf(WeightingStrategy):
+    """Train a model for each half of the classes."""
+
+    queries = {"half": half}
+
+    def prepare(self, population):
+        questions = {client: Question() for client in population.clients}
+        answers = population.ask("half", questions)
+        return {client: answer.metrics["half"] for client, answer in answers.items()}
+
+    def assign(self, selection):
+        return [selection.state.get(client, 0) for client in selection.clients]
+
+    def weights(self, round):
+        return round.size_weights
+'''
+
+
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]
+)
+def test_a_strategy_brings_its_queries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    (tmp_path / "own_half.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    made = run(
+        settings={
+            "strategy.name": "own_half:ByHalf",
+            "run.rounds": 3,
+            "training.epochs": 3,
+            "partition.clients": 6,
+            "partition.name": "shards",
+            "engine.name": engine,
+            "engine.workers": 2 if engine == "ray" else 0,
+        },
+        out=tmp_path / "run",
+        report=False,
+    )
+    assert len(made.models()) == 2
+    last = made.clients.query("round == 3")
+    assert last["weight"].sum() == pytest.approx(2)
+    assert last["accuracy"].notna().all()
