@@ -320,6 +320,16 @@ def test_nothing_is_written_for_what_is_refused(start: Start, tmp_path: Path) ->
     assert not (tmp_path / "flower").exists()
 
 
+@pytest.mark.parametrize("name", ["buffered", "deadline"])
+def test_real_clients_are_waited_for(start: Start, tmp_path: Path, name: str) -> None:
+    config = QUICK | {"settings": f"schedule.name={name}"}
+    with pytest.raises(
+        ConfigurationError, match=rf"schedule\.name: '{name}' is for simulated"
+    ):
+        start(FlowerLikeGrid(LocalGrid(apps.client_app, 2, config)), config)
+    assert not (tmp_path / "flower").exists()
+
+
 def test_a_flat_record_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through Ray by pickle, over HTTP by Flower's own serialisation."""
     from torch import nn

@@ -38,6 +38,7 @@ from fedweight.messages import keys
 from fedweight.messages.arrays import FlatRecord
 from fedweight.server.admission import FAR_LONGER
 from fedweight.server.reported import OWN_METRICS
+from fedweight.server.schedules import make_schedule
 from fedweight.simulations import LocalGrid, Plan
 from fedweight.strategies import STRATEGIES, Round, WeightingStrategy, strategy_class
 from fedweight.strategies.checks import LARGEST_VALUE
@@ -45,6 +46,7 @@ from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.round import REPORTED, REQUESTED
 from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
 from fedweight.studies.configuration import Configuration
+from fedweight.studies.tables import options_in_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -373,6 +375,27 @@ def test_numbers_in_the_pages_are_those_in_the_code() -> None:
     assert f"values beyond {LARGEST_VALUE:.1e}".replace("e+09", "e9") in page
     assert "an update a thousand times as long as the median" in page
     assert FAR_LONGER == 1000
+
+
+@pytest.mark.parametrize("name", ["deadline", "buffered"])
+def test_the_options_of_a_schedule_are_as_their_page_says(name: str) -> None:
+    page = text_of("docs/schedules.md")
+    before = page[: page.index(f"Options of `{name}`")].count("| key |")
+    rows = [t for t in tables("docs/schedules.md") if "key" in t[0]][before]
+    options = options_in_file("schedule", name)
+    listed = [names(row["key"])[0] for row in rows]
+    assert listed == [key.replace("_", "-") for key in options]
+    for row, (option, rule) in zip(rows, options.items(), strict=True):
+        assert json.loads(names(row["default"])[0]) == rule.default
+        choices = [json.loads(c) for c in names(row["range"])]
+        limits = Range.find(row["range"], whole=type(rule.default) is int)
+
+        def take(value: Any, option: str = option) -> Any:
+            return make_schedule(name, **{option: value})
+
+        check(take, choices, ["another"] if choices else [])
+        if limits:
+            check(take, limits.allowed(), limits.refused())
 
 
 def test_the_local_methods_are_those_of_the_registry() -> None:

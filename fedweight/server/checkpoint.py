@@ -88,9 +88,9 @@ def read(path: Path) -> dict[str, Any]:
 def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors, key=int):
-        values = tensors[name].reshape(-1)
-        if len(values):  # The strides of nothing may be anything.
-            digest.update(values.view(torch.uint8).numpy().data)
+        if tensors[name].numel():  # An empty one may have any strides.
+            values = tensors[name].reshape(-1).view(torch.uint8).numpy()
+            digest.update(values.data)
     return digest.hexdigest()
 
 

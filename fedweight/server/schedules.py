@@ -6,8 +6,9 @@ when is known before anybody trains, and is the same on every engine.
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -62,14 +63,15 @@ class Timetable:
     arrivals : tuple[Arrival, ...], optional
         Whose updates are aggregated; by default the strategy draws who trains.
     late : Callable
-        Takes clients that were drawn, and returns why some of them come too late.
+        Takes how many passes each client makes that was drawn, and returns why some of
+        them come too late.
     seconds : Callable
-        Takes the clients that were drawn, and returns how long the round takes.
+        Takes the same, and returns how long the round takes.
     """
 
     arrivals: tuple[Arrival, ...] | None
-    late: Callable[[Sequence[int]], Mapping[int, str]]
-    seconds: Callable[[Sequence[int]], float]
+    late: Callable[[Mapping[int, int]], Mapping[int, str]]
+    seconds: Callable[[Mapping[int, int]], float]
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,17 @@ class Speeds:
         """
         sizes = self.sizes_of([client])
         drawn = generator(self.seed, Purpose.SPEED, client=client).standard_normal()
-        return 1e-3 * (sizes[0] if sizes else 1) * float(np.exp(self.spread * drawn))
+        slower = float(np.exp(self.spread * drawn))
+        return 1e-3 * (1 if sizes is None else int(sizes[0])) * slower
 
 
 class Schedule(ABC):
     """When the server makes the next model, and of whose updates."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it says whose updates are aggregated, and not the strategy."""
+        return False
 
     @property
     def discounts(self) -> bool:
@@ -206,17 +214,18 @@ class Deadline(Schedule):
         """Let the strategy draw; name who is late."""
         speeds = Speeds(self.seed, self.speed_spread, sizes_of)
 
-        def late(clients: Sequence[int]) -> dict[int, str]:
-            needed = {client: epochs * speeds.seconds(client) for client in clients}
+        def needed(passes: Mapping[int, int]) -> dict[int, float]:
+            return {c: passes[c] * speeds.seconds(c) for c in passes}
+
+        def late(passes: Mapping[int, int]) -> dict[int, str]:
             return {
                 client: f"it needs {own:.4g} s, the deadline is {self.seconds:g} s"
-                for client, own in needed.items()
+                for client, own in needed(passes).items()
                 if own > self.seconds
             }
 
-        def seconds(clients: Sequence[int]) -> float:
-            needed = [epochs * speeds.seconds(client) for client in clients]
-            return min(self.seconds, max(needed, default=0.0))
+        def seconds(passes: Mapping[int, int]) -> float:
+            return min(self.seconds, max(needed(passes).values(), default=0.0))
 
         return Timetable(None, late, seconds), None
 
@@ -230,7 +239,8 @@ class Buffered(Schedule):
     AISTATS 2022. So many clients train at a time. When one is done, another takes its
     place and begins with the newest model; the update waits in the buffer. When the
     buffer is full it is aggregated, which is a round, and emptied. An update whose
-    client began ``tau`` rounds ago counts ``s(tau)`` times what the strategy says.
+    client began ``tau`` rounds ago counts ``s(tau)`` times what the strategy says; a
+    round that failed is one of them.
 
     Parameters
     ----------
@@ -251,10 +261,10 @@ class Buffered(Schedule):
 
     Notes
     -----
-    Who begins is drawn uniformly of those who do not train and have not had the newest
-    model; so a client is in a buffer once at most. That is this library's choice: a
-    client that began twice with one model would train the same twice. Ties of time are
-    broken by the client's number.
+    Who begins is drawn uniformly of those who do not train, have no update in the
+    buffer and have not had the newest model; so a client is in a buffer once at most.
+    That is this library's choice: a client that began twice with one model would train
+    the same twice. Ties of time are broken by the client's number.
     """
 
     buffer_size: Annotated[int, Field(ge=1)] = 10
@@ -264,6 +274,11 @@ class Buffered(Schedule):
     exponent: Annotated[float, Field(gt=0)] = 0.5
     threshold: Annotated[float, Field(ge=0)] = 4.0
     seed: Annotated[int, Field(ge=0), GIVEN] = 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it says whose updates are aggregated: yes."""
+        return True
 
     @property
     def discounts(self) -> bool:
@@ -310,20 +325,23 @@ class Buffered(Schedule):
             "buffers": model.buffers,
             "integers": model.integers,
         }
-        had = {client for client, (since, _) in training.items() if since == round}
+        ends = [(end, client) for client, (_, end) in training.items()]
+        heapq.heapify(ends)
+        idle = Idle(self.seed, population, sizes_of, training)
         arrived: list[tuple[int, int]] = []
         while len(arrived) < self.buffer_size:
             while len(training) < self.concurrency:
-                client = self._drawn(draws, population, {*had, *training}, sizes_of)
+                client = idle.draw(draws)
                 if client is None:
                     break
                 draws += 1
-                had.add(client)
-                training[client] = [round, time + epochs * speeds.seconds(client)]
+                end = time + epochs * speeds.seconds(client)
+                training[client] = [round, end]
+                heapq.heappush(ends, (end, client))
             if not training:
-                break  # Everybody has had the newest model.
-            client = min(training, key=lambda c: (training[c][1], c))
-            since, time = training.pop(client)
+                break  # Nobody is left who could begin.
+            time, client = heapq.heappop(ends)
+            since, _ = training.pop(client)
             arrived.append((client, since))
         if not arrived:
             raise ConfigurationError(
@@ -337,32 +355,72 @@ class Buffered(Schedule):
         )
         needed = {since for since, _ in training.values()}
         took = time - began
-        return Timetable(arrivals, lambda clients: {}, lambda clients: took), {
+        return Timetable(arrivals, lambda passes: {}, lambda passes: took), {
             "seconds": time,
             "training": training,
             "models": {since: models[since] for since in sorted(needed)},
             "draws": draws,
         }
 
-    def _drawn(
-        self, draws: int, population: int, busy: set[int], sizes_of: Sizes
-    ) -> int | None:
-        """Draw who begins next; ``None`` if there is nobody."""
-        stream = generator(self.seed, Purpose.ARRIVALS, draws)
-        without: set[int] = set()  # examples
-        while len(busy | without) < population:
-            if 2 * len(busy | without) < population:
-                client = int(stream.integers(population))
-                if client in busy or client in without:
-                    continue
-            else:
-                left = [c for c in range(population) if c not in busy | without]
-                client = left[int(stream.integers(len(left)))]
-            sizes = sizes_of([client])
-            if sizes is None or sizes[0]:
+
+class Idle:
+    """Clients that may begin with the newest model, from which one is drawn at a time.
+
+    Those that do not train, have no update in the buffer, have not had that model, and
+    have examples. Where more than half of all clients may, they are not listed.
+
+    Parameters
+    ----------
+    seed : int
+        0 or more.
+    population : int
+        N.
+    sizes_of : Callable
+        As for :class:`Speeds`.
+    busy : Iterable[int]
+        Who trains.
+    """
+
+    def __init__(
+        self, seed: int, population: int, sizes_of: Sizes, busy: Iterable[int]
+    ) -> None:
+        self.seed = seed
+        self.population = population
+        self.sizes_of = sizes_of
+        self._out = set(busy)  # Or without examples.
+        self._listed: list[int] | None = None
+
+    def draw(self, number: int) -> int | None:
+        """Return one of them, drawn uniformly; ``None`` if there is none.
+
+        ``number`` says which draw of the run it is.
+        """
+        stream = generator(self.seed, Purpose.ARRIVALS, number)
+        while self._listed is None and 2 * len(self._out) < self.population:
+            client = int(stream.integers(self.population))
+            if client in self._out:
+                continue
+            self._out.add(client)
+            if self._has_examples(client):
                 return client
-            without.add(client)
-        return None
+        if self._listed is None:
+            some = [c for c in range(self.population) if c not in self._out]
+            sizes = self.sizes_of(some)
+            if sizes is not None:
+                some = [c for c, size in zip(some, sizes, strict=True) if size]
+            self._listed = some
+        if not self._listed:
+            return None
+        place = int(stream.integers(len(self._listed)))
+        client, last = self._listed[place], self._listed.pop()
+        if place < len(self._listed):
+            self._listed[place] = last
+        self._out.add(client)
+        return client
+
+    def _has_examples(self, client: int) -> bool:
+        sizes = self.sizes_of([client])
+        return sizes is None or sizes[0] > 0
 
 
 def make_schedule(name: str, **options: Any) -> Schedule | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,11 @@ from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.records import RoundRecord
 from ..core.rng import Purpose, generator
+from ..core.texts import shown
 from ..messages import keys
 from ..messages.arrays import FlatRecord, flatten, layout_of
 from ..messages.dispatch import Cohort
-from ..messages.grids import is_complete, name_of, sizes_of, sums_models
+from ..messages.grids import is_complete, name_of, number_of, sizes_of, sums_models
 from ..server.phase import Population
 from ..server.sampling import (
     count,
@@ -224,9 +225,14 @@ def _chosen(
         [client for client in clients if client in empty], keys.NO_EXAMPLES
     )
     if timetable is not None:
-        clients = [client for client in clients if client not in empty]
-        now.not_asked |= timetable.late(clients)
-        now.history[-1].metrics["round-seconds"] = timetable.seconds(clients)
+        whole = _epochs(config)
+        passes = {
+            client: whole if part is None else part
+            for client, part in zip(clients, epochs, strict=True)
+            if client not in empty
+        }
+        now.not_asked |= timetable.late(passes)
+        now.history[-1].metrics["round-seconds"] = timetable.seconds(passes)
     return [
         (client, node, part)
         for (client, node), part in zip(nodes, epochs, strict=True)
@@ -246,10 +252,31 @@ def _timetable(
             "real ones are waited for. Leave it out."
         )
     assert now.model is not None
-    epochs: Any = config.get(keys.LOCAL_EPOCHS, 1)
-    nodes = len(list(grid.get_node_ids()))
-    sizes = partial(sizes_of, grid)
-    return now.clock.next(round, now.model, int(epochs), nodes, sizes)
+    nodes = grid.get_node_ids()
+    if not isinstance(nodes, range):  # A simulation's is not written out.
+        nodes = list(nodes)
+        clients = sorted(map(number_of(grid), nodes))
+        if clients != [*range(len(clients))]:
+            raise ConfigurationError(
+                f"schedule: {type(now.clock.schedule).__name__} needs clients that are "
+                f"numbered from 0 on, got {shown(clients)}. Leave it out."
+            )
+
+    def known_sizes(clients: Sequence[int]) -> Sequence[int] | None:
+        """Return how many examples some clients have, with what they said."""
+        sizes = sizes_of(grid, clients)
+        said = now.without_examples
+        if sizes is not None or said.isdisjoint(clients):
+            return sizes
+        return [int(client not in said) for client in clients]
+
+    return now.clock.next(round, now.model, _epochs(config), len(nodes), known_sizes)
+
+
+def _epochs(config: ConfigRecord) -> int:
+    """Return how many passes over their data clients are told to make."""
+    told: Any = config.get(keys.LOCAL_EPOCHS, 1)
+    return int(told)
 
 
 def _which_model(

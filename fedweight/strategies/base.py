@@ -304,10 +304,11 @@ class WeightingStrategy(Strategy):
         given = self.weights(round)
         remembers = has_state(given)
         weights = given[0] if remembers else given
-        weights = cap(as_weights(self, weights, round), self.max_share)
+        weights = as_weights(self, weights, round)
         if not round.in_time:
             discounts = round.discounts
             weights = weights * (discounts if weights.ndim == 1 else discounts[:, None])
+        weights = cap(weights, self.max_share)
         round.log("weight", weights if weights.ndim == 1 else weights.mean(1))
         model = round.updates.combine(weights).add_(round.model.parameters)
         return (model, given[1]) if remembers else model
@@ -393,8 +394,15 @@ class WeightingStrategy(Strategy):
         Raises
         ------
         ConfigurationError
-            If it has updates of older models count less, and the class does not.
+            If it has updates of older models count less, and the class does not; or if
+            it chooses the clients, and the method keeps several global models.
         """
+        if clock.schedule.chooses and type(self).assign is not WeightingStrategy.assign:
+            raise ConfigurationError(
+                f"schedule.name: {type(self).__name__} keeps several global models, "
+                f"which {type(clock.schedule).__name__} does not know. Choose "
+                "'synchronous' or 'deadline'."
+            )
         own = type(self).aggregate is not WeightingStrategy.aggregate
         if own and clock.schedule.discounts and not self.discounts:
             raise ConfigurationError(
@@ -405,7 +413,8 @@ class WeightingStrategy(Strategy):
         try:
             yield
         finally:
-            self._now.clock = None
+            # They hold older models.
+            self._now.clock, self._now.sent = None, {}
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,13 +164,13 @@ def _round(
         return round
     arrivals = [a for one in accepted if (a := _sent(now, one).arrival) is not None]
     staleness = [float(number - arrival.round) for arrival in arrivals]
-    round.log("staleness", torch.tensor(staleness, dtype=torch.float64))
+    round.logged_clients["staleness"] = torch.tensor(staleness, dtype=torch.float64)
     discounts = [arrival.discount for arrival in arrivals]
     nodes = [one.reply.node for one in accepted]
     return replace(
         round,
         discounts=torch.tensor(discounts, dtype=torch.float64),
-        since_now=models.updates(nodes, model, **_precision(strategy)),
+        since_now=partial(models.updates, nodes, model, **_precision(strategy)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ TAKEN = frozenset(
         *("round", "client", "name", "status", "reason", "bytes-down", "bytes-up"),
         *("asked", "ok", "rejected", "failed", "missing", "dropped", "evaluated"),
         *("examples", "steps", "held-out-examples", "loss", "accuracy"),
+        *("staleness", "round-seconds"),
         *("effective-clients", TIMES_MEDIAN, *REPORTED, *REQUESTED),
     }
 )
@@ -77,7 +78,8 @@ class Round:
     clients : tuple[int, ...]
         The clients' numbers, ascending; everything ``[K]`` stands in this order.
     model : FlatModel
-        The global model that the clients started from.
+        The global model that the clients started from; under a schedule that lets some
+        start from older ones, the newest.
     updates : Updates
         Their local updates, ``[K, P]``: what training added to the model that each
         began with.
@@ -95,6 +97,8 @@ class Round:
     discounts : Tensor
         ``[K]``; what a schedule lets updates count that began with older models, times
         what they would otherwise. 1 where there are none.
+    since_now : Callable, optional
+        What makes the :attr:`differences`, where the schedule says whose updates come.
     """
 
     number: int
@@ -109,7 +113,7 @@ class Round:
     logged_clients: dict[str, Tensor] = field(default_factory=dict)
     population: int = 0
     discounts: Tensor = field(default_factory=lambda: torch.ones(0))
-    since_now: Updates | None = None
+    since_now: Callable[[], Updates] | None = None
 
     def __post_init__(self) -> None:
         """Count at least those that are there."""
@@ -124,14 +128,14 @@ class Round:
         """Whether all updates were made to the global model of now."""
         return self.since_now is None
 
-    @property
+    @cached_property
     def differences(self) -> Updates:
         """``w_k - w``, row by row, with the global model of now.
 
         They are the :attr:`updates`, unless a schedule lets clients begin with older
         models.
         """
-        return self.updates if self.since_now is None else self.since_now
+        return self.updates if self.since_now is None else self.since_now()
 
     @property
     def num_clients(self) -> int:

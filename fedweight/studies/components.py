@@ -157,8 +157,11 @@ class Components:
 
     def _check_clients(self, strategy: Strategy) -> None:
         """Refuse a strategy that asks for more clients than there are, or than fit."""
-        clients = self.data.num_clients
-        for name in ("fraction_train", "fraction_evaluate"):
+        clients, schedule = self.data.num_clients, self.schedule()
+        shares = ["fraction_train", "fraction_evaluate"]
+        if schedule is not None and schedule.chooses:
+            shares.remove("fraction_train")
+        for name in shares:
             asked = clients * float(getattr(strategy, name, 0.0))
             if asked > MOST_ASKED:
                 raise ConfigurationError(
@@ -280,6 +283,9 @@ class Components:
         training = self.configuration["training"]
         share = self.configuration["strategy"].get("fraction-train") or 1.0
         cohort = max(1, int(self.data.num_clients * share))
+        schedule = self.schedule()
+        if isinstance(schedule, Buffered):
+            cohort = min(cohort, schedule.buffer_size)
         sizes = self._sizes
         steps = -(-sizes // training["batch-size"]) * training["epochs"]
         rounds = self.configuration["run"]["rounds"]
@@ -334,6 +340,11 @@ class Components:
                 "fedweight.strategies.WeightingStrategy, got "
                 f"{type(strategy).__name__}. Choose 'synchronous'."
             )
+        if not has_our_loop(strategy):
+            raise ConfigurationError(
+                f"schedule.name: '{name}' does not go with "
+                f"{own_loop(self.configuration)}. Choose 'synchronous'."
+            )
         with strategy.following(Clock(schedule)):  # It says what does not go.
             pass
         if not isinstance(schedule, Buffered):
@@ -350,6 +361,11 @@ class Components:
             raise ConfigurationError(
                 f"schedule.buffer-size is {schedule.buffer_size}, but there are "
                 f"{clients} clients (partition.clients), and none is in a buffer twice."
+            )
+        if strategy.min_replies > schedule.buffer_size:
+            raise ConfigurationError(
+                f"strategy.min-replies is {strategy.min_replies}, but no round has "
+                f"more than schedule.buffer-size = {schedule.buffer_size} replies."
             )
 
     def strategy(self) -> Strategy:

@@ -27,12 +27,13 @@ from flwr.serverapp import Grid
 from fedweight.core.layout import FlatModel, Layout
 from fedweight.core.updates import StackedUpdates
 from fedweight.messages import _flower, keys
+from fedweight.server.schedules import Arrival, Clock, Schedule, Timetable
 from fedweight.strategies import Round
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 # Methods whose weights, by their law, need not sum to one: they scale the step, too.
-SCALE_THE_STEP = frozenset({"fedau", "fednova", "qfedavg"})
+SCALE_THE_STEP = frozenset({"fedasync", "fedau", "fednova", "qfedavg"})
 
 
 def as_it_begins(strategy: Any) -> Any:
@@ -64,6 +65,7 @@ class FakeGrid(Grid):
     """A complete grid: every client is there from the start. Node = client + 100."""
 
     complete = True
+    sizes_of: Any = None
 
     def __init__(
         self,
@@ -183,6 +185,57 @@ class Federation:
         )
 
 
+@dataclass(frozen=True)
+class Script(Schedule):
+    """Arrivals as a test writes them down: ``(client, round in which it began)``."""
+
+    rounds: Sequence[Sequence[tuple[int, int]]]
+    exponent: float = 0.5
+
+    @property
+    def chooses(self) -> bool:
+        return True
+
+    @property
+    def discounts(self) -> bool:
+        return self.exponent > 0
+
+    def next(
+        self,
+        round: int,
+        model: FlatModel,
+        epochs: int,
+        population: int,
+        sizes_of: Any,
+        state: Any,
+    ) -> tuple[Timetable, Any]:
+        starts = {**(state or {}), round: model}
+        arrivals = tuple(
+            Arrival(c, since, starts[since], (1 + round - since) ** -self.exponent)
+            for c, since in self.rounds[round - 1]
+        )
+        return Timetable(arrivals, lambda passes: {}, lambda passes: 1.0), starts
+
+
+@dataclass
+class Scheduled(Federation):
+    """A federation whose rounds a schedule makes; every client's data count as one."""
+
+    schedule: Any = None
+    carried: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.grid.sizes_of = lambda clients: None
+
+    def round(self) -> Any:
+        clock = Clock(self.schedule, self.carried)
+        with self.strategy.following(clock):
+            record = super().round()
+        self.carried = clock.state
+        return record
+
+
 def record_of(arrays: Mapping[str, Any]) -> ArrayRecord:
     return ArrayRecord({n: Array(np.asarray(a)) for n, a in arrays.items()})
 
@@ -253,6 +306,9 @@ def kit() -> SimpleNamespace:
         as_it_begins=as_it_begins,
         Federation=Federation,
         record=record_of,
+        Clock=Clock,
+        Script=Script,
+        Scheduled=Scheduled,
         make_round=make_round,
         check_sum=check_sum,
         toy=golden_values("toy"),

@@ -205,6 +205,30 @@ class AFL(FedAvg):
         return own / own.sum() if own.sum() > 0 else p
 
 
+class FedBuff(FedAvg):
+    """Of updates that are all fresh."""
+
+    def weights(self, start, sent):
+        return np.full(len(sent), 1 / len(sent))
+
+
+class FedAsync:
+    """Of models that are all fresh, mixed in one after another."""
+
+    least = 1
+
+    def __init__(self, mixing=0.6):
+        self.mixing = mixing
+
+    def step(self, start, sent):
+        weights, model = np.zeros(len(sent)), start
+        for k, one in enumerate(sent):
+            weights *= 1 - self.mixing
+            weights[k] = self.mixing
+            model = (1 - self.mixing) * model + self.mixing * one.model
+        return weights, model
+
+
 class FedAU(FedAvg):
     def __init__(self, cutoff=np.inf):
         self.cutoff = cutoff

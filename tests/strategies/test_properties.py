@@ -54,6 +54,7 @@ CONVEX = {
     "fedlaw": {"server_epochs": 0},
     # Its weights are the step's length as well.
     "qfedavg": {"q": 0.0},
+    "fedasync": {"mixing": 1.0},
 }
 
 # What only takes time: the promises hold after any number of steps.
@@ -682,6 +683,7 @@ class Counted(StackedUpdates):
     [
         *(("fedavg", {}, 1), ("fedprox", {}, 1), ("feddisco", {}, 1)),
         *(("afl", {}, 1), ("fedau", {}, 1), ("fednova", {}, 1), ("qfedavg", {}, 2)),
+        *(("fedbuff", {}, 1), ("fedasync", {}, 1), ("fedcollab", {}, 1)),
         *(("fedce", {}, 3), ("ida", {}, 3), ("ida", {"base": "previous"}, 2)),
         ("ida", {"per_tensor": True, "fedavg": True, "intrac": True}, 3),
     ],

@@ -63,6 +63,10 @@ VARIANTS = {
             {"floor": 1e-3, "clip": "after"},
         )
     ],
+    "fedbuff": [({}, plain.FedBuff, {})],
+    "fedasync": [
+        (options, plain.FedAsync, options) for options in ({}, {"mixing": 0.05})
+    ],
     "fedau": [({}, plain.FedAU, {}), ({"cutoff": 3}, plain.FedAU, {"cutoff": 3})],
     "fednova": [({}, plain.FedNova, {})],
     "qfedavg": [

@@ -33,11 +33,18 @@ class Private(DifferentialPrivacyServerSideFixedClipping):
     def __init__(self):
         super().__init__(FedAdam(fraction_train=0.7, eta=0.01), 0.01, 1.0, 4)
 """
+BUFFERED = {
+    "strategy.fraction-train": 1.0,
+    "schedule.name": "buffered",
+    "schedule.buffer-size": 2,
+    "schedule.concurrency": 5,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "fedce, momentum": {"strategy.name": "fedce", "server.name": "momentum"},
     "fedlaw, adam": {"strategy.name": "fedlaw", "server.name": "adam"},
     "feddisco": {"strategy.name": "feddisco", "partition.name": "dirichlet-sampled"},
     "Flower's FedAdam in its DP wrapper": {"strategy.name": "own_private:Private"},
+    "fedbuff": {"strategy.name": "fedbuff", "server.name": "momentum", **BUFFERED},
 }
 
 
@@ -89,11 +96,14 @@ def written(folder: Path) -> dict[str, bytes]:
     ("method", "engine"),
     [
         *((method, "local") for method in METHODS),
-        pytest.param(
-            "fedce, momentum",
-            "ray",
-            # Ray starts three times.
-            marks=[pytest.mark.ray, pytest.mark.timeout(400)],
+        *(
+            pytest.param(
+                method,
+                "ray",
+                # Ray starts three times.
+                marks=[pytest.mark.ray, pytest.mark.timeout(400)],
+            )
+            for method in ("fedce, momentum", "fedbuff")
         ),
     ],
 )
