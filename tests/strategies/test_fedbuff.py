@@ -289,9 +289,9 @@ def test_several_global_models_are_refused(kit):
         federation(kit, Several(), np.eye(4, 2), [0.0, 0.0]).round()
 
 
-def test_a_grid_that_knows_no_sizes_is_refused(kit):
+def test_a_grid_whose_clients_come_and_go_is_refused(kit):
     run = federation(kit, build(), np.eye(4, 2), [0.0, 0.0])
-    run.grid.sizes_of = None
+    run.grid.complete = False
     with pytest.raises(ConfigurationError, match="needs simulated clients"):
         run.round()
 
