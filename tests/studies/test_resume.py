@@ -75,7 +75,7 @@ def killed(folder: Path, settings: dict[str, Any], seconds: float) -> None:
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not (folder / NAME).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(seconds)

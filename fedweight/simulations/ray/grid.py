@@ -236,7 +236,8 @@ def _start_ray(workers: int | None, address: str | None) -> contextlib.ExitStack
     }
     watcher = None
     if address is None:
-        options |= {"include_dashboard": False, "num_cpus": workers}
+        # Its own, even where somebody has started a cluster on this machine.
+        options |= {"address": "local", "num_cpus": workers, "include_dashboard": False}
         mark = MARK + uuid.uuid4().hex
         settings[mark] = "1"
         watcher = ours.enter_context(_watched(f"{mark}=1"))
