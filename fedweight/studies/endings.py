@@ -339,6 +339,8 @@ def _odd_weights(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
             f"{run.called(clients)} had a negative weight "
             f"({rounds_listed(negative['round'].tolist())})"
         )
+    if "staleness" in rows:  # A schedule had them count less, as it was told.
+        rows = rows[rows.groupby("round")["staleness"].transform("max") == 0]
     sums = rows.groupby("round")["weight"].sum()
     odd = sums[(sums < 1 / FAR_FROM_ONE) | (sums > FAR_FROM_ONE)]
     odd = odd[odd != 0]  # With weights of 0 a round has failed, and says so.

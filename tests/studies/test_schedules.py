@@ -56,6 +56,12 @@ def test_the_tables_tell_of_staleness_and_time(made: Run) -> None:
     assert made.rounds["test_accuracy"].iloc[-1] > 0.5
 
 
+def test_the_discount_that_was_asked_for_is_no_warning(tmp_path: Path) -> None:
+    made = simulated(tmp_path / "run", **{"schedule.buffer-size": 1})
+    assert made.clients.groupby("round")["weight"].sum().min() < 0.5
+    assert made.warnings == []
+
+
 @pytest.mark.parametrize(
     "settings",
     [
