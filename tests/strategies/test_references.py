@@ -14,6 +14,8 @@ from torch import nn
 from fedweight.messages import keys
 from fedweight.strategies import STRATEGIES, strategy_class
 
+from .conftest import as_it_begins
+
 _place = Path(__file__).with_name("references.py")
 _spec = importlib.util.spec_from_file_location("references", _place)
 plain = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
@@ -64,6 +66,8 @@ VARIANTS = {
         )
     ],
     "fedbuff": [({}, plain.FedBuff, {})],
+    # In one coalition, as it begins; several are in test_several_models.
+    "fedcollab": [({}, plain.FedAvg, {})],
     "fedasync": [
         (options, plain.FedAsync, options) for options in ({}, {"mixing": 0.05})
     ],
@@ -97,7 +101,8 @@ def build(name, options, dtype):
     model = nn.Linear(FEATURES, CLASSES)
     inputs = {"model": model.double() if dtype == np.float64 else model, "proxy": PROXY}
     needed = {key: inputs[key] for key in cls.needs}
-    return cls(**needed, min_train_nodes=1, min_available_nodes=1, **options)
+    made = cls(**needed, min_train_nodes=1, min_available_nodes=1, **options)
+    return as_it_begins(made)
 
 
 def draw_clients(kit, rng, start, present, empty, dtype):
