@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .errors import AggregationError
 from .layout import FlatModel, Integers, as_tensor, is_finite
+from .rows import TILE_ROWS
 from .threads import one_thread
-from .updates import TILE_ROWS, Accumulate, StackedUpdates, Updates
+from .updates import Accumulate, StackedUpdates, Updates
 
 
 class LocalModels(ABC):

@@ -33,7 +33,7 @@ from ..core.local_models import (
     ModelSum,
     SummedModels,
 )
-from ..core.updates import changed_tensors
+from ..core.rows import changed_tensors
 from . import keys
 from ._flower import CLIENT_APP_RAISED_EXCEPTION, NO_REPLY, reason_of
 from .arrays import FlatRecord, flatten

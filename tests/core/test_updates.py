@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from fedweight.core import updates as module
 from fedweight.core.errors import ConfigurationError
+from fedweight.core.rows import TILE_ROWS, Rows
 from fedweight.core.updates import StackedUpdates
 
 # More rows than a tile has, more columns than one has, and a border inside a tensor.
 COLUMNS = 8192
-LARGE = (module.TILE_ROWS + 5, 2 * COLUMNS + 77)
+LARGE = (TILE_ROWS + 5, 2 * COLUMNS + 77)
 
 
 @pytest.fixture(autouse=True)
@@ -319,7 +320,7 @@ class Elsewhere(module.Updates):
 
     def __init__(self, stacked, parts):
         super().__init__(parts, stacked.origin, stacked.offsets, stacked.accumulate)
-        self.parts = [module.Rows([stacked.models[k] for k in rows]) for rows in parts]
+        self.parts = [Rows([stacked.models[k] for k in rows]) for rows in parts]
 
     def _ask(self, method, arguments):
         for rows, own in zip(self.parts, arguments, strict=True):
@@ -420,17 +421,6 @@ def test_a_tensor_without_values_is_no_obstacle():
     assert each.tolist() == [[0.0, 3.0, 0.0]] * 2
     weights = torch.tensor([[9.0, 1.0, 9.0], [9.0, 2.0, 9.0]])
     assert updates.combine(weights).tolist() == [3.0, 3.0, 3.0]
-
-
-def test_a_vector_that_was_let_go_is_used_again_and_no_other(monkeypatch):
-    monkeypatch.setattr(module, "LARGE_BYTES", 1)
-    one, other = module.empty(100, torch.float32), module.empty(100, torch.float32)
-    assert one.data_ptr() != other.data_ptr()
-    place, view = one.data_ptr(), one[:5]
-    del one
-    assert module.empty(100, torch.float32).data_ptr() != place
-    del view
-    assert module.empty(50, torch.float64).data_ptr() == place
 
 
 @every_dtype

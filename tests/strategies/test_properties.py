@@ -31,8 +31,9 @@ from fedweight.clients import objective as make_objective
 from fedweight.clients.objectives import OBJECTIVES
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.module import FlatModule
+from fedweight.core.rows import Rows
 from fedweight.core.state import pack, unpack
-from fedweight.core.updates import Rows, StackedUpdates
+from fedweight.core.updates import StackedUpdates
 from fedweight.data import ClientData, Examples
 from fedweight.messages import keys
 from fedweight.messages.arrays import FlatRecord

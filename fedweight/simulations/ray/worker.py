@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...core.layout import FlatModel, Integers, Layout, as_tensor
 from ...core.local_models import ModelSum
-from ...core.updates import Rows
+from ...core.rows import Rows
 from ...messages import _flower
 from ...messages.dispatch import Cohort, Reply
 from ..allocator import keep_freed_memory
@@ -235,7 +235,7 @@ class Worker:
         parts: Sequence[tuple[Sequence[Place], Sequence[Any]]],
         *values: Any,
     ) -> list[npt.NDArray[Any]]:
-        """Call a method of some parts' :class:`~fedweight.core.updates.Rows`.
+        """Call a method of some parts' :class:`~fedweight.core.rows.Rows`.
 
         Parameters
         ----------
