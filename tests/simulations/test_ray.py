@@ -180,14 +180,14 @@ def test_few_tasks_a_round(
     ray_grid: Any, write: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lists: list[int] = []
-    send = ray_grid._pool._send
+    send = ray_grid._pool.actors.send
 
-    def counting(worker: Any, jobs: Any) -> Any:
+    def counting(worker: Any, jobs: Any, known: Any) -> Any:
         lists.append(len(jobs))
-        return send(worker, jobs)
+        return send(worker, jobs, known)
 
     ray_grid.load(app_of(echo), 200)
-    monkeypatch.setattr(ray_grid._pool, "_send", counting)
+    monkeypatch.setattr(ray_grid._pool.actors, "send", counting)
     messages = [write(ray_grid, k) for k in range(200)]
     ray_grid.send_and_receive(messages)
     lists.clear()
@@ -204,13 +204,13 @@ def test_slow_clients_begin_first(
     messages = [write(ray_grid, k, seconds=0.2 if k == 7 else 0.02) for k in range(12)]
     ray_grid.send_and_receive(messages)
     first: list[list[int]] = []
-    send = ray_grid._pool._send
+    send = ray_grid._pool.actors.send
 
-    def noting(worker: Any, jobs: Any) -> Any:
+    def noting(worker: Any, jobs: Any, known: Any) -> Any:
         first.append([c for job in jobs for c in job.clients])
-        return send(worker, jobs)
+        return send(worker, jobs, known)
 
-    monkeypatch.setattr(ray_grid._pool, "_send", noting)
+    monkeypatch.setattr(ray_grid._pool.actors, "send", noting)
     ray_grid.send_and_receive(messages)
     assert [7] in first[:2]
 

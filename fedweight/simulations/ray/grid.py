@@ -33,7 +33,8 @@ from ...messages.dispatch import Cohort, Gathered, Replies
 from ..grid import RunConfig, SimulationGrid, answers_cohort, usable_plan
 from ..plan import Plan, sizes_of
 from . import watch
-from .pool import CohortBatch, Pool
+from .jobs import CohortBatch
+from .pool import Pool
 from .rows import ShardedModels
 
 log = logging.getLogger("fedweight")
@@ -111,7 +112,7 @@ class RayGrid(SimulationGrid):
     @property
     def workers(self) -> int:
         """How many worker processes there are."""
-        return len(self._pool.workers)
+        return len(self._pool.actors.handles)
 
     def load(
         self,

@@ -1,0 +1,186 @@
+"""The worker processes, as Ray actors: begun, sent their lists, replaced when lost."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import ray
+from flwr.clientapp import ClientApp
+from ray.exceptions import RayError
+from ray.util.check_serialize import inspect_serializability
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ...core.errors import EngineError
+from ..grid import RunConfig
+from .jobs import Job
+from .worker import Answer, Worker
+
+# Seconds to wait for the workers; a cluster where others work may have no room.
+START_TIMEOUT = 120.0
+
+
+class Sent(NamedTuple):
+    """What came back of a list."""
+
+    answers: list[Answer]
+    rows: list[Any]  # references to the models, for each share that keeps them
+    states: list[Any]  # references, for each client that keeps one
+
+
+class Actors:
+    """The workers, each in a slot, which another takes over when it is lost.
+
+    It has no lock of its own. The pool calls :meth:`on` and :meth:`replace` with its
+    lock, and without it what waits for workers: :meth:`load`, :meth:`send` and
+    :meth:`kill`.
+
+    Parameters
+    ----------
+    count : int
+        How many; Ray runs already.
+    options : dict
+        What each asks Ray for.
+
+    Attributes
+    ----------
+    handles : list
+        The actor in each slot.
+    places : list[str]
+        The Ray node of each.
+    gone : set[int]
+        Slots whose node is gone.
+    """
+
+    def __init__(self, count: int, options: dict[str, Any]) -> None:
+        self._options = {"max_restarts": 0, **options}
+        actor = cast(Any, ray.remote(Worker)).options(**self._options)
+        self.handles: list[Any] = [actor.remote() for _ in range(count)]
+        self.places: list[str] = [""] * count
+        self.gone: set[int] = set()
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots whose node is there."""
+        return [slot for slot in range(len(self.handles)) if slot not in self.gone]
+
+    @property
+    def num_left(self) -> int:
+        """How many workers there are, without those whose node is gone."""
+        return len(self.handles) - len(self.gone)
+
+    def load(
+        self,
+        slots: Sequence[int],
+        app: ClientApp,
+        num_clients: int,
+        run_config: RunConfig,
+    ) -> None:
+        """Send an app to the workers in some slots and wait until they have it."""
+        try:
+            self._app = (ray.put(app), num_clients, run_config)
+        except Exception as error:
+            raise EngineError(_unshippable(app, error)) from error
+        loaded = [self.handles[slot].load.remote(*self._app) for slot in slots]
+        ready, late = ray.wait(loaded, num_returns=len(loaded), timeout=START_TIMEOUT)
+        if late:
+            raise EngineError(
+                f"{len(ready)} of {len(loaded)} Ray workers started within "
+                f"{START_TIMEOUT:g} s. Others may be using the cluster: ask for fewer "
+                "workers, or try again later."
+            )
+        try:
+            places = ray.get(loaded)
+        except RayError as error:
+            raise EngineError(
+                "a Ray worker cannot load the ClientApp. The modules that it comes "
+                f"from must be importable there: {getattr(error, 'cause', '') or error}"
+            ) from error
+        for slot, place in zip(slots, places, strict=True):
+            self.places[slot] = place
+
+    def send(self, worker: Any, jobs: Sequence[Job], known: Mapping[int, Any]) -> Sent:
+        """Send a list to a worker; wait for the answers.
+
+        ``known`` are references to the states that clients have.
+        """
+        arrays: dict[int, Any] = {}
+        for job in jobs:
+            arrays |= job.arrays
+        clients = [client for job in jobs for client in job.clients]
+        states = {client: known[client] for client in clients if client in known}
+        kept = sum(job.share is not None and job.share.keeps_rows for job in jobs)
+        sent = worker.run.options(num_returns=1 + kept).remote(
+            [(job.clients, job.share or job.payloads) for job in jobs],
+            list(arrays),
+            list(states),
+            *arrays.values(),
+            *states.values(),
+        )
+        first, *rows = sent if kept else [sent]
+        # The only place where what clients reply comes into this process. Vectors stay
+        # in shared memory, and last as long as somebody looks at them.
+        answers: list[Answer] = ray.get(first)
+        count = sum(sum(answer.has_state) for answer in answers)
+        if not count:
+            return Sent(answers, rows, [])
+        # Only now it is known how many there are. As results of a task they are this
+        # process's own, and stay when the worker ends.
+        done, *references = worker.states.options(num_returns=1 + count).remote()
+        ray.get(done)  # Raises whatever went wrong.
+        return Sent(answers, rows, references)
+
+    def on(self, place: str) -> list[Any]:
+        """Return the workers on a Ray node."""
+        return [self.handles[slot] for slot in self.slots if self.places[slot] == place]
+
+    def replace(self, lost: Any) -> None:
+        """Start a worker anew where it was; give it up if its node is gone."""
+        if lost not in self.handles:
+            return  # Another has its slot already.
+        slot = self.handles.index(lost)
+        place = self.places[slot]
+        alive = {node["NodeID"] for node in cast(Any, ray).nodes() if node["Alive"]}
+        if place not in alive:
+            self.gone.add(slot)
+            if len(self.gone) == len(self.handles):
+                raise EngineError("the Ray nodes of all workers are gone.")
+            return
+        here = NodeAffinitySchedulingStrategy(place, soft=False)
+        actor = cast(Any, ray.remote(Worker))
+        worker = actor.options(**self._options, scheduling_strategy=here).remote()
+        worker.load.remote(*self._app)
+        self.handles[slot] = worker
+
+    def kill(self) -> None:
+        """End the workers."""
+        # Somebody may have ended Ray, when ``kill`` would start it, or begun another.
+        if ray.is_initialized():
+            for handle in self.handles:
+                with contextlib.suppress(Exception):
+                    ray.kill(handle)
+
+
+def _unshippable(app: ClientApp, error: Exception) -> str:
+    """Say what of an app cannot be sent to another process."""
+    found: set[str] = set()
+    with open(os.devnull, "w") as nowhere, contextlib.suppress(Exception):
+        for value in vars(app).values():
+            for part in value.values() if isinstance(value, dict) else [value]:
+                if getattr(part, "__self__", None) is app:
+                    continue
+                _, failures = inspect_serializability(part, print_file=nowhere)
+                found |= {
+                    f"'{failure.name}' ({type(failure.obj).__name__})"
+                    for failure in failures
+                    if not inspect.isroutine(failure.obj)
+                }
+    because = f", because of {', '.join(sorted(found))}" if found else ""
+    return (
+        f"the ClientApp cannot be sent to Ray workers{because}: "
+        f"{error.__cause__ or error}. Make such objects inside the client's functions, "
+        "or use engine = 'local'."
+    )
