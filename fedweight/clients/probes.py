@@ -7,15 +7,17 @@ brings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.registry import Registry
+from ..core.texts import shown
 from ..messages import keys
 from ..messages.arrays import FlatRecord, flatten
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from .settings import TrainingSettings
 
 Part = Literal["train", "held-out"]
+
+# What every reply to a train message reports.
+REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
 
 PROBES = Registry(
     "probe",
@@ -64,7 +69,8 @@ class ClientRound:
     told : ConfigRecord
         What the server told the client.
     data : ClientData
-        The client's examples: ``data.train`` and ``data.held_out``.
+        The client's examples: ``data.train`` and ``data.held_out``, each with arrays
+        ``x`` and ``y``.
     num_classes : int
         C.
     received, trained : FlatModel
@@ -131,6 +137,33 @@ class ClientRound:
         """Put what was kept into the client's state: nothing can fail any more."""
         for name, record in self._new.items():
             self._state[name] = record
+
+
+def check_named(kind: str, owner: str, given: Any, registered: Registry) -> None:
+    """Refuse probes or queries that are not functions by names of their own.
+
+    Raises
+    ------
+    ConfigurationError
+        With the one that is not.
+    """
+    many = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(
+            f"{owner}: {many} must be a dictionary of functions by name, got "
+            f"{shown(given)}."
+        )
+    for name, function in given.items():
+        if name in registered.entries or name in REPORTED:
+            raise ConfigurationError(
+                f"{owner}: there is a {kind} '{name}' already, or a metric of this "
+                "name. Choose another name."
+            )
+        if not isinstance(name, str) or not callable(function):
+            raise ConfigurationError(
+                f"{owner}: {many} must be functions by name, got {shown(function)} for "
+                f"{shown(name)}."
+            )
 
 
 Probe = Callable[[ClientRound], "float | Sequence[float]"]

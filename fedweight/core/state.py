@@ -69,6 +69,8 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
             return {_ARRAY: name}
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {_TENSOR: name}
+    if isinstance(value, tuple) and type(value) is not tuple:
+        raise _unfit(where, f"{type(value).__name__}, which would become a plain tuple")
     if isinstance(value, list | tuple):
         items = [_packed(v, f"{where}[{k}]", tensors) for k, v in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}

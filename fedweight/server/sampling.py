@@ -35,22 +35,7 @@ def sample(
     if fraction == 0:
         return [], 0
     number = number_of(grid)
-    complete = is_complete(grid)
-    nodes = grid.get_node_ids()
-    # A simulation's range is in the clients' order, and is not written out.
-    if not (complete and isinstance(nodes, range)):
-        nodes = list(nodes)
-    while len(nodes) < max(available, least):
-        if complete:
-            raise ConfigurationError(
-                f"the strategy waits for "
-                f"{max(available, least)} clients (min_train_nodes, "
-                f"min_evaluate_nodes, min_available_nodes), but the simulation "
-                f"has {len(nodes)}. Lower those or simulate more clients."
-            )
-        log.info("waiting for clients: %d connected", len(nodes))
-        time.sleep(1)  # Flower's Grid offers no event for a node that connects.
-        nodes = list(grid.get_node_ids())
+    nodes = nodes_there(grid, max(available, least))
     size = max(int(len(nodes) * fraction), least)
     population = _count(nodes, number, empty)
     if isinstance(nodes, list):
@@ -59,6 +44,34 @@ def sample(
         chosen = np.sort(stream().choice(len(nodes), size, replace=False))
         nodes = [nodes[i] for i in chosen.tolist()]
     return [(number(node), node) for node in nodes], population
+
+
+def nodes_there(grid: Grid, least: int) -> Sequence[int]:
+    """Return the nodes, once there are so many: a simulation's range, or a list.
+
+    Raises
+    ------
+    ConfigurationError
+        If there never will be.
+    """
+    complete = is_complete(grid)
+    nodes = grid.get_node_ids()
+    # A simulation's range is in the clients' order, and is not written out.
+    if complete and isinstance(nodes, range):
+        there: Sequence[int] = nodes
+    else:
+        there = list(nodes)
+    while len(there) < least:
+        if complete:
+            raise ConfigurationError(
+                f"the strategy waits for {least} clients (min_train_nodes, "
+                "min_evaluate_nodes, min_available_nodes), but the simulation "
+                f"has {len(there)}. Lower those or simulate more clients."
+            )
+        log.info("waiting for clients: %d connected", len(there))
+        time.sleep(1)  # Flower's Grid offers no event for a node that connects.
+        there = list(grid.get_node_ids())
+    return there
 
 
 def _count(nodes: Sequence[int], number: Callable[[int], int], empty: Set[int]) -> int:

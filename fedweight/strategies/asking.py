@@ -23,6 +23,7 @@ from ..server.sampling import (
     count,
     known_empty,
     nodes_of,
+    nodes_there,
     sample,
     straggler_epochs,
 )
@@ -56,6 +57,8 @@ def train_messages(
     now.name_of = name_of(grid)
     if not now.prepared:
         if strategy.prepares:
+            least = max(strategy.min_available_nodes, strategy.min_train_nodes)
+            nodes_there(grid, least)
             now.method = strategy.prepare(Population(grid, strategy.seed))
         now.prepared = True
     config[keys.ROUND] = round
@@ -283,8 +286,9 @@ def _which_model(
     strategy: WeightingStrategy, now: Now, selection: Selection
 ) -> list[int]:
     """Return which global model each client starts from; make those that are new."""
-    which = assigned(strategy, selection) or [0] * len(selection.clients)
-    if not now.models and not any(which):
+    given = assigned(strategy, selection)
+    which = [0] * len(selection.clients) if given is None else given
+    if given is None or not (now.models or now.outermost or any(which)):
         return which
     if not now.outermost:
         raise ConfigurationError(
@@ -297,10 +301,12 @@ def _which_model(
             f"{type(strategy).__name__} keeps several global models, which a buffered "
             "schedule does not know. Choose another schedule."
         )
-    assert now.model is not None
-    first = GlobalModel(now.model.parameters, now.model.buffers, now.model.integers, 0)
-    missing = max(which, default=-1) + 1 - len(now.models)
-    now.models = [*now.models, *[first] * missing]
+    model = now.model
+    assert model is not None
+    if now.first is None:
+        now.first = GlobalModel(model.parameters, model.buffers, model.integers, 0.0)
+    missing = max(which, default=0) + 1 - len(now.models)
+    now.models = [*now.models, *[now.first] * missing]
     return which
 
 

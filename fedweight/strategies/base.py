@@ -26,8 +26,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 from torch import Tensor
 
-from ..clients.probes import Probe
-from ..clients.queries import Query
+from ..clients.probes import PROBES, Probe, check_named
+from ..clients.queries import QUERIES, Query
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.options import GIVEN, InFile, checked_fields
@@ -169,6 +169,15 @@ class WeightingStrategy(Strategy):
                 f"{cls.__name__}.request must be a tuple of names, got "
                 f"{cls.request!r}. Write ({cls.request!r},)."
             )
+        check_named("probe", cls.__name__, cls.probes, PROBES)
+        check_named("query", cls.__name__, cls.queries, QUERIES)
+        declared = vars(cls).get("__annotations__", {})
+        for name in ("state", "models", "history"):
+            if name in declared:
+                raise ConfigurationError(
+                    f"{cls.__name__}: an option cannot be called '{name}', which every "
+                    "strategy has. Choose another name."
+                )
         own, inherited = vars(cls), {one.name for one in fields(cls)}
         for name in inherited & own.keys() - own.get("__annotations__", {}).keys():
             raise ConfigurationError(
@@ -221,6 +230,7 @@ class WeightingStrategy(Strategy):
             "method": now.method,
             "server-optimizers": now.optimizers,
             "models": [own._asdict() for own in now.models],
+            "first-model": now.first and now.first._asdict(),
             "prepared": now.prepared,
             "without-examples": sorted(now.without_examples),
             "own-metrics": now.own_metrics.names,
@@ -244,6 +254,8 @@ class WeightingStrategy(Strategy):
         self._now.method = state["method"]
         self._now.optimizers = dict(state["server-optimizers"])
         self._now.models = [GlobalModel(**own) for own in state["models"]]
+        first = state["first-model"]
+        self._now.first = first and GlobalModel(**first)
         self._now.prepared = state["prepared"]
         self._now.without_examples = set(state["without-examples"])
         self._now.own_metrics.restore(state["own-metrics"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,7 +178,13 @@ def _scalar(value: Any) -> Any:
 def _column(
     strategy: WeightingStrategy, hook: str, name: str, given: Any, selection: Selection
 ) -> list[Any]:
-    column = given.tolist() if hasattr(given, "tolist") else list(given)
+    if isinstance(given, Mapping | str | bytes) or not isinstance(given, Iterable):
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.{hook} must give a list, a value for each of "
+            f"the {len(selection.clients)} clients in their order, got {shown(given)} "
+            f"for '{name}'."
+        )
+    column = given.tolist() if isinstance(given, Tensor | np.ndarray) else list(given)
     if len(column) != len(selection.clients):
         raise ConfigurationError(
             f"{type(strategy).__name__}.{hook} gave {len(column)} values for '{name}' "

@@ -11,6 +11,7 @@ card.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ from ..core.texts import clients_called
 from ..messages import keys
 from ..server.phase import Given, Population, Question
 from .base import WeightingStrategy
+from .checks import LARGEST_VALUE
 from .round import Round, Selection
 
 log = logging.getLogger("fedweight")
@@ -87,18 +89,31 @@ class FedCollab(WeightingStrategy):
         clients = population.clients
         told = {"divergence": self.divergence}
         first = population.ask("discriminate", dict.fromkeys(clients, Question(told)))
-        sizes, widths = {}, set()
-        for client, given in first.items():
-            size, width = (given.metrics.get(n) for n in (keys.NUM_EXAMPLES, "inputs"))
-            if isinstance(size, int) and isinstance(width, int) and size > 0:
-                sizes[client] = size
-                widths.add(width)
-        if len(widths) != 1:
+        widths = {
+            client: answer.metrics["inputs"]
+            for client, answer in first.items()
+            if isinstance(answer.metrics.get(keys.NUM_EXAMPLES), int)
+            and isinstance(answer.metrics.get("inputs"), int)
+        }
+        if not widths:
             raise ConfigurationError(
-                "FedCollab needs clients with inputs of one size, got "
-                f"{sorted(widths) or 'no client with examples'}."
+                "FedCollab: no client answered how much data it has; the log says why."
             )
-        distances = self._distances(population, sizes, widths.pop())
+        [(usual, _)] = Counter(widths.values()).most_common(1)
+        sizes = {
+            client: int(first[client].metrics[keys.NUM_EXAMPLES])
+            for client, width in widths.items()
+            if width == usual and first[client].metrics[keys.NUM_EXAMPLES] > 0
+        }
+        odd = [client for client in widths if client not in sizes]
+        if odd:
+            log.warning(
+                "FedCollab leaves out %s: no examples, or inputs that are not of %s "
+                "values as most clients'",
+                clients_called(odd),
+                usual,
+            )
+        distances = self._distances(population, sizes, usual)
         which = coalitions(distances, list(sizes.values()), self.trade_off, self.seed)
         found = dict(zip(sizes, which, strict=True))
         for one in sorted(set(which)):
@@ -200,7 +215,9 @@ def _fits(given: Given, asked: Question) -> bool:
     """Tell whether an answer is one to its question: it may be anything."""
     models, accuracy = given.arrays.get("models"), given.metrics.get("accuracy")
     expected = asked.arrays["models"].shape
-    if models is None or models.shape != expected or not np.isfinite(models).all():
+    if models is None or models.shape != expected or models.dtype != np.float32:
+        return False
+    if not (np.abs(models) <= LARGEST_VALUE).all():  # NaN is not, either.
         return False
     if not asked.told["measures"]:
         return True

@@ -22,6 +22,7 @@ from ..messages import keys
 from ..messages.arrays import FlatRecord
 from ..server.admission import check_sender, size_of
 from ..server.reported import (
+    LARGE,
     AcceptedReply,
     mean_metrics,
     recorded_metrics,
@@ -31,7 +32,7 @@ from .checks import as_parameters, check_values, check_weights
 from .now import Asked, GlobalModel, Now
 from .receiving import read, reason_of, sort
 from .round import Round
-from .weights import effective_clients
+from .weights import effective_clients, size_weights
 
 if TYPE_CHECKING:
     from .base import WeightingStrategy
@@ -100,7 +101,7 @@ def mean_model(now: Now) -> FlatModel:
     """Return the mean of several global models, by how many examples made each."""
     assert now.model is not None
     sizes = torch.tensor([own.examples for own in now.models], dtype=torch.float64)
-    shares = (sizes / sizes.sum()).tolist()
+    shares = size_weights(sizes).tolist()
 
     def mean(vectors: Sequence[Tensor]) -> Tensor:
         total = torch.zeros_like(vectors[0], dtype=torch.float64)
@@ -117,7 +118,7 @@ def mean_model(now: Now) -> FlatModel:
 
 
 def _as_carried(round: Round, model: FlatModel) -> GlobalModel:
-    examples = float(round.num_examples.sum())
+    examples = min(float(round.num_examples.sum()), LARGE)
     return GlobalModel(model.parameters, model.buffers, model.integers, examples)
 
 
@@ -160,6 +161,9 @@ def _round(
         state=state,
         population=now.population,
     )
+    if now.models:
+        which = _sent(now, accepted[0]).which
+        round.logged_clients["model"] = torch.full((len(accepted),), float(which))
     if now.arrivals is None:
         return round
     arrivals = [a for one in accepted if (a := _sent(now, one).arrival) is not None]

@@ -72,6 +72,8 @@ class Now:
         What the server's optimiser carries, by global model; the only one is 0.
     models : list[GlobalModel]
         The global models, where the method keeps several.
+    first : GlobalModel, optional
+        The first global model, with which each of them begins.
     prepared : bool
         Whether what comes before the first round is done.
     history : list[RoundRecord]
@@ -102,6 +104,7 @@ class Now:
     method: Any
     optimizers: dict[int, Any] = field(default_factory=dict)
     models: list[GlobalModel] = field(default_factory=list)
+    first: GlobalModel | None = None
     prepared: bool = False
     history: list[RoundRecord] = field(default_factory=list)
     model: FlatModel | None = None

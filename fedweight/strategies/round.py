@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..clients.probes import PROBES
+from ..clients.probes import PROBES, REPORTED
 from ..core.errors import AggregationError, ConfigurationError, closest
 from ..core.layout import FlatModel
 from ..core.texts import clients_called, listed, shown
 from ..core.updates import Updates
-from ..messages import keys
 from .weights import size_weights
 
 # What every reply reports, and what a strategy may request besides.
-REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
 REQUESTED = tuple(PROBES.entries)
 
 # Recorded of a client whose update is far longer than others': how many times as long.
@@ -32,7 +30,7 @@ TAKEN = frozenset(
         *("asked", "ok", "rejected", "failed", "missing", "dropped", "evaluated"),
         *("examples", "steps", "held-out-examples", "loss", "accuracy"),
         *("staleness", "round-seconds"),
-        *("effective-clients", TIMES_MEDIAN, *REPORTED, *REQUESTED),
+        *("model", "effective-clients", TIMES_MEDIAN, *REPORTED, *REQUESTED),
     }
 )
 TAKEN_PREFIXES = ("evaluate-", "test-", "client-accuracy-", "own-")
@@ -216,7 +214,7 @@ class Round:
             raise AggregationError(
                 f"round.profile('{name}'): {clients_called(odd)} did not give a list "
                 f"of {usual} numbers, as most others did. Name it in the "
-                "strategy's `request`, and check it in `receive` or `screen`."
+                "strategy's `request`, and check it in `admit` or `screen`."
             )
         return torch.tensor(given, dtype=torch.float64)
 

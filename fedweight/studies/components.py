@@ -18,13 +18,15 @@ from torch import nn
 from .. import models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
 from ..clients.objectives import Proximal
-from ..core.errors import ConfigurationError, check_choice
+from ..clients.probes import PROBES, REPORTED
+from ..core.errors import ConfigurationError, check_choice, closest
 from ..core.layout import Layout, as_tensor
 from ..core.options import options_of
 from ..core.registry import make
 from ..data import ClientData, FederatedData, Schema, load_client
 from ..data.examples import channels_last
 from ..data.files import load_one_csv
+from ..messages import keys
 from ..messages.arrays import FlatRecord
 from ..server.schedules import SCHEDULES, Buffered, Clock, Schedule, make_schedule
 from ..simulations import Plan
@@ -146,6 +148,7 @@ class Components:
                 f"training.epochs of 2 or more, got {epochs}: a straggler does fewer "
                 "epochs than the others, but at least one."
             )
+        self._check_request(strategy, client_app)
         self._check_schedule(strategy, simulated=simulated)
         self._check_proximal(strategy, client_app)
         self._check_decisions(strategy)
@@ -154,6 +157,21 @@ class Components:
             self._check_clients(strategy)
             check_local(**engine_arguments(self.configuration), table="engine")
             check_engine(self.engine())
+
+    @staticmethod
+    def _check_request(strategy: Strategy, client_app: TrainingApp) -> None:
+        """Refuse a strategy that asks for what clients do not measure."""
+        if not isinstance(strategy, WeightingStrategy):
+            return
+        reported = (*REPORTED, keys.LOSS, keys.ACCURACY)
+        names = sorted({*PROBES.entries, *client_app.probes})
+        for name in strategy.request:
+            if name not in names and name not in reported:
+                raise ConfigurationError(
+                    f"{type(strategy).__name__}.request names '{name}', which clients "
+                    f"do not measure.{closest(name, names)} There are "
+                    f"{', '.join(names)}; a function of your own is one of `probes`."
+                )
 
     def _check_clients(self, strategy: Strategy) -> None:
         """Refuse a strategy that asks for more clients than there are, or than fit."""

@@ -7,6 +7,7 @@ beside ``name`` in the same table.
 
 from __future__ import annotations
 
+import logging
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,12 +18,14 @@ from typing import Any
 import tomli_w
 
 from ..core.errors import ConfigurationError, closest
-from ..core.options import Option, resolve_options
+from ..core.options import ANY, Option, resolve_options
 from ..core.paths import NOT_THERE, absolute, clean_path, why_unreadable
 from ..core.settings import kebab, parse_setting, split_key, toml_value
-from ..core.texts import shown
+from ..core.texts import listed, shown
 from ..data import DATA_SETS
 from .tables import PICKS, SCHEMA, options_in_file, seed_rule
+
+log = logging.getLogger("fedweight")
 
 # A simulation file is a page. What is so much longer is no such file.
 MOST_BYTES = 4 * 2**20
@@ -114,6 +117,7 @@ class Configuration:
             _replace(changes.setdefault(table, {}), {key: value})
         _make_paths_whole(given, changes, Path(path or "").parent)
         source = "" if path is None else str(path)
+        _leave_out(given, changes)
         merged = _merged(given, changes)
         if data is None:
             return cls.of(merged, source)
@@ -170,6 +174,37 @@ class Configuration:
     def to_toml(self) -> str:
         """Return the tables as a simulation file that repeats the run."""
         return tomli_w.dumps({k: dict(v) for k, v in self.tables.items()})
+
+
+def _leave_out(given: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Leave out what a file says of a choice, where another choice is made beside it.
+
+    Of a file's strategy that another one replaces only those options stay that the
+    other one has, too; what neither has is refused later.
+    """
+    for table, pick in PICKS.items():
+        old, new = given.get(table), changes.get(table, {}).get("name")
+        if not isinstance(old, Mapping) or not isinstance(new, str):
+            continue
+        before = old.get("name", SCHEMA[table]["name"].default)
+        names = [name for name in (before, new) if isinstance(name, str)]
+        if before == new or not all(
+            n in pick.registry.entries or ":" in n for n in names
+        ):
+            continue
+        took, takes = (
+            {kebab(key) for key in (*options_in_file(table, n), *seed_rule(table, n))}
+            for n in names
+        )
+        odd = [k for k in old if kebab(str(k)) in took - takes - {*SCHEMA[table]}]
+        if odd and kebab(ANY) not in takes:
+            given[table] = {key: old[key] for key in old if key not in odd}
+            log.warning(
+                "%s.%s of the file is left out: '%s' takes no such option",
+                table,
+                listed(odd),
+                new,
+            )
 
 
 def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

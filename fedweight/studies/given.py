@@ -42,7 +42,13 @@ def as_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     ('feddisco', 0.2, 3)
     """
     found: dict[str, Any] = {}
+    whole = set(whole_tables(settings))
     for key, value in settings.items():
+        if key.partition(".")[0] in whole - {key}:
+            raise ConfigurationError(
+                f"setting '{key}': the object that is given for "
+                f"'{key.partition('.')[0]}' says all of its options. Give it there."
+            )
         if key not in SCHEMA:
             found[key] = value
             continue
@@ -101,6 +107,12 @@ def _options(table: str, made: Any, cls: type) -> dict[str, Any]:
         if not option.given:
             if value is not None:
                 found[kebab(one.name)] = value
+            elif option.in_file.default is not None:
+                raise ConfigurationError(
+                    f"{table}: {one.name} of {cls.__name__} is None, which no file can "
+                    f"say where its default is {shown(option.in_file.default)}. Give "
+                    "it a value."
+                )
         elif not _is_default(one, value):
             raise ConfigurationError(
                 f"{table}: {one.name} of {cls.__name__} is filled in by the run. Leave "

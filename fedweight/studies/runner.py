@@ -204,7 +204,7 @@ def run(
     short = {"strategy": strategy, "engine.name": engine, "run.seed": seed}
     given = {key: value for key, value in short.items() if value is not None}
     whole = whole_tables({**settings, **given})
-    settings = {**as_settings(settings), **as_settings(given)}
+    settings = as_settings({**settings, **given})
     if dataset is not None and not isinstance(dataset, DataSet):
         raise DataError(
             f"dataset must be a fedweight.data.DataSet, got {shown(dataset)}. A file "

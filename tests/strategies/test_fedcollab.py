@@ -335,5 +335,5 @@ def test_nobody_answers() -> None:
 
     app = TrainingApp(lambda: nn.Linear(4, CLASSES), own, num_classes=CLASSES)
     arrays = ArrayRecord(nn.Linear(4, CLASSES).state_dict())
-    with pytest.raises(ConfigurationError, match="no client with examples"):
+    with pytest.raises(ConfigurationError, match="no client answered"):
         FedCollab(**QUICK).start(LocalGrid(app, 3), arrays, num_rounds=1)

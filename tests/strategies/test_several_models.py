@@ -48,6 +48,7 @@ def test_each_model_is_the_mean_of_its_own_clients(kit: Any) -> None:
     assert vectors(strategy) == [[2, 0], [0, 6]]
     assert run.vector.tolist() == [1, 3]  # Their mean, by data size.
     assert [c.weight for c in record.clients] == [0.5] * 4
+    assert [c.metrics["model"] for c in record.clients] == [0, 1, 0, 1]
     assert record.metrics["clients-model-0"] == record.metrics["clients-model-1"] == 2
     assert strategy.state["method"] == {"rounds": 2}
 
@@ -180,3 +181,78 @@ def test_a_strategy_brings_its_queries(
     last = made.clients.query("round == 3")
     assert last["weight"].sum() == pytest.approx(2)
     assert last["accuracy"].notna().all()
+
+
+class Late(Odd):
+    """Let odd clients train a model of their own from the second round on."""
+
+    def assign(self, selection: Selection) -> list[int]:
+        if selection.number == 1:
+            return [0] * len(selection.clients)
+        return [client % 2 for client in selection.clients]
+
+
+def test_evaluation_does_not_change_what_was_trained(kit: Any) -> None:
+    class Low(Odd):
+        """Draw none of the second model's clients at first."""
+
+        def assign(self, selection: Selection) -> list[int]:
+            return [int(client >= 2) for client in selection.clients]
+
+    models = [[1, 0], [3, 0], [0, 4], [0, 8]]
+    trained = []
+    for evaluates in (True, False):
+        strategy = Low()
+        run = federation(kit, strategy, models)
+        for client in (2, 3):
+            run.clients[client].error = "no power"
+        run.round()
+        if evaluates:
+            strategy.configure_evaluate(1, run.arrays, run.config, run.grid)
+        run.round()
+        trained.append(vectors(strategy))
+    assert trained[0] == trained[1]
+    assert trained[0][0] == [2, 0]
+
+
+def test_a_model_that_comes_later_begins_as_the_first(kit: Any) -> None:
+    strategy = Late()
+    run = federation(kit, strategy, [[2, 0], [4, 4]])
+    run.round()
+    assert vectors(strategy) == [[3, 2]]
+    cohort = strategy.configure_train(2, run.arrays, run.config, run.grid)
+    sent = [m.content["arrays"]["w"].numpy().tolist() for m in cohort]
+    assert sent == [[3, 2], [0, 0]]
+
+
+def test_sizes_too_large_to_add_up(kit: Any) -> None:
+    strategy = Odd()
+    run = federation(kit, strategy, [[1, 0], [0, 4], [3, 0], [0, 8]])
+    for client in run.clients.values():
+        client.num_examples = 1.7e308
+    run.round()
+    assert run.vector.tolist() == [1, 3]
+
+
+def test_names_that_are_taken_are_refused() -> None:
+    for own, said in (
+        ({"probes": {"train-loss": len}}, "a metric of this name"),
+        ({"probes": {"loss-before": len}}, "probe 'loss-before' already"),
+        ({"probes": {"gain": 3}}, "must be functions by name, got 3"),
+        ({"queries": (len,)}, "queries must be a dictionary"),
+        ({"__annotations__": {"state": int}, "state": 1}, "cannot be called 'state'"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            type("Own", (Odd,), {"__module__": __name__, **own})
+
+
+@pytest.mark.parametrize("given", [{0: 1}, "ab", 3])
+def test_what_is_no_list_is_refused(kit: Any, given: Any) -> None:
+    class Wrong(Odd):
+        """Assign whatever."""
+
+        def assign(self, selection: Selection) -> list[int]:
+            return given
+
+    with pytest.raises(ConfigurationError, match=r"Wrong\.assign must give a list"):
+        federation(kit, Wrong(), [[1, 0]] * 2).round()

@@ -134,3 +134,46 @@ def test_a_run_takes_them_and_its_file_repeats_it(tmp_path: Path) -> None:
     assert first.clients.equals(again.clients)
     assert first.config["strategy"]["fedavg"] is True
     assert first.config["server"]["learning-rate"] == 0.05
+
+
+def test_an_object_and_an_option_of_its_table_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="the object that is given for"):
+        run(strategy=FedDisco(a=0.5), settings={"strategy.a": 0.2})
+
+
+def test_another_strategy_keeps_the_options_that_it_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text('[strategy]\nname = "feddisco"\na = 0.3\nfraction-train = 0.5\n')
+    found = Configuration.read(file, {"strategy.name": "fedavg"})
+    assert found["strategy"]["fraction-train"] == 0.5
+    assert "strategy.a of the file is left out: 'fedavg' takes no such" in caplog.text
+    file.write_text('[strategy]\nname = "feddisco"\nspeed = 0.3\n')
+    with pytest.raises(ConfigurationError, match="no key 'speed'"):
+        Configuration.read(file, {"strategy.name": "fedavg"})
+    with pytest.raises(ConfigurationError, match="no key 'a'"):
+        Configuration.read(None, {"strategy.name": "fedavg", "strategy.a": 0.3})
+
+
+class Asks(Uniform):
+    """Weigh clients alike, and ask for what there is not."""
+
+    request = ("held-out-loss-befor",)
+
+
+def test_what_clients_do_not_measure_is_refused_at_the_start() -> None:
+    with pytest.raises(ConfigurationError, match="mean 'held-out-loss-before'"):
+        run(strategy=Asks, settings=QUICK)
+
+
+class Limited(Uniform):
+    """Weigh clients alike."""
+
+    limit: float | None = 0.5
+
+
+def test_what_no_file_can_say_is_refused() -> None:
+    assert as_settings({"strategy": Limited()})["strategy.limit"] == 0.5
+    with pytest.raises(ConfigurationError, match="limit of Limited is None"):
+        as_settings({"strategy": Limited(limit=None)})
