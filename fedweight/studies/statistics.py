@@ -38,7 +38,7 @@ RESAMPLES = 10_000
 _SAME = 1e-12
 
 _Array = npt.NDArray[np.float64]
-Verdict = Literal["better", "worse", "same", "undecided"]
+Verdict = Literal["better", "worse", "same", "undecided", "cannot reach"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ class Paired:
         difference are left out of it.
     p_holm, wilcoxon_p_holm : float
         Corrected for all comparisons that were made together.
-    reaches : bool
-        Whether the signed-rank test could have found anything: with n pairs its least
-        p is 2^(1 - n), which few pairs do not bring below the level.
+    wilcoxon_verdict : str
+        As ``verdict``, by ``wilcoxon_p_holm``; ``"cannot reach"`` where the signed-rank
+        test could not have found anything: with n pairs that differ its least p is
+        2^(1 - n), which few pairs do not bring below the level.
     verdict : str
         By ``p_holm``: ``"better"`` or ``"worse"`` (the second has more, or less), or
         ``"undecided"``; ``"same"`` where no pair differs.
@@ -88,7 +89,7 @@ class Paired:
     wilcoxon_p: float
     p_holm: float
     wilcoxon_p_holm: float
-    reaches: bool
+    wilcoxon_verdict: Verdict
     verdict: Verdict
     sentence: str
 
@@ -121,8 +122,8 @@ def compare_pairs(
     Examples
     --------
     >>> found = compare_pairs([0.90, 0.91, 0.92], {"ida": [0.93, 0.95, 0.94]})
-    >>> found["ida"].verdict, round(found["ida"].p, 3), found["ida"].reaches
-    ('better', 0.035, False)
+    >>> found["ida"].verdict, round(found["ida"].p, 3), found["ida"].wilcoxon_verdict
+    ('better', 0.035, 'cannot reach')
     """
     check_range("level", level, 0, 1, low_open=True, high_open=True)
     ours = np.asarray(first, np.float64)
@@ -165,7 +166,9 @@ def compare_pairs(
             wilcoxon_p=ranks[name],
             p_holm=p_holm,
             wilcoxon_p_holm=wilcoxon_holm,
-            reaches=reaches,
+            wilcoxon_verdict=(
+                _verdict(d, wilcoxon_holm, level) if reaches else "cannot reach"
+            ),
             verdict=verdict,
             sentence=_sentence(verdict, d, (low, high), p_holm, len(others), level),
         )

@@ -152,14 +152,14 @@ def test_too_few_pairs_cannot_reach(comparisons: int, pairs: int) -> None:
             f"m{m}": [0.6 + 0.01 * k for k in range(n)] for m in range(comparisons)
         }
         for one in compare_pairs(first, others).values():
-            assert one.reaches is reaches
+            assert (one.wilcoxon_verdict == "cannot reach") is not reaches
             assert (one.wilcoxon_p_holm <= LEVEL) is reaches
 
 
 def test_pairs_without_a_difference_help_no_test_to_reach() -> None:
     first = [0.5] * 6
     found = compare_pairs(first, {"a": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]})["a"]
-    assert (found.pairs, found.reaches) == (6, False)
+    assert (found.pairs, found.wilcoxon_verdict) == (6, "cannot reach")
 
 
 def test_verdicts() -> None:
@@ -195,7 +195,8 @@ def test_a_seed_that_one_of_them_lacks_is_no_pair() -> None:
     whole = compare_pairs([0.90, 0.93, 0.94], {"a": [0.93, 0.95, 0.99]})["a"]
     assert compare_pairs(first, {"a": [0.93, 1.0, NAN, 0.95, 0.99]})["a"] == whole
     few = compare_pairs([0.9, NAN], {"a": [0.8, 0.9]})["a"]
-    assert (few.pairs, few.verdict, few.reaches) == (1, "undecided", False)
+    assert (few.pairs, few.verdict) == (1, "undecided")
+    assert few.wilcoxon_verdict == "cannot reach"
     assert "1 pair, and a t test needs 2" in few.sentence
     assert math.isnan(compare_pairs([NAN], {"a": [0.8]})["a"].difference)
 
