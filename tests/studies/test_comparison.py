@@ -225,7 +225,7 @@ def test_a_process_that_dies_takes_one_cell_with_it(failing: Path) -> None:
 
 KILLED = [
     *("compare", "--strategies", "fedavg,ida", "--seeds", "0,1", "--out", "k"),
-    *("-s", "run.rounds=60", "-s", "run.checkpoint-rounds=1"),
+    *("-s", "run.rounds=30", "-s", "run.checkpoint-rounds=1"),
     *("-s", "partition.clients=4", "-s", "training.epochs=1"),
 ]
 
