@@ -9,15 +9,26 @@ from .core.version import __version__
 
 if TYPE_CHECKING:
     from .simulations import simulate
-    from .studies import Configuration, Run, resume, run
+    from .studies import Comparison, Configuration, Run, compare, resume, run
 
-__all__ = ["Configuration", "Run", "__version__", "resume", "run", "simulate"]
+__all__ = [
+    "Comparison",
+    "Configuration",
+    "Run",
+    "__version__",
+    "compare",
+    "resume",
+    "run",
+    "simulate",
+]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "Comparison": ".studies",
         "Configuration": ".studies",
         "Run": ".studies",
+        "compare": ".studies",
         "resume": ".studies",
         "run": ".studies",
         "simulate": ".simulations",

@@ -1,4 +1,4 @@
-"""The command line: run, resume, check, list, schema, report, data."""
+"""The command line: run, compare, resume, check, list, schema, report, data."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .studies.cells import Ended
     from .studies.progress import Progress, Wanted
     from .studies.result import Run
 
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   fedweight run                                         the quick start
   fedweight run simulations/label_skew.toml --strategy feddisco --seed 1
   fedweight run --set partition.alpha=0.1 --set run.rounds=50
+  fedweight compare --strategies fedavg,ida --seeds 0-9 which is better, and is it real
   fedweight check patients.csv --set data.label=outcome what a run would say of it
   fedweight list                                        what there is to choose from
   fedweight list strategy ida                           and the options of one of them
@@ -82,8 +84,41 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the file's columns and classes, for other sites to check theirs",
     )
-    for sub in (run, check):
+    compared = command(
+        "compare",
+        "run several strategies with the same seeds, and say what differs for real",
+        "fedweight compare simulations/label_skew.toml "
+        "--strategies fedavg,feddisco:a=0.2 --seeds 0,1,2",
+    )
+    compared.add_argument("file", nargs="?", help="a simulation file")
+    compared.add_argument(
+        "--strategies",
+        required=True,
+        metavar="NAMES",
+        help="names, separated by commas, with options: fedavg,feddisco:a=0.2:b=0.1; "
+        "all are held against the first",
+    )
+    compared.add_argument(
+        "--seeds", required=True, help="whole numbers: 0,1,2 or 0-9; 10 or more tell"
+    )
+    compared.add_argument(
+        "--objectives",
+        default="",
+        metavar="NAMES",
+        help="local objectives, likewise: every strategy is run with each",
+    )
+    compared.add_argument(
+        "--out", help="the folder of all runs (default: runs/<name>-comparison)"
+    )
+    compared.add_argument(
+        "--workers",
+        type=int,
+        help="how many runs side by side (default: as many as cores; 1 on a GPU or "
+        "Ray); changes no result",
+    )
+    for sub in (run, check, compared):
         sub.add_argument(
+            "-s",
             "--set",
             action="append",
             default=[],
@@ -214,6 +249,28 @@ def _run(given: argparse.Namespace) -> int:
     return _tell(given, result)
 
 
+def _compare(given: argparse.Namespace) -> int:
+    from .studies.comparing import compare
+
+    _show_warnings()
+    found = compare(
+        given.file,
+        given.strategies,
+        given.seeds,
+        objectives=given.objectives,
+        settings=given.settings,
+        out=given.out,
+        workers=given.workers,
+        progress=None if given.json else _print_ended,
+    )
+    if given.json:
+        print(json.dumps(found.to_dict()))
+    else:
+        print(found)
+        print(f"\nresults  {found.folder}")
+    return 1 if found.failures or found.failed_rounds else 0
+
+
 def _tell(given: argparse.Namespace, result: Run) -> int:
     """Print what a run has reached; return the exit status."""
     summary = result.summary()
@@ -303,6 +360,7 @@ def _data(given: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": _run,
+    "compare": _compare,
     "resume": _resume,
     "check": _check,
     "list": _list,
@@ -337,6 +395,10 @@ def _progress(given: argparse.Namespace) -> Wanted:
     if given.json:
         return False
     return True if watched() else _print_round
+
+
+def _print_ended(ended: Ended) -> None:
+    print(ended, file=sys.stderr, flush=True)
 
 
 def _print_round(progress: Progress) -> None:

@@ -66,8 +66,23 @@ class SharedLock:
                 self._changed.notify_all()
 
 
+_most_cores: int | None = None
+
+
+def limit_cores(most: int) -> None:
+    """Let this process take no more cores, as others run beside it."""
+    global _most_cores
+    _most_cores = most
+
+
 def num_cores() -> int:
     """Return how many cores this process may use."""
+    if _most_cores is not None:
+        return min(_most_cores, _cores_of_machine())
+    return _cores_of_machine()
+
+
+def _cores_of_machine() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,5 +1,29 @@
 """How well clients are served: summaries over clients."""
 
-from .spread import client_spread
+from .spread import (
+    best10,
+    client_spread,
+    deviation,
+    entropy,
+    gini,
+    jain,
+    mean,
+    minimum,
+    uniform_cosine,
+    variance,
+    worst10,
+)
 
-__all__ = ["client_spread"]
+__all__ = [
+    "best10",
+    "client_spread",
+    "deviation",
+    "entropy",
+    "gini",
+    "jain",
+    "mean",
+    "minimum",
+    "uniform_cosine",
+    "variance",
+    "worst10",
+]

@@ -8,21 +8,35 @@ from ..core.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .check import Checked, check_file
+    from .comparing import compare
+    from .comparison import Comparison
     from .configuration import Configuration
     from .progress import Progress
     from .result import Run
     from .runner import resume, run
 
-__all__ = ["Checked", "Configuration", "Progress", "Run", "check_file", "resume", "run"]
+__all__ = [
+    "Checked",
+    "Comparison",
+    "Configuration",
+    "Progress",
+    "Run",
+    "check_file",
+    "compare",
+    "resume",
+    "run",
+]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "Checked": ".check",
+        "Comparison": ".comparison",
         "Configuration": ".configuration",
         "Progress": ".progress",
         "Run": ".result",
         "check_file": ".check",
+        "compare": ".comparing",
         "resume": ".runner",
         "run": ".runner",
     },

@@ -6,13 +6,13 @@ They become the keys that a simulation file has, so a run's ``config.toml`` repe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from ..core.errors import ConfigurationError
 from ..core.options import options_of
-from ..core.settings import kebab
+from ..core.settings import kebab, parse_setting
 from ..core.texts import shown
 from .tables import PICKS, SCHEMA
 
@@ -55,6 +55,19 @@ def as_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         table = value if isinstance(value, Mapping) else _table_of(key, value)
         found |= {f"{key}.{own}": v for own, v in table.items()}
     return found
+
+
+def setting_map(settings: Mapping[str, Any] | Iterable[str]) -> Mapping[str, Any]:
+    """Return settings by their keys; texts are read as the command line's are.
+
+    Examples
+    --------
+    >>> setting_map(["partition.alpha=0.1"])
+    {'partition.alpha': 0.1}
+    """
+    if isinstance(settings, Mapping):
+        return settings
+    return {f"{table}.{key}": v for table, key, v in map(parse_setting, settings)}
 
 
 def whole_tables(settings: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ from flwr.serverapp.strategy import Strategy
 from ..clients import TrainingApp
 from ..core.errors import ConfigurationError, DataError
 from ..core.module import FlatModule
-from ..core.settings import parse_setting
 from ..core.signals import interruptible
 from ..core.texts import listed, shown
 from ..core.threads import one_thread
@@ -32,7 +31,7 @@ from .callbacks import BestModel, EarlyStopping, OwnCallbacks, checked_callbacks
 from .components import Components, engine_arguments, has_our_loop, own_loop
 from .configuration import Configuration
 from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
-from .given import as_settings, of_main, whole_tables
+from .given import as_settings, of_main, setting_map, whole_tables
 from .keeper import NAME as KEPT
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
 from .progress import Wanted, check_progress, telling
@@ -84,7 +83,7 @@ def prepare(
     return Components(configuration, federated)
 
 
-def _preface(settings: Mapping[str, Any], dataset: DataSet | None) -> str:
+def preface_of(settings: Mapping[str, Any], dataset: DataSet | None) -> str:
     """Return what ``config.toml`` begins with where it is not enough."""
     if dataset is not None:
         return GIVEN_IN_PYTHON
@@ -196,31 +195,69 @@ def run(
     ... )  # doctest: +SKIP
     >>> result.rounds["test_accuracy"].plot()  # doctest: +SKIP
     """
-    if not isinstance(settings, Mapping):
-        settings = {
-            f"{table}.{key}": value
-            for table, key, value in map(parse_setting, settings)
-        }
+    settings = setting_map(settings)
     short = {"strategy": strategy, "engine.name": engine, "run.seed": seed}
     given = {key: value for key, value in short.items() if value is not None}
     whole = whole_tables({**settings, **given})
     settings = as_settings({**settings, **given})
+    if file is not None and dataset is None and "data.name" not in settings:
+        check_repeats(Path(file))
+    configuration = Configuration.read(file, settings, name_of_own(dataset), whole)
+    check_free(out, overwrite)
+    name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
+    label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
+    return run_configured(
+        configuration,
+        out,
+        label,
+        dataset=dataset,
+        preface=preface_of(settings, dataset),
+        report=report,
+        progress=progress,
+        callbacks=callbacks,
+        overwrite=overwrite,
+    )
+
+
+def name_of_own(dataset: DataSet | None) -> str | None:
+    """Return what data that are given in Python are called, if they are data."""
     if dataset is not None and not isinstance(dataset, DataSet):
         raise DataError(
             f"dataset must be a fedweight.data.DataSet, got {shown(dataset)}. A file "
             "is named by data.name and data.path."
         )
-    own = None if dataset is None else dataset.name
-    if file is not None and own is None and "data.name" not in settings:
-        check_repeats(Path(file))
-    configuration = Configuration.read(file, settings, own, whole)
-    check_free(out, overwrite)
+    return None if dataset is None else dataset.name
+
+
+def run_configured(
+    configuration: Configuration,
+    out: str | Path | None,
+    label: str,
+    *,
+    dataset: DataSet | None = None,
+    preface: str = "",
+    report: bool = True,
+    progress: Wanted = True,
+    callbacks: Sequence[loop.Callback] = (),
+    overwrite: bool = False,
+) -> Run:
+    """Run a configuration, as :func:`run` does what it is told.
+
+    Parameters
+    ----------
+    configuration : Configuration
+        What to run.
+    out, label : optional
+        The run's folder, or what one under ``runs/`` is called.
+    dataset, report, progress, callbacks, overwrite : optional
+        As :func:`run` takes them.
+    preface : str
+        Comments that ``config.toml`` begins with.
+    """
     own_callbacks = checked_callbacks(callbacks)
     check_progress(progress)
     components = prepare(configuration, dataset)
     chosen, client_app, initial = make_ready(components, callbacks=own_callbacks)
-    name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
-    label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
     plan = components.plan(client_app, initial)
     # What was measured is part of the configuration now: it repeats the run.
     components.configuration = configuration.having("engine", "plan", str(plan))
@@ -232,7 +269,7 @@ def run(
         report=report,
         progress=progress,
         callbacks=own_callbacks,
-        preface=_preface(settings, dataset),
+        preface=preface,
     )
 
 

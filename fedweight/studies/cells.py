@@ -1,0 +1,356 @@
+"""A comparison's runs: one after another in this process, or side by side in others."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..core.errors import DataError, FedweightError
+from ..core.signals import interruptible
+from ..core.texts import plain
+from ..core.threads import limit_cores
+from ..data import DATA_SETS, DataSet, load
+from .configuration import Configuration
+from .folder import LOCK
+from .keeper import NAME as KEPT
+from .result import Run
+from .runner import resume, run_configured
+
+# How long a process that was asked to end may write what it has.
+PATIENCE = 15.0
+
+How = Literal["new", "anew", "resume", "done"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes
+    ----------
+    name : str
+        What its folder is called.
+    folder : str
+        Where it is.
+    config : str
+        Its simulation file.
+    how : str
+        ``"new"``; ``"anew"``, for what is there holds no checkpoint; ``"resume"``; or
+        ``"done"``.
+    preface : str
+        Comments that its ``config.toml`` begins with.
+    """
+
+    name: str
+    folder: str
+    config: str
+    how: How
+    preface: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a cell has ended; ``reason`` is empty where all went well."""
+
+    cell: Cell
+    number: int
+    of: int
+    seconds: float
+    reason: str = ""
+    traceback: str = ""
+
+    def __str__(self) -> str:
+        """Return a line for a terminal or a log."""
+        what = {"resume": "gone on with", "done": "was there"}.get(self.cell.how, "run")
+        said = f"failed: {self.reason}" if self.reason else what
+        return (
+            f"{self.number}/{self.of}  {self.cell.name}  {said}  {self.seconds:.1f} s"
+        )
+
+
+def what_is_there(folder: Path, wanted: Mapping[str, Any]) -> tuple[How, Any, str]:
+    """Look at the folder of a cell: what to do, its plan, and how it differs.
+
+    Parameters
+    ----------
+    folder : Path
+        It need not exist.
+    wanted : Mapping
+        The tables of the cell's configuration. Where its plan is ``"auto"`` any is
+        right.
+
+    Returns
+    -------
+    tuple
+        What to do; the plan that is there, or ``None``; and the key that differs, in
+        words, or empty.
+    """
+    if not folder.is_dir() or not {*os.listdir(folder)} - {LOCK}:
+        return "new", None, ""
+    try:
+        there = tomllib.loads((folder / "config.toml").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "anew", None, ""
+    plan = there.get("engine", {}).get("plan")
+    if wanted["engine"]["plan"] == "auto" and plan is not None:
+        there["engine"]["plan"] = "auto"
+    for table in {**wanted, **there}:
+        mine, other = wanted.get(table, {}), there.get(table, {})
+        for key in {**mine, **other}:
+            if mine.get(key) != other.get(key):
+                values = (plain(other.get(key)), plain(mine.get(key)))
+                return (
+                    "done",
+                    plan,
+                    f"its {table}.{key} is {values[0]}, not {values[1]}",
+                )
+    try:
+        if Run(folder).complete:
+            return "done", plan, ""
+    except DataError:
+        return "anew", plan, ""
+    return ("resume" if (folder / KEPT).is_file() else "anew"), plan, ""
+
+
+class LastData:
+    """The data set that was loaded last: the next cell's is often the same."""
+
+    def __init__(self) -> None:
+        self._key = ""
+        self._dataset: DataSet | None = None
+
+    def of(self, configuration: Configuration) -> DataSet:
+        """Return a configuration's data set."""
+        data, seed = configuration["data"], configuration.seed("partition")
+        options = configuration.options("data")
+        function = DATA_SETS.resolve(data["name"])
+        drawn = seed if "seed" in inspect.signature(function).parameters else None
+        key = repr((data["name"], data["path"], drawn, options))
+        if self._dataset is None or key != self._key:
+            self._dataset = None  # Never two at a time.
+            self._dataset = load(data["name"], data["path"] or None, seed, **options)
+            self._key = key
+        return self._dataset
+
+
+def run_cell(cell: Cell, dataset: DataSet) -> tuple[str, str]:
+    """Run a cell; return why it failed, in a line and in full, or empty texts."""
+    try:
+        if cell.how == "resume":
+            resume(cell.folder, progress=False)
+        else:
+            tables = tomllib.loads(cell.config)
+            run_configured(
+                Configuration(tables),
+                cell.folder,
+                cell.name,
+                dataset=dataset,
+                preface=cell.preface,
+                progress=False,
+                overwrite=cell.how == "anew",
+            )
+    except Exception as error:
+        return _why(error)
+    return "", ""
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    line = plain(str(error))
+    if isinstance(error, FedweightError):
+        return line, ""
+    return f"{type(error).__name__}: {line}", traceback.format_exc()
+
+
+def run_here(
+    cells: Sequence[Cell],
+    dataset: DataSet | None,
+    last: LastData,
+    tell: Callable[[Ended], None],
+    done: int = 0,
+) -> list[Ended]:
+    """Run cells one after another; ``done`` were there already."""
+    ended = []
+    for number, cell in enumerate(cells, done + 1):
+        began = time.perf_counter()
+        why = _ran(cell, last) if dataset is None else run_cell(cell, dataset)
+        seconds = time.perf_counter() - began
+        ended.append(Ended(cell, number, done + len(cells), seconds, *why))
+        tell(ended[-1])
+    return ended
+
+
+def run_side_by_side(
+    cells: Sequence[Cell],
+    workers: int,
+    cores: int,
+    tell: Callable[[Ended], None],
+    done: int = 0,
+) -> list[Ended]:
+    """Run cells in processes of their own, each with so many cores.
+
+    However it ends, no process is left.
+    """
+    waiting = deque(cells)
+    ended: list[Ended] = []
+    processes = [_Process(cores) for _ in range(workers)]
+    over, lock = threading.Event(), threading.Lock()
+
+    def work(process: _Process) -> None:
+        while True:
+            with lock:
+                if over.is_set() or not waiting:
+                    break
+                cell = waiting.popleft()
+            began = time.perf_counter()
+            why = process.run(cell)
+            seconds = time.perf_counter() - began
+            with lock:
+                if over.is_set():  # It did not fail: it was asked to end.
+                    break
+                number = done + len(ended) + 1
+                ended.append(Ended(cell, number, done + len(cells), seconds, *why))
+                tell(ended[-1])
+        process.close()
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="fedweight-cells") as pool:
+        try:
+            for future in as_completed([pool.submit(work, p) for p in processes]):
+                future.result()
+        finally:
+            over.set()
+            for process in processes:
+                process.end()
+    return ended
+
+
+class _Process:
+    """A process that runs cells, one after another; it starts with the first."""
+
+    def __init__(self, cores: int) -> None:
+        self.cores = cores
+        self._child: subprocess.Popen[str] | None = None
+        self._ended = False
+
+    def run(self, cell: Cell) -> tuple[str, str]:
+        """Have a cell run; return why it failed, in a line and in full."""
+        child = self._child or self._start()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        answer = ""
+        with contextlib.suppress(OSError, ValueError):
+            child.stdin.write(json.dumps(asdict(cell)) + "\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        if answer.endswith("\n"):
+            reason, full = json.loads(answer)
+            return str(reason), str(full)
+        self.close()
+        status = child.returncode
+        self._child = None
+        if status < 0:
+            return f"its process was ended by {signal.Signals(-status).name}", ""
+        return f"its process ended with status {status}", ""
+
+    def _start(self) -> subprocess.Popen[str]:
+        here = dict.fromkeys(os.path.abspath(path) for path in sys.path)
+        child = self._child = subprocess.Popen(
+            [sys.executable, "-c", _CODE, str(self.cores)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(here)},
+            start_new_session=True,  # Who asks us to end does not ask it, too.
+        )
+        if self._ended:
+            child.kill()
+        return child
+
+    def close(self) -> None:
+        """Let the process end, which has nothing to do."""
+        child = self._child
+        if child is None:
+            return
+        for stream in (child.stdin, child.stdout):
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
+        child.wait()
+
+    def end(self) -> None:
+        """End the process, whatever it does; it may write what it has."""
+        self._ended = True
+        child = self._child
+        if child is None or child.poll() is not None:
+            return
+        child.terminate()
+        try:
+            child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+_CODE = "import sys; from fedweight.studies.cells import serve; serve(int(sys.argv[1]))"
+
+
+def serve(cores: int) -> None:
+    """Be a process that runs cells: a line in is a cell, a line out how it ended.
+
+    When the other side is gone, this ends at once, as if killed: the next one goes on
+    from the checkpoint.
+    """
+    limit_cores(cores)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # What models and strategies print is no answer.
+    sys.stdout = sys.stderr
+    handler = logging.StreamHandler()
+    ours = logging.getLogger("fedweight")
+    ours.addHandler(handler)
+    ours.propagate = False
+    cells: queue.SimpleQueue[str] = queue.SimpleQueue()
+    busy = threading.Event()
+    threading.Thread(target=_listen, args=(cells, busy), daemon=True).start()
+    last = LastData()
+    with contextlib.suppress(KeyboardInterrupt), interruptible():
+        while line := cells.get():
+            cell = Cell(**json.loads(line))
+            handler.setFormatter(logging.Formatter(f"{cell.name}: %(message)s"))
+            why = _ran(cell, last)
+            busy.clear()
+            answers.write(json.dumps(why) + "\n")
+            answers.flush()
+
+
+def _ran(cell: Cell, last: LastData) -> tuple[str, str]:
+    try:
+        dataset = last.of(Configuration(tomllib.loads(cell.config)))
+    except Exception as error:
+        return _why(error)
+    return run_cell(cell, dataset)
+
+
+def _listen(cells: queue.SimpleQueue[str], busy: threading.Event) -> None:
+    for line in sys.stdin:
+        busy.set()
+        cells.put(line)
+    if busy.is_set():
+        os._exit(1)
+    cells.put("")

@@ -1,0 +1,187 @@
+"""What a comparison compares: strategies, each with every local objective."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import ConfigurationError
+from ..core.options import options_of
+from ..core.settings import kebab, parse_setting
+from ..core.texts import NAME_LENGTH, plain, shown
+from .given import as_settings, whole_tables
+from .tables import MOST_SEED, PICKS, options_in_file
+
+_MORE_KEYS = {"strategies": "strategy", "objectives": "objective"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of the things that are compared.
+
+    Attributes
+    ----------
+    label : str
+        What tables call it: its name, and the options that are not the defaults.
+    settings : Mapping[str, Any]
+        The keys of a simulation file that make it.
+    whole : tuple of str
+        The tables that the settings say all of.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    whole: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """What the folders of its runs begin with.
+
+        Examples
+        --------
+        >>> Method("feddisco:a=0.2+proximal", {}).folder
+        'feddisco-a=0.2+proximal'
+        """
+        return re.sub(r"[^\w.=+-]+", "-", self.label)
+
+
+def methods_of(strategies: Any, objectives: Any = ()) -> list[Method]:
+    """Return what is compared: every strategy, with every objective if any are given.
+
+    Parameters
+    ----------
+    strategies, objectives : str or list
+        Names, classes or made objects; a text may hold several, separated by commas,
+        and options: ``"fedavg,feddisco:a=0.2:b=0.1"``.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none, one is there twice, or no file could say it.
+
+    Examples
+    --------
+    >>> [one.label for one in methods_of("fedavg, feddisco:a=0.2:b=0.1")]
+    ['fedavg', 'feddisco:a=0.2']
+    """
+    rules = _chosen("strategies", strategies)
+    if not rules:
+        raise ConfigurationError(
+            "strategies must name one or more, such as 'fedavg,feddisco', got "
+            f"{shown(strategies)}. 'fedweight list' shows all."
+        )
+    losses = _chosen("objectives", objectives)
+    found = [
+        Method(f"{a.label}+{b.label}", {**a.settings, **b.settings}, a.whole + b.whole)
+        for a in rules
+        for b in losses
+    ] or rules
+    for what in ("label", "folder"):
+        seen: set[str] = set()
+        for method in found:
+            name = getattr(method, what)
+            if name in seen:
+                raise ConfigurationError(
+                    f"strategies: '{method.label}' is there twice. Keep one, or give "
+                    "them options that differ: 'feddisco:a=0.2'."
+                )
+            seen.add(name)
+    return found
+
+
+def seeds_of(seeds: Any) -> list[int]:
+    """Return the seeds that a list or a text such as ``"0,1,2"`` or ``"0-9"`` names.
+
+    Examples
+    --------
+    >>> seeds_of("0,3-5"), seeds_of(range(2))
+    ([0, 3, 4, 5], [0, 1])
+    """
+    advice = "Give whole numbers from 0, such as 0,1,2 or 0-9."
+    if isinstance(seeds, str):
+        found: list[int] = []
+        for part in seeds.split(","):
+            match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part, re.ASCII)
+            if not match:
+                raise ConfigurationError(f"seeds: got {shown(part)}. {advice}")
+            first, last = int(match[1]), int(match[2] or match[1])
+            if not first <= last < first + 10_000:
+                raise ConfigurationError(
+                    f"seeds: {shown(part)} is no range of 1 to 10,000 seeds. {advice}"
+                )
+            found += range(first, last + 1)
+    else:
+        several = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+        for seed in several:
+            whole = hasattr(seed, "__index__") and not isinstance(seed, bool)
+            if not whole or not 0 <= int(seed) <= MOST_SEED:
+                raise ConfigurationError(f"seeds: got {shown(seed)}. {advice}")
+        found = [int(seed) for seed in several]
+    if not found:
+        raise ConfigurationError(f"seeds must be one or more, got none. {advice}")
+    twice = [seed for seed in found if found.count(seed) > 1]
+    if twice:
+        raise ConfigurationError(
+            f"seeds: {twice[0]} is there twice. The same seed gives the same run, "
+            "which is no evidence: keep one."
+        )
+    return found
+
+
+def _chosen(key: str, given: Any) -> list[Method]:
+    several = given if isinstance(given, list | tuple) else [given]
+    found: list[Method] = []
+    for one in several:
+        if isinstance(one, str):
+            found += [_of_text(key, part) for part in _parts(one)]
+        else:
+            table = _MORE_KEYS[key]
+            settings = {table: one}
+            found.append(
+                _labelled(table, as_settings(settings), tuple(whole_tables(settings)))
+            )
+    return found
+
+
+def _parts(text: str) -> list[str]:
+    """Split at commas, but not those of a list."""
+    parts = re.findall(r"(?:[^,\[]|\[[^\]]*\]?)+", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _of_text(key: str, text: str) -> Method:
+    """Read ``name:option=value:option=value``; a name may be ``module:name``."""
+    table = _MORE_KEYS[key]
+    pieces = text.split(":")
+    first = next((k for k, piece in enumerate(pieces) if "=" in piece), len(pieces))
+    name, options = ":".join(pieces[:first]).strip(), pieces[first:]
+    bad = [piece for piece in options if "=" not in piece]
+    if bad or not name:
+        raise ConfigurationError(
+            f"{key}: got {shown(text)}. Write a name, and options behind it: "
+            "feddisco:a=0.2:b=0.1."
+        )
+    settings: dict[str, Any] = {f"{table}.name": name}
+    for option in options:
+        _, own, value = parse_setting(f"{table}.{option.strip()}")
+        settings[f"{table}.{own}"] = value
+    return _labelled(table, settings)
+
+
+def _labelled(
+    table: str, settings: Mapping[str, Any], whole: tuple[str, ...] = ()
+) -> Method:
+    """Name a choice: what it is, and its options that are not the defaults."""
+    name = str(settings[f"{table}.name"])
+    options = options_in_file(table, name)
+    if whole:  # A made object has its class's defaults, not those of a file.
+        options = options_of(PICKS[table].registry.resolve(name))
+    known = {kebab(k): o for k, o in options.items()}
+    words = [plain(name.rsplit(":", 1)[-1].lower(), NAME_LENGTH)]
+    for dotted, value in settings.items():
+        key = kebab(dotted.removeprefix(f"{table}."))
+        if key != "name" and not (key in known and known[key].default == value):
+            words.append(f"{key}={plain(value, NAME_LENGTH)}")
+    return Method(":".join(words), settings, whole)

@@ -1,0 +1,365 @@
+"""Comparisons: cells that are ordinary runs, pairs that are pairs, and a summary."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import fedweight
+from fedweight import Comparison, compare
+from fedweight.cli import main
+from fedweight.clients.objectives import Plain
+from fedweight.core.errors import ConfigurationError, DataError
+from fedweight.data import load
+from fedweight.strategies import FedAvg, FedDisco
+from fedweight.studies.cells import Ended
+from fedweight.studies.comparison import METRICS, summary_of
+from fedweight.studies.methods import _parts, methods_of, seeds_of
+from fedweight.studies.statistics import compare_pairs, t_interval
+
+ROOT = Path(fedweight.__file__).parents[1]
+QUICK: dict[str, Any] = {
+    "run.rounds": 2,
+    "partition.clients": 4,
+    "training.epochs": 1,
+    "model.name": "softmax",
+    "strategy.fraction-train": 0.7,
+}
+SET = [word for k, v in QUICK.items() for word in ("-s", f"{k}={v}")]
+TABLES = ("comparison.toml", "cells.csv", "summary.csv")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """A comparison of three strategies over two seeds, in this process."""
+    out = tmp_path_factory.mktemp("made") / "c"
+    names = ["fedavg", "feddisco:a=0.2", "ida"]
+    return compare(None, names, [0, 1], settings=QUICK, out=out, workers=1)
+
+
+def test_a_cell_is_what_run_writes(made: Comparison, tmp_path: Path) -> None:
+    alone = fedweight.run(
+        strategy=FedDisco(a=0.2, fraction_train=0.7),
+        seed=1,
+        settings={k: v for k, v in QUICK.items() if not k.startswith("strategy")},
+        out=tmp_path / "alone",
+    )
+    cell = made.run("feddisco:a=0.2", 1)
+    assert cell.folder.name == "feddisco-a=0.2-seed1"
+    for name in ("rounds.csv", "clients.csv", "partition.csv", "model.safetensors"):
+        assert (cell.folder / name).read_bytes() == (alone.folder / name).read_bytes()
+    assert (cell.folder / "report.html").is_file()
+    assert cell.config["strategy"]["a"] == 0.2
+
+
+def test_pairs_share_partition_first_model_and_sampling(made: Comparison) -> None:
+    for seed in made.seeds:
+        first, *others = [made.run(name, seed) for name in made.strategies]
+        for other in others:
+            assert other.partition.equals(first.partition)
+            begin = [run.rounds["test_accuracy"][0] for run in (first, other)]
+            assert begin[0] == begin[1]
+            took_part = [
+                run.clients.loc[run.clients["status"] == "ok", ["round", "client"]]
+                for run in (first, other)
+            ]
+            assert took_part[0].equals(took_part[1])
+    seeds = [made.run("fedavg", seed).partition for seed in made.seeds]
+    assert not seeds[0].equals(seeds[1])
+
+
+def test_the_summary_is_of_the_runs(made: Comparison) -> None:
+    assert list(dict.fromkeys(made.summary["metric"])) == list(METRICS)
+    for metric in METRICS:
+        values = {
+            name: [made.run(name, seed).summary()[metric] for seed in made.seeds]
+            for name in made.strategies
+        }
+        first = values.pop("fedavg")
+        rows = made.summary[made.summary["metric"] == metric].set_index("strategy")
+        assert rows.loc["fedavg", "mean"] == sum(first) / 2
+        assert (rows.loc["fedavg", "low"], rows.loc["fedavg", "high"]) == t_interval(
+            first
+        )
+        assert rows.loc["fedavg", "against"] == ""
+        for name, pair in compare_pairs(first, values).items():
+            assert rows.loc[name, "n"] == 2
+            assert rows.loc[name, "difference"] == pair.difference
+            assert rows.loc[name, "p_holm"] == pytest.approx(pair.p_holm, nan_ok=True)
+            assert rows.loc[name, "verdict"] == pair.verdict
+            assert rows.loc[name, "wilcoxon_verdict"] == "cannot reach"
+
+
+def test_a_comparison_reads_well(made: Comparison) -> None:
+    again = Comparison(made.folder)
+    assert again.strategies == ["fedavg", "feddisco:a=0.2", "ida"]
+    assert again.cells["status"].eq("complete").all()
+    assert len(again.rounds) == 3 * 2 * 3
+    assert list(again.rounds.columns[:3]) == ["strategy", "seed", "round"]
+    assert set(again.clients["strategy"]) == set(again.strategies)
+    assert (again.failures, again.failed_rounds) == ({}, 0)
+    assert "fedavg, feddisco:a=0.2 and ida, 2 seeds, 6 of 6 runs" in repr(again)
+    text = str(again)
+    for name in METRICS.values():
+        assert name in text
+        assert html.escape(name) in again._repr_html_()
+    assert "cannot reach: Wilcoxon's test needs 7 pairs" in text
+    assert "The test set chose nothing." in text
+    json.loads(json.dumps(again.to_dict()), parse_constant=pytest.fail)
+    with pytest.raises(DataError, match="there is no run of 'afl' with seed 0"):
+        again.run("afl", 0)
+
+
+def test_what_is_there_is_not_run_again(made: Comparison) -> None:
+    before = {name: (made.folder / name).read_bytes() for name in TABLES}
+    times = {p: p.stat().st_mtime_ns for p in made.folder.rglob("rounds.csv")}
+    told: list[Ended] = []
+    arguments: dict[str, Any] = {"settings": QUICK, "out": made.folder, "workers": 1}
+    names = "fedavg,feddisco:a=0.2,ida"
+    compare(None, names, "0-1", progress=told.append, **arguments)
+    assert told == []
+    assert {name: (made.folder / name).read_bytes() for name in TABLES} == before
+    # Another configuration is not taken for it, nor overwritten.
+    other = {**QUICK, "run.rounds": 3}
+    with pytest.raises(
+        ConfigurationError, match=r"its run\.rounds is 2, not 3"
+    ) as caught:
+        compare(None, names, "0-1", **{**arguments, "settings": other})
+    assert "Name another folder with --out" in str(caught.value)
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+def test_strategies_and_seeds_are_added(here: Path) -> None:
+    options: dict[str, Any] = {"settings": QUICK, "out": "c", "workers": 1}
+    compare(None, "fedavg", 0, **options)
+    told: list[Ended] = []
+    found = compare(None, "fedavg,ida", "0,1", progress=told.append, **options)
+    ran = {ended.cell.name for ended in told}
+    assert ran == {"ida-seed0", "fedavg-seed1", "ida-seed1"}
+    assert [ended.number for ended in told] == [2, 3, 4]
+    assert len(found.cells) == 4
+
+
+FAILING = """
+from fedweight.strategies import WeightingStrategy
+
+class Failing(WeightingStrategy):
+    how: str = "raise"
+
+    def weights(self, round):
+        import os, signal
+        if self.seed == 1:
+            if self.how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("no power")
+        return round.size_weights
+"""
+
+
+@pytest.fixture
+def failing(here: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (here / "own_failing.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(here)
+    yield here
+    sys.modules.pop("own_failing", None)
+
+
+def test_a_cell_that_fails_is_a_line_and_the_others_go_on(
+    failing: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = "fedavg,own_failing:Failing"
+    arguments = ["compare", "--strategies", names, "--seeds", "0,1,2", "--out", "c"]
+    assert main([*arguments, *SET, "--workers", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert len([line for line in err.splitlines() if line[:2] in "1/2/3/4/5/6/"]) == 6
+    found = Comparison(Path("c"))
+    [(where, reason)] = found.failures.items()
+    assert where == ("failing", 1)
+    assert "no power" in reason
+    assert f"failed: failing, seed 1: {reason}" in out
+    row = found.summary[found.summary["strategy"] == "failing"].iloc[0]
+    assert (row["n"], row["pairs"]) == (2, 2)
+    assert row["note"] == f"seed 1 failed: {reason}"
+    assert "no power" in (failing / "c" / "failing-seed1.error.txt").read_text()
+    # Mended, the same command ends it.
+    text = (failing / "own_failing.py").read_text().replace("self.seed == 1", "False")
+    (failing / "own_failing.py").write_text(text)
+    sys.modules.pop("own_failing", None)
+    assert main([*arguments, *SET, "--workers", "1", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [cell["status"] for cell in printed["cells"]] == ["complete"] * 6
+    assert not list((failing / "c").glob("*.error.txt"))
+
+
+def test_a_process_that_dies_takes_one_cell_with_it(failing: Path) -> None:
+    names = ["fedavg", "own_failing:Failing:how=die"]
+    options: dict[str, Any] = {"settings": QUICK, "workers": 2}
+    found = compare(None, names, [0, 1, 2], out="c", **options)
+    assert found.failures == {
+        ("failing:how=die", 1): "its process was ended by SIGKILL"
+    }
+    assert found.cells["status"].eq("complete").sum() == 5
+    # Side by side gives what one after another gives.
+    alone = compare(None, "fedavg", [0, 1, 2], out="d", settings=QUICK, workers=1)
+    for seed in alone.seeds:
+        pair = [c.run("fedavg", seed).folder / "rounds.csv" for c in (found, alone)]
+        assert pair[0].read_bytes() == pair[1].read_bytes()
+
+
+KILLED = [
+    *("compare", "--strategies", "fedavg,ida", "--seeds", "0,1", "--out", "k"),
+    *("-s", "run.rounds=30", "-s", "run.checkpoint-rounds=1"),
+    *("-s", "partition.clients=4", "-s", "training.epochs=1"),
+]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_twice_it_ends_with_the_same_summary(
+    here: Path, number: int, workers: str
+) -> None:
+    command = [sys.executable, "-m", "fedweight", *KILLED, "--workers", workers]
+    for kill in range(2):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+            where = here / "k" / ("fedavg-seed0", "ida-seed1")[kill]
+            while not (where / "checkpoint.safetensors").exists():
+                assert child.poll() is None
+                time.sleep(0.01)
+            child.send_signal(number)
+            _, err = child.communicate(timeout=60)
+        if number != signal.SIGKILL:
+            assert "To go on, give the same command." in err
+            assert "Traceback" not in err
+        assert not (here / "k" / "summary.csv").exists()
+    assert main([*KILLED, "--workers", workers, "--json"]) == 0
+    whole = [word if word != "k" else "whole" for word in KILLED]
+    assert main([*whole, "--workers", "1", "--json"]) == 0
+    for name in TABLES:
+        found = [(here / folder / name).read_bytes() for folder in ("k", "whole")]
+        assert found[0] == found[1], name
+
+
+def test_python_gives_objects_data_and_objectives(here: Path) -> None:
+    data = load("digits")
+    found = compare(
+        strategies=[FedAvg, FedDisco(a=0.2)],
+        seeds=[3],
+        objectives=[Plain, "proximal:mu=0.1"],
+        settings={k: v for k, v in QUICK.items() if "strategy" not in k},
+        dataset=data,
+    )
+    assert found.folder == Path("runs/quickstart-comparison")
+    assert found.strategies == [
+        *("fedavg+plain", "fedavg+proximal:mu=0.1"),
+        *("feddisco:a=0.2+plain", "feddisco:a=0.2+proximal:mu=0.1"),
+    ]
+    config = found.run("feddisco:a=0.2+proximal:mu=0.1", 3).folder / "config.toml"
+    assert "its data were given in Python" in config.read_text()
+    tables = tomllib.loads(config.read_text())
+    assert tables["objective"]["mu"] == 0.1
+    assert tables["strategy"]["a"] == 0.2
+    assert found.summary["sentence"].str.contains("1 pair, and a t test needs 2").any()
+    with pytest.raises(ConfigurationError, match="workers must be 1, got 2"):
+        compare(strategies="fedavg", seeds=4, dataset=data, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"strategies": ""}, "strategies must name one or more"),
+        ({"strategies": "fedavgg"}, "Did you mean 'fedavg'?"),
+        ({"strategies": "fedavg,fedavg"}, "'fedavg' is there twice"),
+        ({"strategies": "feddisco:a"}, "there is no module 'feddisco'"),
+        ({"strategies": "feddisco:a=0.2:b"}, "got 'feddisco:a=0.2:b'. Write a name"),
+        ({"strategies": "feddisco:aa=1"}, "'feddisco:aa=1': strategy"),
+        ({"strategies": "fedavg,feddisco:a=-1"}, "strategy.a must be"),
+        ({"seeds": ""}, "seeds: got ''. Give whole numbers from 0"),
+        ({"seeds": []}, "seeds must be one or more, got none"),
+        ({"seeds": "0,1,0"}, "seeds: 0 is there twice"),
+        ({"seeds": "1-0"}, "'1-0' is no range"),
+        ({"seeds": [0.5]}, "seeds: got 0.5"),
+        ({"seeds": -1}, "seeds: got -1"),
+        ({"settings": {"run.seed": 3}}, "settings: run.seed is what seeds say"),
+        ({"settings": ["strategy.name=ida"]}, "is what strategies say"),
+        ({"settings": {"run.round": 3}}, "Did you mean 'rounds'?"),
+        ({"workers": 0}, "workers must be a whole number from 1, got 0"),
+        ({"file": "none.toml"}, "there is no simulation file 'none.toml'"),
+        ({"strategies": "fedlaw", "settings": {"data.proxy": 0}}, "'fedlaw': "),
+        ({"progress": 3}, "progress must be a function of how a cell ended"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_what_cannot_be_compared_is_refused_before_anything(
+    here: Path, arguments: dict[str, Any], said: str
+) -> None:
+    given = {"strategies": "fedavg", "seeds": "0", **arguments}
+    with pytest.raises((ConfigurationError, DataError)) as caught:
+        compare(**given)
+    assert said in str(caught.value)
+    assert not (here / "runs").exists()
+
+
+def test_a_folder_that_is_no_comparisons_is_named(here: Path) -> None:
+    (here / "file").touch()
+    with pytest.raises(ConfigurationError, match="--out 'file' is a file"):
+        compare(strategies="fedavg", out="file")
+    with pytest.raises(DataError, match=r"nothing/comparison.toml is missing"):
+        Comparison(Path("nothing"))
+
+
+def test_names_and_seeds_as_they_are_written() -> None:
+    found = methods_of("fedavg, feddisco:a=0.2:b=0.3")
+    assert [one.label for one in found] == ["fedavg", "feddisco:a=0.2:b=0.3"]
+    assert _parts("a:b=[1, 2], c") == ["a:b=[1, 2]", "c"]
+    own = methods_of("strategies.median_distance:MedianDistance:tolerance=3.0")[0]
+    assert own.label == "mediandistance:tolerance=3.0"
+    assert own.settings["strategy.name"] == "strategies.median_distance:MedianDistance"
+    assert own.folder == "mediandistance-tolerance=3.0"
+    assert (
+        methods_of([FedDisco(a=0.2)])[0].label == methods_of("feddisco:a=0.2")[0].label
+    )
+    assert seeds_of("7, 0-2") == [7, 0, 1, 2]
+    assert seeds_of(range(3)) == [0, 1, 2]
+
+
+def test_without_held_out_data_there_is_one_metric() -> None:
+    cells = [
+        {
+            "strategy": name,
+            "seed": seed,
+            "status": "complete",
+            "failed_rounds": 2 * (seed == 1),
+            "test_accuracy": 0.5 + 0.1 * seed + 0.01 * seed * len(name),
+            "client_accuracy_mean": None,
+        }
+        for name in ("a", "bb")
+        for seed in (0, 1, 2)
+    ]
+    rows = pd.DataFrame(summary_of(cells))
+    assert list(rows["metric"]) == ["test_accuracy"] * 2
+    assert list(rows["note"]) == ["seed 1: 2 rounds failed"] * 2
+    assert math.isnan(rows["difference"][0])
+    failed = [{**cell, "status": "failed", "reason": "x"} for cell in cells]
+    rows = pd.DataFrame(summary_of(failed))
+    assert list(rows["n"]) == [0, 0]
+    assert rows["verdict"][1] == "undecided"

@@ -1,0 +1,225 @@
+"""Paired comparisons: as scipy has them, and as many false claims as they promise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.rng import Purpose, generator
+from fedweight.studies.statistics import (
+    LEVEL,
+    bootstrap_interval,
+    compare_pairs,
+    effect_size,
+    holm,
+    pairs_needed,
+    t_interval,
+    t_test,
+    wilcoxon,
+)
+
+NAN = math.nan
+VALUES = st.lists(st.floats(-1, 1), min_size=2, max_size=12)
+# Accuracies of a few test examples: ties and zeros abound.
+COARSE = st.lists(st.integers(-4, 4).map(lambda k: k / 8), min_size=1, max_size=9)
+
+
+def spread(values: list[float]) -> bool:
+    return float(np.ptp(values)) > 1e-6
+
+
+@given(VALUES.filter(spread))
+def test_the_t_test_and_its_interval_are_scipys(values: list[float]) -> None:
+    found = stats.ttest_rel(values, np.zeros(len(values)))
+    assert float(t_test(values)) == pytest.approx(found.pvalue, rel=1e-9, abs=1e-15)
+    low, high = found.confidence_interval(0.95)
+    assert t_interval(values) == pytest.approx((low, high), abs=1e-9)
+    expected = found.statistic / math.sqrt(len(values))
+    assert effect_size(values) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(st.lists(st.floats(1e-3, 1), min_size=1, max_size=12, unique=True), st.data())
+def test_the_signed_rank_test_is_scipys(
+    sizes: list[float], data: st.DataObject
+) -> None:
+    sizes = [size + 1e-6 * k for k, size in enumerate(sorted(sizes))]  # No ties.
+    signs = data.draw(st.tuples(*[st.sampled_from([-1, 1])] * len(sizes)))
+    values = [sign * size for sign, size in zip(signs, sizes, strict=True)]
+    assert wilcoxon(values) == pytest.approx(stats.wilcoxon(values).pvalue)
+
+
+@given(COARSE)
+def test_with_ties_it_is_what_all_signs_give(values: list[float]) -> None:
+    x = np.array([v for v in values if v])
+    if not len(x):
+        assert wilcoxon(values) == 1
+        return
+    ranks = stats.rankdata(np.abs(x))
+    sums = [np.dot(s, ranks) for s in itertools.product([0, 1], repeat=len(x))]
+    ours = ranks[x > 0].sum()
+    low = np.mean([s <= ours + 1e-9 for s in sums])
+    high = np.mean([s >= ours - 1e-9 for s in sums])
+    assert wilcoxon(values) == pytest.approx(min(1, 2 * min(low, high)))
+    assert wilcoxon([-v for v in values]) == wilcoxon(values)
+
+
+def test_rounding_makes_no_ranks() -> None:
+    # 0.3 - 0.2 and 0.2 - 0.1 differ in their last bits, and tie.
+    assert 0.3 - 0.2 != 0.2 - 0.1
+    assert wilcoxon([0.3 - 0.2, -(0.2 - 0.1), 0.5]) == wilcoxon([0.1, -0.1, 0.5])
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 30])
+def test_the_bootstrap_is_scipys_of_the_same_draws(n: int) -> None:
+    values = np.random.default_rng(n).gamma(2, size=n)
+    expected = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=2000,
+        method="BCa",
+        confidence_level=0.9,
+        rng=generator(7, Purpose.BOOTSTRAP),
+    ).confidence_interval
+    found = bootstrap_interval(values, 0.1, resamples=2000, seed=7)
+    assert found == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_the_bootstrap_draws_the_same_each_time() -> None:
+    values = np.random.default_rng(1).normal(size=30)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
+    # A hypothesis falls where every set of hypotheses that holds it falls.
+    every = range(len(p_values))
+    for one in every:
+        sets = [
+            s
+            for k in range(1, len(p_values) + 1)
+            for s in itertools.combinations(every, k)
+        ]
+        closed = max(len(s) * min(p_values[j] for j in s) for s in sets if one in s)
+        assert holm(p_values)[one] == pytest.approx(min(closed, 1))
+
+
+def test_a_test_that_was_not_made_counts_as_a_comparison() -> None:
+    assert holm([0.01, NAN])[0] == 0.02
+    assert math.isnan(holm([0.01, NAN])[1])
+    assert holm([]) == []
+
+
+def test_ten_thousand_draws_without_a_difference() -> None:
+    rng = np.random.default_rng(14)
+    draws = rng.normal(size=(10_000, 10)) - rng.normal(size=(10_000, 10))
+    claims = np.mean(t_test(draws) <= LEVEL)
+    assert 0.044 <= claims <= 0.056
+    signed_ranks = np.mean([wilcoxon(row) <= LEVEL for row in draws])
+    assert signed_ranks <= 0.056
+
+
+def test_ten_thousand_families_without_a_difference() -> None:
+    rng = np.random.default_rng(15)
+    p = t_test(rng.normal(size=(10_000, 5, 10)) - rng.normal(size=(10_000, 1, 10)))
+    claims = np.mean([min(holm(row)) <= LEVEL for row in p])
+    assert claims <= 0.056
+
+
+def test_the_power_is_what_the_noncentral_t_says() -> None:
+    rng = np.random.default_rng(16)
+    found = np.mean(t_test(rng.normal(1.0, 1.0, size=(10_000, 10))) <= LEVEL)
+    law = stats.nct(df=9, nc=math.sqrt(10))
+    limit = stats.t.ppf(1 - LEVEL / 2, 9)
+    expected = law.sf(limit) + law.cdf(-limit)
+    assert found == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(("comparisons", "pairs"), [(1, 6), (5, 8), (7, 9), (15, 10)])
+def test_too_few_pairs_cannot_reach(comparisons: int, pairs: int) -> None:
+    assert pairs_needed(comparisons) == pairs
+    for n, reaches in ((pairs - 1, False), (pairs, True)):
+        first = [0.5] * n
+        # The strongest that there can be: every pair points the same way.
+        others = {
+            f"m{m}": [0.6 + 0.01 * k for k in range(n)] for m in range(comparisons)
+        }
+        for one in compare_pairs(first, others).values():
+            assert (one.wilcoxon_verdict == "cannot reach") is not reaches
+            assert (one.wilcoxon_p_holm <= LEVEL) is reaches
+
+
+def test_pairs_without_a_difference_help_no_test_to_reach() -> None:
+    first = [0.5] * 6
+    found = compare_pairs(first, {"a": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]})["a"]
+    assert (found.pairs, found.wilcoxon_verdict) == (6, "cannot reach")
+
+
+def test_verdicts() -> None:
+    first = [0.90, 0.91, 0.92, 0.93]
+    found = compare_pairs(
+        first,
+        {
+            "up": [0.93, 0.95, 0.94, 0.97],
+            "down": [0.80, 0.82, 0.82, 0.82],
+            "noise": [0.91, 0.90, 0.93, 0.92],
+            "none": first,
+            "shift": [v + 0.01 for v in first],
+        },
+    )
+    verdicts = {name: one.verdict for name, one in found.items()}
+    assert verdicts == {
+        "up": "better",
+        "down": "worse",
+        "noise": "undecided",
+        "none": "same",
+        "shift": "undecided",
+    }
+    assert all(one.sentence.startswith(one.verdict) for one in found.values())
+    assert "4 pairs, Holm over 5 comparisons" in found["up"].sentence
+    assert "not one of 4 pairs differs" in found["none"].sentence
+    assert "all 4 pairs differ by the same +0.0100" in found["shift"].sentence
+    assert math.isnan(found["shift"].p)
+    assert found["shift"].bootstrap_low == found["shift"].bootstrap_high
+
+
+def test_a_seed_that_one_of_them_lacks_is_no_pair() -> None:
+    first = [0.90, NAN, 0.92, 0.93, 0.94]
+    whole = compare_pairs([0.90, 0.93, 0.94], {"a": [0.93, 0.95, 0.99]})["a"]
+    assert compare_pairs(first, {"a": [0.93, 1.0, NAN, 0.95, 0.99]})["a"] == whole
+    few = compare_pairs([0.9, NAN], {"a": [0.8, 0.9]})["a"]
+    assert (few.pairs, few.verdict) == (1, "undecided")
+    assert few.wilcoxon_verdict == "cannot reach"
+    assert "1 pair, and a t test needs 2" in few.sentence
+    assert math.isnan(compare_pairs([NAN], {"a": [0.8]})["a"].difference)
+
+
+@settings(max_examples=50)
+@given(VALUES.filter(spread), st.data())
+def test_who_is_first_turns_the_sign_only(
+    values: list[float], data: st.DataObject
+) -> None:
+    other = data.draw(st.tuples(*[st.floats(-1, 1)] * len(values)).map(list))
+    there = compare_pairs(values, {"b": other})["b"]
+    back = compare_pairs(other, {"a": values})["a"]
+    assert back.difference == -there.difference
+    assert back.p == pytest.approx(there.p, nan_ok=True)
+    assert back.wilcoxon_p == there.wilcoxon_p
+    turned = {"better": "worse", "worse": "better"}
+    assert back.verdict == turned.get(there.verdict, there.verdict)
+
+
+def test_what_does_not_pair_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="ida must have one value a seed"):
+        compare_pairs([0.1, 0.2], {"ida": [0.1]})
+    with pytest.raises(ConfigurationError, match=r"level must be in \(0, 1\), got 1"):
+        compare_pairs([0.1, 0.2], {"ida": [0.1, 0.2]}, level=1.0)
+    with pytest.raises(ConfigurationError, match="comparisons must be in"):
+        pairs_needed(0)
