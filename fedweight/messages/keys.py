@@ -17,6 +17,7 @@ ROUND: Final = "server-round"
 REQUEST: Final = "request"
 LOCAL_EPOCHS: Final = "local-epochs"
 PROXIMAL_MU: Final = "proximal-mu"
+LEARNING_RATE: Final = "learning-rate"
 COEFFICIENT: Final = "coefficient"
 SCHEMA: Final = "schema"
 
