@@ -25,6 +25,8 @@ from torch import nn
 from fedweight.cli import parser
 from fedweight.clients import Objective, TrainingApp, TrainingSettings
 from fedweight.clients.objectives import OBJECTIVES, Proximal
+from fedweight.clients.optimizers import OPTIMIZERS
+from fedweight.clients.rate_schedules import RATE_SCHEDULES
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.layout import FlatModel, Layout
 from fedweight.core.module import FlatModule
@@ -258,6 +260,12 @@ TAKERS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "proximal": (Proximal, Proximal),
     "training": (TrainingSettings, TrainingSettings),
     **{
+        name: (registry.resolve(name), registry.resolve(name))
+        for registry in (OPTIMIZERS, RATE_SCHEDULES)
+        for name in registry.entries
+        if name != "adam"  # The server's has the name; adamw has the same options.
+    },
+    **{
         name: (PARTITIONS.resolve(name), of_a_partition(PARTITIONS.resolve(name)))
         for name in ("dirichlet", "quantity")
     },
@@ -302,6 +310,10 @@ def test_no_range_was_overlooked() -> None:
         ("ida", "epsilon"),
         ("adam", "beta_2"),
         ("training", "learning_rate_decay"),
+        ("training", "clip_norm"),
+        ("sgd", "dampening"),
+        ("adagrad", "initial_sum"),
+        ("cosine", "schedule_least"),
         ("dirichlet", "alpha"),
         ("dirichlet-sampled", "size_sigma"),
         ("federated data", "held_out"),
@@ -403,6 +415,22 @@ def test_the_local_methods_are_those_of_the_registry() -> None:
     assert sorted(listed) == sorted(OBJECTIVES.entries)
 
 
+@pytest.mark.parametrize(
+    ("registry", "key"),
+    [(OPTIMIZERS, "optimizer"), (RATE_SCHEDULES, "learning-rate-schedule")],
+)
+def test_optimizers_and_schedules_are_those_of_the_registry(
+    registry: Any, key: str
+) -> None:
+    rows = {names(row[key])[0]: row for row in table("clients/README.md", key)}
+    assert list(rows) == list(registry.entries)
+    for name, row in rows.items():
+        if not row["its own keys"].startswith("as "):
+            own = {*options_in_file("training", name, key=key)} - {"schedule_over"}
+            said = {*names(row["its own keys"])}
+            assert said == {option.replace("_", "-") for option in own}
+
+
 def test_the_app_has_the_keys_that_its_page_says() -> None:
     config = PROJECT["tool"]["flwr"]["app"]["config"]
     own = {key: value for key, value in config.items() if not isinstance(value, dict)}
@@ -501,9 +529,10 @@ def test_the_readmes_strategy_is_the_worked_one(
 
 
 def test_the_example_of_an_objective_trains_alone_and_at_once() -> None:
-    [code] = code_blocks("clients/README.md", "python")
     space: dict[str, Any] = {}
-    exec(code, space)
+    for code in code_blocks("clients/README.md", "python"):
+        exec(code, space)
+    assert space["settings"].rule.nesterov
     objective: Objective = space["LabelSmoothing"](smoothing=0.2)
 
     def model() -> nn.Module:

@@ -43,6 +43,7 @@ from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_ar
 from .batched import BatchedTrainer
 from .noise import own_streams
 from .objectives import OBJECTIVES, Objective, Plain
+from .optimizers import OPTIMIZERS
 from .probes import PROBES, ClientRound, Probe
 from .queries import QUERIES, ClientQuery, Query, arrays_of
 from .settings import TrainingSettings
@@ -229,6 +230,8 @@ class TrainingApp(ClientApp):
             Of any client. The examples are taken from the first clients all the same,
             so that it does not matter which process asks, and when.
         """
+        if not self._optimizer_batches():
+            return False
         kind = self._trials.kind(context)
         if kind is None:
             self._warn_once(
@@ -385,7 +388,7 @@ class TrainingApp(ClientApp):
             clients = [client.cast(dtype) for client in clients]
             start = flatten(record, module.layout, **RECEIVED)
             alike = {(c.instructions.round, c.instructions.mu) for c in clients}
-            batched = batched and len(alike) == 1
+            batched = batched and len(alike) == 1 and self._optimizer_batches()
             kind = self._kind_if_batched(clients, cancelled) if batched else None
             if kind is not None:
                 results = self._fit_batched(start, clients, kind, cancelled)
@@ -435,7 +438,7 @@ class TrainingApp(ClientApp):
             result.model,
             result.num_steps,
             self.settings,
-            self.settings.learning_rate_in(instructions.round),
+            instructions.learning_rate_in(self.settings),
             partial(evaluate, module),
             client.context.state,
         )
@@ -479,7 +482,7 @@ class TrainingApp(ClientApp):
                 task,
                 self._objective(client.instructions),
                 self.settings,
-                learning_rate=self.settings.learning_rate_in(client.instructions.round),
+                learning_rate=client.instructions.learning_rate_in(self.settings),
                 least=found.least,
                 draws=bool(found.draws),
                 cancelled=cancelled,
@@ -500,10 +503,11 @@ class TrainingApp(ClientApp):
         results = [LocalResult(start, math.nan, math.nan, 0)] * len(tasks)
         if not some:
             return results
+        rates = [clients[k].instructions.learning_rate_in(self.settings) for k in some]
         trained = self._trainer(clients[0].instructions, least).train(
             start,
             [tasks[k] for k in some],
-            learning_rate=self.settings.learning_rate_in(clients[0].instructions.round),
+            learning_rate=rates,
             cancelled=cancelled,
         )
         for k, result in zip(some, trained, strict=True):
@@ -667,6 +671,17 @@ class TrainingApp(ClientApp):
             inner = inner.inner
         return proximal(instructions.mu, inner)  # type: ignore[no-any-return]
 
+    def _optimizer_batches(self) -> bool:
+        """Tell whether the optimiser can train clients at once; say why not."""
+        if not self.settings.rule.batches:
+            self._warn_once(
+                "optimizer",
+                "clients train one after another: optimizer %s is not one of %s.",
+                self.settings.to_keys()["optimizer"],
+                ", ".join(OPTIMIZERS.entries),
+            )
+        return self.settings.rule.batches
+
     def _warn_once(self, about: str, message: str, *values: object) -> None:
         if about not in self._warned:
             self._warned.add(about)
@@ -686,6 +701,7 @@ class Instructions:
     request: tuple[str, ...]
     epochs: int | None
     mu: float | None
+    learning_rate: float | None
     told: ConfigRecord
 
     @classmethod
@@ -696,13 +712,23 @@ class Instructions:
         if epochs is not None:
             check_range(keys.LOCAL_EPOCHS, epochs, 1)
         mu = told.get(keys.PROXIMAL_MU)
+        rate = told.get(keys.LEARNING_RATE)
+        if rate is not None:
+            check_range(keys.LEARNING_RATE, rate, 0)
         return cls(
             round=int(told.get(keys.ROUND, 1)),
             request=tuple(told.get(keys.REQUEST, ())),
             epochs=None if epochs is None else int(epochs),
             mu=None if mu is None else float(mu),
+            learning_rate=None if rate is None else float(rate),
             told=config,
         )
+
+    def learning_rate_in(self, settings: TrainingSettings) -> float:
+        """Return the rate of this round: the server's word, else the settings'."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return settings.learning_rate_in(self.round)
 
 
 class ClientTask(NamedTuple):

@@ -46,12 +46,16 @@ from .graphs import (
 )
 from .noise import STREAMS, LocalTraining
 from .objectives import Batch, Objective
+from .optimizers import LocalOptimizer, Rate, clip_each
 from .settings import TrainingSettings
-from .training import LocalOptimizer, LocalResult, Task
+from .training import LocalResult, Task
 
 log = logging.getLogger("fedweight")
 
 Step = Callable[..., Any]
+
+# A learning rate of all clients, or one of each.
+Rates = float | Sequence[float]
 
 # Returns examples of a size, to fill, like a tensor of them.
 Allocate = Callable[[Sequence[int], Tensor], tuple[Tensor, Tensor]]
@@ -138,10 +142,8 @@ class BatchedTrainer:
         self.frozen = [e for e in layout.entries if e.kind == "frozen"]
         self.buffers = [e for e in layout.entries if e.kind == "buffer"]
         self.integers = [e for e in layout.entries if e.kind == "integer"]
-        # Whether a step is w - rate * gradient, which needs no optimiser's state.
-        self._descends = settings.optimizer == "sgd" and not (
-            settings.momentum or settings.weight_decay
-        )
+        # Whether a step is w - rate * gradient, with one rate for all of a round.
+        self._descends = settings.descends and not settings.rate_schedule.over_steps
         self._least = 1  # Fewer examples in a step make the model raise.
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._moved: dict[tuple[Any, ...], list[int]] = {}
@@ -160,7 +162,7 @@ class BatchedTrainer:
         start: FlatModel,
         tasks: Sequence[Task],
         *,
-        learning_rate: float,
+        learning_rate: Rates,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[LocalResult]:
         """Train some clients from the same global model.
@@ -171,8 +173,9 @@ class BatchedTrainer:
             The global model as received.
         tasks : Sequence[Task]
             C clients, each with one example or more.
-        learning_rate : float
-            Of this round.
+        learning_rate : float or Sequence[float]
+            Of this round, of all clients or of each; over its steps the settings may
+            have a schedule.
         cancelled : Callable[[], bool]
             Asked before every step, or every few that are made in one call; once it
             says yes, training raises.
@@ -208,19 +211,20 @@ class BatchedTrainer:
         start: FlatModel,
         tasks: Sequence[Task],
         *,
-        learning_rate: float,
+        learning_rate: Rates,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> TrainedRows:
         """Train some clients; leave their models on the device, as one matrix.
 
         The arguments are those of :meth:`train`.
         """
+        rates = _Rates.of(self.settings, learning_rate, len(tasks))
         if not self._replays:
-            state = _State.of(start, len(tasks), learning_rate, self.device)
-            return self._run(state, tasks, learning_rate, cancelled)
+            state = _State.of(start, len(tasks), rates.first, self.device)
+            return self._run(state, tasks, rates, cancelled)
         with self._turn, torch.cuda.device(self.device):
-            memory = self._memory(start, len(tasks), learning_rate)
-            trained = self._run(memory.state, tasks, learning_rate, cancelled, memory)
+            memory = self._memory(start, len(tasks), rates.first)
+            trained = self._run(memory.state, tasks, rates, cancelled, memory)
             return copy.deepcopy(trained)
 
     def _memory(
@@ -243,18 +247,20 @@ class BatchedTrainer:
         self,
         own: _State,
         tasks: Sequence[Task],
-        learning_rate: float,
+        rates: _Rates,
         cancelled: Callable[[], bool],
         memory: _ChunkMemory | None = None,
     ) -> TrainedRows:
         """Run a chunk's steps, which change its state; in kept memory, if given."""
         plan = _Schedule.of(tasks, self.settings.batch_size, self.least)
         trained = own.trained
+        descends = self._descends and rates.same
         parameters = _views(trained.rows, self.parameters)
         buffers = _views(trained.buffer_rows, self.buffers)
         counters = [trained.integers[e.name] for e in self.integers]
         frozen = [own.frozen[e.start : e.stop].view(e.shape) for e in self.frozen]
         optimizer: LocalOptimizer | None = None
+        rate_of = rates.every(plan.steps, trained.rows)
         keys = np.array([task.noise_key for task in tasks], np.int64)
         seeds = torch.from_numpy(keys).to(self.device)
         counts = plan.counts.to(self.device)
@@ -266,7 +272,7 @@ class BatchedTrainer:
         allocate = self._buffers_for if memory is None else memory.examples
         feed = self._feed(tasks, plan, allocate)
         gathering = None
-        if isinstance(feed, _Gathering) and self._descends and memory is None:
+        if isinstance(feed, _Gathering) and descends and memory is None:
             gathering = feed
         ends = [trained.rows, own.received]
         sums = [trained.losses, trained.correct, own.rate]
@@ -293,16 +299,20 @@ class BatchedTrainer:
                 if memory is not None:
                     batch = memory.in_place(batch)
                 inputs = [*state, batch]
-                run = self._step(inputs)
+                run = self._step(inputs, descends)
                 if memory is not None:
-                    run = memory.replayed(run, batch)
+                    run = memory.replayed(run, batch, descends)
                 if step == 0:
                     plan.check(self._least)
                 gradients = run(*chain(*inputs))
-                if not self._descends:
-                    moved = [parameters[k] for k in self._moved[_kind(batch)]]
+                if not descends:
+                    moved = [parameters[k] for k in self._moved[_kind(batch, descends)]]
                     if optimizer is None:
-                        optimizer = LocalOptimizer(self.settings, learning_rate, moved)
+                        optimizer = LocalOptimizer(self.settings, rates.first, moved)
+                    if rate_of is not None:
+                        optimizer.learning_rate = rate_of(step)
+                    if self.settings.clip_norm:
+                        gradients = clip_each(gradients, self.settings.clip_norm)
                     optimizer.step(moved, gradients)
                 step += 1
         for k, model in done.items():
@@ -364,14 +374,14 @@ class BatchedTrainer:
         examples: tuple[Tensor, Tensor] = self._own.examples
         return examples
 
-    def _step(self, inputs: list[list[Tensor]]) -> Step:
+    def _step(self, inputs: list[list[Tensor]], descends: bool) -> Step:
         """Return the traced step for these shapes."""
-        key = _kind(inputs[-1])
+        key = _kind(inputs[-1], descends)
         if key not in self._steps:
             # PyTorch traces one function at a time in a process.
             with STREAMS.alone():
                 if key not in self._steps:
-                    self._steps[key] = self._trace(inputs, key)
+                    self._steps[key] = self._trace(inputs, key, descends)
         return self._steps[key]
 
     def _several_steps(self, given: Sequence[Any]) -> Step | None:
@@ -380,7 +390,7 @@ class BatchedTrainer:
         That is known once a step has been traced.
         """
         state, data, batch, rows, seeds, of_steps = given
-        key = _kind([*batch, seeds, *of_steps])
+        key = _kind([*batch, seeds, *of_steps], True)
         step = self._steps.get(key)
         if step is not None and key not in self._several:
             with STREAMS.alone():
@@ -393,16 +403,17 @@ class BatchedTrainer:
                         self._several[key] = several(step, examples)
         return self._several.get(key)
 
-    def _trace(self, inputs: list[list[Tensor]], key: tuple[Any, ...]) -> Step:
+    def _trace(
+        self, inputs: list[list[Tensor]], key: tuple[Any, ...], descends: bool
+    ) -> Step:
         """Record the step's tensor operations, for these shapes.
 
-        The step counts losses and hits, and changes the parameters in place; where
-        the optimiser is not plain gradient descent it returns the gradients instead,
-        of those parameters that have one.
+        The step counts losses and hits, and changes the parameters in place where it
+        ``descends``; else it returns the gradients instead, of those parameters that
+        have one.
         """
         along: list[int | None] = [0, None, *([0] * (len(inputs[-1]) - 5))]
         penalised = self._penalty_of(*inputs[4]) is not None
-        descends = self._descends
         moving = set(range(len(self.buffers)))  # Those that a step changes.
 
         def flat(*tensors: Tensor) -> list[Tensor]:
@@ -602,7 +613,7 @@ class _ChunkMemory:
         default_factory=dict
     )
     _batches: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
-    _steps: dict[tuple[int, int], Replayed] = field(default_factory=dict)
+    _steps: dict[tuple[int, int, bool], Replayed] = field(default_factory=dict)
 
     def examples(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x [*size, ...]`` and ``y [*size]``, to fill."""
@@ -624,9 +635,9 @@ class _ChunkMemory:
                 kept.copy_(values)
         return self._batches[key]
 
-    def replayed(self, step: Step, batch: Sequence[Tensor]) -> Replayed:
+    def replayed(self, step: Step, batch: Sequence[Tensor], descends: bool) -> Replayed:
         """Return a step as a graph over this memory, and over a batch put in it."""
-        key = batch[0].data_ptr(), len(batch)
+        key = batch[0].data_ptr(), len(batch), descends
         if key not in self._steps:
             self._steps[key] = Replayed(step)
         return self._steps[key]
@@ -663,10 +674,67 @@ def _on(
     return model.parameters.to(device), model.buffers.to(device), integers
 
 
-def _kind(batch: Sequence[Tensor]) -> tuple[Any, ...]:
+def _kind(batch: Sequence[Tensor], descends: bool) -> tuple[Any, ...]:
     """Return what a trace depends on."""
     x = batch[0]
-    return x.shape, x.dtype, x.is_contiguous(), len(batch)
+    return x.shape, x.dtype, x.is_contiguous(), len(batch), descends
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """The learning rates of a chunk.
+
+    Attributes
+    ----------
+    settings : TrainingSettings
+        Has their schedule over steps.
+    own : list[float]
+        ``[C]``: each client's in this round.
+    same : bool
+        Whether they are equal.
+    """
+
+    settings: TrainingSettings
+    own: list[float]
+    same: bool
+
+    @classmethod
+    def of(cls, settings: TrainingSettings, given: Rates, clients: int) -> _Rates:
+        """Take what was given for some clients."""
+        if isinstance(given, int | float):
+            return cls(settings, [given] * clients, True)
+        own = list(given)
+        return cls(settings, own, len(set(own)) == 1)
+
+    @property
+    def first(self) -> float:
+        """The first client's."""
+        return self.own[0]
+
+    def every(
+        self, steps: npt.NDArray[np.int64], like: Tensor
+    ) -> Callable[[int], Rate] | None:
+        """Return what tells a step's rate; ``None`` where it is the first, always.
+
+        A tensor, ``[C]``, where those who make the step differ; as ``like`` is.
+        """
+        if not self.settings.rate_schedule.over_steps:
+            if self.same:
+                return None
+            rates = torch.tensor(self.own, dtype=like.dtype, device=like.device)
+            return lambda step: rates
+        at, counts = self.settings.learning_rate_at, steps.tolist()
+
+        def rate(step: int) -> Rate:
+            pairs = zip(self.own, counts, strict=True)
+            now = [at(own, step, n) if step < n else math.nan for own, n in pairs]
+            busy = {value for value in now if value == value}
+            if len(busy) == 1:
+                return busy.pop()
+            # Of those who are done nothing is kept any more.
+            return torch.tensor(now, dtype=like.dtype, device=like.device).nan_to_num_()
+
+        return rate
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ..core.rng import permutation
 from ..data.examples import Examples
 from .noise import LocalTraining, own_streams, watched
 from .objectives import Batch, Objective
+from .optimizers import Foreign, LocalOptimizer, clip_factor
 from .settings import TrainingSettings
 
 EVALUATION_BATCH = 1024
@@ -71,78 +72,6 @@ class LocalResult(NamedTuple):
     num_steps: int
 
 
-class LocalOptimizer:
-    """SGD or Adam as ``torch.optim`` defines them, to the bit, on a few tensors.
-
-    Parameters
-    ----------
-    settings : TrainingSettings
-        Which, and its parameters.
-    learning_rate : float
-        Of this round.
-    parameters : Sequence[Tensor]
-        What will be optimised: one vector of a client, or tensors of many clients.
-
-    Attributes
-    ----------
-    remembers : bool
-        Whether it moves a tensor whose gradient is 0, by its weight decay or by
-        gradients before: then it matters that ``torch.optim`` leaves a tensor alone
-        that has no gradient.
-    """
-
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        learning_rate: float,
-        parameters: Sequence[Tensor],
-    ) -> None:
-        self.settings = settings
-        self.learning_rate = learning_rate
-        adam = settings.optimizer == "adam"
-        moments = parameters if adam or settings.momentum else ()
-        self.first = [torch.zeros_like(p) for p in moments]
-        self.second = [torch.zeros_like(p) for p in moments] if adam else []
-        self.num_steps = [0] * len(parameters)
-        self.remembers = bool(moments or settings.weight_decay)
-
-    def divide(self, places: Sequence[slice]) -> None:
-        """Go on with parts of the one vector that it has had so far."""
-        self.first = [v[place] for v in self.first for place in places]
-        self.second = [v[place] for v in self.second for place in places]
-        self.num_steps *= len(places)
-
-    def step(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> None:
-        """Change the parameters in place; the gradients stay.
-
-        A parameter whose gradient is ``None`` is left alone.
-        """
-        for k, (w, g) in enumerate(zip(parameters, gradients, strict=True)):
-            if g is None:
-                continue
-            self.num_steps[k] += 1
-            if self.settings.weight_decay:
-                # Not in place: two parameters may have one tensor as their gradient.
-                g = g.add(w, alpha=self.settings.weight_decay)
-            if self.second:
-                self._adam(k, w, g)
-                continue
-            if self.first:
-                g = self.first[k].mul_(self.settings.momentum).add_(g)
-            w.add_(g, alpha=-self.learning_rate)
-
-    def _adam(self, k: int, w: Tensor, g: Tensor) -> None:
-        beta_1, beta_2, epsilon = 0.9, 0.999, 1e-8
-        m, v, steps = self.first[k], self.second[k], self.num_steps[k]
-        rate = self.learning_rate / (1 - beta_1**steps)
-        root = (1 - beta_2**steps) ** 0.5
-        m.lerp_(g, 1 - beta_1)
-        v.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
-        w.addcdiv_(m, v.sqrt().div_(root).add_(epsilon), value=-rate)
-
-
 def train(
     module: FlatModule,
     start: FlatModel,
@@ -170,7 +99,7 @@ def train(
     settings : TrainingSettings
         The optimiser and the size of a batch.
     learning_rate : float
-        Of this round.
+        Of this round; over its steps the settings may have a schedule.
     least : int
         2 for a model that cannot train on one example: a last batch of one joins the
         batch before it.
@@ -238,12 +167,15 @@ def run_steps(
     device = module.parameters.device
     x, y = as_tensor(task.examples.x).to(device), as_tensor(task.examples.y).to(device)
     received = start.parameters.to(device)
-    optimizer = _FlatOptimizer(module, settings, learning_rate)
+    foreign = isinstance(settings.rule, Foreign)
+    kind = _ForeignOptimizer if foreign else _FlatOptimizer
+    optimizer = kind(module, settings, learning_rate)
     losses: list[Tensor] = []
     sizes: list[int] = []
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
     parts = batches(n, settings.batch_size, least)
+    changes, total = settings.rate_schedule.over_steps, len(parts) * task.epochs
     looks = True  # Whether the model draws noise is known after its first step.
     module.train()
     for epoch in range(task.epochs):
@@ -268,6 +200,12 @@ def run_steps(
             penalty = objective.penalty_gradient(module.parameters, received)
             if penalty is not None:
                 module.gradients.add_(penalty)
+            if settings.clip_norm:
+                length = module.gradients.norm()
+                module.gradients.mul_(clip_factor(length, settings.clip_norm))
+            if changes:
+                rate = settings.learning_rate_at(learning_rate, len(losses), total)
+                optimizer.set_rate(rate)
             optimizer.step(everything=penalty is not None)
             losses.append(loss.detach())
             sizes.append(len(batch.y))
@@ -298,6 +236,10 @@ class _FlatOptimizer:
         if self.optimizer.remembers:
             module.fresh_gradients()  # From now on.
 
+    def set_rate(self, rate: float) -> None:
+        """Let the next steps have another learning rate."""
+        self.optimizer.learning_rate = rate
+
     def step(self, *, everything: bool) -> None:
         """Use the gradients of this step; all parameters have one if ``everything``."""
         if not self.optimizer.remembers:  # A gradient of 0 is as good as none.
@@ -314,6 +256,41 @@ class _FlatOptimizer:
             fresh = [True] * len(self.parameters)
         pairs = zip(self.gradients, fresh, strict=True)
         self.optimizer.step(self.parameters, [g if own else None for g, own in pairs])
+
+
+class _ForeignOptimizer:
+    """An optimizer of PyTorch's or the user's on a module's own parameters."""
+
+    def __init__(
+        self, module: FlatModule, settings: TrainingSettings, learning_rate: float
+    ) -> None:
+        assert isinstance(settings.rule, Foreign)
+        self.module = module
+        named = dict(module.module.named_parameters())
+        self.parameters = [named[e.name] for e in module.layout.parameters]
+        self.optimizer = settings.rule.made(
+            self.parameters, learning_rate, settings.weight_decay
+        )
+        module.fresh_gradients()  # From now on.
+
+    def set_rate(self, rate: float) -> None:
+        """Let the next steps have another learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self, *, everything: bool) -> None:
+        """Use the gradients of this step; all parameters have one if ``everything``."""
+        kept = [parameter.grad for parameter in self.parameters]
+        fresh = self.module.fresh_gradients()
+        for parameter, own in zip(self.parameters, fresh, strict=True):
+            if not (own or everything):
+                parameter.grad = None  # As it is where nothing has asked for it.
+        try:
+            self.optimizer.step()
+        finally:
+            for parameter, grad in zip(self.parameters, kept, strict=True):
+                parameter.grad = grad
+            self.module.fresh_gradients()  # It may have changed them itself.
 
 
 def evaluate(

@@ -18,6 +18,7 @@ REQUEST: Final = "request"
 QUERY: Final = "query"
 LOCAL_EPOCHS: Final = "local-epochs"
 PROXIMAL_MU: Final = "proximal-mu"
+LEARNING_RATE: Final = "learning-rate"
 COEFFICIENT: Final = "coefficient"
 SCHEMA: Final = "schema"
 

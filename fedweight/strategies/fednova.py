@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
@@ -76,24 +76,38 @@ class FedNova(WeightingStrategy):
 def normaliser(client: ClientRound) -> float:
     """Return how many plain gradients a client's update holds: the client's half.
 
-    With sgd as :func:`gradients_in` says. Of Adam the paper says nothing: there it is
-    the number of steps.
+    With sgd as :func:`gradients_in` says. Of Adam and the like the paper says nothing:
+    there it is the number of steps.
     """
     settings, mu = client.settings, client.told.get(keys.PROXIMAL_MU, 0.0)
-    if settings.optimizer != "sgd":
-        return float(client.num_steps)
+    rule: Any = settings.rule
+    steps = client.num_steps
+    if not rule.adds_up:
+        return float(steps)
     pull = client.learning_rate * float(mu)  # type: ignore[arg-type]
-    return gradients_in(client.num_steps, settings.momentum, pull)
+    rates: tuple[float, ...] = ()
+    if settings.rate_schedule.over_steps:
+        rates = tuple(settings.learning_rate_at(1.0, k, steps) for k in range(steps))
+    how = rule.dampening, rule.nesterov, rates
+    return gradients_in(steps, rule.momentum, pull, *how)
 
 
 @lru_cache(maxsize=1024)
-def gradients_in(steps: int, momentum: float = 0.0, pull: float = 0.0) -> float:
+def gradients_in(
+    steps: int,
+    momentum: float = 0.0,
+    pull: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    rates: tuple[float, ...] = (),
+) -> float:
     """Return ``a``: the sum of what each step's gradient counts in an update of sgd.
 
     Plain, it is the number of steps; with momentum ``rho`` each step does
     ``c <- rho c + 1, a <- a + c``; with a proximal term, of ``pull`` the learning rate
     times ``mu``, ``a <- a (1 - pull) + 1``. With both, the term joins the gradient
-    before momentum does.
+    before momentum does. Dampening, Nesterov's momentum and ``rates``, each step's
+    share of the learning rate, are counted as they are done.
 
     Examples
     --------
@@ -101,7 +115,9 @@ def gradients_in(steps: int, momentum: float = 0.0, pull: float = 0.0) -> float:
     (4.0, 9.049)
     """
     a = c = 0.0
-    for _ in range(steps):
-        c = momentum * c + 1 - pull * a
-        a += c
+    for step in range(steps):
+        gradient = 1 - pull * a
+        c = momentum * c + (1 - dampening if step else 1.0) * gradient
+        moved = gradient + momentum * c if nesterov else c
+        a += moved * (rates[step] if rates else 1.0)
     return a

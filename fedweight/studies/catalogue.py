@@ -12,7 +12,15 @@ from ..core.docstrings import meanings
 from ..core.errors import ConfigurationError, closest
 from ..core.options import ANY, Option
 from ..core.settings import kebab
-from .tables import PICKS, SCHEMA, SEEDS, options_in_file
+from .tables import (
+    FURTHER_PICKS,
+    PICKS,
+    SCHEMA,
+    SEEDS,
+    Pick,
+    options_in_file,
+    picks_of,
+)
 
 # What each kind is called in a list of all, and the table that picks one of it.
 KINDS = {
@@ -23,6 +31,8 @@ KINDS = {
     "models": "model",
     "server optimisers": "server",
     "schedules": "schedule",
+    "local optimisers": "training.optimizer",
+    "learning-rate schedules": "training.learning-rate-schedule",
 }
 
 
@@ -36,10 +46,14 @@ def catalogue() -> dict[str, dict[str, str]]:
         f"{table}.seed": f"{rule.meaning} (default run.seed)"
         for table, rule in SEEDS.items()
     }
-    kinds = {
-        kind: PICKS[table].registry.descriptions() for kind, table in KINDS.items()
-    }
+    kinds = {kind: _pick(own).registry.descriptions() for kind, own in KINDS.items()}
     return kinds | {"keys of a simulation file": keys}
+
+
+def _pick(own: str) -> Pick:
+    """Return what a table picks by its name, or by ``"table.key"``."""
+    table, _, key = own.partition(".")
+    return picks_of(table)[key or "name"]
 
 
 def options_page(kind: str, name: str = "") -> dict[str, dict[str, Any]]:
@@ -59,8 +73,8 @@ def options_page(kind: str, name: str = "") -> dict[str, dict[str, Any]]:
         By key: ``allowed`` and ``meaning``, in words, and ``default``: ``None`` where
         something else decides, and missing where the key must be given.
     """
-    table = KINDS.get(kind, kind)
-    if table not in SCHEMA:
+    table, _, key = KINDS.get(kind, kind).partition(".")
+    if table not in SCHEMA or (key and key not in picks_of(table)):
         known = [*SCHEMA, *KINDS]
         raise ConfigurationError(
             f"there is no kind '{kind}'.{closest(kind, known)} There are "
@@ -71,20 +85,24 @@ def options_page(kind: str, name: str = "") -> dict[str, dict[str, Any]]:
         page["seed"] = {**_row(SEEDS[table], SEEDS[table].meaning), "default": None}
     if not name:
         return page
-    if table not in PICKS:
+    picks = picks_of(table)
+    if not picks:
         raise ConfigurationError(f"the table [{table}] picks nothing by name.")
-    del page["name"]
-    for key, (rule, text) in _brought(table, name).items():
-        page.setdefault(key, _row(rule, text))
+    if not key:  # Of several choices, that which has the name.
+        knows = [own for own, pick in picks.items() if name in pick.registry.entries]
+        key = [*knows, *picks][0]
+    del page[key]
+    for own, (rule, text) in _brought(table, name, key).items():
+        page.setdefault(own, _row(rule, text))
     return page
 
 
-def _brought(table: str, name: str) -> dict[str, tuple[Option, str]]:
+def _brought(table: str, name: str, key: str = "name") -> dict[str, tuple[Option, str]]:
     """Return the keys that a choice brings, each with what it means."""
-    texts = meanings(PICKS[table].registry.resolve(name))
+    texts = meanings(picks_of(table)[key].registry.resolve(name))
     return {
         kebab(option): (rule, rule.meaning or texts.get(option, ""))
-        for option, rule in options_in_file(table, name).items()
+        for option, rule in options_in_file(table, name, key=key).items()
         if option != ANY
     }
 
@@ -122,6 +140,8 @@ def _table_schema(table: str) -> dict[str, Any]:
         keys["seed"] = _key_schema(SEEDS[table], SEEDS[table].meaning)
         del keys["seed"]["default"]
     schema: dict[str, Any] = {"type": "object", "properties": keys}
+    if table in FURTHER_PICKS:
+        return _with_choices(table, keys)
     if table not in PICKS:
         return schema | {"additionalProperties": False}
     registry = PICKS[table].registry
@@ -142,6 +162,35 @@ def _table_schema(table: str) -> dict[str, Any]:
         allowed = {"properties": {**dict.fromkeys(keys, True), **more}}
         cases.append({"if": is_it, "then": allowed | {"additionalProperties": False}})
     return schema | {"allOf": cases}
+
+
+def _with_choices(table: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a table of which several keys bring options."""
+    cases: list[dict[str, Any]] = []
+    more: dict[str, Any] = {}
+    is_own: list[dict[str, Any]] = []
+    for key, pick in FURTHER_PICKS[table].items():
+        lines = pick.registry.descriptions()
+        own = {"pattern": ":", "description": "your own: 'module:name'"}
+        names = [{"const": name, "description": line} for name, line in lines.items()]
+        keys[key] |= {"anyOf": [*names, own]}
+        is_own.append({"properties": {key: {"pattern": ":"}}, "required": [key]})
+        brings: dict[str, list[str]] = {}
+        for name in sorted(pick.registry.entries):
+            for option, (rule, text) in _brought(table, name, key).items():
+                more.setdefault(option, _key_schema(rule, _line(text)))
+                brings.setdefault(option, []).append(name)
+        for option, some in brings.items():
+            named = {"anyOf": [{"enum": some}, {"pattern": ":"}]}
+            fits: dict[str, Any] = {"properties": {key: named}}
+            if SCHEMA[table][key].default not in some:
+                fits["required"] = [key]
+            cases.append({"if": {"required": [option]}, "then": fits})
+            if len(some) > 1:
+                more[option].pop("default", None)  # Each has its own.
+    listed = {"propertyNames": {"enum": [*keys, *more]}}
+    cases.append({"if": {"not": {"anyOf": is_own}}, "then": listed})
+    return {"type": "object", "properties": {**keys, **more}, "allOf": cases}
 
 
 def _key_schema(rule: Option, meaning: str) -> dict[str, Any]:

@@ -100,8 +100,9 @@ class Components:
                 "objective",
                 partial(objective, chosen, **self.configuration.options("objective")),
             ),
-            settings=TrainingSettings(
-                **{key.replace("-", "_"): value for key, value in training.items()}
+            settings=TrainingSettings.of_keys(
+                {key.replace("-", "_"): value for key, value in training.items()},
+                self.configuration["run"]["rounds"],
             ),
             seed=self.configuration["run"]["seed"],
             device=self.device,

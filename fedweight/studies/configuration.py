@@ -23,7 +23,7 @@ from ..core.paths import NOT_THERE, absolute, clean_path, why_unreadable
 from ..core.settings import kebab, parse_setting, split_key, toml_value
 from ..core.texts import listed, shown
 from ..data import DATA_SETS
-from .tables import PICKS, SCHEMA, options_in_file, seed_rule
+from .tables import SCHEMA, options_in_file, picks_of, seed_rule
 
 log = logging.getLogger("fedweight")
 
@@ -291,11 +291,12 @@ def _resolve(where: str, table: str, given: Mapping[str, Any]) -> dict[str, Any]
     given = {key: toml_value(f"{where}.{key}", v) for key, v in _keys(where, given)}
     fixed = dict(SCHEMA[table])
     options: dict[str, Option] = {}
-    if table in PICKS:
-        name = given.get("name", fixed["name"].default)
-        name = fixed["name"].checked(f"{where}.name", name)
-        options = options_in_file(table, name, where)
-        fixed |= seed_rule(table, name)
+    for key in picks_of(table):
+        name = given.get(key, fixed[key].default)
+        name = fixed[key].checked(f"{where}.{key}", name)
+        options |= options_in_file(table, name, where, key)
+        if key == "name":
+            fixed |= seed_rule(table, name)
     resolved = {
         key: rule.checked(f"{where}.{key}", given.get(key, rule.default))
         for key, rule in fixed.items()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
+from ..clients.settings import TrainingSettings
 from ..core.errors import ConfigurationError
 from ..core.options import options_of
 from ..core.settings import kebab, parse_setting
@@ -96,6 +97,8 @@ def _table_of(table: str, given: Any) -> dict[str, Any]:
     """Return the keys of a table, as an object says them."""
     if isinstance(given, str):
         return {"name": given}
+    if isinstance(given, TrainingSettings):
+        return {kebab(key): value for key, value in given.to_keys().items()}
     if table not in PICKS:
         return _options(table, given, type(given))
     if not _is_made(given):

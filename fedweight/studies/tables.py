@@ -1,6 +1,7 @@
 """The tables of a simulation file: their keys, defaults, ranges and meanings.
 
-What a table's ``name`` picks brings options of its own, which stand beside ``name``.
+What a table's ``name`` picks brings options of its own, which stand beside ``name``; so
+do the optimiser and the schedule of the learning rate that [training] picks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..clients.objectives import OBJECTIVES
+from ..clients.optimizers import FILLED_IN, OPTIMIZERS
+from ..clients.rate_schedules import RATE_SCHEDULES
 from ..clients.settings import TrainingSettings
+from ..core.errors import ConfigurationError
 from ..core.options import ANY, MOST, Option, options_of
 from ..core.registry import Registry, check_callable
 from ..core.settings import kebab
@@ -234,6 +238,15 @@ def _table(cls: type, **defaults: Any) -> dict[str, Option]:
     }
 
 
+def _training(**defaults: Any) -> dict[str, Option]:
+    """Return the keys of [training], where what is picked is a name."""
+    table = _table(TrainingSettings, **defaults)
+    for key in ("optimizer", "learning-rate-schedule"):
+        named = Annotated[str, Field(description=table[key].meaning)]
+        table[key] = replace(table[key], annotation=named)
+    return table
+
+
 SCHEMA: dict[str, dict[str, Option]] = {
     "run": _table(Run),
     "data": _table(Data),
@@ -241,7 +254,7 @@ SCHEMA: dict[str, dict[str, Option]] = {
     "model": _table(Model),
     "objective": _table(LocalObjective),
     # The quick start learns fast: more than an app that is told nothing does.
-    "training": _table(TrainingSettings, epochs=10, batch_size=16, momentum=0.9),
+    "training": _training(epochs=10, batch_size=16, momentum=0.9),
     "strategy": _table(ServerStrategy),
     "server": _table(Server),
     "schedule": _table(Timing),
@@ -304,19 +317,44 @@ PICKS: dict[str, Pick] = {
     "schedule": Pick(SCHEDULES, "Class(**options)"),
 }
 
+# What other keys of a table than its name pick, by table and key.
+FURTHER_PICKS: dict[str, dict[str, Pick]] = {
+    "training": {
+        "optimizer": Pick(
+            OPTIMIZERS, "Class(params, lr, weight_decay, **options)", given=FILLED_IN
+        ),
+        "learning-rate-schedule": Pick(RATE_SCHEDULES, "Class(**options)"),
+    },
+}
 
-def options_in_file(table: str, name: str, where: str = "") -> dict[str, Option]:
-    """Return the options of what a table's name picks, those of the library left out.
+
+def picks_of(table: str) -> dict[str, Pick]:
+    """Return what the keys of a table pick, by key."""
+    named = {"name": PICKS[table]} if table in PICKS else {}
+    return named | FURTHER_PICKS.get(table, {})
+
+
+def options_in_file(
+    table: str, name: str, where: str = "", key: str = "name"
+) -> dict[str, Option]:
+    """Return the options of what a table's key picks, those of the library left out.
 
     :data:`~fedweight.core.options.ANY` is among them where it takes any. ``where`` is
     what a message calls the table.
     """
-    pick = PICKS[table]
-    chosen = pick.registry.resolve(name)
-    what = f"{where or table}.name '{name}'"
+    pick = picks_of(table)[key]
+    try:
+        chosen = pick.registry.resolve(name)
+    except ConfigurationError as error:
+        if key == "name":
+            raise
+        raise ConfigurationError(f"{where or table}.{key}: {error}") from None
+    what = f"{where or table}.{key} '{name}'"
     check_callable(what, chosen, pick.call, pick.positional)
     options = options_of(chosen)
     library = {*list(options)[: pick.positional], *pick.given}
+    if key != "name":  # A key of the table's own, as momentum, is that one.
+        library |= {own.replace("-", "_") for own in SCHEMA[table]}
     return {
         name: o.in_file
         for name, o in options.items()

@@ -1,5 +1,6 @@
 """The ClientApp, spoken to as Flower does."""
 
+import math
 import pickle
 import threading
 
@@ -576,6 +577,40 @@ def test_clients_that_are_told_different_things_do_them(kit):
                 reply.model.parameters, expected.model.parameters, atol=1e-5, rtol=0
             )
             assert reply.metrics["num-steps"] == expected.num_steps
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_each_client_trains_with_the_learning_rate_that_it_is_told(kit, batched):
+    settings = TrainingSettings(epochs=2, batch_size=5, learning_rate_decay=0.5)
+    app, rates = kit.app(settings=settings), {0: 0.3, 2: 0.0, 3: 0.02}
+    told = {"server-round": 3}
+    own = {
+        1000 + k: ConfigRecord({**told, "learning-rate": r}) for k, r in rates.items()
+    }
+    own[1001] = ConfigRecord(told)
+    cohort = cohort_of(kit, [0, 1, 2, 3], own=own)
+    replies = Contexts(kit).answers(app, cohort, batched)
+    for client, reply in enumerate(replies):
+        module = FlatModule(kit.linear())
+        rate = rates.get(client, 0.1 * 0.5**2)  # What is told is not decayed.
+        task = task_of(kit, client, 3)
+        expected = train(
+            module, module.save(), task, Plain(), settings, learning_rate=rate
+        )
+        torch.testing.assert_close(
+            reply.model.parameters,
+            expected.model.parameters,
+            atol=1e-5 if batched else 0,
+            rtol=0,
+        )
+
+
+@pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf])
+def test_a_learning_rate_out_of_range_is_refused(kit, wrong):
+    config = {1001: ConfigRecord({"server-round": 1, "learning-rate": wrong})}
+    replies = Contexts(kit).answers(kit.app(), cohort_of(kit, [0, 1], own=config))
+    assert replies[0].error is None
+    assert "learning-rate must be in [0, inf), got" in replies[1].error
 
 
 def test_clients_without_examples_answer_in_a_chunk(kit):

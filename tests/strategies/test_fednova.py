@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from fedweight import run as run_simulation
 from fedweight.clients import TrainingSettings
+from fedweight.clients.optimizers import SGD
+from fedweight.clients.rate_schedules import Exponential
 from fedweight.core.errors import ConfigurationError
 from fedweight.messages import keys
 from fedweight.strategies.fednova import FedNova, gradients_in, normaliser
@@ -82,6 +84,29 @@ def test_it_is_what_pytorchs_sgd_makes_of_a_gradient_of_1(steps, momentum, mu):
     found = normaliser(trained(settings, steps, mu))
     assert found == pytest.approx(-float(x.detach()) / 0.1)
     assert found > 0
+
+
+@pytest.mark.parametrize(
+    "more", [{"nesterov": True}, {"dampening": 0.3}, {"nesterov": False}]
+)
+@pytest.mark.parametrize("mu", [0.0, 2.0])
+def test_it_knows_all_of_sgd_and_a_rate_that_falls_with_the_steps(more, mu):
+    schedule = Exponential(schedule_over="steps", schedule_factor=0.8)
+    settings = TrainingSettings(
+        learning_rate=0.1,
+        optimizer=SGD(momentum=0.7, **more),
+        learning_rate_schedule=schedule,
+    )
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.1, momentum=0.7, **more)
+    falls = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+    for _ in range(9):
+        optimizer.zero_grad()
+        (x + mu / 2 * x**2).sum().backward()
+        optimizer.step()
+        falls.step()
+    found = normaliser(trained(settings, 9, mu))
+    assert found == pytest.approx(-float(x.detach()) / 0.1)
 
 
 @given(steps=st.integers(1, 50), share=st.floats(0, 0.99))

@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedweight import run
+from fedweight.clients.optimizers import OPTIMIZERS, SGD
+from fedweight.clients.rate_schedules import Cosine
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.module import FlatModule
 from fedweight.data import DataSet, Examples
@@ -94,7 +96,7 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS.entries, "torch.optim:NAdam"])
 def test_a_learning_rate_of_0_leaves_the_model_as_it_began(
     tmp_path: Path, optimizer: str
 ) -> None:
@@ -154,3 +156,47 @@ def test_a_plan_is_measured_for_long_runs_without_convolutions(
     plan = components.plan(components.client_app(), initial)
     measured = rounds > 1 and model == "softmax"
     assert plan == (Plan(17) if measured else Plan())
+
+
+def test_options_of_the_optimizer_and_the_schedule_reach_the_clients() -> None:
+    settings = {
+        "training.nesterov": True,
+        "training.learning-rate-schedule": "cosine",
+        "training.clip-norm": 0.5,
+    }
+    configuration = Configuration.read(None, {**QUICK, **settings}, "points")
+    found = prepare(configuration, points()).client_app().settings
+    assert found.rule == SGD(momentum=0.9, nesterov=True)
+    assert found.rate_schedule == Cosine(schedule_length=2)  # All rounds of the run.
+    assert found.clip_norm == 0.5
+
+
+def test_every_key_that_training_may_have_changes_something(tmp_path: Path) -> None:
+    plain = weights(start(tmp_path / "plain").folder)
+    changes: list[dict[str, Any]] = [
+        {"training__nesterov": True},
+        {"training__dampening": 0.5},
+        {"training__clip_norm": 0.01},
+        {"training__learning_rate_schedule": "warm-up"},
+        {
+            "training__learning_rate_schedule": "cosine",
+            "training__schedule_over": "steps",
+        },
+    ]
+    for number, more in enumerate(changes):
+        found = weights(start(tmp_path / str(number), **more).folder)
+        assert any((values != plain[name]).any() for name, values in found.items())
+
+
+def test_an_optimizer_of_ones_own_trains_one_client_after_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"training__optimizer": "torch.optim:SGD", "engine__plan": "batched-2"}
+    found = weights(start(tmp_path / "own", **own).folder)
+    said = [r.getMessage() for r in caplog.records if "optimizer" in r.getMessage()]
+    assert said == [
+        "clients train one after another: optimizer torch.optim:SGD is not one of sgd, "
+        "adam, adamw, adagrad, rmsprop."
+    ]
+    for name, values in weights(start(tmp_path / "ours").folder).items():
+        np.testing.assert_array_equal(values, found[name])
