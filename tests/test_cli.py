@@ -111,6 +111,7 @@ def test_list_shows_every_name_with_a_line(capsys):
         "partitions",
         "models",
         "server optimisers",
+        "schedules",
         "keys of a simulation file",
     }
     assert "run.rounds" in kinds["keys of a simulation file"]
