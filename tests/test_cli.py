@@ -127,7 +127,9 @@ def test_list_shows_every_name_with_a_line(capsys):
             assert line in plain
 
 
-@pytest.mark.parametrize("command", ["run", "check", "list", "report", "data"])
+@pytest.mark.parametrize(
+    "command", ["run", "compare", "check", "list", "report", "data"]
+)
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

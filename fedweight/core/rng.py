@@ -36,7 +36,7 @@ class Purpose(IntEnum):
     SPEED = 12
     ARRIVALS = 13
     PHASE = 14
-    BOOTSTRAP = 30
+    BOOTSTRAP = 15
 
 
 def generator(

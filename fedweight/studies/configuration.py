@@ -23,7 +23,7 @@ from ..core.paths import NOT_THERE, absolute, clean_path, why_unreadable
 from ..core.settings import kebab, parse_setting, split_key, toml_value
 from ..core.texts import listed, shown
 from ..data import DATA_SETS
-from .tables import SCHEMA, options_in_file, picks_of, seed_rule
+from .tables import PICKS, SCHEMA, options_in_file, picks_of, seed_rule
 
 log = logging.getLogger("fedweight")
 
