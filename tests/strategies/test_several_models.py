@@ -156,7 +156,7 @@ class ByHalf(WeightingStrategy):
 
 
 @pytest.mark.parametrize(
-    "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]
+    "engine", ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 )
 def test_a_strategy_brings_its_queries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
