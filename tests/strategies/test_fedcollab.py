@@ -245,8 +245,8 @@ def test_all_models_are_kept(finished: Run) -> None:
     ("engine", "plan"),
     [
         ("local", "batched-2"),
-        pytest.param("ray", "loop", marks=[pytest.mark.ray, pytest.mark.slow]),
-        pytest.param("ray", "batched-3", marks=[pytest.mark.ray, pytest.mark.slow]),
+        pytest.param("ray", "loop", marks=pytest.mark.ray),
+        pytest.param("ray", "batched-3", marks=pytest.mark.ray),
     ],
 )
 def test_the_same_coalitions_on_any_engine(

@@ -101,7 +101,7 @@ def written(folder: Path) -> dict[str, bytes]:
                 method,
                 "ray",
                 # Ray starts three times.
-                marks=[pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)],
+                marks=[pytest.mark.ray, pytest.mark.timeout(400)],
             )
             for method in ("fedce, momentum", "fedbuff")
         ),

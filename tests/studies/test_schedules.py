@@ -68,7 +68,7 @@ def test_the_discount_that_was_asked_for_is_no_warning(tmp_path: Path) -> None:
         {"engine.threads": 2, "engine.plan": "loop"},
         pytest.param(
             {"engine.name": "ray", "engine.workers": 2, "engine.plan": "loop"},
-            marks=[pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)],
+            marks=[pytest.mark.ray, pytest.mark.timeout(300)],
         ),
     ],
 )
@@ -84,7 +84,7 @@ def test_every_engine_gives_the_same_bits(
         {"engine.threads": 2},
         pytest.param(
             {"engine.name": "ray", "engine.workers": 2},
-            marks=[pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)],
+            marks=[pytest.mark.ray, pytest.mark.timeout(300)],
         ),
     ],
 )
