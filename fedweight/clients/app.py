@@ -38,14 +38,14 @@ from ..core.rng import Purpose, key_table
 from ..core.texts import shown
 from ..data.federated import ClientData
 from ..messages import keys
-from ..messages.arrays import flatten
+from ..messages.arrays import arrays_of, flatten
 from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
 from .batched import BatchedTrainer
 from .noise import own_streams
 from .objectives import OBJECTIVES, Objective, Plain
 from .optimizers import OPTIMIZERS
 from .probes import PROBES, ClientRound, Probe
-from .queries import QUERIES, ClientQuery, Query, arrays_of
+from .queries import QUERIES, ClientQuery, Query
 from .settings import TrainingSettings
 from .training import LocalResult, Task, evaluate, evaluate_each, train
 from .trial import Findings, Kind, Trials, kind_of

@@ -81,15 +81,6 @@ class Answer:
 Query = Callable[[ClientQuery], Answer]
 
 
-def arrays_of(content: RecordDict) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of a message, by name."""
-    return {
-        name: array.numpy()
-        for record in content.array_records.values()
-        for name, array in record.items()
-    }
-
-
 def label_counts(asked: ClientQuery) -> Answer:
     """Answer how many training examples there are, and of each class."""
     train = asked.data.train

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 
 from ..core.errors import AggregationError
 from ..core.layout import FlatModel, Layout
@@ -248,3 +248,12 @@ class FlatRecord(ArrayRecord):
         if flat is None:
             return ArrayRecord, (dict(self.__dict__["_data"]),)
         return FlatRecord, (flat,)
+
+
+def arrays_of(content: RecordDict) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a message, by name."""
+    return {
+        name: array.numpy()
+        for record in content.array_records.values()
+        for name, array in record.items()
+    }

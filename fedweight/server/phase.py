@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from ..core.texts import clients_called, plain_lines
 from ..messages import keys
 from ..messages._flower import reason_of
+from ..messages.arrays import arrays_of
 from .sampling import numbered
 
 log = logging.getLogger("fedweight")
@@ -121,9 +122,4 @@ def _given(reply: Message) -> Given:
     metrics: dict[str, Any] = {}
     for record in reply.content.metric_records.values():
         metrics |= dict(record)
-    arrays = {
-        name: array.numpy()
-        for record in reply.content.array_records.values()
-        for name, array in record.items()
-    }
-    return Given(metrics, arrays)
+    return Given(metrics, arrays_of(reply.content))

@@ -86,20 +86,23 @@ def count(grid: Grid, empty: Set[int]) -> int:
     return _count(nodes if isinstance(nodes, range) else list(nodes), number, empty)
 
 
+def _by_number(grid: Grid) -> dict[int, int]:
+    number = number_of(grid)
+    return {number(node): node for node in grid.get_node_ids()}
+
+
 def nodes_of(grid: Grid, clients: Sequence[int]) -> list[tuple[int, int]]:
     """Return ``(client, node)`` pairs of some clients."""
     nodes = grid.get_node_ids()
     if isinstance(nodes, range):  # In the clients' order.
         return [(client, nodes[client]) for client in clients]
-    number = number_of(grid)
-    known = {number(node): node for node in nodes}
+    known = _by_number(grid)
     return [(client, known[client]) for client in clients]
 
 
 def numbered(grid: Grid) -> dict[int, int]:
     """Return the node of every client that may have examples, by its number."""
-    number = number_of(grid)
-    known = {number(node): node for node in grid.get_node_ids()}
+    known = _by_number(grid)
     empty = known_empty(grid, list(known), frozenset())
     return {client: known[client] for client in sorted(known) if client not in empty}
 

@@ -105,6 +105,30 @@ class Speeds:
         return 1e-3 * (1 if sizes is None else int(sizes[0])) * slower
 
 
+class Moment(NamedTuple):
+    """What a round begins with.
+
+    Attributes
+    ----------
+    round : int
+        From 1.
+    model : FlatModel
+        The global model.
+    epochs : int
+        How many passes clients make.
+    population : int
+        N; the clients are 0 to N - 1.
+    sizes_of : Callable
+        As for :class:`Speeds`.
+    """
+
+    round: int
+    model: FlatModel
+    epochs: int
+    population: int
+    sizes_of: Sizes
+
+
 class Schedule(ABC):
     """When the server makes the next model, and of whose updates."""
 
@@ -119,29 +143,13 @@ class Schedule(ABC):
         return False
 
     @abstractmethod
-    def next(
-        self,
-        round: int,
-        model: FlatModel,
-        epochs: int,
-        population: int,
-        sizes_of: Sizes,
-        state: Any,
-    ) -> tuple[Timetable, Any]:
+    def next(self, moment: Moment, state: Any) -> tuple[Timetable, Any]:
         """Return what is to happen in a round, and the schedule's next state.
 
         Parameters
         ----------
-        round : int
-            From 1.
-        model : FlatModel
-            The global model that the round begins with.
-        epochs : int
-            How many passes clients make.
-        population : int
-            N; the clients are 0 to N - 1.
-        sizes_of : Callable
-            As for :class:`Speeds`.
+        moment : Moment
+            What the round begins with.
         state : Any
             What was returned last; ``None`` at first.
         """
@@ -165,18 +173,9 @@ class Clock:
     state: Any = None
     timetable: Timetable | None = None
 
-    def next(
-        self,
-        round: int,
-        model: FlatModel,
-        epochs: int,
-        population: int,
-        sizes_of: Sizes,
-    ) -> Timetable:
+    def next(self, moment: Moment) -> Timetable:
         """Let the schedule say what happens in a round."""
-        self.timetable, self.state = self.schedule.next(
-            round, model, epochs, population, sizes_of, self.state
-        )
+        self.timetable, self.state = self.schedule.next(moment, self.state)
         return self.timetable
 
 
@@ -202,17 +201,9 @@ class Deadline(Schedule):
     speed_spread: Annotated[float, Field(ge=0)] = 0.5
     seed: Annotated[int, Field(ge=0), GIVEN] = 0
 
-    def next(
-        self,
-        round: int,
-        model: FlatModel,
-        epochs: int,
-        population: int,
-        sizes_of: Sizes,
-        state: Any,
-    ) -> tuple[Timetable, Any]:
+    def next(self, moment: Moment, state: Any) -> tuple[Timetable, Any]:
         """Let the strategy draw; name who is late."""
-        speeds = Speeds(self.seed, self.speed_spread, sizes_of)
+        speeds = Speeds(self.seed, self.speed_spread, moment.sizes_of)
 
         def needed(passes: Mapping[int, int]) -> dict[int, float]:
             return {c: passes[c] * speeds.seconds(c) for c in passes}
@@ -299,20 +290,13 @@ class Buffered(Schedule):
             return 1 / (self.exponent * (staleness - self.threshold) + 1)
         return 1.0
 
-    def next(
-        self,
-        round: int,
-        model: FlatModel,
-        epochs: int,
-        population: int,
-        sizes_of: Sizes,
-        state: Any,
-    ) -> tuple[Timetable, Any]:
+    def next(self, moment: Moment, state: Any) -> tuple[Timetable, Any]:
         """Let the clients train until the buffer is full.
 
         The state is the time; who trains, since which round and until when; the models
         that they began with; and how many were drawn so far.
         """
+        round, model, epochs, population, sizes_of = moment
         speeds = Speeds(self.seed, self.speed_spread, sizes_of)
         began = time = 0.0 if state is None else state["seconds"]
         training = {} if state is None else dict(state["training"])

@@ -27,7 +27,7 @@ from ..server.sampling import (
     sample,
     straggler_epochs,
 )
-from ..server.schedules import Timetable
+from ..server.schedules import Moment, Timetable
 from .checks import asked_names, assigned, told_columns
 from .now import Asked, GlobalModel, Now
 from .round import Selection
@@ -273,7 +273,8 @@ def _timetable(
             return sizes
         return [int(client not in said) for client in clients]
 
-    return now.clock.next(round, now.model, _epochs(config), len(nodes), known_sizes)
+    moment = Moment(round, now.model, _epochs(config), len(nodes), known_sizes)
+    return now.clock.next(moment)
 
 
 def _epochs(config: ConfigRecord) -> int:

@@ -293,12 +293,10 @@ class Recorder:
     def _write_model(self) -> None:
         if self._arrays is not None:
             self.write_model(self.folder / "model.safetensors", self._arrays)
-        ours = isinstance(self.strategy, WeightingStrategy)
-        several = self.strategy.models if ours else []  # type: ignore[attr-defined]
-        if several:
+        if isinstance(self.strategy, WeightingStrategy) and self.strategy.models:
             states = {
                 f"{which}/{name}": tensor
-                for which, model in enumerate(several)
+                for which, model in enumerate(self.strategy.models)
                 for name, tensor in model.state_dict().items()
             }
             write_whole(self.folder / "models.safetensors", safetensors_bytes(states))

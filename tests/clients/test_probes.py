@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedweight import run
 from fedweight.clients.probes import PROBES, ClientRound
 from fedweight.clients.training import evaluate
 from fedweight.core.layout import FlatModel
@@ -111,49 +109,6 @@ def test_what_a_failed_probe_kept_is_lost(kit: Any) -> None:
     with pytest.raises(ValueError, match="no"):
         app(kit.message(kit.start(), request=["rounds", "fails"]), context)
     assert not context.state
-
-
-OWN = '''
-import torch
-from fedweight.clients import ClientRound
-from fedweight.strategies import WeightingStrategy
-
-
-def gain(client: ClientRound) -> float:
-    before = client.evaluate(client.received, "held-out").loss
-    return before - client.evaluate(client.trained, "held-out").loss
-
-
-class ByGain(WeightingStrategy):
-    """Weigh clients by what their training gains."""
-
-    probes = {"gain": gain}
-    request = ("gain",)
-
-    def weights(self, round):
-        return torch.softmax(round.metric("gain"), 0)
-'''
-
-
-@pytest.mark.parametrize(
-    "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]
-)
-def test_a_strategy_brings_its_probes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
-    (tmp_path / "own_gain.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    settings = {
-        "strategy.name": "own_gain:ByGain",
-        "run.rounds": 2,
-        "partition.clients": 4,
-        "engine.name": engine,
-        "engine.workers": 2 if engine == "ray" else 0,
-    }
-    made = run(settings=settings, out=tmp_path / "run", report=False)
-    assert made.rounds["ok"].tolist()[1:] == [4, 4]
-    assert made.clients["own_gain"].notna().all()
 
 
 def test_the_proximal_term_stands_with_its_method() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -29,6 +29,7 @@ from fedweight.server.schedules import (
     Buffered,
     Deadline,
     Idle,
+    Moment,
     Speeds,
     make_schedule,
 )
@@ -40,6 +41,13 @@ LAYOUT = Layout.of({"w": ((2,), "float32")}, ())
 
 def version(number: float) -> FlatModel:
     return FlatModel(LAYOUT, torch.full((2,), float(number)), torch.zeros(0))
+
+
+def moment(number: int, sizes: Any, epochs: int = 1) -> Moment:
+    known = np.asarray(sizes)
+    return Moment(
+        number, version(number), epochs, len(known), lambda some: known[some].tolist()
+    )
 
 
 def plan(
@@ -54,12 +62,7 @@ def plan(
     state, found = None, []
     for number in range(1, rounds + 1):
         timetable, state = schedule.next(
-            number,
-            version(number),
-            epochs,
-            len(sizes),
-            lambda clients: [sizes[c] for c in clients],
-            unpack(*pack(state)) if packed else state,
+            moment(number, sizes, epochs), unpack(*pack(state)) if packed else state
         )
         assert timetable.arrivals is not None
         assert not timetable.late({})
@@ -71,9 +74,15 @@ class Events:
     """The buffered schedule as a list of events, one after another."""
 
     def __init__(self, schedule: Buffered, sizes: Any, epochs: int) -> None:
-        self.schedule, self.sizes, self.epochs = schedule, sizes, epochs
-        speeds = Speeds(schedule.seed, schedule.speed_spread, lambda c: [1000] * len(c))
-        self.slowness = [speeds.seconds(client) for client in range(len(sizes))]
+        self.schedule, self.sizes = schedule, sizes
+        options = schedule.seed, schedule.speed_spread
+        everybody = range(len(sizes))
+        alike = Speeds(*options, lambda c: [1000] * len(c))
+        expected = [epochs * 1e-3 * sizes[c] * alike.seconds(c) for c in everybody]
+        own = Speeds(*options, lambda some: [sizes[c] for c in some])
+        # To the bit, as sums of the same times may tie, and rounding would decide.
+        self.took = [epochs * own.seconds(client) for client in everybody]
+        assert self.took == pytest.approx(expected)
         self.events: list[tuple[float, int, int]] = []  # end, client, began
         self.now = 0.0
         self.had: dict[int, int] = {}  # the newest version that each client had
@@ -98,8 +107,8 @@ class Events:
                     break
                 assert client in free
                 self.had[client] = version
-                took = self.epochs * 1e-3 * self.sizes[client] * self.slowness[client]
-                self.events.append((self.now + took, client, version))
+                end = self.now + self.took[client]
+                self.events.append((end, client, version))
             if not self.events:
                 break
             self.events.sort()
@@ -126,6 +135,14 @@ def settings(draw: Any) -> tuple[Buffered, list[int], int]:
 
 
 @given(made=settings(), rounds=st.integers(1, 8))
+@example(
+    made=(
+        Buffered(buffer_size=2, concurrency=5, speed_spread=3.0, seed=4),
+        [0, 1, 1, 1, 3, 3, 1],
+        3,
+    ),
+    rounds=3,
+)
 def test_it_is_a_plain_simulation_of_events(made: Any, rounds: int) -> None:
     schedule, sizes, epochs = made
     draws: list[int | None] = []
@@ -140,14 +157,7 @@ def test_it_is_a_plain_simulation_of_events(made: Any, rounds: int) -> None:
         patched.setattr(Idle, "draw", noted)
         for number in range(1, rounds + 1):
             before = events.now
-            timetable, state = schedule.next(
-                number,
-                version(number),
-                epochs,
-                len(sizes),
-                lambda clients: [sizes[c] for c in clients],
-                state,
-            )
+            timetable, state = schedule.next(moment(number, sizes, epochs), state)
             expected = events.round(number, draws)
             arrivals = timetable.arrivals
             assert arrivals is not None
@@ -272,9 +282,7 @@ def test_a_million_clients_are_quick(concurrency: int, empty: bool) -> None:
     state = None
     began = time.monotonic()
     for number in range(1, 4):
-        _, state = schedule.next(
-            number, version(1), 1, len(sizes), lambda c: sizes[c].tolist(), state
-        )
+        _, state = schedule.next(moment(number, sizes), state)
     assert time.monotonic() - began < 30
     assert len(state["training"]) >= concurrency - 1
 
@@ -284,9 +292,7 @@ def test_everybody_of_many_may_train() -> None:
     sizes[5000:] = 0
     schedule = Buffered(buffer_size=3, concurrency=20_000)
     began = time.monotonic()
-    timetable, state = schedule.next(
-        1, version(1), 1, len(sizes), lambda c: sizes[c].tolist(), None
-    )
+    timetable, state = schedule.next(moment(1, sizes), None)
     assert time.monotonic() - began < 20
     assert len(timetable.arrivals) + len(state["training"]) == 5000
 

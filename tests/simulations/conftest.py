@@ -34,10 +34,11 @@ def _identity() -> Iterator[None]:
 def ray_session() -> Iterator[Any]:
     import ray
 
-    # The tests hold a grid of one worker, one of two, and at times another worker.
+    # The tests hold a grid of one worker, one of two, and at times another worker or
+    # another grid of two, as a run in this process has. A worker needs a core of these.
     # A small store, as /dev/shm is small in containers.
     ray.init(
-        num_cpus=4,
+        num_cpus=8,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",

@@ -27,7 +27,7 @@ from flwr.serverapp import Grid
 from fedweight.core.layout import FlatModel, Layout
 from fedweight.core.updates import StackedUpdates
 from fedweight.messages import _flower, keys
-from fedweight.server.schedules import Arrival, Clock, Schedule, Timetable
+from fedweight.server.schedules import Arrival, Clock, Moment, Schedule, Timetable
 from fedweight.strategies import Round
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -200,16 +200,9 @@ class Script(Schedule):
     def discounts(self) -> bool:
         return self.exponent > 0
 
-    def next(
-        self,
-        round: int,
-        model: FlatModel,
-        epochs: int,
-        population: int,
-        sizes_of: Any,
-        state: Any,
-    ) -> tuple[Timetable, Any]:
-        starts = {**(state or {}), round: model}
+    def next(self, moment: Moment, state: Any) -> tuple[Timetable, Any]:
+        round = moment.round
+        starts = {**(state or {}), round: moment.model}
         arrivals = tuple(
             Arrival(c, since, starts[since], (1 + round - since) ** -self.exponent)
             for c, since in self.rounds[round - 1]

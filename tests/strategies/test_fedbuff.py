@@ -308,9 +308,9 @@ def test_clients_without_examples_are_known_to_the_schedule(kit):
     seen = []
 
     class Looks(kit.Script):
-        def next(self, round, model, epochs, population, sizes_of, state):
-            seen.append(sizes_of([0, 1, 2]))
-            return super().next(round, model, epochs, population, sizes_of, state)
+        def next(self, moment, state):
+            seen.append(moment.sizes_of([0, 1, 2]))
+            return super().next(moment, state)
 
     run = federation(kit, build(), np.eye(4, 2), [0.0, 0.0])
     run.schedule = Looks(EARLY)

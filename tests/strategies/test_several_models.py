@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedweight import run
 from fedweight.core.errors import ConfigurationError
 from fedweight.strategies import Selection, WeightingStrategy
 from fedweight.strategies.server_optimizers import ServerMomentum
@@ -122,65 +120,6 @@ def test_what_is_no_assignment_is_refused(kit: Any, given: Any) -> None:
     run = federation(kit, Wrong(), [[1, 0]] * 4)
     with pytest.raises(ConfigurationError, match=r"Wrong\.assign"):
         run.round()
-
-
-OWN = '''
-import numpy as np
-
-from fedweight.clients import Answer, ClientQuery
-from fedweight.server import Question
-from fedweight.strategies import WeightingStrategy
-
-
-def half(asked: ClientQuery) -> Answer:
-    upper = np.mean(asked.data.train.y >= asked.num_classes / 2)
-    return Answer({"half": int(upper > 0.5)})
-
-
-class ByHalf(WeightingStrategy):
-    """Train a model for each half of the classes."""
-
-    queries = {"half": half}
-
-    def prepare(self, population):
-        questions = {client: Question() for client in population.clients}
-        answers = population.ask("half", questions)
-        return {client: answer.metrics["half"] for client, answer in answers.items()}
-
-    def assign(self, selection):
-        return [selection.state.get(client, 0) for client in selection.clients]
-
-    def weights(self, round):
-        return round.size_weights
-'''
-
-
-@pytest.mark.parametrize(
-    "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]
-)
-def test_a_strategy_brings_its_queries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
-    (tmp_path / "own_half.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    made = run(
-        settings={
-            "strategy.name": "own_half:ByHalf",
-            "run.rounds": 3,
-            "training.epochs": 3,
-            "partition.clients": 6,
-            "partition.name": "shards",
-            "engine.name": engine,
-            "engine.workers": 2 if engine == "ray" else 0,
-        },
-        out=tmp_path / "run",
-        report=False,
-    )
-    assert len(made.models()) == 2
-    last = made.clients.query("round == 3")
-    assert last["weight"].sum() == pytest.approx(2)
-    assert last["accuracy"].notna().all()
 
 
 class Late(Odd):

@@ -1,0 +1,115 @@
+"""Strategies of a user's that bring what their clients measure and answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedweight import Run, run
+
+GAIN = '''
+import torch
+from fedweight.clients import ClientRound
+from fedweight.strategies import WeightingStrategy
+
+
+def gain(client: ClientRound) -> float:
+    before = client.evaluate(client.received, "held-out").loss
+    return before - client.evaluate(client.trained, "held-out").loss
+
+
+class ByGain(WeightingStrategy):
+    """Weigh clients by what their training gains."""
+
+    probes = {"gain": gain}
+    request = ("gain",)
+
+    def weights(self, round):
+        return torch.softmax(round.metric("gain"), 0)
+'''
+
+HALF = '''
+import numpy as np
+
+from fedweight.clients import Answer, ClientQuery
+from fedweight.server import Question
+from fedweight.strategies import WeightingStrategy
+
+
+def half(asked: ClientQuery) -> Answer:
+    upper = np.mean(asked.data.train.y >= asked.num_classes / 2)
+    return Answer({"half": int(upper > 0.5)})
+
+
+class ByHalf(WeightingStrategy):
+    """Train a model for each half of the classes."""
+
+    queries = {"half": half}
+
+    def prepare(self, population):
+        questions = {client: Question() for client in population.clients}
+        answers = population.ask("half", questions)
+        return {client: answer.metrics["half"] for client, answer in answers.items()}
+
+    def assign(self, selection):
+        return [selection.state.get(client, 0) for client in selection.clients]
+
+    def weights(self, round):
+        return round.size_weights
+'''
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def ran(folder: Path, code: str, settings: dict[str, object], engine: str) -> Run:
+    """Run a strategy whose file is beside the run: on Ray as a program would."""
+    (folder / "own.py").write_text(code)
+    given = {**settings, "engine.name": engine}
+    if engine == "local":
+        return run(settings=given, out=folder / "run", report=False)
+    given["engine.workers"] = 2
+    pairs = [f"{key}={value!r}" for key, value in given.items()]
+    options = [part for pair in pairs for part in ("--set", pair)]
+    command = [sys.executable, "-m", "fedweight", "run", "--out", "run", *options]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=110)
+    return Run(folder / "run")
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    return tmp_path
+
+
+def test_a_strategy_brings_its_probes(own: Path, engine: str) -> None:
+    settings = {
+        "strategy.name": "own:ByGain",
+        "run.rounds": 2,
+        "partition.clients": 4,
+    }
+    made = ran(own, GAIN, settings, engine)
+    assert made.rounds["ok"].tolist()[1:] == [4, 4]
+    assert made.clients["own_gain"].notna().all()
+
+
+def test_a_strategy_brings_its_queries(own: Path, engine: str) -> None:
+    settings = {
+        "strategy.name": "own:ByHalf",
+        "run.rounds": 3,
+        "training.epochs": 3,
+        "partition.clients": 6,
+        "partition.name": "shards",
+    }
+    made = ran(own, HALF, settings, engine)
+    assert len(made.models()) == 2
+    last = made.clients.query("round == 3")
+    assert last["weight"].sum() == pytest.approx(2)
+    assert last["accuracy"].notna().all()
