@@ -8,11 +8,12 @@ from ..core.lazy import lazy_exports
 from .objectives import OBJECTIVES, objective
 
 if TYPE_CHECKING:
-    from .app import TrainingApp, client_number
+    from .app import TrainingApp
     from .objectives import Batch, Objective
     from .probes import ClientRound
     from .queries import Answer, ClientQuery
     from .settings import TrainingSettings
+    from .tasks import client_number
 
 __all__ = [
     "OBJECTIVES",
@@ -37,6 +38,6 @@ __getattr__, __dir__ = lazy_exports(
         "Objective": ".objectives",
         "TrainingApp": ".app",
         "TrainingSettings": ".settings",
-        "client_number": ".app",
+        "client_number": ".tasks",
     },
 )

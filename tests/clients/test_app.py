@@ -853,8 +853,8 @@ def test_trainers_of_a_few_values_of_mu_are_kept(kit):
     for mu in (0.2, 0.3, 0.4, 0.1, 0.5, 0.6):
         again = answer(mu)
         assert all(map(torch.equal, first, again)) == (mu == 0.1)
-        assert len(app._trainers) <= 4
-    assert [mu for mu, _ in app._trainers] == [0.4, 0.1, 0.5, 0.6]
+        assert len(app._trainer._trainers) <= 4
+    assert [mu for mu, _ in app._trainer._trainers] == [0.4, 0.1, 0.5, 0.6]
 
 
 @pytest.mark.parametrize("shared", ["all", "a layer"])

@@ -53,7 +53,7 @@ def test_loss_and_accuracy_are_measured_before_and_after(kit: Any, name: str) ->
 def test_a_model_is_evaluated_once_for_all_who_ask(
     kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedweight.clients import app as module
+    from fedweight.clients import local_work as module
 
     seen = []
 

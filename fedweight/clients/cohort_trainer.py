@@ -1,0 +1,298 @@
+"""Local training of a cohort's clients: at once, or one after another."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+
+from ..core.errors import ClientError
+from ..core.layout import FlatModel
+from ..core.module import FlatModule
+from ..core.rng import Purpose, key_table
+from ..messages import keys
+from ..messages.dispatch import Cohort
+from .batched import BatchedTrainer
+from .modules import Modules
+from .objectives import OBJECTIVES, Objective
+from .optimizers import OPTIMIZERS
+from .settings import TrainingSettings
+from .tasks import ClientTask, Instructions, client_number
+from .training import LocalResult, Task, train
+from .trial import Findings, Kind, Trials, kind_of
+
+log = logging.getLogger("fedweight")
+
+# What is not taken along to another process.
+OF_A_PROCESS = {"_making", "_trainers", "_prepared", "_streams"}
+
+# Trainers are kept for so many values of `mu`: each holds what it traced.
+KEPT_TRAINERS = 4
+
+
+class CohortTrainer:
+    """Trains clients that start from one global model.
+
+    Parameters
+    ----------
+    modules : Modules
+        What is trained.
+    trials : Trials
+        What is known of the model: whether clients may train at once, for one thing.
+    objective : Objective
+        What local training minimises, without a server's proximal term.
+    settings : TrainingSettings
+        Epochs, batches and optimiser.
+    seed : int
+        The run's.
+    """
+
+    def __init__(
+        self,
+        modules: Modules,
+        trials: Trials,
+        objective: Objective,
+        settings: TrainingSettings,
+        seed: int,
+    ) -> None:
+        self.modules = modules
+        self.trials = trials
+        self.objective = objective
+        self.settings = settings
+        self.seed = seed
+        self._warned: set[str] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without trainers: each process makes its own."""
+        self._making = threading.Lock()
+        self._trainers: dict[tuple[float | None, int], BatchedTrainer] = {}
+        self._prepared: Callable[[], Cohort | None] = lambda: None
+        self._streams: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what belongs to this process."""
+        return {k: v for k, v in self.__dict__.items() if k not in OF_A_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the settings."""
+        self.__dict__.update(state)
+        self._forget()
+
+    def trains_batched(self, context: Context) -> bool:
+        """Tell whether clients may train at once; warn where nobody has examples."""
+        if not self._optimizer_batches():
+            return False
+        kind = self.trials.kind(context)
+        if kind is None:
+            self._warn_once(
+                "examples",
+                "clients train one after another: none of the first ones has examples "
+                "here, to find out whether they may train at once.",
+            )
+        return kind is not None and not self.trials.batched(kind, context)
+
+    def prepare(self, cohort: Cohort, context_of: Callable[[int], Context]) -> None:
+        """Make the keys of a whole cohort at its first list: one by one they cost."""
+        if self._prepared() is cohort:
+            return
+        with self._making:
+            if self._prepared() is cohort:
+                return
+            round = int(cohort.config(cohort.nodes[0]).get(keys.ROUND, 1))  # type: ignore[arg-type]
+            clients = [client_number(context_of(node)) for node in cohort.nodes]
+            self._streams = self._streams_of(round, clients)
+            self._prepared = weakref.ref(cohort)
+
+    def train(
+        self,
+        module: FlatModule,
+        start: FlatModel,
+        clients: Sequence[ClientTask],
+        *,
+        batched: bool,
+        cancelled: Callable[[], bool],
+    ) -> list[LocalResult]:
+        """Train some clients; at once if asked to, where that is the same.
+
+        Parameters
+        ----------
+        module : FlatModule
+            What is trained where they train one after another.
+        start : FlatModel
+            The global model.
+        clients : Sequence[ClientTask]
+            Whom to train.
+        batched : bool
+            Whether to train them at once.
+        cancelled : Callable[[], bool]
+            Tells whether to stop.
+
+        Returns
+        -------
+        list of LocalResult
+            In the order of the clients.
+        """
+        alike = {(c.instructions.round, c.instructions.mu) for c in clients}
+        batched = batched and len(alike) == 1 and self._optimizer_batches()
+        kind = self._kind_if_batched(clients, cancelled) if batched else None
+        if kind is not None:
+            return self._fit_batched(start, clients, kind, cancelled)
+        return self._fit_sequentially(module, start, clients, cancelled)
+
+    def _kind_if_batched(
+        self, clients: Sequence[ClientTask], cancelled: Callable[[], bool]
+    ) -> Kind | None:
+        """Return the clients' one kind of input, if they may train at once."""
+        kinds = {kind_of(c.data.train) for c in clients if len(c.data.train)}
+        if len(kinds) != 1:
+            return None
+        (kind,) = kinds
+        why_not = self.trials.batched(kind, clients[0].context, cancelled)
+        return None if why_not else kind
+
+    def _fit_sequentially(
+        self,
+        module: FlatModule,
+        start: FlatModel,
+        clients: Sequence[ClientTask],
+        cancelled: Callable[[], bool],
+    ) -> list[LocalResult]:
+        results = []
+        for client, task in zip(clients, self._training_tasks(clients), strict=True):
+            found = Findings()
+            if len(task.examples):
+                kind = kind_of(task.examples)
+                found = self.trials.alone(
+                    kind, client.context, task.examples, cancelled
+                )
+            if found.fault:
+                raise ClientError(f"model: {found.fault}")
+            result = train(
+                module,
+                start,
+                task,
+                self._objective(client.instructions),
+                self.settings,
+                learning_rate=client.instructions.learning_rate_in(self.settings),
+                least=found.least,
+                draws=bool(found.draws),
+                cancelled=cancelled,
+            )
+            results.append(result)
+        return results
+
+    def _fit_batched(
+        self,
+        start: FlatModel,
+        clients: Sequence[ClientTask],
+        kind: Kind,
+        cancelled: Callable[[], bool],
+    ) -> list[LocalResult]:
+        tasks = self._training_tasks(clients)
+        least = self.trials.alone(kind, clients[0].context).least
+        some = [k for k, task in enumerate(tasks) if len(task.examples) >= least]
+        results = [LocalResult(start, math.nan, math.nan, 0)] * len(tasks)
+        if not some:
+            return results
+        rates = [clients[k].instructions.learning_rate_in(self.settings) for k in some]
+        trained = self._trainer(clients[0].instructions, least).train(
+            start,
+            [tasks[k] for k in some],
+            learning_rate=rates,
+            cancelled=cancelled,
+        )
+        for k, result in zip(some, trained, strict=True):
+            results[k] = result
+        return results
+
+    def _training_tasks(self, clients: Sequence[ClientTask]) -> list[Task]:
+        """Say how much each client trains, and give it its streams."""
+        for client in clients:
+            labels = client.data.train.y
+            least = np.minimum.reduce(labels) if len(labels) else 0
+            if least < 0:
+                raise ClientError(
+                    f"client {client.number} has an example with label {least}; labels "
+                    "name classes, from 0."
+                )
+        streams = self._streams
+        if any((c.instructions.round, c.number) not in streams for c in clients):
+            streams = {}
+            for round in {c.instructions.round for c in clients}:
+                numbers = [c.number for c in clients if c.instructions.round == round]
+                streams |= self._streams_of(round, numbers)
+        return [
+            Task(
+                client.data.train,
+                client.instructions.epochs or self.settings.epochs,
+                *streams[client.instructions.round, client.number],
+            )
+            for client in clients
+        ]
+
+    def _streams_of(
+        self, round: int, clients: Sequence[int]
+    ) -> dict[tuple[int, int], tuple[int, int]]:
+        """Return the keys of order and noise, by round and client."""
+        purposes = [Purpose.SHUFFLE, Purpose.DROPOUT]
+        orders, noises = key_table(self.seed, purposes, round, clients)
+        pairs = zip(orders.tolist(), (noises >> np.uint64(1)).tolist(), strict=True)
+        return dict(zip([(round, client) for client in clients], pairs, strict=True))
+
+    def _trainer(self, instructions: Instructions, least: int) -> BatchedTrainer:
+        """Return the trainer of an objective, which keeps what it has traced."""
+        key = instructions.mu, least
+        with self._making:
+            trainer = self._trainers.pop(key, None)
+            if trainer is None:
+                if len(self._trainers) == KEPT_TRAINERS:
+                    unused_longest = next(iter(self._trainers))
+                    del self._trainers[unused_longest]
+                trainer = BatchedTrainer(
+                    self.modules.new(),
+                    self._objective(instructions),
+                    self.settings,
+                    least=least,
+                )
+            self._trainers[key] = trainer
+            return trainer
+
+    def _objective(self, instructions: Instructions) -> Objective:
+        if instructions.mu is None:
+            return self.objective
+        if instructions.mu >= self.settings.diverging_mu:
+            self._warn_once(
+                keys.PROXIMAL_MU,
+                "the server tells %s = %g: from %g on, with this learning rate, local "
+                "training diverges",
+                keys.PROXIMAL_MU,
+                instructions.mu,
+                self.settings.diverging_mu,
+            )
+        inner, proximal = self.objective, OBJECTIVES.resolve("proximal")
+        if isinstance(inner, proximal):
+            inner = inner.inner
+        return proximal(instructions.mu, inner)  # type: ignore[no-any-return]
+
+    def _optimizer_batches(self) -> bool:
+        """Tell whether the optimiser can train clients at once; say why not."""
+        if not self.settings.rule.batches:
+            self._warn_once(
+                "optimizer",
+                "clients train one after another: optimizer %s is not one of %s.",
+                self.settings.to_keys()["optimizer"],
+                ", ".join(OPTIMIZERS.entries),
+            )
+        return self.settings.rule.batches
+
+    def _warn_once(self, about: str, message: str, *values: object) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            log.warning(message, *values)

@@ -1,0 +1,182 @@
+"""Local work: what clients do with a global model, and the replies they make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+
+from ..core.layout import FlatModel
+from ..core.module import FlatModule
+from ..messages import keys
+from ..messages.arrays import flatten
+from ..messages.dispatch import Reply
+from .cohort_trainer import CohortTrainer
+from .modules import Modules
+from .probes import PROBES, ClientRound, Probe
+from .settings import TrainingSettings
+from .tasks import ClientTask
+from .training import LocalResult, evaluate, evaluate_each
+from .trial import Trials, kind_of
+
+# What an error calls the global model, and the client's own.
+RECEIVED = {"given": "the received model", "expected": "this client's model"}
+
+
+class LocalWork:
+    """Trains a global model on some clients' data, measures and evaluates it.
+
+    Parameters
+    ----------
+    modules : Modules
+        What it is done with.
+    trials : Trials
+        What is known of the model.
+    trainer : CohortTrainer
+        Who trains.
+    settings : TrainingSettings
+        What it trains with.
+    num_classes : int
+        C.
+    probes : Mapping[str, Probe]
+        What may be asked for by these names, besides what is registered.
+    """
+
+    def __init__(
+        self,
+        modules: Modules,
+        trials: Trials,
+        trainer: CohortTrainer,
+        settings: TrainingSettings,
+        num_classes: int,
+        probes: Mapping[str, Probe],
+    ) -> None:
+        self.modules = modules
+        self.trials = trials
+        self.trainer = trainer
+        self.settings = settings
+        self.num_classes = num_classes
+        self.probes = probes
+
+    def train(
+        self,
+        record: ArrayRecord,
+        clients: Sequence[ClientTask],
+        *,
+        batched: bool,
+        cancelled: Callable[[], bool],
+    ) -> list[Reply]:
+        """Train some clients from the same global model."""
+        with self.modules.lend() as module:
+            dtype = _dtype(module)
+            clients = [client.cast(dtype) for client in clients]
+            start = flatten(record, module.layout, **RECEIVED)
+            results = self.trainer.train(
+                module, start, clients, batched=batched, cancelled=cancelled
+            )
+            pairs = list(zip(clients, results, strict=True))
+            replies = [
+                Reply(
+                    client.node,
+                    result.model,
+                    {
+                        keys.NUM_EXAMPLES: len(client.data.train),
+                        keys.TRAIN_LOSS: result.loss,
+                        keys.TRAIN_ACCURACY: result.accuracy,
+                        keys.NUM_STEPS: result.num_steps,
+                    },
+                )
+                for client, result in pairs
+            ]
+            probed = [
+                self._probe(module, start, *pair, reply)
+                for pair, reply in zip(pairs, replies, strict=True)
+                if pair[0].instructions.request
+            ]
+        # Only now, when nothing can fail any more, do the clients' states change.
+        for view in probed:
+            view.commit()
+        return replies
+
+    def _probe(
+        self,
+        module: FlatModule,
+        start: FlatModel,
+        client: ClientTask,
+        result: LocalResult,
+        reply: Reply,
+    ) -> ClientRound:
+        """Measure what the server asks for; numbers are metrics, lists side data."""
+        instructions = client.instructions
+        view = ClientRound(
+            client.number,
+            instructions.round,
+            instructions.told,
+            client.data,
+            self.num_classes,
+            start,
+            result.model,
+            result.num_steps,
+            self.settings,
+            instructions.learning_rate_in(self.settings),
+            partial(evaluate, module),
+            client.context.state,
+        )
+        measured: dict[str, Any] = {}
+        profile: dict[str, Any] = {}
+        for name in instructions.request:
+            probe = self._probe_called(name)
+            if probe is None:
+                continue  # Perhaps a Flower mod reports it; if nobody does, it is told.
+            found = np.asarray(probe(view)).tolist()
+            (profile if isinstance(found, list) else measured)[name] = found
+        reply.metrics, reply.profile = {**measured, **reply.metrics}, profile
+        return view
+
+    def _probe_called(self, name: str) -> Probe | None:
+        """Return a probe of the app's own, or one that is registered."""
+        if name in self.probes:
+            return self.probes[name]
+        return PROBES.resolve(name) if name in PROBES.entries else None
+
+    def evaluate(
+        self, record: ArrayRecord, clients: Sequence[ClientTask]
+    ) -> list[Reply]:
+        """Evaluate the global model on some clients' held-out data."""
+        with self.modules.lend() as module:
+            dtype = _dtype(module)
+            clients = [client.cast(dtype) for client in clients]
+            parts = [client.data.held_out for client in clients]
+            apart = len(clients) > 1 and self._mixes_examples(clients)
+            model = flatten(record, module.layout, **RECEIVED)
+            measured = evaluate_each(module, model, parts, apart=apart)
+        return [
+            Reply(
+                client.node,
+                metrics={
+                    keys.NUM_EXAMPLES: len(part),
+                    keys.LOSS: loss,
+                    keys.ACCURACY: accuracy,
+                },
+            )
+            for client, part, (loss, accuracy) in zip(
+                clients, parts, measured, strict=True
+            )
+        ]
+
+    def _mixes_examples(self, clients: Sequence[ClientTask]) -> bool:
+        """Tell whether clients' examples must not go through the model together."""
+        parts = {kind_of(c.data.held_out): c for c in clients if len(c.data.held_out)}
+        return any(
+            self.trials.mixes_examples(kind, client.context, client.data.held_out)
+            for kind, client in parts.items()
+        )
+
+
+def _dtype(module: FlatModule) -> np.dtype[Any]:
+    double = module.layout.dtype == torch.float64
+    return np.dtype(np.float64 if double else np.float32)
