@@ -30,9 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedweight.clients import TrainingSettings
-from fedweight.clients.batched import BatchedTrainer
 from fedweight.clients.objectives import Plain
-from fedweight.clients.training import Task, train
+from fedweight.clients.steps.batched import BatchedTrainer
+from fedweight.clients.steps.loop import train
+from fedweight.clients.steps.task import Task
 from fedweight.core.module import FlatModule
 from fedweight.core.rng import Purpose, keys
 from fedweight.data import Examples

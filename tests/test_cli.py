@@ -183,8 +183,8 @@ def test_a_run_whose_rounds_fail_has_status_1(here, capsys):
     (here / "own_cli_nan.py").write_text(
         "from fedweight.clients.objectives import Plain\n"
         "class Nan(Plain):\n"
-        "    def loss(self, outputs, batch):\n"
-        "        return super().loss(outputs, batch) * float('nan')\n"
+        "    def batch_loss(self, outputs, batch, facts):\n"
+        "        return super().batch_loss(outputs, batch, facts) * float('nan')\n"
     )
     arguments = ["run", *QUICK, "--set", "run.rounds=1", "--out", "x", "--json"]
     assert main([*arguments, "--set", "objective.name=own_cli_nan:Nan"]) == 1
@@ -199,10 +199,10 @@ FAILING = """
 from fedweight.clients.objectives import Plain
 
 class Failing(Plain):
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         if len(batch.y) % 2:
             raise ValueError("=1+1 is \\x1b[31modd")
-        return super().loss(outputs, batch)
+        return super().batch_loss(outputs, batch, facts)
 """
 
 

@@ -62,7 +62,7 @@ def test_the_helpers_see_what_is_there():
     found = set(imports(PACKAGE / "clients" / "cohort_trainer.py"))
     assert {"fedweight.messages.keys", "flwr.app.Context"} <= found
     assert "fedweight.core.errors.ClientError" in found
-    assert "fedweight.clients.training.train" in found
+    assert "fedweight.clients.steps.loop.train" in found
     assert len(FILES) > 30
 
 

@@ -9,18 +9,22 @@ from .objectives import OBJECTIVES, objective
 
 if TYPE_CHECKING:
     from .app import TrainingApp
-    from .objectives import Batch, Objective
+    from .client_tasks import client_number
+    from .objectives import Around, Batch, Facts, Loss, Model, Objective
     from .probes import ClientRound
     from .queries import Answer, ClientQuery
     from .settings import TrainingSettings
-    from .tasks import client_number
 
 __all__ = [
     "OBJECTIVES",
     "Answer",
+    "Around",
     "Batch",
     "ClientQuery",
     "ClientRound",
+    "Facts",
+    "Loss",
+    "Model",
     "Objective",
     "TrainingApp",
     "TrainingSettings",
@@ -31,13 +35,17 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "Around": ".objectives",
         "Batch": ".objectives",
+        "Facts": ".objectives",
+        "Loss": ".objectives",
+        "Model": ".objectives",
         "Answer": ".queries",
         "ClientQuery": ".queries",
         "ClientRound": ".probes",
         "Objective": ".objectives",
         "TrainingApp": ".app",
         "TrainingSettings": ".settings",
-        "client_number": ".tasks",
+        "client_number": ".client_tasks",
     },
 )

@@ -24,6 +24,8 @@ from ..data.federated import ClientData
 from ..messages import keys
 from ..messages.arrays import arrays_of
 from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
+from .client_tasks import ClientTask, Instructions, client_number, config_of
+from .coding import Coding
 from .cohort_trainer import CohortTrainer
 from .local_work import LocalWork
 from .modules import Modules
@@ -31,7 +33,6 @@ from .objectives import Objective, Plain
 from .probes import Probe
 from .queries import QUERIES, ClientQuery, Query
 from .settings import TrainingSettings
-from .tasks import ClientTask, Instructions, client_number, config_of
 from .trial import Trials
 
 log = logging.getLogger("fedweight")
@@ -73,6 +74,9 @@ class TrainingApp(ClientApp):
     queries : Mapping[str, Query], optional
         Functions that a strategy may ask before the rounds by these names, besides
         those in :data:`~fedweight.clients.queries.QUERIES`.
+    num_groups : Mapping[str, int], optional
+        By attribute of the examples whose codes name groups, how many there are; for
+        an objective that wants groups.
     mods : list, optional
         Flower client mods, applied to every message.
 
@@ -102,6 +106,7 @@ class TrainingApp(ClientApp):
         name_of: Callable[[int], str] | None = None,
         probes: Mapping[str, Probe] | None = None,
         queries: Mapping[str, Query] | None = None,
+        num_groups: Mapping[str, int] | None = None,
         mods: list[Any] | None = None,
     ) -> None:
         super().__init__(mods=mods)
@@ -119,11 +124,23 @@ class TrainingApp(ClientApp):
         self.seed = seed
         self.device = device
         modules = Modules(model, device)
+        coding = Coding(num_classes, dict(num_groups or {}))
         self._trials = Trials(
-            modules.architecture, data, self.objective, self.settings, device, sizes
+            modules.architecture,
+            data,
+            self.objective,
+            self.settings,
+            device,
+            sizes,
+            coding,
         )
         self._trainer = CohortTrainer(
-            modules, self._trials, self.objective, self.settings, seed
+            modules,
+            self._trials,
+            self.objective,
+            self.settings,
+            seed,
+            coding,
         )
         self._work = LocalWork(
             modules,
@@ -224,8 +241,8 @@ class TrainingApp(ClientApp):
         context_of : Callable[[int], Context]
             A node's context.
         batched : bool
-            Train them at once (:mod:`fedweight.clients.batched`), where that gives
-            what each alone gives.
+            Train them at once (:mod:`fedweight.clients.steps.batched`), where that
+            gives what each alone gives.
 
         Returns
         -------

@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,17 @@ from ..core.module import FlatModule
 from ..core.rng import Purpose, key_table
 from ..messages import keys
 from ..messages.dispatch import Cohort
-from .batched import BatchedTrainer
+from .client_state import read_state
+from .client_tasks import ClientTask, Instructions, client_number
+from .coding import Coding
 from .modules import Modules
 from .objectives import OBJECTIVES, Objective
+from .objectives.base import defines
 from .optimizers import OPTIMIZERS
 from .settings import TrainingSettings
-from .tasks import ClientTask, Instructions, client_number
-from .training import LocalResult, Task, train
+from .steps.batched import BatchedTrainer
+from .steps.loop import train
+from .steps.task import LocalResult, Task
 from .trial import Findings, Kind, Trials, kind_of
 
 log = logging.getLogger("fedweight")
@@ -51,6 +56,8 @@ class CohortTrainer:
         Epochs, batches and optimiser.
     seed : int
         The run's.
+    coding : Coding
+        How classes and groups are coded.
     """
 
     def __init__(
@@ -60,12 +67,14 @@ class CohortTrainer:
         objective: Objective,
         settings: TrainingSettings,
         seed: int,
+        coding: Coding,
     ) -> None:
         self.modules = modules
         self.trials = trials
         self.objective = objective
         self.settings = settings
         self.seed = seed
+        self.coding = coding
         self._warned: set[str] = set()
         self._forget()
 
@@ -228,7 +237,7 @@ class CohortTrainer:
             for round in {c.instructions.round for c in clients}:
                 numbers = [c.number for c in clients if c.instructions.round == round]
                 streams |= self._streams_of(round, numbers)
-        return [
+        tasks = [
             Task(
                 client.data.train,
                 client.instructions.epochs or self.settings.epochs,
@@ -236,6 +245,26 @@ class CohortTrainer:
             )
             for client in clients
         ]
+        objective = self.objective
+        keeps = bool(objective.per_example) or defines(objective, "begin")
+        if not (objective.wants or keeps):
+            return tasks
+        return [
+            self._with_state(task, client)
+            for task, client in zip(tasks, clients, strict=True)
+        ]
+
+    def _with_state(self, task: Task, client: ClientTask) -> Task:
+        """Return a task with what the objective wants to know and has kept."""
+        totals: Any = client.instructions.told.get(keys.CLASS_TOTALS)
+        carry, kept = read_state(client.context.state)
+        return replace(
+            task,
+            facts=self.coding.facts(self.objective, task.examples, totals),
+            carry=carry,
+            kept=kept,
+            groups=self.coding.groups(self.objective, task.examples),
+        )
 
     def _streams_of(
         self, round: int, clients: Sequence[int]

@@ -15,12 +15,14 @@ from ..core.module import FlatModule
 from ..messages import keys
 from ..messages.arrays import flatten
 from ..messages.dispatch import Reply
+from .client_state import write_state
+from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
+from .evaluation import evaluate, evaluate_each
 from .modules import Modules
 from .probes import PROBES, ClientRound, Probe
 from .settings import TrainingSettings
-from .tasks import ClientTask
-from .training import LocalResult, evaluate, evaluate_each
+from .steps.task import LocalResult
 from .trial import Trials, kind_of
 
 # What an error calls the global model, and the client's own.
@@ -100,6 +102,8 @@ class LocalWork:
         # Only now, when nothing can fail any more, do the clients' states change.
         for view in probed:
             view.commit()
+        for client, result in pairs:
+            write_state(client.context.state, result)
         return replies
 
     def _probe(

@@ -67,8 +67,7 @@ def own_streams(seed: int, device: torch.device) -> Iterator[None]:
         Where the client trains. Others are not looked at, which would prepare them.
     """
     with STREAMS.alone():
-        of_torch = _torch_streams(device)
-        of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
+        before = Streams(device)
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -78,9 +77,40 @@ def own_streams(seed: int, device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            _set_torch_streams(of_torch, device)
-            np.random.set_state(of_numpy)  # noqa: NPY002
-            random.setstate(of_python)
+            before.put_back()
+
+
+class Streams:
+    """The process's random streams at one moment.
+
+    As a context it begins with them, and leaves those that there were.
+
+    Parameters
+    ----------
+    device : torch.device
+        Others are not looked at, which would prepare them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._of_torch = _torch_streams(device)
+        self._of_numpy = np.random.get_state()  # noqa: NPY002
+        self._of_python = random.getstate()
+
+    def put_back(self) -> None:
+        """Let the streams be what they were at that moment."""
+        _set_torch_streams(self._of_torch, self.device)
+        np.random.set_state(self._of_numpy)  # noqa: NPY002
+        random.setstate(self._of_python)
+
+    def __enter__(self) -> None:
+        """Put them back for a while."""
+        self._now = Streams(self.device)
+        self.put_back()
+
+    def __exit__(self, *error: object) -> None:
+        """Go on with those that there were."""
+        self._now.put_back()
 
 
 def _torch_streams(device: torch.device) -> list[Tensor]:

@@ -13,7 +13,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from textwrap import shorten
 from typing import Any, TypeVar
@@ -30,12 +30,14 @@ from ..core.module import FlatModule
 from ..core.threads import as_in_a_new_thread, one_thread
 from ..data.examples import Examples
 from ..data.federated import ClientData
-from .batched import BatchedTrainer
-from .graphs import Observer
+from .coding import Coding
 from .noise import LocalTraining, own_streams
 from .objectives import Objective
 from .settings import TrainingSettings
-from .training import LocalResult, Task, run_steps, train
+from .steps._torch.recording import Observer
+from .steps.batched import BatchedTrainer
+from .steps.loop import run_steps, train
+from .steps.task import LocalResult, Task
 
 T = TypeVar("T")
 
@@ -64,6 +66,8 @@ Kind = tuple[tuple[int, ...], str]
 # So many clients are asked for examples, and so many trials are made.
 ASKED = 20
 TRIALS = 3
+
+_NO_CODES = Coding()
 
 
 def kind_of(examples: Examples) -> Kind:
@@ -121,8 +125,13 @@ class Samples:
             few.append(_distinct(own))
         if sum(map(len, few)):
             x, y = (np.concatenate([getattr(f, name) for f in few]) for name in "xy")
+            attributes = {
+                name: np.concatenate([part.attributes[name] for part in few])
+                for name in few[0].attributes
+                if all(name in part.attributes for part in few)
+            }
             rows = np.resize(np.arange(len(y)), ROWS)  # Some twice, if need be.
-            yield Examples(x[rows], y[rows])
+            yield Examples(x, y, attributes).take(rows)
 
     def _parts(self) -> Iterator[Examples]:
         """Yield the examples of some clients that have any."""
@@ -209,6 +218,8 @@ class Trials:
         Where training runs.
     sizes : Sequence[int], optional
         How many examples clients have.
+    coding : Coding
+        How classes and groups are coded.
     """
 
     def __init__(
@@ -219,6 +230,7 @@ class Trials:
         settings: TrainingSettings,
         device: str,
         sizes: Sequence[int] | npt.NDArray[np.int64] | None,
+        coding: Coding,
     ) -> None:
         self.make = make
         self.data = data
@@ -226,6 +238,7 @@ class Trials:
         self.settings = settings
         self.device = device
         self.sizes = sizes
+        self.coding = coding
         self._kind: Kind | None = None
         self._found: dict[tuple[str, Kind], Any] = {}
         self._lock = threading.Lock()
@@ -259,7 +272,12 @@ class Trials:
 
         def ask(examples: Examples) -> Findings:
             return try_alone(
-                self.make, examples, self.objective, self._device, cancelled
+                self.make,
+                examples,
+                self.objective,
+                self._device,
+                cancelled,
+                self.coding,
             )
 
         return self._ask("alone", kind, context, own, ask, Findings(), cancelled)
@@ -288,6 +306,7 @@ class Trials:
                 findings,
                 self.settings.batch_size,
                 cancelled,
+                self.coding,
             )
 
         failed = "no trial with the first clients' examples succeeded"
@@ -356,6 +375,7 @@ def try_alone(
     objective: Objective,
     device: str,
     cancelled: Callable[[], bool],
+    coding: Coding = _NO_CODES,
 ) -> Findings:
     """Find out how a model trains, one client after another.
 
@@ -371,6 +391,8 @@ def try_alone(
         Where training runs.
     cancelled : Callable[[], bool]
         Asked before every step; once it says yes, this raises.
+    coding : Coding
+        How classes and groups are coded.
 
     Raises
     ------
@@ -388,7 +410,7 @@ def try_alone(
         module: FlatModule, rows: slice, epochs: int = 2, rate: float = 0.01
     ) -> tuple[LocalResult, list[str]]:
         """Train as a client with these examples; tell which streams were drawn from."""
-        task = Task(examples.take(rows), epochs, SEED, SEED)
+        task = _task(examples.take(rows), epochs, SEED, objective, coding)
         with own_streams(SEED, module.parameters.device):
             before = _streams(module.parameters.device)
             result = run_steps(
@@ -435,6 +457,21 @@ def try_alone(
     return Findings(least, draws, coarse, fault)
 
 
+def _task(
+    examples: Examples, epochs: int, key: int, objective: Objective, coding: Coding
+) -> Task:
+    """Return a client's task, as if all clients had twice its examples together."""
+    totals = (2 * np.bincount(examples.y, minlength=coding.num_classes)).tolist()
+    return Task(
+        examples,
+        epochs,
+        key,
+        key,
+        facts=coding.facts(objective, examples, totals),
+        groups=coding.groups(objective, examples),
+    )
+
+
 def _streams(device: torch.device) -> dict[str, object]:
     """Return the states of the process's random streams, by name."""
     _, words, *place = np.random.get_state()  # noqa: NPY002
@@ -474,6 +511,7 @@ def try_batched(
     findings: Findings,
     batch_size: int,
     cancelled: Callable[[], bool] = lambda: False,
+    coding: Coding = _NO_CODES,
 ) -> str:
     """Return why clients must not train at once; empty where it gives the same.
 
@@ -496,7 +534,15 @@ def try_batched(
         )
     size = min(batch_size, LARGEST_BATCH)
     run = partial(
-        _compare, make, examples, objective, device, findings.least, size, cancelled
+        _compare,
+        make,
+        examples,
+        objective,
+        device,
+        findings.least,
+        size,
+        cancelled,
+        coding,
     )
     with own_streams(SEED, torch.device(device)):
         try:
@@ -516,6 +562,7 @@ def _compare(
     least: int,
     size: int,
     cancelled: Callable[[], bool],
+    coding: Coding,
     *,
     double: bool,
 ) -> str:
@@ -526,10 +573,9 @@ def _compare(
         # A copy: somebody else may have the module.
         return FlatModule(copy.deepcopy(module).double() if double else module, device)
 
-    rows = np.resize(np.arange(ROWS), size + 1)
-    x, y = examples.x[rows], examples.y[rows]
-    if double and x.dtype == np.float32:
-        x = x.astype(np.float64)
+    some = examples.take(np.resize(np.arange(ROWS), size + 1))
+    if double and some.x.dtype == np.float32:
+        some = replace(some, x=some.x.astype(np.float64))
     settings = TrainingSettings(batch_size=size)
     module = built()
     start = module.save()
@@ -545,7 +591,7 @@ def _compare(
     trainer = BatchedTrainer(built(), objective, settings, least=least, compiled=False)
 
     def task(k: int, n: int, epochs: int) -> Task:
-        return Task(Examples(x[:n], y[:n]), epochs, SEED + k, SEED + k)
+        return _task(some.take(slice(n)), epochs, SEED + k, objective, coding)
 
     # A rate at which the largest change of a step is small.
     slope = alone(task=task(0, size, 1), learning_rate=1.0)

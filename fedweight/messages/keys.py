@@ -19,6 +19,7 @@ QUERY: Final = "query"
 LOCAL_EPOCHS: Final = "local-epochs"
 PROXIMAL_MU: Final = "proximal-mu"
 LEARNING_RATE: Final = "learning-rate"
+CLASS_TOTALS: Final = "class-totals"
 COEFFICIENT: Final = "coefficient"
 SCHEMA: Final = "schema"
 

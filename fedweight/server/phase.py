@@ -12,6 +12,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from ..core.errors import AggregationError
 from ..core.texts import clients_called, plain_lines
 from ..messages import keys
 from ..messages._flower import reason_of
@@ -33,7 +34,7 @@ class Question(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What one client answers: numbers or lists of them, and arrays, by name."""
+    """What one client answers: numbers, texts or lists, and arrays, by name."""
 
     metrics: Mapping[str, Any]
     arrays: Arrays
@@ -118,8 +119,35 @@ class Population:
         return dict(sorted(answers.items()))
 
 
+def label_totals(population: Population) -> list[int]:
+    """Return how many training examples of each class all clients have together.
+
+    Raises
+    ------
+    AggregationError
+        If nobody answers, or the answers are of different lengths.
+    """
+    questions = dict.fromkeys(population.clients, Question())
+    answers = population.ask(keys.LABEL_COUNTS, questions)
+    found = [given.metrics.get(keys.LABEL_COUNTS) for given in answers.values()]
+    counts = [own if isinstance(own, list) else [] for own in found]
+    lengths = {len(own) for own in counts}
+    if len(lengths) != 1 or 0 in lengths:
+        raise AggregationError(
+            "class totals: the clients' counts of classes have "
+            f"{', '.join(map(str, sorted(lengths))) or 'no'} entries. All need one for "
+            "each class."
+        )
+    if not all(type(n) is int and n >= 0 for own in counts for n in own):
+        raise AggregationError(
+            "class totals: a client's counts of classes are not whole numbers from 0."
+        )
+    return [sum(of_class) for of_class in zip(*counts, strict=True)]
+
+
 def _given(reply: Message) -> Given:
     metrics: dict[str, Any] = {}
-    for record in reply.content.metric_records.values():
+    records = reply.content.metric_records, reply.content.config_records
+    for record in [record for some in records for record in some.values()]:
         metrics |= dict(record)
     return Given(metrics, arrays_of(reply.content))

@@ -41,9 +41,9 @@ class Plan:
     Parameters
     ----------
     chunk : int
-        How many clients train at once (:mod:`fedweight.clients.batched`), 1 or more; 1
-        trains them one after another. Else nobody is left alone: of an odd number of
-        clients in twos, three go together.
+        How many clients train at once, 1 or more (see
+        :mod:`fedweight.clients.steps.batched`); 1 trains them one after another. Else
+        nobody is left alone: of an odd number of clients in twos, three go together.
     """
 
     chunk: int = 1

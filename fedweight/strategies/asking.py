@@ -18,7 +18,7 @@ from ..messages import keys
 from ..messages.arrays import FlatRecord, flatten, layout_of
 from ..messages.dispatch import Cohort
 from ..messages.grids import is_complete, name_of, number_of, sizes_of, sums_models
-from ..server.phase import Population
+from ..server.phase import Population, label_totals
 from ..server.sampling import (
     count,
     known_empty,
@@ -56,12 +56,17 @@ def train_messages(
     now.history.append(unfinished)
     now.name_of = name_of(grid)
     if not now.prepared:
-        if strategy.prepares:
+        if strategy.prepares or strategy.class_totals:
             least = max(strategy.min_available_nodes, strategy.min_train_nodes)
             nodes_there(grid, least)
+        if strategy.prepares:
             now.method = strategy.prepare(Population(grid, strategy.seed))
+        if strategy.class_totals:
+            now.class_totals = label_totals(Population(grid, strategy.seed))
         now.prepared = True
     config[keys.ROUND] = round
+    if now.class_totals:
+        config[keys.CLASS_TOTALS] = now.class_totals
     chosen = _chosen(strategy, now, round, config, grid)
     clients = tuple(client for client, _, _ in chosen)
     selection = Selection(round, clients, now.method, now.population)

@@ -109,6 +109,9 @@ class WeightingStrategy(Strategy):
     threads : int, optional
         1 or more: threads for the arithmetic over the updates; by default as many as
         there are cores where there is enough to do. It never changes the result.
+    class_totals : bool
+        Whether all clients are asked before the first round how many examples of each
+        class they have, and then told the sum, as some local objectives want.
 
     Notes
     -----
@@ -158,6 +161,7 @@ class WeightingStrategy(Strategy):
     max_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
     threads: Annotated[Annotated[int, Field(ge=1)] | None, GIVEN] = None
+    class_totals: Annotated[bool, GIVEN] = False
 
     _now: Now = field(init=False)
 
@@ -232,6 +236,7 @@ class WeightingStrategy(Strategy):
             "models": [own._asdict() for own in now.models],
             "first-model": now.first and now.first._asdict(),
             "prepared": now.prepared,
+            "class-totals": now.class_totals,
             "without-examples": sorted(now.without_examples),
             "own-metrics": now.own_metrics.names,
         }
@@ -257,6 +262,7 @@ class WeightingStrategy(Strategy):
         first = state["first-model"]
         self._now.first = first and GlobalModel(**first)
         self._now.prepared = state["prepared"]
+        self._now.class_totals = list(state["class-totals"])
         self._now.without_examples = set(state["without-examples"])
         self._now.own_metrics.restore(state["own-metrics"])
 

@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from ..clients.objectives.base import Batch, Objective
+from ..clients.objectives.base import Around, Facts, Objective
 from ..clients.objectives.plain import Plain
 from ..core.options import GIVEN, checked_fields
 from ..messages import keys
@@ -58,7 +58,7 @@ class FedProx(FedAvg):
 
 @checked_fields
 @dataclass(frozen=True, eq=False)
-class Proximal(Objective):
+class Proximal(Around):
     """Another objective plus ``(mu / 2) ||w - w_t||^2`` around the received model.
 
     Parameters
@@ -74,14 +74,10 @@ class Proximal(Objective):
     mu: Annotated[float, Field(ge=0)] = 0.01
     inner: Annotated[Objective, GIVEN] = field(default_factory=Plain)
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the inner objective's loss; the term acts on the gradient."""
-        return self.inner.loss(outputs, batch)
-
-    def penalty_gradient(self, parameters: Tensor, start: Tensor) -> Tensor | None:
+    def penalty_gradient(self, parameters: Tensor, facts: Facts) -> Tensor | None:
         """Return ``mu * (w - w_t)``, and what the inner objective adds."""
-        own = self.mu * (parameters - start) if self.mu else None
-        inner = self.inner.penalty_gradient(parameters, start)
+        own = self.mu * (parameters - facts.received) if self.mu else None
+        inner = self.inner.penalty_gradient(parameters, facts)
         if own is None or inner is None:
             return inner if own is None else own
         return own + inner

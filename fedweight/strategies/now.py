@@ -76,6 +76,8 @@ class Now:
         The first global model, with which each of them begins.
     prepared : bool
         Whether what comes before the first round is done.
+    class_totals : list[int]
+        How many examples of each class all clients have, where clients are told.
     history : list[RoundRecord]
         The weight log.
     model : FlatModel, optional
@@ -106,6 +108,7 @@ class Now:
     models: list[GlobalModel] = field(default_factory=list)
     first: GlobalModel | None = None
     prepared: bool = False
+    class_totals: list[int] = field(default_factory=list)
     history: list[RoundRecord] = field(default_factory=list)
     model: FlatModel | None = None
     asked: dict[int, Asked] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
-from ..clients.objectives import Proximal
+from ..clients.objectives import Objective, Proximal
 from ..clients.probes import PROBES, REPORTED
 from ..core.errors import ConfigurationError, check_choice, closest
 from ..core.layout import Layout, as_tensor
@@ -86,20 +86,22 @@ class Components:
         """Return a client's data: its part of a simulation, or its own file."""
         return client_data(self.configuration, context, self.data)
 
+    def objective(self) -> Objective:
+        """Make what clients minimise."""
+        name = self.configuration["objective"]["name"]
+        options = self.configuration.options("objective")
+        return named("objective", partial(objective, name, **options))
+
     def client_app(self) -> TrainingApp:
         """Make the ClientApp."""
         training = self.configuration["training"]
-        chosen = self.configuration["objective"]["name"]
         method: Any = strategy_class(self.configuration["strategy"]["name"])
         ours = issubclass(method, WeightingStrategy)
         return TrainingApp(
             self.make_model,
             self.client_data,
             num_classes=self.data.num_classes,
-            objective=named(
-                "objective",
-                partial(objective, chosen, **self.configuration.options("objective")),
-            ),
+            objective=self.objective(),
             settings=TrainingSettings.of_keys(
                 {key.replace("-", "_"): value for key, value in training.items()},
                 self.configuration["run"]["rounds"],
@@ -110,6 +112,9 @@ class Components:
             name_of=self.data.name_of if self.data.names else None,
             probes=method.probes if ours else {},
             queries=method.queries if ours else {},
+            num_groups={
+                name: len(codes) for name, codes in self.data.attribute_names.items()
+            },
         )
 
     def engine(self) -> str:
@@ -150,6 +155,7 @@ class Components:
                 "epochs than the others, but at least one."
             )
         self._check_request(strategy, client_app)
+        self._check_wants(strategy, client_app.objective)
         self._check_schedule(strategy, simulated=simulated)
         self._check_proximal(strategy, client_app)
         self._check_decisions(strategy)
@@ -173,6 +179,19 @@ class Components:
                     f"do not measure.{closest(name, names)} There are "
                     f"{', '.join(names)}; a function of your own is one of `probes`."
                 )
+
+    def _check_wants(self, strategy: Strategy, chosen: Objective) -> None:
+        """Refuse an objective that wants to know what nobody tells it."""
+        name = self.configuration["objective"]["name"]
+        totals = getattr(strategy, "class_totals", False)
+        if "class-totals" in chosen.wants and not totals:
+            raise ConfigurationError(
+                f"objective '{name}' wants to know how many examples of each class all "
+                f"clients have, which {type(strategy).__name__} does not tell them. "
+                "Choose a strategy of fedweight's."
+            )
+        if "groups" in chosen.wants and self.schema is None:
+            check_choice("objective.group", chosen.group, self.data.attribute_names)
 
     def _check_clients(self, strategy: Strategy) -> None:
         """Refuse a strategy that asks for more clients than there are, or than fit."""
@@ -405,6 +424,7 @@ class Components:
             "device": self.device,
             "num_classes": self.data.num_classes,
             "local_learning_rate": self.configuration["training"]["learning-rate"],
+            "class_totals": "class-totals" in self.objective().wants,
         }
         if self.configuration["engine"]["threads"]:
             ours["threads"] = self.configuration["engine"]["threads"]

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save as safetensors_bytes
 
-from ..clients.training import evaluate
+from ..clients.evaluation import evaluate
 from ..core.errors import OutputError
 from ..core.layout import Layout
 from ..core.module import FlatModule

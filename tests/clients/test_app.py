@@ -16,8 +16,10 @@ from torch import nn
 
 from fedweight import simulate
 from fedweight.clients import TrainingSettings, client_number
+from fedweight.clients.evaluation import evaluate
 from fedweight.clients.objectives import Objective, Plain, Proximal
-from fedweight.clients.training import Task, evaluate, train
+from fedweight.clients.steps.loop import train
+from fedweight.clients.steps.task import Task
 from fedweight.core.errors import AggregationError, ClientError, ConfigurationError
 from fedweight.core.module import FlatModule
 from fedweight.core.rng import Purpose, keys
@@ -417,10 +419,10 @@ class Waits(Objective):
     def __init__(self):
         self.begun, self.go = threading.Event(), threading.Event()
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         self.begun.set()
         assert self.go.wait(20)
-        return Plain().loss(outputs, batch)
+        return Plain().batch_loss(outputs, batch, facts)
 
 
 def test_cancel_stops_who_is_training_and_nobody_later(kit):
@@ -681,11 +683,11 @@ def test_cancel_stops_a_whole_list_of_clients(kit, batched):
     steps = []
 
     class Cancels(Objective):
-        def loss(self, outputs, batch):
+        def batch_loss(self, outputs, batch, facts):
             steps.append(None)
             if len(steps) == 1:
                 app.cancel()
-            return Plain().loss(outputs, batch)
+            return Plain().batch_loss(outputs, batch, facts)
 
     app = kit.app(objective=Cancels())
     replies = Contexts(kit).answers(app, cohort_of(kit, range(4)), batched)

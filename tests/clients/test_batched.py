@@ -12,10 +12,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fedweight import models
-from fedweight.clients import Batch, Objective, TrainingSettings, batched, graphs
-from fedweight.clients.batched import BatchedTrainer, shared_array
+from fedweight.clients import Batch, Objective, TrainingSettings
 from fedweight.clients.objectives import Plain, Proximal
-from fedweight.clients.training import Task, train
+from fedweight.clients.steps import batched
+from fedweight.clients.steps import step as step_module
+from fedweight.clients.steps._torch import rewriting, torchscript
+from fedweight.clients.steps.batched import BatchedTrainer
+from fedweight.clients.steps.feeding import shared_array
+from fedweight.clients.steps.loop import train
+from fedweight.clients.steps.task import Task
 from fedweight.core.errors import ClientError
 from fedweight.core.module import FlatModule
 from fedweight.data import Examples
@@ -40,21 +45,21 @@ def _one_intra_op_thread():
 def weights(request, monkeypatch):
     """Change the weights as small ones are, and as large ones."""
     least = {"small": 1 << 30, "large": 1}[request.param]
-    monkeypatch.setattr(graphs, "WORTH_FUSING", least)
+    monkeypatch.setattr(rewriting, "WORTH_FUSING", least)
     return request.param
 
 
 class Smoothed(Objective):
     """A user's own: label smoothing, and a pull of the same length for everybody."""
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         values = F.cross_entropy(
             outputs, batch.y, reduction="none", label_smoothing=0.1
         )
         return batch.mean(values)
 
-    def penalty_gradient(self, parameters, start):
-        away = parameters - start
+    def penalty_gradient(self, parameters, facts):
+        away = parameters - facts.received
         return 0.1 * away / (1e-3 + away.norm())
 
 
@@ -304,7 +309,7 @@ def test_a_dense_step_writes_no_gradient_of_large_weights(weights):
     trainer = BatchedTrainer(made(module), Plain(), settings_of())
     trainer.train(made(module).save(), tasks_of([8, 8]), learning_rate=0.1)
     (step,) = trainer._steps.values()
-    operations = operations_of(step)
+    operations = operations_of(step.run)
     layers = [m for m in module().modules() if isinstance(m, nn.Linear)]
     fused = len(layers) if weights == "large" else 0
     assert operations.count("aten::baddbmm_") == fused
@@ -317,7 +322,7 @@ class Weighted(Objective):
     def __init__(self):
         self.weight = torch.linspace(0.5, 1.5, 10)
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         return batch.mean(
             F.cross_entropy(outputs, batch.y, weight=self.weight, reduction="none")
         )
@@ -329,7 +334,7 @@ class Ignores(Objective):
     def relabelled(self, y):
         return torch.where(y < 3, -100, y)
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         labels = self.relabelled(batch.y)
         return batch.mean(F.cross_entropy(outputs, labels, reduction="none"))
 
@@ -344,7 +349,7 @@ class InPlace(Ignores):
 class Counts(Objective):
     """Compares labels for a purpose of its own, in dtypes of its own."""
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         known = batch.y != -100
         share = known.sum(dtype=torch.float32).clone()
         share.add_(0.5)
@@ -360,7 +365,7 @@ def test_other_comparisons_of_labels_keep_their_dtypes():
 class HalvesTheMask(Objective):
     """Changes what it was given."""
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         losses = F.cross_entropy(outputs, batch.y, reduction="none")
         if batch.mask is None:
             return losses.mean()
@@ -397,7 +402,7 @@ def test_labels_are_searched_for_what_to_ignore_only_where_there_is_any(
     trainer = BatchedTrainer(made(make), objective, settings_of())
     trainer.train(made(make).save(), tasks, learning_rate=0.1)
     for step in trainer._steps.values():
-        assert ("aten::ne" in operations_of(step)) == searches
+        assert ("aten::ne" in operations_of(step.run)) == searches
     assert_same(*both_ways(make, tasks, settings_of(), objective))
 
 
@@ -417,13 +422,16 @@ def test_a_step_runs_without_python_and_gives_the_same_bits(
     tasks = tasks_of(SIZES, tokens=name == "char-gru")
     settings = settings_of(optimizer)
     results = []
-    for without_python in (graphs.without_python, lambda traced, _: traced.forward):
-        monkeypatch.setattr(batched, "without_python", without_python)
+    for without_python in (
+        torchscript.without_python,
+        lambda traced, _: traced.forward,
+    ):
+        monkeypatch.setattr(step_module, "without_python", without_python)
         trainer = BatchedTrainer(made(make), Proximal(0.1), settings)
         start = made(make).save()
         results.append(trainer.train(start, tasks, learning_rate=0.1))
         steps = trainer._steps.values()
-        scripted = [isinstance(s, torch.jit.ScriptModule) for s in steps]
+        scripted = [isinstance(s.run, torch.jit.ScriptModule) for s in steps]
         assert scripted == [len(results) == 1] * len(steps)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one.model.parameters, other.model.parameters)
@@ -483,7 +491,7 @@ class Hooked(nn.Module):
 class Constants(Objective):
     """Changes what it writes down anew in every step, and picks by place."""
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         weight = torch.tensor([1.0] * 10)
         weight *= 2
         values = -outputs.log_softmax(1)[torch.arange(len(batch.y)), batch.y]
@@ -493,7 +501,7 @@ class Constants(Objective):
 class Penalised(Objective):
     """Differentiates within the loss."""
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         values = F.cross_entropy(outputs, batch.y, reduction="none")
         (slope,) = torch.autograd.grad(values.sum(), outputs, create_graph=True)
         return batch.mean(values + 0.1 * slope.square().sum(1))
@@ -535,7 +543,7 @@ def test_buffers_that_stay_are_not_copied_at_every_step(sizes, caplog):
     trainer = BatchedTrainer(made(Table), Plain(), settings_of())
     trainer.train(made(Table).save(), tasks_of(sizes), learning_rate=0.1)
     for step in trainer._steps.values():
-        assert operations_of(step).count("aten::copy_") == 2  # mean and variance
+        assert operations_of(step.run).count("aten::copy_") == 2  # mean and variance
 
 
 class SavesElsewhere(nn.Module):
@@ -749,7 +757,7 @@ def test_several_steps_in_one_call_give_the_same_bits(
 
 def test_steps_that_cannot_be_one_call_are_called_one_by_one(monkeypatch):
     def refuse(module, *arguments, **named):
-        if isinstance(module, graphs._Several):
+        if isinstance(module, torchscript._Several):
             raise TypeError("no")
         return trace(module, *arguments, **named)
 

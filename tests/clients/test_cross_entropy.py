@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedweight.clients.cross_entropy import OfLabels, cross_entropy
+from fedweight.clients.steps.cross_entropy import OfLabels, cross_entropy
 
 
 def example(n, classes, seed):

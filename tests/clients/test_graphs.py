@@ -12,11 +12,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedweight.clients import TrainingSettings, batched, graphs
-from fedweight.clients.batched import BatchedTrainer
-from fedweight.clients.graphs import Replayed
+from fedweight.clients import TrainingSettings
 from fedweight.clients.objectives import Plain, Proximal
-from fedweight.clients.training import Task
+from fedweight.clients.steps import batched, feeding
+from fedweight.clients.steps._torch import (
+    cuda_graphs,
+    differentiation,
+    recording,
+    rewriting,
+)
+from fedweight.clients.steps._torch.cuda_graphs import Replayed
+from fedweight.clients.steps.batched import BatchedTrainer
+from fedweight.clients.steps.task import Task
 from fedweight.core.module import FlatModule
 from fedweight.data import Examples
 
@@ -74,7 +81,7 @@ def gradients(x, y):
     def loss(rows, other):
         return (rows[0] * other).square().sum(), other + 1
 
-    (by_rows,), other = torch.vmap(graphs.grad(loss, []), (0, None))([x], y)
+    (by_rows,), other = torch.vmap(differentiation.grad(loss, []), (0, None))([x], y)
     return [by_rows, other, torch.zeros(2)]
 
 
@@ -97,7 +104,7 @@ def test_what_is_traced_is_what_was_called(function):
         (torch.randn(4, 3, generator=stream), torch.randn(1, generator=stream))
         for _ in range(2)
     ]
-    traced = graphs.trace(function, [tensor.clone() for tensor in draws[0]])
+    traced = recording.trace(function, [tensor.clone() for tensor in draws[0]])
     for given in draws:
         mine, its = ([tensor.clone() for tensor in given] for _ in range(2))
         for one, other in zip(traced(*mine), function(*its), strict=True):
@@ -108,8 +115,8 @@ def test_what_is_traced_is_what_was_called(function):
 
 def test_what_nobody_uses_goes_but_for_what_changes_something():
     x, y = torch.ones(4, 3), torch.ones(1)
-    traced = graphs.trace(unused, [x.clone(), y.clone()])
-    graphs.drop_unused(traced.graph)
+    traced = recording.trace(unused, [x.clone(), y.clone()])
+    rewriting.drop_unused(traced.graph)
     traced.recompile()
     names = [str(n.target) for n in traced.graph.nodes if n.op == "call_function"]
     assert not any("sigmoid" in name or "exp" in name for name in names)
@@ -126,9 +133,9 @@ def test_biases_are_added_as_they_lie_in_the_rows():
         return [torch.vmap(F.linear)(x, weight.view(3, 5, 4), bias)]
 
     product = torch.ops.aten.mul.Scalar
-    traced = graphs.trace(layer, [rows.clone(), x.clone()])
+    traced = recording.trace(layer, [rows.clone(), x.clone()])
     before = traced.graph.find_nodes(op="call_function", target=product)
-    graphs.drop_idle(traced.graph)
+    rewriting.drop_idle(traced.graph)
     traced.recompile()
     assert len(before) == 1  # vmap multiplies a bias by 1.
     assert not traced.graph.find_nodes(op="call_function", target=product)
@@ -143,7 +150,7 @@ def test_gradients_are_those_of_torch_func():
         return (by[0] * x).sigmoid().sum(), x * 2
 
     known: list[int] = []
-    (mine,), aside = torch.vmap(graphs.grad(loss, known))([w, unused], x)
+    (mine,), aside = torch.vmap(differentiation.grad(loss, known))([w, unused], x)
     theirs, _ = torch.vmap(torch.func.grad(loss, has_aux=True))([w, unused], x)
     torch.testing.assert_close(mine, theirs[0], rtol=0, atol=0)
     assert torch.equal(aside, 2 * x)
@@ -168,7 +175,7 @@ def test_what_changes_a_tensor_from_outside_is_not_traced(seen):
         return [x + FROM_OUTSIDE]
 
     with pytest.raises(RuntimeError, match="changes a tensor that is no buffer"):
-        graphs.trace(function, [torch.ones(3)])
+        recording.trace(function, [torch.ones(3)])
     assert torch.equal(FROM_OUTSIDE, before)
 
 
@@ -185,15 +192,17 @@ def test_what_changes_a_tensor_from_outside_is_not_traced(seen):
 )
 def test_what_depends_on_values_is_not_traced(function):
     with pytest.raises(RuntimeError, match="depends on values and cannot be traced"):
-        graphs.trace(function, [torch.ones(3)])
+        recording.trace(function, [torch.ones(3)])
 
 
 def test_no_training_imports_pytorchs_compiler_or_algebra():
     code = (
         "import sys, numpy as np\n"
-        "from fedweight.clients.batched import BatchedTrainer\n"
+        "from fedweight.clients.steps.batched import BatchedTrainer\n"
         "from fedweight.clients.objectives import Plain\n"
-        "from fedweight.clients.training import Task, TrainingSettings, train\n"
+        "from fedweight.clients import TrainingSettings\n"
+        "from fedweight.clients.steps.loop import train\n"
+        "from fedweight.clients.steps.task import Task\n"
         "from fedweight.data import Examples\n"
         "from torch import nn\n"
         "from fedweight.core.module import FlatModule\n"
@@ -241,11 +250,11 @@ def record(monkeypatch):
     """Let steps be recorded by a stand-in."""
 
     def use(recorder, warm_up=lambda step, given: step(*given)):
-        monkeypatch.setattr(graphs, "_recorded", recorder)
-        monkeypatch.setattr(graphs, "_warm_up", warm_up)
+        monkeypatch.setattr(cuda_graphs, "_recorded", recorder)
+        monkeypatch.setattr(cuda_graphs, "_warm_up", warm_up)
         monkeypatch.setattr(Replayed, "broken", False)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        monkeypatch.setattr(batched, "_free_bytes", lambda device: 1 << 30)
+        monkeypatch.setattr(feeding, "free_bytes", lambda device: 1 << 30)
         return recorder
 
     return use
@@ -358,7 +367,7 @@ def test_a_graph_that_does_not_do_what_the_step_does_is_not_used(
 
 def test_a_comparison_that_fails_leaves_no_trace(record, caplog, monkeypatch):
     record(Recorder())
-    monkeypatch.setattr(graphs, "_alike", fail)
+    monkeypatch.setattr(cuda_graphs, "_alike", fail)
     total = torch.zeros(2)
     with caplog.at_level(logging.WARNING, "fedweight"):
         Replayed(lambda total: [total.add_(1)])(total)
@@ -389,7 +398,7 @@ def test_data_stay_on_the_device_only_if_they_fit(record, monkeypatch, caplog):
     expected = values_of(*trainer_of())
     for free, fits in ((1 << 30, True), (100, False)):
         record(Recorder())
-        monkeypatch.setattr(batched, "_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(feeding, "free_bytes", lambda device, free=free: free)
         trainer, start = trainer_of(replays=True)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "fedweight"):

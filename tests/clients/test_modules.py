@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from fedweight.clients import TrainingSettings
-from fedweight.clients.batched import BatchedTrainer
 from fedweight.clients.noise import LocalTraining
 from fedweight.clients.objectives import Plain
-from fedweight.clients.training import Task, train
+from fedweight.clients.steps.batched import BatchedTrainer
+from fedweight.clients.steps.loop import train
+from fedweight.clients.steps.task import Task
 from fedweight.core.batches import batches
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.layout import Layout

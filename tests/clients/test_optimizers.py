@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedweight.clients import TrainingSettings
-from fedweight.clients.batched import BatchedTrainer
 from fedweight.clients.objectives import Plain, Proximal
 from fedweight.clients.optimizers import (
     OPTIMIZERS,
@@ -21,7 +20,9 @@ from fedweight.clients.optimizers import (
     optimizer_of,
 )
 from fedweight.clients.rate_schedules import Cosine, Exponential
-from fedweight.clients.training import Task, train
+from fedweight.clients.steps.batched import BatchedTrainer
+from fedweight.clients.steps.loop import train
+from fedweight.clients.steps.task import Task
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.layout import Layout
 from fedweight.core.module import FlatModule

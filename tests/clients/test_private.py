@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedweight.clients import TrainingSettings, batched, graphs
-from fedweight.clients.batched import BatchedTrainer
+from fedweight.clients import TrainingSettings
 from fedweight.clients.objectives import Plain
-from fedweight.clients.training import Task, train
+from fedweight.clients.steps import step
+from fedweight.clients.steps._torch import torchscript
+from fedweight.clients.steps.batched import BatchedTrainer
+from fedweight.clients.steps.loop import train
+from fedweight.clients.steps.task import Task
 from fedweight.core.module import FlatModule
 from fedweight.messages.arrays import FlatRecord
 from fedweight.messages.dispatch import Cohort
@@ -67,7 +70,7 @@ def test_without_what_batching_needs_clients_train_one_after_another(
     name, results, caplog, monkeypatch
 ):
     if name == "torch.func.functional_call":
-        monkeypatch.delattr(batched, "functional_call")
+        monkeypatch.delattr(step, "functional_call")
     else:
         monkeypatch.delattr(name)
     found, expected = results()
@@ -177,9 +180,9 @@ def test_without_torchscript_steps_are_slower_and_the_same(
 
 def test_torchscript_that_fails_is_used_for_nothing(monkeypatch):
     monkeypatch.delattr(torch.jit, "optimized_execution")
-    with graphs.plain_execution():
+    with torchscript.plain_execution():
         pass
-    assert not graphs.has_few_operations(lambda: None)
+    assert not torchscript.has_few_operations(lambda: None)
 
 
 # Attention.

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedweight.clients import Batch, Objective, TrainingSettings, objective
-from fedweight.clients.objectives import Plain, Proximal
-from fedweight.clients.training import (
+from fedweight.clients.evaluation import (
     EVALUATION_BATCH,
-    Task,
     _batches,
     evaluate,
     evaluate_each,
-    train,
 )
+from fedweight.clients.objectives import Facts, Plain, Proximal
+from fedweight.clients.steps.loop import train
+from fedweight.clients.steps.task import Task
 from fedweight.core.errors import ClientError, ConfigurationError
 from fedweight.core.module import FlatModule
 from fedweight.core.rng import Purpose, keys, permutation
@@ -112,7 +112,7 @@ def test_training_is_what_torch_optim_does(kit, case, mu):
 class Linearised(Objective):
     """A loss whose gradient is what a test says."""
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         return (outputs * torch.tensor([0.5, 0.25])).sum()
 
 
@@ -134,9 +134,10 @@ def test_one_proximal_step_has_the_golden_value():
     w = torch.tensor(expected["model"])
     outputs = w.clone().requires_grad_()
     batch = Batch(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
-    goal.loss(outputs[None], batch).backward()
+    facts = Facts(start.parameters)
+    goal.batch_loss(outputs[None], batch, facts).backward()
     assert outputs.grad.tolist() == expected["gradient"]
-    gradient = outputs.grad + goal.penalty_gradient(w, start.parameters)
+    gradient = outputs.grad + goal.penalty_gradient(w, facts)
     step = w - expected["learning_rate"] * gradient
     assert step.tolist() == pytest.approx(expected["next"], abs=1e-6)
 
@@ -160,11 +161,11 @@ def test_mu_0_is_plain_training_to_the_last_bit(kit):
 
 
 def test_a_proximal_term_adds_to_the_inner_objectives_own():
-    w, start = torch.tensor([3.0]), torch.tensor([1.0])
+    w, facts = torch.tensor([3.0]), Facts(torch.tensor([1.0]))
     nested = Proximal(0.5, Proximal(0.25))
-    assert nested.penalty_gradient(w, start).tolist() == [1.5]
-    assert Proximal(0.0, Proximal(0.25)).penalty_gradient(w, start).tolist() == [0.5]
-    assert Plain().penalty_gradient(w, start) is None
+    assert nested.penalty_gradient(w, facts).tolist() == [1.5]
+    assert Proximal(0.0, Proximal(0.25)).penalty_gradient(w, facts).tolist() == [0.5]
+    assert Plain().penalty_gradient(w, facts) is None
 
 
 def test_padding_does_not_count():
@@ -172,8 +173,9 @@ def test_padding_does_not_count():
     y = torch.tensor([0, 0, 1])
     padded = Batch(torch.zeros(3, 1), y, mask=torch.tensor([1.0, 1.0, 0.0]))
     real = Batch(torch.zeros(2, 1), y[:2])
-    assert float(Plain().loss(outputs, padded)) == pytest.approx(
-        float(Plain().loss(outputs[:2], real))
+    facts = Facts(torch.zeros(0))
+    assert float(Plain().batch_loss(outputs, padded, facts)) == pytest.approx(
+        float(Plain().batch_loss(outputs[:2], real, facts))
     )
 
 
@@ -475,7 +477,7 @@ def test_from_where_a_proximal_term_diverges(momentum, rate):
         w = torch.ones(1, dtype=torch.float64)
         optimizer = torch.optim.SGD([w], lr=rate, momentum=momentum)
         for _ in range(2000):
-            w.grad = goal.penalty_gradient(w, received)
+            w.grad = goal.penalty_gradient(w, Facts(received))
             optimizer.step()
         return abs(float(w))
 

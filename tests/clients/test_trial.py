@@ -54,7 +54,7 @@ def test_what_draws_from_a_stream_of_the_process(kit, layer, draws):
 class Mixup(Objective):
     """Draws outside of the model."""
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         losses = F.cross_entropy(outputs, batch.y, reduction="none")
         return batch.mean(losses * torch.rand(len(losses)))
 
@@ -101,7 +101,7 @@ def test_a_model_that_cannot_train_raises_its_error(kit):
 class Averages(Objective):
     """Forgets that there may be padding."""
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         return F.cross_entropy(outputs, batch.y)
 
 

@@ -145,7 +145,7 @@ class Scaled(Objective):
     def __init__(self, factor=2.0):
         self.factor = factor
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         return self.factor * F.cross_entropy(outputs, batch.y)
 
 
@@ -166,7 +166,7 @@ class Sometimes(Objective):
     def __init__(self, how="raise", everybody=False):
         self.how, self.everybody = how, everybody
 
-    def loss(self, outputs, batch):
+    def batch_loss(self, outputs, batch, facts):
         loss = F.cross_entropy(outputs, batch.y)
         if not self.everybody and int((batch.y == 0).sum()) != len(batch.y):
             return loss

@@ -10,15 +10,30 @@ from ...core.registry import Registry
 
 if TYPE_CHECKING:
     from ...strategies.fedprox import Proximal
-    from .base import Batch, Objective
+    from .base import Around, Batch, Facts, Loss, Model, Objective
     from .plain import Plain
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "Plain", "Proximal", "objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Around",
+    "Batch",
+    "Facts",
+    "Loss",
+    "Model",
+    "Objective",
+    "Plain",
+    "Proximal",
+    "objective",
+]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "Around": ".base",
         "Batch": ".base",
+        "Facts": ".base",
+        "Loss": ".base",
+        "Model": ".base",
         "Objective": ".base",
         "Plain": ".plain",
         "Proximal": "...strategies.fedprox",
@@ -30,6 +45,15 @@ OBJECTIVES = Registry(
     {
         "plain": "fedweight.clients.objectives.plain:Plain",
         "proximal": "fedweight.strategies.fedprox:Proximal",
+        "balanced-softmax": (
+            "fedweight.clients.objectives.balanced_softmax:BalancedSoftmax"
+        ),
+        "fedlc": "fedweight.clients.objectives.fedlc:FedLC",
+        "focal": "fedweight.clients.objectives.focal:Focal",
+        "ldr": "fedweight.clients.objectives.ldr:LDR",
+        "aldr": "fedweight.clients.objectives.ldr:ALDR",
+        "group-dro": "fedweight.clients.objectives.group_dro:GroupDRO",
+        "sam": "fedweight.clients.objectives.sam:SAM",
     },
 )
 
@@ -42,11 +66,16 @@ def objective(name: str, **options: Any) -> Objective:
     >>> objective("proximal", mu=0.1).mu
     0.1
     """
-    from .base import Objective
+    from .base import Objective, defines
 
     made = OBJECTIVES.resolve(name)(**options)
     if not isinstance(made, Objective):
         raise ConfigurationError(
             f"objective '{name}' is not derived from fedweight.clients.Objective."
+        )
+    if not any(defines(made, how) for how in ("example_losses", "batch_loss", "loss")):
+        raise ConfigurationError(
+            f"objective '{name}' must define example_losses(outputs, batch, facts), "
+            "batch_loss or loss."
         )
     return made

@@ -1,15 +1,23 @@
-"""What a local objective is."""
+"""What a local objective is, and what it sees."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ...core.errors import ConfigurationError
+from ..noise import uniform
 
-@dataclass(frozen=True)
+Fact = Literal["class-counts", "class-totals", "groups"]
+
+_NOTHING: Mapping[str, Tensor] = {}
+
+
+@dataclass
 class Batch:
     """Examples of one client for one step.
 
@@ -21,11 +29,26 @@ class Batch:
         Labels, ``[n]``, int64.
     mask : Tensor, optional
         ``[n]``, 1 for an example and 0 for padding; ``None`` where nothing is padded.
+    groups : Tensor, optional
+        ``[n]``, int64: the code of each example's group, from 0, for an objective that
+        wants ``"groups"``.
+    state : Mapping[str, Tensor]
+        ``[n]`` each: what the objective keeps of these examples, by its names.
+    stream : tuple of Tensor, optional
+        The client's key of random numbers and the number of the step.
     """
 
     x: Tensor
     y: Tensor
     mask: Tensor | None = None
+    groups: Tensor | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    stream: tuple[Tensor | int, Tensor | int] | None = None
+    _drawn: int = 0
+
+    def begin(self) -> None:
+        """Let the next random numbers be the first ones of the step again."""
+        self._drawn = 0
 
     def mean(self, values: Tensor) -> Tensor:
         """Average a value of each example, ``[n]``, over the real examples."""
@@ -35,33 +58,286 @@ class Batch:
         real = torch.where(self.mask > 0, values, 0)
         return real.sum() / self.mask.sum().clamp(min=1)
 
+    def uniform(self, *shape: int) -> Tensor:
+        """Return random numbers in [0, 1), float32, of a shape that begins with n.
 
-class Objective(ABC):
-    """What is minimised on a batch.
+        They depend on the client, the step and how many were drawn in the step before:
+        they are the same alone and among other clients, on any engine.
+        """
+        if self.stream is None:
+            raise ConfigurationError(
+                "objective: batch.uniform has no stream here; it has one in training."
+            )
+        key, step = self.stream
+        self._drawn += 1
+        key = torch.as_tensor(key, device=self.x.device)
+        # Layers of the model that draw noise have the numbers from 1.
+        return uniform(key, step, -self._drawn, torch.Size(shape))
 
-    An objective is a value without state: the same object serves every client.
+
+class Loss(NamedTuple):
+    """What an objective finds on a batch.
+
+    Attributes
+    ----------
+    value : Tensor
+        0-d: what is minimised; autograd can follow it.
+    outputs : Tensor
+        The model's logits, ``[n, C]``, by which hits are counted.
+    carry : Mapping[str, Tensor]
+        What the client carries from now on, as :meth:`Objective.begin` names it; what
+        is not in it stays as it was.
+    state : Mapping[str, Tensor]
+        ``[n]`` each: what is kept of these examples from now on.
     """
 
-    @abstractmethod
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the batch's loss, a scalar that autograd can follow.
+    value: Tensor
+    outputs: Tensor
+    carry: Mapping[str, Tensor] = _NOTHING
+    state: Mapping[str, Tensor] = _NOTHING
+
+
+class Model(Protocol):
+    """The model in a step, as an objective calls it.
+
+    Every call of a step has the same noise, such as dropout's, and starts from the
+    same buffers; the first call's buffers stay.
+    """
+
+    def __call__(self, x: Tensor, parameters: Tensor | None = None) -> Tensor:
+        """Return the logits of some inputs, ``[n, C]``.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[n, ...]``.
+        parameters : Tensor, optional
+            ``[P]``: others than the local model's own, such as ``facts.received``.
+        """
+
+
+class Facts:
+    """What an objective may know of its client in a round.
+
+    Parameters
+    ----------
+    received : Tensor
+        ``[P]``: the parameters of the global model that the client received.
+    known : Mapping[str, Tensor]
+        What the objective ``wants``, by name.
+    carry : Mapping[str, Tensor]
+        What the client carries from step to step, and from round to round: as
+        :meth:`Objective.begin` made it, or the last step left it.
+    """
+
+    def __init__(
+        self,
+        received: Tensor,
+        known: Mapping[str, Tensor] = _NOTHING,
+        carry: Mapping[str, Tensor] = _NOTHING,
+    ) -> None:
+        self.received = received
+        self.carry = carry
+        self._known = known
+
+    @property
+    def class_counts(self) -> Tensor:
+        """How many training examples of each class the client has, ``[C]``, float."""
+        return self._wanted("class-counts")
+
+    @property
+    def class_totals(self) -> Tensor:
+        """How many training examples of each class all clients have, ``[C]``, float."""
+        return self._wanted("class-totals")
+
+    @property
+    def group_counts(self) -> Tensor:
+        """How many training examples of each group the client has, ``[G]``, float."""
+        return self._wanted("groups")
+
+    def _wanted(self, name: Fact) -> Tensor:
+        if name not in self._known:
+            raise ConfigurationError(
+                f"objective: '{name}' is known only to one whose 'wants' has it. Add "
+                f"it: wants = frozenset({{'{name}'}})."
+            )
+        return self._known[name]
+
+
+class Objective:
+    """What a client minimises on a batch.
+
+    Most define :meth:`example_losses` alone. An objective is a value: the same object
+    serves every client, and what changes with a client is in ``facts.carry`` and
+    ``batch.state``. Many clients train at once where what it does can be batched: so
+    write ``torch.where`` for a boolean mask, a comparison with ``torch.arange(C)`` for
+    ``F.one_hot``, and no ``.item()`` or ``unique``. One that cannot be batched trains
+    one client after another, and a warning says why.
+
+    Attributes
+    ----------
+    wants : frozenset of str
+        What it reads of ``facts`` and ``batch``: ``"class-counts"``,
+        ``"class-totals"``, ``"groups"``.
+    group : str
+        The attribute of the examples that groups them, where it wants ``"groups"``.
+    per_example : Mapping[str, float]
+        What is kept of each training example across steps and rounds, by name, and
+        what it is at first.
+    """
+
+    wants: ClassVar[frozenset[Fact]] = frozenset()
+    group: str = ""
+    per_example: Mapping[str, float] = {}
+
+    def begin(self, facts: Facts) -> Mapping[str, Tensor]:
+        """Return what the client carries before its first step in its first round."""
+        return {}
+
+    def example_losses(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
+        """Return the loss of each example, ``[n]``, that autograd can follow.
 
         Parameters
         ----------
         outputs : Tensor
             The model's logits, ``[n, C]``.
         batch : Batch
-            The examples. Average with ``batch.mean``, so that padding does not count.
+            The examples; of padding the values do not count.
+        facts : Facts
+            What is known of the client.
         """
+        raise NotImplementedError(
+            f"objective {type(self).__name__} must define example_losses, batch_loss "
+            "or loss."
+        )
 
-    def penalty_gradient(self, parameters: Tensor, start: Tensor) -> Tensor | None:
+    def batch_loss(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
+        """Return the loss of a batch, 0-d: the mean of the examples' losses.
+
+        One that is no such mean defines this. Average with ``batch.mean``, so that
+        padding does not count.
+        """
+        return batch.mean(self.example_losses(outputs, batch, facts))
+
+    def loss(self, model: Model, batch: Batch, facts: Facts) -> Loss:
+        """Return what is minimised on a batch, and what is kept from it.
+
+        One that looks at features, calls the model several times, or changes what is
+        carried or kept, defines this.
+        """
+        outputs = model(batch.x)
+        return Loss(self.batch_loss(outputs, batch, facts), outputs)
+
+    def penalty_gradient(self, parameters: Tensor, facts: Facts) -> Tensor | None:
         """Return what a penalty on the parameters adds to the gradient, ``[P]``.
 
         Parameters
         ----------
         parameters : Tensor
             The local model now, ``[P]``.
-        start : Tensor
-            The global model that the client received, ``[P]``.
+        facts : Facts
+            With the global model that the client received.
         """
         return None
+
+    def gradient(
+        self,
+        gradient_at: Callable[[Tensor], Tensor],
+        parameters: Tensor,
+        facts: Facts,
+    ) -> Tensor:
+        """Return the gradient that the step uses, ``[P]``.
+
+        One that takes several gradients a step, or masks them, defines this.
+
+        Parameters
+        ----------
+        gradient_at : Callable[[Tensor], Tensor]
+            Returns the gradient of the batch's loss and penalty at some parameters,
+            ``[P]``. Loss, hits and what is carried are those of the first call.
+        parameters : Tensor
+            The local model now, ``[P]``.
+        facts : Facts
+            What is known of the client.
+        """
+        return gradient_at(parameters)
+
+    def after_step(self, parameters: Tensor, facts: Facts) -> Tensor:
+        """Return the parameters after a step, ``[P]``, such as masked ones."""
+        return parameters
+
+
+class Around(Objective):
+    """An objective that changes something of another one, and leaves all else to it.
+
+    Attributes
+    ----------
+    inner : Objective
+        The other one.
+    """
+
+    inner: Objective
+
+    @property
+    def wants(self) -> frozenset[Fact]:  # type: ignore[override]
+        """What the other one wants."""
+        return self.inner.wants
+
+    @property
+    def group(self) -> str:  # type: ignore[override]
+        """By what the other one groups examples."""
+        return self.inner.group
+
+    @property
+    def per_example(self) -> Mapping[str, float]:  # type: ignore[override]
+        """What the other one keeps of each example."""
+        return self.inner.per_example
+
+    def begin(self, facts: Facts) -> Mapping[str, Tensor]:
+        """Return what the other one carries."""
+        return self.inner.begin(facts)
+
+    def example_losses(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
+        """Return the other one's losses."""
+        return self.inner.example_losses(outputs, batch, facts)
+
+    def batch_loss(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
+        """Return the other one's loss."""
+        return self.inner.batch_loss(outputs, batch, facts)
+
+    def loss(self, model: Model, batch: Batch, facts: Facts) -> Loss:
+        """Return the other one's loss."""
+        return self.inner.loss(model, batch, facts)
+
+    def penalty_gradient(self, parameters: Tensor, facts: Facts) -> Tensor | None:
+        """Return the other one's penalty."""
+        return self.inner.penalty_gradient(parameters, facts)
+
+    def gradient(
+        self,
+        gradient_at: Callable[[Tensor], Tensor],
+        parameters: Tensor,
+        facts: Facts,
+    ) -> Tensor:
+        """Return the other one's gradient."""
+        return self.inner.gradient(gradient_at, parameters, facts)
+
+    def after_step(self, parameters: Tensor, facts: Facts) -> Tensor:
+        """Return what the other one makes of them."""
+        return self.inner.after_step(parameters, facts)
+
+
+def defines(objective: Objective, name: str) -> bool:
+    """Tell whether an objective, or one inside it, does something of its own there.
+
+    Parameters
+    ----------
+    objective : Objective
+        Such as SAM around the proximal objective.
+    name : str
+        A method, such as ``"gradient"``.
+    """
+    own: Any = getattr(type(objective), name)
+    if isinstance(objective, Around) and own is getattr(Around, name):
+        return defines(objective.inner, name)
+    return own is not getattr(Objective, name)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Batch, Objective
+from .base import Batch, Facts, Objective
 
 
 class Plain(Objective):
     """Mean cross-entropy, as FedAvg's clients minimise."""
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean of ``-log softmax(outputs)[y]``."""
-        if batch.mask is None:
-            return F.cross_entropy(outputs, batch.y)
-        return batch.mean(F.cross_entropy(outputs, batch.y, reduction="none"))
+    def example_losses(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
+        """Return ``-log softmax(outputs)[y]``."""
+        return F.cross_entropy(outputs, batch.y, reduction="none")
+
+    def batch_loss(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
+        """Return the mean of the examples' losses."""
+        if batch.mask is not None:
+            return super().batch_loss(outputs, batch, facts)
+        return F.cross_entropy(outputs, batch.y)

@@ -1,0 +1,105 @@
+"""What an objective must return, and what is said where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...core.errors import ClientError
+from .base import Loss, Objective
+
+
+def check_loss(
+    objective: Objective,
+    found: Any,
+    carry: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Refuse what is no :class:`Loss`, or does not fit what is carried and kept.
+
+    Parameters
+    ----------
+    objective : Objective
+        Whose it is.
+    found : Loss
+        What its ``loss`` returned.
+    carry, state : Mapping[str, Tensor]
+        What was carried, and kept of the batch's examples, before.
+
+    Raises
+    ------
+    ClientError
+        With what was returned and what is to be.
+    """
+    name = f"objective {type(objective).__name__}"
+    if not isinstance(found, Loss):
+        raise ClientError(
+            f"{name}: loss returned {type(found).__name__}. Return "
+            "fedweight.clients.Loss(value, outputs)."
+        )
+    for part, value in (("value", found.value), ("outputs", found.outputs)):
+        if not isinstance(value, Tensor):
+            raise ClientError(
+                f"{name}: the {part} of its loss is {type(value).__name__}, not a "
+                "tensor."
+            )
+    if found.value.ndim:
+        raise ClientError(
+            f"{name}: its loss has shape {list(found.value.shape)}. Return one number: "
+            "batch.mean(...) of the examples' losses."
+        )
+    if found.carry:
+        _check_kept(f"{name}: what it carries", found.carry, carry)
+    if found.state:
+        _check_kept(f"{name}: what it keeps of each example", found.state, state)
+
+
+def check_gradient(
+    objective: Objective, gradient: Any, parameters: Tensor, calls: int
+) -> None:
+    """Refuse a gradient of another shape, or one that nobody asked for.
+
+    Parameters
+    ----------
+    objective : Objective
+        Whose it is.
+    gradient : Tensor
+        What its ``gradient`` returned, ``[P]``.
+    parameters : Tensor
+        ``[P]``.
+    calls : int
+        How often ``gradient_at`` was called.
+
+    Raises
+    ------
+    ClientError
+        With what was returned and what is to be.
+    """
+    name = f"objective {type(objective).__name__}"
+    if not calls:
+        raise ClientError(f"{name}: gradient must call gradient_at, once or more.")
+    shape = list(gradient.shape) if isinstance(gradient, Tensor) else None
+    if shape != list(parameters.shape):
+        given = type(gradient).__name__ if shape is None else f"shape {shape}"
+        raise ClientError(
+            f"{name}: gradient returned {given}, not a tensor of the parameters' shape "
+            f"{list(parameters.shape)}."
+        )
+
+
+def _check_kept(
+    what: str, given: Mapping[str, Tensor], known: Mapping[str, Tensor]
+) -> None:
+    for name, value in given.items():
+        if name not in known:
+            raise ClientError(
+                f"{what} has no '{name}' at the beginning, only {sorted(known)}. Name "
+                "it there, too."
+            )
+        if value.shape != known[name].shape:
+            raise ClientError(
+                f"{what} as '{name}' has shape {list(value.shape)}, and had "
+                f"{list(known[name].shape)}."
+            )

@@ -1,0 +1,1 @@
+"""The steps of local training: one client after another, and many at once."""

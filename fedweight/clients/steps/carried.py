@@ -1,0 +1,129 @@
+"""What clients of a chunk know and carry besides their models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ...core.errors import ClientError
+from ..objectives.base import Facts, Objective
+from .task import Task
+
+Named = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What an objective knows of C clients, and what they carry.
+
+    Attributes
+    ----------
+    facts, carry : dict[str, Tensor]
+        ``[C, ...]``, by name.
+    kept : dict[str, Tensor]
+        ``[C, N + 1]``: a value of each example of the client that has most, N, and a
+        place for padding.
+    """
+
+    facts: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        tasks: Sequence[Task],
+        received: Tensor,
+        device: torch.device,
+    ) -> Self:
+        """Lay out what some clients know and carry.
+
+        Parameters
+        ----------
+        objective : Objective
+            Says what is carried at first.
+        tasks : Sequence[Task]
+            With what they carry from earlier rounds.
+        received : Tensor
+            ``[P]``: the parameters of the global model.
+        device : torch.device
+            Where it is put.
+        """
+        of_clients = [facts_of(task, received) for task in tasks]
+        carries = [carry_of(objective, task, received) for task in tasks]
+        kept = {}
+        for name, value in objective.per_example.items():
+            longest = max(len(task.examples) for task in tasks)
+            rows = torch.full((len(tasks), longest + 1), value, dtype=received.dtype)
+            for row, task in zip(rows, tasks, strict=True):
+                row[:-1][: len(task.examples)] = kept_of(name, value, task)
+            kept[name] = rows.to(device)
+        return cls(_stacked(of_clients, device), _stacked(carries, device), kept)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of it."""
+        parts = (self.facts, self.carry, self.kept)
+        return [tensor for part in parts for tensor in part.values()]
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """The shapes of all of it."""
+        return tuple(tensor.shape for tensor in self.tensors)
+
+    def of_client(self, k: int, size: int) -> tuple[Named, Named]:
+        """Return what client k of the chunk carries, and keeps of its examples."""
+        carry = {name: values[k].cpu() for name, values in self.carry.items()}
+        return carry, {name: rows[k, :size].cpu() for name, rows in self.kept.items()}
+
+
+def facts_of(task: Task, received: Tensor) -> Named:
+    """Return what the objective knows of a client, in the model's dtype."""
+    return {name: value.to(received.dtype) for name, value in task.facts.items()}
+
+
+def carry_of(objective: Objective, task: Task, received: Tensor) -> Named:
+    """Return what a client carries into a round.
+
+    Parameters
+    ----------
+    objective : Objective
+        Says what that is at first.
+    task : Task
+        The client's.
+    received : Tensor
+        ``[P]``: the parameters of the global model.
+    """
+    if task.carry is not None:
+        return task.carry
+    begun = objective.begin(Facts(received, facts_of(task, received)))
+    for name, value in begun.items():
+        if not isinstance(value, Tensor):
+            raise ClientError(
+                f"objective {type(objective).__name__}: begin returned "
+                f"{type(value).__name__} for '{name}'. Return tensors by name."
+            )
+    return begun
+
+
+def kept_of(name: str, value: float, task: Task) -> Tensor | float:
+    """Return what is kept of a client's examples, ``[n]``, or what it is at first."""
+    kept = task.kept.get(name)
+    if kept is not None and len(kept) != len(task.examples):
+        raise ClientError(
+            f"objective: '{name}' was kept of {len(kept)} examples, and the client has "
+            f"{len(task.examples)} now. Its data must stay the same over the rounds."
+        )
+    return value if kept is None else kept
+
+
+def _stacked(parts: Sequence[Named], device: torch.device) -> dict[str, Tensor]:
+    return {
+        name: torch.stack([part[name] for part in parts]).to(device)
+        for name in parts[0]
+    }

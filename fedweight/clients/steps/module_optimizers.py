@@ -1,0 +1,77 @@
+"""Optimizers of one client, on a module whose tensors are views of vectors."""
+
+from __future__ import annotations
+
+from ...core.module import FlatModule
+from ..optimizers import Foreign, LocalOptimizer
+from ..settings import TrainingSettings
+
+
+class FlatOptimizer:
+    """An optimizer on a module's one vector, as long as all of it has gradients."""
+
+    def __init__(
+        self, module: FlatModule, settings: TrainingSettings, learning_rate: float
+    ) -> None:
+        self.module = module
+        self.parameters = [module.parameters]
+        self.gradients = [module.gradients]
+        self.optimizer = LocalOptimizer(settings, learning_rate, self.parameters)
+        if self.optimizer.remembers:
+            module.fresh_gradients()  # From now on.
+
+    def set_rate(self, rate: float) -> None:
+        """Let the next steps have another learning rate."""
+        self.optimizer.learning_rate = rate
+
+    def step(self, *, everything: bool) -> None:
+        """Use the gradients of this step; all parameters have one if ``everything``."""
+        if not self.optimizer.remembers:  # A gradient of 0 is as good as none.
+            self.optimizer.step(self.parameters, self.gradients)
+            return
+        fresh = self.module.fresh_gradients()
+        whole = everything or all(fresh)
+        if not whole and len(self.parameters) != len(fresh):
+            places = [slice(e.start, e.stop) for e in self.module.layout.parameters]
+            self.parameters = [self.module.parameters[place] for place in places]
+            self.gradients = [self.module.gradients[place] for place in places]
+            self.optimizer.divide(places)
+        if whole:
+            fresh = [True] * len(self.parameters)
+        pairs = zip(self.gradients, fresh, strict=True)
+        self.optimizer.step(self.parameters, [g if own else None for g, own in pairs])
+
+
+class ForeignOptimizer:
+    """An optimizer of PyTorch's or the user's on a module's own parameters."""
+
+    def __init__(
+        self, module: FlatModule, settings: TrainingSettings, learning_rate: float
+    ) -> None:
+        assert isinstance(settings.rule, Foreign)
+        self.module = module
+        named = dict(module.module.named_parameters())
+        self.parameters = [named[e.name] for e in module.layout.parameters]
+        self.optimizer = settings.rule.made(
+            self.parameters, learning_rate, settings.weight_decay
+        )
+        module.fresh_gradients()  # From now on.
+
+    def set_rate(self, rate: float) -> None:
+        """Let the next steps have another learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self, *, everything: bool) -> None:
+        """Use the gradients of this step; all parameters have one if ``everything``."""
+        kept = [parameter.grad for parameter in self.parameters]
+        fresh = self.module.fresh_gradients()
+        for parameter, own in zip(self.parameters, fresh, strict=True):
+            if not (own or everything):
+                parameter.grad = None  # As it is where nothing has asked for it.
+        try:
+            self.optimizer.step()
+        finally:
+            for parameter, grad in zip(self.parameters, kept, strict=True):
+                parameter.grad = grad
+            self.module.fresh_gradients()  # It may have changed them itself.

@@ -1,0 +1,228 @@
+"""One step of one client, on a module as PyTorch runs it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ...core.errors import ClientError
+from ...core.layout import FlatModel
+from ...core.module import FlatModule
+from ..noise import LocalTraining, Streams
+from ..objectives.base import Batch, Facts, Loss, Objective, defines
+from ..objectives.checks import check_gradient, check_loss
+from .carried import carry_of, facts_of, kept_of
+from .task import Task
+
+
+class ModuleStep:
+    """Finds the gradients of one client's steps.
+
+    Parameters
+    ----------
+    module : FlatModule
+        Loaded with the global model.
+    start : FlatModel
+        The global model as received.
+    task : Task
+        The client's.
+    objective : Objective
+        What is minimised on a batch.
+    noisy : bool
+        Whether the model may draw noise in any step. Otherwise one that draws none in
+        its first step is taken to draw none.
+
+    Attributes
+    ----------
+    carry : dict[str, Tensor]
+        What the client carries after the last step.
+    kept : dict[str, Tensor]
+        ``[n]`` each: what is kept of its examples.
+    """
+
+    def __init__(
+        self,
+        module: FlatModule,
+        start: FlatModel,
+        task: Task,
+        objective: Objective,
+        *,
+        noisy: bool,
+    ) -> None:
+        device = module.parameters.device
+        self.module = module
+        self.objective = objective
+        self.noisy = noisy
+        self.key = task.noise_key
+        self.looks = True  # Whether it draws noise is known after its first step.
+        self.received = start.parameters.to(device)
+        facts = facts_of(task, start.parameters)
+        self.facts = {name: value.to(device) for name, value in facts.items()}
+        self.carry = {
+            name: value.to(device)
+            for name, value in carry_of(objective, task, start.parameters).items()
+        }
+        like = module.parameters.new_empty(len(task.examples))
+        self.kept = {
+            name: torch.as_tensor(kept_of(name, value, task)).to(like).expand_as(like)
+            for name, value in objective.per_example.items()
+        }
+        self._own_gradient = defines(objective, "gradient")
+        self._calls_again = self._own_gradient or defines(objective, "loss")
+        self._changes_after = defines(objective, "after_step")
+
+    def gradient(self, batch: Batch, rows: Tensor, step: int) -> tuple[Loss, bool]:
+        """Put the gradient of a step where the module has its gradients.
+
+        Parameters
+        ----------
+        batch : Batch
+            The step's examples.
+        rows : Tensor
+            ``[n]``: their places among the client's examples.
+        step : int
+            The number of the step, from 0.
+
+        Returns
+        -------
+        tuple
+            What the objective found, and whether every parameter has a gradient, as
+            where there is a penalty.
+        """
+        module, facts = self.module, Facts(self.received, self.facts, self.carry)
+        batch.stream = self.key, step
+        if self.kept:
+            batch.state = {n: v.index_select(0, rows) for n, v in self.kept.items()}
+        before = _Before.of(module, self.noisy) if self._calls_again else None
+        if not self._own_gradient:
+            loss = self._backward(batch, facts, step, before, first=True)
+            penalty = self.objective.penalty_gradient(module.parameters, facts)
+            if penalty is not None:
+                module.gradients.add_(penalty)
+            self._keep(loss, rows)
+            return loss, penalty is not None
+        found: list[Loss] = []
+        own, penalised = module.parameters.clone(), False
+
+        def gradient_at(parameters: Tensor) -> Tensor:
+            nonlocal penalised
+            module.parameters.copy_(parameters)
+            loss = self._backward(batch, facts, step, before, first=not found)
+            found.append(loss)
+            penalty = self.objective.penalty_gradient(module.parameters, facts)
+            penalised = penalty is not None
+            gradient = module.gradients.clone()
+            return gradient if penalty is None else gradient.add_(penalty)
+
+        try:
+            gradient = self.objective.gradient(gradient_at, own.clone(), facts)
+        finally:
+            module.parameters.copy_(own)
+        check_gradient(self.objective, gradient, own, len(found))
+        module.gradients.copy_(gradient)
+        self._keep(found[0], rows)
+        return found[0], penalised
+
+    def change_after(self) -> None:
+        """Change the parameters after a step, as the objective says."""
+        if self._changes_after:
+            facts = Facts(self.received, self.facts, self.carry)
+            with torch.no_grad():
+                parameters = self.module.parameters
+                parameters.copy_(self.objective.after_step(parameters, facts))
+
+    def _backward(
+        self,
+        batch: Batch,
+        facts: Facts,
+        step: int,
+        before: _Before | None,
+        *,
+        first: bool,
+    ) -> Loss:
+        """Find the loss of a batch, and its gradient."""
+        batch.begin()
+        model = _Model(self, step, before, first=first)
+        loss = self.objective.loss(model, batch, facts)
+        check_loss(self.objective, loss, self.carry, batch.state)
+        self.module.gradients.zero_()
+        loss.value.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def _keep(self, loss: Loss, rows: Tensor) -> None:
+        """Take over what the client carries, and what is kept of its examples."""
+        if loss.carry:
+            self.carry |= {name: value.detach() for name, value in loss.carry.items()}
+        for name, value in loss.state.items():
+            self.kept[name] = self.kept[name].index_copy(0, rows, value.detach())
+
+
+class _Model:
+    """The model in a step, as an objective calls it."""
+
+    def __init__(
+        self, client: ModuleStep, step: int, before: _Before | None, *, first: bool
+    ) -> None:
+        self.client = client
+        self.step = step
+        self.before = before
+        self.first = first
+
+    def __call__(self, x: Tensor, parameters: Tensor | None = None) -> Tensor:
+        """Return the logits of some inputs."""
+        client = self.client
+        noise = LocalTraining(client.key, self.step) if client.looks else None
+        with noise or nullcontext():
+            if self.first and parameters is None:
+                outputs = client.module.module(x)
+            else:
+                outputs = self._again(x, parameters)
+        if not isinstance(outputs, Tensor):
+            raise ClientError(
+                f"the model returned {type(outputs).__name__}, not one tensor of "
+                "logits, [n, C]."
+            )
+        if self.first:
+            client.looks = client.noisy or (noise is not None and noise.layers > 0)
+        self.first = False
+        return outputs
+
+    def _again(self, x: Tensor, parameters: Tensor | None) -> Tensor:
+        """Call the model with the buffers and streams that the first call had."""
+        assert self.before is not None
+        module = self.client.module
+        state = {name: value.clone() for name, value in self.before.buffers.items()}
+        if parameters is not None:
+            entries = module.layout.parameters
+            parts = parameters.split_with_sizes([e.stop - e.start for e in entries])
+            pairs = zip(entries, parts, strict=True)
+            state |= {e.name: part.view(e.shape) for e, part in pairs}
+        with self.before.streams or nullcontext():
+            outputs: Tensor = functional_call(module.module, state, (x,))
+        return outputs
+
+
+class _Before:
+    """What a step's calls of the model begin with.
+
+    Attributes
+    ----------
+    buffers : dict[str, Tensor]
+        The module's buffers and counters.
+    streams : Streams, optional
+        The process's random streams, where the model draws from them.
+    """
+
+    def __init__(self, buffers: dict[str, Tensor], streams: Streams | None) -> None:
+        self.buffers = buffers
+        self.streams = streams
+
+    @classmethod
+    def of(cls, module: FlatModule, noisy: bool) -> _Before:
+        """Take note of what there is before a step."""
+        buffers = {n: b.detach().clone() for n, b in module.module.named_buffers()}
+        device = module.parameters.device
+        return cls(buffers, Streams(device) if noisy else None)

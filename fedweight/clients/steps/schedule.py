@@ -1,0 +1,173 @@
+"""Who does how many steps in a chunk of clients, and with which examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...core.batches import num_batches
+from ...core.layout import as_tensor
+from ...core.rng import permutations
+from .task import Task
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who does how many steps, and how full each step is.
+
+    A client's steps follow one another without a gap, whatever the others do: its
+    momentum must not notice them.
+
+    Attributes
+    ----------
+    batch_size : int
+        B: examples of a client in each step but its last ones.
+    width : int
+        Places for examples in a step: B, or B + 1 where somebody's last example has
+        joined the batch before it.
+    per_epoch, steps : ndarray
+        ``[C]``: a client's steps in one pass, and in all.
+    counts : Tensor
+        ``[total, C]``: real examples of each client in each step, float32.
+    ragged : bool
+        Whether any step of any client is not full.
+    ended : dict[int, list[int]]
+        By step, the clients whose last step was the one before; not the last ones.
+    passes : dict[int, list[tuple[list[int], int, int]]]
+        By step, who begins a pass over the own data there: clients of one size
+        together, with that size and the number of the pass.
+    """
+
+    batch_size: int
+    width: int
+    per_epoch: npt.NDArray[np.int64]
+    steps: npt.NDArray[np.int64]
+    counts: Tensor
+    ragged: bool
+    ended: dict[int, list[int]]
+    passes: dict[int, list[tuple[list[int], int, int]]]
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task], batch_size: int, least: int) -> Schedule:
+        """Lay out the steps of some clients."""
+        sizes = tuple(len(task.examples) for task in tasks)
+        epochs = tuple(task.epochs for task in tasks)
+        return _schedule(sizes, epochs, batch_size, least)
+
+    @property
+    def total(self) -> int:
+        """Steps of the chunk."""
+        return self.counts.shape[0]
+
+    def check(self, least: int) -> None:
+        """Raise if a step has too few examples for the model."""
+        if self.ragged and ((self.counts > 0) & (self.counts < least)).any():
+            raise ValueError(
+                f"Expected more than {least - 1} value per channel when training"
+            )
+
+    def fill(self, tasks: Sequence[Task], step: int, x: Tensor, y: Tensor) -> None:
+        """Shuffle the data of the clients that begin a pass into ``x`` and ``y``."""
+        for alike, orders in self._orders(tasks, step):
+            steps = orders.shape[1]
+            together = torch.from_numpy(orders.reshape(len(alike), -1))
+            for k, order in zip(alike, together.unbind(), strict=True):
+                examples = tasks[k].examples
+                for source, target in ((examples.x, x), (examples.y, y)):
+                    rows = target[k, :steps].flatten(0, 1)
+                    torch.index_select(as_tensor(source), 0, order, out=rows)
+
+    def _orders(
+        self, tasks: Sequence[Task], step: int
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.int64]]]:
+        """Yield who begins a pass, those of one size together, and what they take.
+
+        The examples of each step of the pass, ``[K, steps, width]``. Padding is the
+        client's own first one: it is masked, but a model need not be defined for
+        examples that nobody has.
+        """
+        for alike, size, epoch in self.passes.get(step, ()):
+            keys = np.array([tasks[k].order_key for k in alike], np.uint64)
+            orders = permutations(keys, epoch, size)
+            steps = int(self.per_epoch[alike[0]])
+            before = (steps - 1) * self.batch_size
+            if size == steps * self.width:  # Every step is full.
+                yield alike, orders.reshape(len(alike), steps, self.width)
+                continue
+            rows = np.zeros((len(alike), steps, self.width), np.int64)
+            full = len(alike), steps - 1, self.batch_size
+            rows[:, :-1, : self.batch_size] = orders[:, :before].reshape(full)
+            rows[:, -1, : size - before] = orders[:, before:]
+            yield alike, rows
+
+    def rows(
+        self, tasks: Sequence[Task], first: Sequence[int]
+    ) -> npt.NDArray[np.int64]:
+        """Return the row of each example in a common array, ``[total, C, width]``.
+
+        ``first`` is where each client's rows begin; padding points there, too.
+        """
+        rows = np.empty((self.total, len(tasks), self.width), np.int64)
+        rows[:] = np.asarray(first)[:, None]
+        for step in self.passes:
+            for alike, orders in self._orders(tasks, step):
+                these = alike if len(alike) < len(tasks) else slice(None)
+                steps = orders.shape[1]
+                rows[step : step + steps, these] += orders.transpose(1, 0, 2)
+        return rows
+
+    def batch(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a step's batch of every client, x and y ``[C, width, ...]``."""
+        place = step % self.per_epoch
+        if (place == place[0]).all():
+            return x[:, int(place[0])], y[:, int(place[0])]
+        client, at = torch.arange(len(place)), torch.from_numpy(place)
+        return x[client, at], y[client, at]
+
+    def all_go_on(self, step: int, steps: int) -> bool:
+        """Tell whether there are so many steps from one on, and nobody ends between."""
+        between = range(step + 1, step + steps)
+        return step + steps <= self.total and self.ended.keys().isdisjoint(between)
+
+
+@lru_cache(maxsize=64)  # Clients are often of the same size.
+def _schedule(
+    sizes: tuple[int, ...], epochs: tuple[int, ...], batch_size: int, least: int
+) -> Schedule:
+    examples = np.array(sizes)
+    per_epoch = num_batches(examples, batch_size, least)
+    steps = per_epoch * np.array(epochs)
+    step = np.arange(steps.max())[:, None]
+    place = step % per_epoch
+    left = np.where(
+        place < per_epoch - 1, batch_size, examples - (per_epoch - 1) * batch_size
+    )
+    counts = left * (step < steps)
+    width = max(batch_size, int(counts.max()))
+    ended: dict[int, list[int]] = {}
+    for k, end in enumerate(steps.tolist()):
+        if end < len(counts):
+            ended.setdefault(end, []).append(k)
+    passes: dict[int, list[tuple[list[int], int, int]]] = {}
+    for n in sorted(set(sizes)):
+        alike = [k for k, size in enumerate(sizes) if size == n]
+        for epoch in range(max(epochs[k] for k in alike)):
+            busy = [k for k in alike if epoch < epochs[k]]
+            first = epoch * int(per_epoch[alike[0]])
+            passes.setdefault(first, []).append((busy, n, epoch))
+    return Schedule(
+        batch_size,
+        width,
+        per_epoch,
+        steps,
+        torch.from_numpy(counts.astype(np.float32)),
+        bool((counts != width).any()),
+        ended,
+        passes,
+    )
