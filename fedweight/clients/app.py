@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from ..core.errors import ClientError, closest, describe_failure
+from ..core.rng import Purpose
 from ..core.texts import shown
 from ..data.federated import ClientData
 from ..messages import keys
@@ -30,6 +31,8 @@ from .cohort_trainer import CohortTrainer
 from .local_work import LocalWork
 from .modules import Modules
 from .objectives import Objective, Plain
+from .personal.base import Personal
+from .personal_models import PersonalModels
 from .probes import Probe
 from .queries import QUERIES, ClientQuery, Query
 from .settings import TrainingSettings
@@ -77,6 +80,9 @@ class TrainingApp(ClientApp):
     num_groups : Mapping[str, int], optional
         By attribute of the examples whose codes name groups, how many there are; for
         an objective that wants groups.
+    personal : Personal, optional
+        What clients train for themselves, and keep; see
+        :mod:`fedweight.clients.personal`.
     mods : list, optional
         Flower client mods, applied to every message.
 
@@ -107,6 +113,7 @@ class TrainingApp(ClientApp):
         probes: Mapping[str, Probe] | None = None,
         queries: Mapping[str, Query] | None = None,
         num_groups: Mapping[str, int] | None = None,
+        personal: Personal | None = None,
         mods: list[Any] | None = None,
     ) -> None:
         super().__init__(mods=mods)
@@ -142,6 +149,25 @@ class TrainingApp(ClientApp):
             seed,
             coding,
         )
+        own = None
+        if personal is not None:
+            goal = personal.objective(self.objective)
+            trials = Trials(
+                modules.architecture, data, goal, self.settings, device, sizes, coding
+            )
+            purposes = Purpose.PERSONAL_SHUFFLE, Purpose.PERSONAL_DROPOUT
+            own = PersonalModels(
+                personal,
+                CohortTrainer(
+                    modules,
+                    trials,
+                    goal,
+                    self.settings,
+                    seed,
+                    coding,
+                    purposes=purposes,
+                ),
+            )
         self._work = LocalWork(
             modules,
             self._trials,
@@ -149,6 +175,7 @@ class TrainingApp(ClientApp):
             self.settings,
             num_classes,
             self.probes,
+            own,
         )
         self._cancelled = threading.Event()
         self.train()(self._train)

@@ -58,6 +58,8 @@ class CohortTrainer:
         The run's.
     coding : Coding
         How classes and groups are coded.
+    purposes : tuple of Purpose
+        Of the streams of the examples' order and of the noise in the model.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class CohortTrainer:
         settings: TrainingSettings,
         seed: int,
         coding: Coding,
+        *,
+        purposes: tuple[Purpose, Purpose] = (Purpose.SHUFFLE, Purpose.DROPOUT),
     ) -> None:
         self.modules = modules
         self.trials = trials
@@ -75,6 +79,7 @@ class CohortTrainer:
         self.settings = settings
         self.seed = seed
         self.coding = coding
+        self.purposes = list(purposes)
         self._warned: set[str] = set()
         self._forget()
 
@@ -127,6 +132,7 @@ class CohortTrainer:
         *,
         batched: bool,
         cancelled: Callable[[], bool],
+        own: Sequence[FlatModel] | None = None,
     ) -> list[LocalResult]:
         """Train some clients; at once if asked to, where that is the same.
 
@@ -142,6 +148,8 @@ class CohortTrainer:
             Whether to train them at once.
         cancelled : Callable[[], bool]
             Tells whether to stop.
+        own : Sequence[FlatModel], optional
+            What each client trains, where that is not the global model.
 
         Returns
         -------
@@ -151,9 +159,12 @@ class CohortTrainer:
         alike = {(c.instructions.round, c.instructions.mu) for c in clients}
         batched = batched and len(alike) == 1 and self._optimizer_batches()
         kind = self._kind_if_batched(clients, cancelled) if batched else None
+        tasks = self._training_tasks(clients)
+        if own is not None:
+            tasks = [replace(t, own=model) for t, model in zip(tasks, own, strict=True)]
         if kind is not None:
-            return self._fit_batched(start, clients, kind, cancelled)
-        return self._fit_sequentially(module, start, clients, cancelled)
+            return self._fit_batched(start, clients, tasks, kind, cancelled)
+        return self._fit_sequentially(module, start, clients, tasks, cancelled)
 
     def _kind_if_batched(
         self, clients: Sequence[ClientTask], cancelled: Callable[[], bool]
@@ -171,10 +182,11 @@ class CohortTrainer:
         module: FlatModule,
         start: FlatModel,
         clients: Sequence[ClientTask],
+        tasks: Sequence[Task],
         cancelled: Callable[[], bool],
     ) -> list[LocalResult]:
         results = []
-        for client, task in zip(clients, self._training_tasks(clients), strict=True):
+        for client, task in zip(clients, tasks, strict=True):
             found = Findings()
             if len(task.examples):
                 kind = kind_of(task.examples)
@@ -201,13 +213,14 @@ class CohortTrainer:
         self,
         start: FlatModel,
         clients: Sequence[ClientTask],
+        tasks: Sequence[Task],
         kind: Kind,
         cancelled: Callable[[], bool],
     ) -> list[LocalResult]:
-        tasks = self._training_tasks(clients)
         least = self.trials.alone(kind, clients[0].context).least
         some = [k for k, task in enumerate(tasks) if len(task.examples) >= least]
-        results = [LocalResult(start, math.nan, math.nan, 0)] * len(tasks)
+        begun = [start if task.own is None else task.own for task in tasks]
+        results = [LocalResult(model, math.nan, math.nan, 0) for model in begun]
         if not some:
             return results
         rates = [clients[k].instructions.learning_rate_in(self.settings) for k in some]
@@ -270,8 +283,7 @@ class CohortTrainer:
         self, round: int, clients: Sequence[int]
     ) -> dict[tuple[int, int], tuple[int, int]]:
         """Return the keys of order and noise, by round and client."""
-        purposes = [Purpose.SHUFFLE, Purpose.DROPOUT]
-        orders, noises = key_table(self.seed, purposes, round, clients)
+        orders, noises = key_table(self.seed, self.purposes, round, clients)
         pairs = zip(orders.tolist(), (noises >> np.uint64(1)).tolist(), strict=True)
         return dict(zip([(round, client) for client in clients], pairs, strict=True))
 

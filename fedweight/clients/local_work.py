@@ -20,6 +20,7 @@ from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
 from .evaluation import evaluate, evaluate_each
 from .modules import Modules
+from .personal_models import PersonalModels
 from .probes import PROBES, ClientRound, Probe
 from .settings import TrainingSettings
 from .steps.task import LocalResult
@@ -46,6 +47,8 @@ class LocalWork:
         C.
     probes : Mapping[str, Probe]
         What may be asked for by these names, besides what is registered.
+    personal : PersonalModels, optional
+        Trains and evaluates the clients' personal models, if they have some.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class LocalWork:
         settings: TrainingSettings,
         num_classes: int,
         probes: Mapping[str, Probe],
+        personal: PersonalModels | None = None,
     ) -> None:
         self.modules = modules
         self.trials = trials
@@ -63,6 +67,7 @@ class LocalWork:
         self.settings = settings
         self.num_classes = num_classes
         self.probes = probes
+        self.personal = personal
 
     def train(
         self,
@@ -99,11 +104,23 @@ class LocalWork:
                 for pair, reply in zip(pairs, replies, strict=True)
                 if pair[0].instructions.request
             ]
+            own = None
+            if self.personal is not None:
+                own = self.personal.train(
+                    module,
+                    start,
+                    clients,
+                    results,
+                    batched=batched,
+                    cancelled=cancelled,
+                )
         # Only now, when nothing can fail any more, do the clients' states change.
         for view in probed:
             view.commit()
         for client, result in pairs:
             write_state(client.context.state, result)
+        if self.personal is not None and own is not None:
+            self.personal.commit(clients, own)
         return replies
 
     def _probe(
@@ -158,6 +175,9 @@ class LocalWork:
             apart = len(clients) > 1 and self._mixes_examples(clients)
             model = flatten(record, module.layout, **RECEIVED)
             measured = evaluate_each(module, model, parts, apart=apart)
+            of_own = [{}] * len(clients)  # type: list[dict[str, float]]
+            if self.personal is not None:
+                of_own = self.personal.evaluate(module, clients)
         return [
             Reply(
                 client.node,
@@ -165,10 +185,11 @@ class LocalWork:
                     keys.NUM_EXAMPLES: len(part),
                     keys.LOSS: loss,
                     keys.ACCURACY: accuracy,
+                    **own,
                 },
             )
-            for client, part, (loss, accuracy) in zip(
-                clients, parts, measured, strict=True
+            for client, part, (loss, accuracy), own in zip(
+                clients, parts, measured, of_own, strict=True
             )
         ]
 

@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     ARRIVALS = 13
     PHASE = 14
     BOOTSTRAP = 15
+    PERSONAL_SHUFFLE = 16
+    PERSONAL_DROPOUT = 17
 
 
 def generator(

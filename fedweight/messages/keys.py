@@ -33,6 +33,10 @@ NUM_STEPS: Final = "num-steps"
 LOSS: Final = "loss"
 ACCURACY: Final = "accuracy"
 
+# Besides, where clients have personal models.
+PERSONAL_LOSS: Final = "personal-loss"
+PERSONAL_ACCURACY: Final = "personal-accuracy"
+
 # What a strategy may ask for (the entries of `request`).
 LABEL_COUNTS: Final = "label-counts"
 LOSS_BEFORE: Final = "loss-before"

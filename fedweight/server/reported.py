@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[float, float]] = {
     keys.TRAIN_ACCURACY: (0, 1),
     keys.LOSS: (-math.inf, math.inf),
     keys.ACCURACY: (0, 1),
+    keys.PERSONAL_LOSS: (-math.inf, math.inf),
+    keys.PERSONAL_ACCURACY: (0, 1),
     keys.LOSS_BEFORE: (-math.inf, math.inf),
     keys.LOSS_AFTER: (-math.inf, math.inf),
     keys.ACCURACY_BEFORE: (0, 1),

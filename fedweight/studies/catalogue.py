@@ -26,6 +26,7 @@ from .tables import (
 KINDS = {
     "strategies": "strategy",
     "objectives": "objective",
+    "personal models": "personal",
     "data": "data",
     "partitions": "partition",
     "models": "model",

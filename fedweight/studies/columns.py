@@ -50,6 +50,8 @@ CLIENT_NAMES = {
     "evaluate-num-examples": "held_out_examples",
     "evaluate-loss": "loss",
     "evaluate-accuracy": "accuracy",
+    "evaluate-personal-loss": "personal_loss",
+    "evaluate-personal-accuracy": "personal_accuracy",
 }
 
 COUNTS = {"examples", "steps", "held_out_examples"}

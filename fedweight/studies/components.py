@@ -18,6 +18,7 @@ from torch import nn
 from .. import models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
 from ..clients.objectives import Objective, Proximal
+from ..clients.personal import Personal, personal
 from ..clients.probes import PROBES, REPORTED
 from ..core.errors import ConfigurationError, check_choice, closest
 from ..core.layout import Layout, as_tensor
@@ -92,6 +93,12 @@ class Components:
         options = self.configuration.options("objective")
         return named("objective", partial(objective, name, **options))
 
+    def personal(self) -> Personal | None:
+        """Make what clients train for themselves."""
+        name = self.configuration["personal"]["name"]
+        options = self.configuration.options("personal")
+        return named("personal", partial(personal, name, **options))
+
     def client_app(self) -> TrainingApp:
         """Make the ClientApp."""
         training = self.configuration["training"]
@@ -112,6 +119,7 @@ class Components:
             name_of=self.data.name_of if self.data.names else None,
             probes=method.probes if ours else {},
             queries=method.queries if ours else {},
+            personal=self.personal(),
             num_groups={
                 name: len(codes) for name, codes in self.data.attribute_names.items()
             },

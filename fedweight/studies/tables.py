@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ..clients.objectives import OBJECTIVES
 from ..clients.optimizers import FILLED_IN, OPTIMIZERS
+from ..clients.personal import PERSONAL
 from ..clients.rate_schedules import RATE_SCHEDULES
 from ..clients.settings import TrainingSettings
 from ..core.errors import ConfigurationError
@@ -166,6 +167,15 @@ class LocalObjective:
 
 
 @dataclass(frozen=True)
+class PersonalModels:
+    """[personal]: what clients train for themselves, and keep."""
+
+    name: Annotated[
+        str, Field(description="what personal models minimise, or 'module:Class'")
+    ] = "none"
+
+
+@dataclass(frozen=True)
 class ServerStrategy:
     """[strategy]: how much each client counts."""
 
@@ -253,6 +263,7 @@ SCHEMA: dict[str, dict[str, Option]] = {
     "partition": _table(Partition),
     "model": _table(Model),
     "objective": _table(LocalObjective),
+    "personal": _table(PersonalModels),
     # The quick start learns fast: more than an app that is told nothing does.
     "training": _training(epochs=10, batch_size=16, momentum=0.9),
     "strategy": _table(ServerStrategy),
@@ -301,6 +312,7 @@ PICKS: dict[str, Pick] = {
     "partition": Pick(PARTITIONS, "function(dataset, num_clients, rng, **options)", 3),
     "model": Pick(MODELS, "function(input_shape, num_classes, **options)", 2),
     "objective": Pick(OBJECTIVES, "Class(**options)"),
+    "personal": Pick(PERSONAL, "Class(**options)"),
     "strategy": Pick(
         STRATEGIES,
         "Class(**options)",

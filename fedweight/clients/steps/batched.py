@@ -165,27 +165,31 @@ class BatchedTrainer:
         rates = LearningRates.of(self.settings, learning_rate, len(tasks))
         carried = Carried.of(self.objective, tasks, start.parameters, self.device)
         if not self._replays:
-            state = ChunkState.of(start, len(tasks), rates.first, carried, self.device)
+            state = ChunkState.of(start, tasks, rates.first, carried, self.device)
             return self._run(state, tasks, rates, cancelled)
         with self._turn, torch.cuda.device(self.device):
-            memory = self._memory(start, len(tasks), rates.first, carried)
+            memory = self._memory(start, tasks, rates.first, carried)
             trained = self._run(memory.state, tasks, rates, cancelled, memory)
             return copy.deepcopy(trained)
 
     def _memory(
-        self, start: FlatModel, clients: int, learning_rate: float, carried: Carried
+        self,
+        start: FlatModel,
+        tasks: Sequence[Task],
+        learning_rate: float,
+        carried: Carried,
     ) -> ChunkMemory:
         """Return the memory of chunks of so many clients, ready to begin."""
-        key = clients, carried.shapes
+        key = len(tasks), carried.shapes
         memory = self._memories.pop(key, None)
         if memory is None:
-            state = ChunkState.of(start, clients, learning_rate, carried, self.device)
+            state = ChunkState.of(start, tasks, learning_rate, carried, self.device)
             memory = ChunkMemory(state)
             if len(self._memories) == KEPT_SIZES:
                 unused_longest = next(iter(self._memories))
                 del self._memories[unused_longest]
         else:
-            memory.state.begin(start, learning_rate, carried)
+            memory.state.begin(start, tasks, learning_rate, carried)
         self._memories[key] = memory
         return memory
 

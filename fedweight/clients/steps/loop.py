@@ -76,7 +76,8 @@ def train(
         If the model returns no logits, or puts other tensors in the place of its own.
     """
     if len(task.examples) < least:
-        return LocalResult(start, math.nan, math.nan, 0)
+        begun = start if task.own is None else task.own
+        return LocalResult(begun, math.nan, math.nan, 0)
     run = partial(
         run_steps,
         module,
@@ -117,7 +118,7 @@ def run_steps(
         Whether the model may draw noise in any step. Otherwise one that draws none in
         its first step is taken to draw none.
     """
-    module.load(start)
+    module.load(start if task.own is None else task.own)
     n = len(task.examples)
     device = module.parameters.device
     x, y = as_tensor(task.examples.x).to(device), as_tensor(task.examples.y).to(device)

@@ -15,6 +15,7 @@ from ...core.layout import FlatModel
 from ._torch.cuda_graphs import Replayed
 from .carried import Carried
 from .step import Step
+from .task import Task
 
 
 @dataclass
@@ -73,12 +74,13 @@ class ChunkState:
     def of(
         cls,
         start: FlatModel,
-        clients: int,
+        tasks: Sequence[Task],
         rate: float,
         carried: Carried,
         device: torch.device,
     ) -> ChunkState:
-        """Give every client the global model."""
+        """Give every client the model that it begins with."""
+        clients = len(tasks)
         received, buffers, integers = _on(device, start)
         trained = TrainedRows(
             _copies(received, clients),
@@ -91,9 +93,12 @@ class ChunkState:
         )
         own_rate = torch.tensor(rate, dtype=received.dtype, device=device)
         frozen = start.frozen.to(device, copy=True)
+        _give_own(trained, tasks)
         return cls(received, frozen, own_rate, trained)
 
-    def begin(self, start: FlatModel, rate: float, carried: Carried) -> None:
+    def begin(
+        self, start: FlatModel, tasks: Sequence[Task], rate: float, carried: Carried
+    ) -> None:
         """Do the same again, in the same memory."""
         received, buffers, integers = _on(self.received.device, start)
         self.received.copy_(received)
@@ -108,6 +113,7 @@ class ChunkState:
         pairs = zip(self.trained.carried.tensors, carried.tensors, strict=True)
         for own, given in pairs:
             own.copy_(given)
+        _give_own(self.trained, tasks)
 
 
 @dataclass
@@ -153,6 +159,16 @@ class ChunkMemory:
         if key not in self._steps:
             self._steps[key] = Replayed(step)
         return self._steps[key]
+
+
+def _give_own(trained: TrainedRows, tasks: Sequence[Task]) -> None:
+    """Let clients that begin with a model of their own have it."""
+    for k, task in enumerate(tasks):
+        if task.own is not None:
+            trained.rows[k] = task.own.parameters
+            trained.buffer_rows[k] = task.own.buffers
+            for name, values in task.own.integers.items():
+                trained.integers[name][k] = torch.from_numpy(np.asarray(values))
 
 
 def _copies(values: Tensor, clients: int) -> Tensor:

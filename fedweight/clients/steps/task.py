@@ -39,6 +39,8 @@ class Task:
         ``[n]`` each: what was kept of its examples in earlier rounds.
     groups : ndarray, optional
         ``[n]``: the group of each example, where the objective wants it.
+    own : FlatModel, optional
+        What it trains, where that is not the received model.
     """
 
     examples: Examples
@@ -49,6 +51,7 @@ class Task:
     carry: Mapping[str, Tensor] | None = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     groups: npt.NDArray[np.int64] | None = None
+    own: FlatModel | None = None
 
     def __post_init__(self) -> None:
         """Check the range."""

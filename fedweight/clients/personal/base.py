@@ -1,0 +1,44 @@
+"""What a personal model is trained by."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from ..objectives.base import Objective
+
+
+class Personal(ABC):
+    """A model of each client's own, trained after the local training of every round.
+
+    The client keeps it; nobody else sees it. A client that has none yet begins with the
+    global model that it received. The random numbers are others than those of the local
+    training, which therefore is the same with and without personal models.
+
+    Attributes
+    ----------
+    start : {"personal", "trained"}
+        What the training begins with: the client's personal model, or what the round's
+        local training has just made of the global one.
+    epochs : int
+        Passes over the client's data, 1 or more.
+    """
+
+    start: ClassVar[Literal["personal", "trained"]] = "personal"
+
+    epochs: int = 1
+
+    @abstractmethod
+    def objective(self, local: Objective) -> Objective:
+        """Return what the personal model minimises.
+
+        Parameters
+        ----------
+        local : Objective
+            What local training minimises. With ``facts.received`` an objective sees
+            the global model that the client received in this round.
+        """
+
+
+def nothing() -> None:
+    """Keep no personal models."""

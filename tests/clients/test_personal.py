@@ -1,0 +1,127 @@
+"""Personal models: what clients train for themselves, and keep."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedweight import run
+from fedweight.clients import TrainingSettings
+from fedweight.clients.objectives import Objective
+from fedweight.clients.personal import PERSONAL, Ditto, FineTuned, personal
+from fedweight.clients.steps.loop import train
+from fedweight.clients.steps.task import Task
+from fedweight.core.errors import ConfigurationError
+from fedweight.core.module import FlatModule
+from fedweight.data import Examples
+
+
+class Slope(Objective):
+    """A loss whose gradient is what a test says."""
+
+    def batch_loss(self, outputs, batch, facts):
+        return (outputs * torch.tensor([0.2, -0.4])).sum()
+
+
+class Direct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.0, 2.0]))
+
+    def forward(self, x):
+        return self.w.expand(len(x), 2)
+
+
+def test_a_step_of_ditto_has_its_golden_value():
+    part = Examples(np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
+    module = FlatModule(Direct())
+    received = module.save()
+    own = received.with_parameters(torch.tensor([1.0, 1.0]))
+    goal = Ditto(weight=0.5).objective(Slope())
+    result = train(
+        module,
+        received,
+        Task(part, 1, 0, own=own),
+        goal,
+        TrainingSettings(),
+        learning_rate=0.1,
+    )
+    assert result.model.parameters.tolist() == pytest.approx([0.93, 1.09])
+
+
+@pytest.mark.parametrize("name", ["ditto", "fine-tuned"])
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]
+)
+def test_personal_models_are_kept_and_evaluated(tmp_path, name, engine):
+    settings = {
+        "personal.name": name,
+        "run.rounds": 3,
+        "partition.clients": 6,
+        "strategy.fraction-train": 0.5,
+        "engine.name": engine,
+        "engine.workers": 2 if engine == "ray" else 0,
+        "training.epochs": 1,
+    }
+    own = run(settings=settings, out=tmp_path / "own", report=False)
+    clients = own.clients
+    trained = clients[clients["train_loss"].notna()].groupby("client")["round"].min()
+    has = clients["personal_accuracy"].notna()
+    # From its first round on every client has one, and none has it before.
+    first = clients["client"].map(trained)
+    expected = (clients["round"] >= first) & clients["accuracy"].notna()
+    assert (has == expected).all()
+    assert "evaluate_personal_accuracy" in own.rounds
+    # What others see is the same as without personal models.
+    without = {k: v for k, v in settings.items() if k != "personal.name"}
+    plain = run(settings=without, out=tmp_path / "plain", report=False)
+    assert (plain.rounds["test_loss"] == own.rounds["test_loss"]).all()
+    assert "personal_accuracy" not in plain.clients
+
+
+@pytest.mark.parametrize("name", ["ditto", "fine-tuned"])
+def test_personal_models_are_the_same_at_once_and_one_after_another(tmp_path, name):
+    made = []
+    for plan in ("loop", "batched-3"):
+        settings = {
+            "personal.name": name,
+            "run.rounds": 2,
+            "partition.clients": 6,
+            "engine.plan": plan,
+            "training.epochs": 1,
+        }
+        made.append(run(settings=settings, out=tmp_path / plan, report=False).clients)
+    np.testing.assert_allclose(
+        made[0]["personal_loss"], made[1]["personal_loss"], rtol=1e-4
+    )
+
+
+def test_ditto_at_0_trains_alone_and_far_up_stays_near_the_global_model(tmp_path):
+    losses = {}
+    for weight in (0.0, 20.0):
+        settings = {
+            "personal.name": "ditto",
+            "personal.weight": weight,
+            "run.rounds": 3,
+            "partition.clients": 4,
+            "partition.name": "shards",
+        }
+        made = run(settings=settings, out=tmp_path / f"{weight}", report=False)
+        last = made.clients[made.clients["round"] == 3]
+        losses[weight] = (last["personal_accuracy"] - last["accuracy"]).abs().mean()
+    assert losses[20.0] < losses[0.0]
+
+
+def test_wrong_personal_models_are_told(tmp_path, monkeypatch):
+    assert personal("none") is None
+    with pytest.raises(ConfigurationError, match="weight"):
+        Ditto(weight=-1.0)
+    with pytest.raises(ConfigurationError, match="epochs"):
+        FineTuned(epochs=0)
+    (tmp_path / "own_person.py").write_text("class Nobody: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigurationError, match="not derived from"):
+        personal("own_person:Nobody")
+    assert set(PERSONAL.entries) == {"none", "ditto", "fine-tuned"}
