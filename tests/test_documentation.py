@@ -528,12 +528,13 @@ def test_the_readmes_strategy_is_the_worked_one(
         assert torch.equal(short.weights(given), cls(tolerance=1.5).weights(given))
 
 
-def test_the_example_of_an_objective_trains_alone_and_at_once() -> None:
+@pytest.mark.parametrize("name", ["LabelSmoothing", "Doubt"])
+def test_the_examples_of_objectives_train_alone_and_at_once(name: str) -> None:
     space: dict[str, Any] = {}
     for code in code_blocks("clients/README.md", "python"):
         exec(code, space)
     assert space["settings"].rule.nesterov
-    objective: Objective = space["LabelSmoothing"](smoothing=0.2)
+    objective: Objective = space[name]()
 
     def model() -> nn.Module:
         with torch.random.fork_rng(devices=[]):

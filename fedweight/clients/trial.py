@@ -30,6 +30,7 @@ from ..core.module import FlatModule
 from ..core.threads import as_in_a_new_thread, one_thread
 from ..data.examples import Examples
 from ..data.federated import ClientData
+from .batchable import instead_of
 from .coding import Coding
 from .noise import LocalTraining, own_streams
 from .objectives import Objective
@@ -610,7 +611,9 @@ def _compare(
             if cancelled():
                 raise
             line, *_ = str(error).splitlines() or [""]
-            kind = type(error).__name__
+            kind, where = type(error).__name__, instead_of(error)
+            if where:
+                return f"its step cannot be batched: {where} ({kind})"
             return f"its step cannot be batched ({kind}: {shorten(line, 100)})"
         for one, other in zip(found, expected, strict=True):
             different = _difference(one, other, start, tolerance)

@@ -630,23 +630,39 @@ def test_statistics_are_averaged_by_size_and_no_weight_sees_them(kit, name):
 
 
 @every_method
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES.entries))
-@pytest.mark.parametrize("optimizer", [None, ServerMomentum, ServerAdam])
+@pytest.mark.parametrize(
+    ("objective", "optimizer"),
+    [
+        *((objective, None) for objective in sorted(OBJECTIVES.entries)),
+        ("proximal", ServerMomentum),
+        ("aldr", ServerAdam),
+    ],
+)
 def test_any_combines_with_any_objective_and_server_optimizer(
     name, objective, optimizer
 ):
     def data(context):
         stream = np.random.default_rng(context.node_config["partition-id"])
-        part = Examples(stream.normal(size=(8, FEATURES)), stream.integers(0, 3, 8))
+        part = Examples(
+            stream.normal(size=(8, FEATURES)),
+            stream.integers(0, 3, 8),
+            {"": stream.integers(0, 2, 8)},
+        )
         return ClientData(part, part)
 
     def model():
         return nn.Linear(FEATURES, CLASSES).double()
 
     app = TrainingApp(
-        model, data, num_classes=CLASSES, objective=make_objective(objective)
+        model,
+        data,
+        num_classes=CLASSES,
+        num_groups={"": 2},
+        objective=make_objective(objective),
     )
-    strategy = build(name, server_optimizer=optimizer and optimizer())
+    strategy = build(
+        name, server_optimizer=optimizer and optimizer(), class_totals=True
+    )
     start = FlatRecord(FlatModule(model()).save())
     result = strategy.start(LocalGrid(app, 3), start, num_rounds=2)
     assert [record.status for record in strategy.history] == ["ok", "ok"]

@@ -44,6 +44,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedlaw, adam": {"strategy.name": "fedlaw", "server.name": "adam"},
     "feddisco": {"strategy.name": "feddisco", "partition.name": "dirichlet-sampled"},
     "Flower's FedAdam in its DP wrapper": {"strategy.name": "own_private:Private"},
+    "ditto, aldr": {
+        "strategy.name": "fedavg",
+        "objective.name": "aldr",
+        "personal.name": "ditto",
+        "engine.plan": "batched-2",
+    },
     "fedbuff": {"strategy.name": "fedbuff", "server.name": "momentum", **BUFFERED},
 }
 
@@ -103,7 +109,7 @@ def written(folder: Path) -> dict[str, bytes]:
                 # Ray starts three times.
                 marks=[pytest.mark.ray, pytest.mark.timeout(400)],
             )
-            for method in ("fedce, momentum", "fedbuff")
+            for method in ("fedce, momentum", "ditto, aldr", "fedbuff")
         ),
     ],
 )

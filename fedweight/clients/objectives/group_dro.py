@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...core.options import checked_fields
+from ..batchable import means_by_group
 from .base import Batch, Facts, Loss, Model, Objective
 
 
@@ -38,7 +39,7 @@ class GroupDRO(Objective):
 
     wants = frozenset({"groups"})
 
-    group: str
+    group: str = ""
     eta: Annotated[float, Field(ge=0)] = 0.01
 
     def begin(self, facts: Facts) -> Mapping[str, Tensor]:
@@ -51,13 +52,8 @@ class GroupDRO(Objective):
         assert batch.groups is not None
         outputs = model(batch.x)
         losses = F.cross_entropy(outputs, batch.y, reduction="none")
-        groups = torch.arange(facts.group_counts.shape[0], device=losses.device)
-        member = (batch.groups[:, None] == groups).to(losses.dtype)
-        if batch.mask is not None:
-            member = member * batch.mask[:, None]
-            losses = torch.where(batch.mask > 0, losses, 0)
-        counts = member.sum(0)
-        means = (member * losses[:, None]).sum(0) / counts.clamp(min=1)
+        number = facts.group_counts.shape[0]
+        means, counts = means_by_group(losses, batch.groups, number, batch.mask)
         weights = self.weights(facts.carry["weights"], means.detach(), counts > 0)
         of_present = torch.where(counts > 0, weights, 0)
         value = (of_present * means).sum() / of_present.sum().clamp(min=1e-12)

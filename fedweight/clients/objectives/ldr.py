@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...core.options import checked_fields
+from ..batchable import one_hot
 from .base import Batch, Facts, Loss, Model, Objective
 
 # Added to probabilities, so that none is 0.
@@ -37,8 +38,7 @@ def ldr(logits: Tensor, labels: Tensor, temperature: Tensor, margin: float) -> T
     margin : float
         m.
     """
-    classes = torch.arange(logits.shape[-1], device=logits.device)
-    others = (labels[:, None] != classes).to(logits.dtype)
+    others = 1 - one_hot(labels, logits.shape[1], logits.dtype)
     own = logits.gather(1, labels[:, None])
     scale = temperature.expand(len(labels))
     terms = (margin * others + logits - own) / scale[:, None]
