@@ -53,14 +53,12 @@ def train_messages(
     unfinished = RoundRecord(round, "failed", "its replies did not arrive")
     if now.forgets:
         now.history.clear()
-    now.history.append(unfinished)
     now.name_of = name_of(grid)
     if not now.prepared:
         if strategy.prepares:
-            least = max(strategy.min_available_nodes, strategy.min_train_nodes)
-            nodes_there(grid, least)
-            now.method = strategy.prepare(Population(grid, strategy.seed))
+            _prepare(strategy, now, grid)
         now.prepared = True
+    now.history.append(unfinished)
     config[keys.ROUND] = round
     chosen = _chosen(strategy, now, round, config, grid)
     clients = tuple(client for client, _, _ in chosen)
@@ -128,6 +126,17 @@ def train_messages(
         ],
     )
     return now.cohort
+
+
+def _prepare(strategy: WeightingStrategy, now: Now, grid: Grid) -> None:
+    """Let the method ask clients before the first round; record who did not answer."""
+    nodes_there(grid, max(strategy.min_available_nodes, strategy.min_train_nodes))
+    population = Population(grid, strategy.seed)
+    try:
+        now.method = strategy.prepare(population)
+    finally:
+        if population.record.clients:
+            now.history.append(population.record)
 
 
 def evaluate_messages(

@@ -81,6 +81,7 @@ class Recorder:
         self._arrays: ArrayRecord | None = None
         self._began = self._last = time.perf_counter() if began is None else began
         self._heard: list[RoundRecord] = []
+        self._before: list[RoundRecord] = []  # of round 0, as far as it is recorded
         self._environment: dict[str, Any] = {}
         self.grid: Grid | None = None
         self.over: Callable[[], bool] = lambda: False  # Whether no round comes after.
@@ -241,7 +242,8 @@ class Recorder:
         """Evaluate the global model, and record the round; Flower's evaluate_fn."""
         self._arrays = arrays
         test = self._test(number, arrays)
-        history = getattr(self.strategy, "history", self._heard)
+        self._record_before()
+        history = self._history
         if history and history[-1].number == number:
             record = history[-1]
         else:
@@ -271,10 +273,24 @@ class Recorder:
             )
         return MetricRecord(dict(test)) if test else None
 
+    @property
+    def _history(self) -> list[RoundRecord]:
+        return getattr(self.strategy, "history", self._heard)
+
+    def _record_before(self) -> None:
+        """Record who did not answer what the strategy asked before the first round."""
+        if self._before:
+            return
+        self._before = [record for record in self._history if record.number == 0]
+        for record in self._before:
+            self.clients.append(client_row(0, client) for client in record.clients)
+            self.errors.add(record)
+
     def _end(self) -> OutputError | None:
         """Write all that is still to be written; return why some of it cannot be."""
         tables = (self.rounds, self.clients, self.timings, self.partition)
-        jobs = [table.write for table in tables if table is not None]
+        jobs = [self._record_before]
+        jobs += [table.write for table in tables if table is not None]
         jobs += [self.errors.write, self._write_connected, self._write_model]
         failure = None
         for write in jobs:

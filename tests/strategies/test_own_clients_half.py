@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedweight import Run, run
+from fedweight.core.errors import ConfigurationError
 
 GAIN = '''
 import torch
@@ -113,3 +114,54 @@ def test_a_strategy_brings_its_queries(own: Path, engine: str) -> None:
     last = made.clients.query("round == 3")
     assert last["weight"].sum() == pytest.approx(2)
     assert last["accuracy"].notna().all()
+
+
+# Clients 1 and 2 cannot answer; where `nobody` is told, the method gives up.
+SICK = HALF.replace(
+    "    upper =",
+    '    if asked.client in (1, 2):\n        raise ValueError("no power")\n    upper =',
+)
+GIVES_UP = SICK.replace(
+    '        answers = population.ask("half", questions)\n',
+    '        answers = population.ask("half", questions)\n'
+    '        raise ConfigurationError("too few answers")\n',
+).replace(
+    "import numpy", "from fedweight.core.errors import ConfigurationError\nimport numpy"
+)
+
+FAILED = "clients 1 and 2 did not answer before the first round: query 'half': "
+
+
+def test_who_does_not_answer_a_query_is_recorded(
+    own: Path, engine: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "strategy.name": "own:ByHalf",
+        "run.rounds": 2,
+        "partition.clients": 5,
+        "partition.name": "iid",
+    }
+    made = ran(own, SICK, settings, engine)
+    told = f"{FAILED}query.ask: ValueError: no power"
+    assert told in made.warnings
+    assert "Traceback" not in "".join(capfd.readouterr())
+    rows = made.clients[made.clients["round"] == 0]
+    assert rows["client"].tolist() == [1, 2]
+    assert rows["status"].tolist() == ["failed"] * 2
+    log = (made.folder / "errors.log").read_text()
+    assert log.count("Traceback") == 1
+    assert "2 x, round 0, clients 1 and 2:" in log
+    # They train all the same.
+    assert made.rounds["ok"].tolist()[1:] == [5, 5]
+    assert made.rounds["failed"].sum() == 0
+    assert not any("failed in every round" in line for line in made.warnings)
+    made.report()
+
+
+def test_a_method_that_gives_up_before_the_rounds_leaves_the_reasons(own: Path) -> None:
+    settings = {"strategy.name": "own:ByHalf", "partition.clients": 5}
+    with pytest.raises(ConfigurationError, match="too few answers"):
+        ran(own, GIVES_UP, settings, "local")
+    made = Run(own / "run")
+    assert any(line.startswith(FAILED) for line in made.warnings)
+    assert "no power" in (own / "run" / "errors.log").read_text()
