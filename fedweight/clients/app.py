@@ -44,7 +44,7 @@ from .batched import BatchedTrainer
 from .noise import own_streams
 from .objectives import OBJECTIVES, Objective, Plain
 from .probes import PROBES, ClientRound, Probe
-from .queries import QUERIES, ClientQuery, Query
+from .queries import QUERIES, Answer, ClientQuery, Query
 from .settings import TrainingSettings
 from .training import LocalResult, Task, evaluate, evaluate_each, train
 from .trial import Findings, Kind, Trials, kind_of
@@ -342,7 +342,8 @@ class TrainingApp(ClientApp):
 
     def _query(self, message: Message, context: Context, name: str = "") -> Message:
         number = client_number(context)
-        query = self._query_called(name or _config(message.content).get(keys.QUERY))
+        name = name or str(_config(message.content).get(keys.QUERY))
+        query = self._query_called(name)
         asked = ClientQuery(
             number,
             _config(message.content),
@@ -351,9 +352,14 @@ class TrainingApp(ClientApp):
             self.num_classes,
             self.seed,
         )
-        return query(asked).message(message)
+        answer = query(asked)
+        if not isinstance(answer, Answer):
+            raise ClientError(
+                f"query '{name}' must return an Answer, got {shown(answer)}"
+            )
+        return answer.message(message)
 
-    def _query_called(self, name: Any) -> Query:
+    def _query_called(self, name: str) -> Query:
         """Return a query of the app's own, or one that is registered."""
         if name in self.queries:
             return self.queries[name]

@@ -21,6 +21,9 @@ PROXIMAL_MU: Final = "proximal-mu"
 COEFFICIENT: Final = "coefficient"
 SCHEMA: Final = "schema"
 
+# What of it no strategy tells otherwise.
+OF_THE_SERVER: Final = (ROUND, REQUEST, QUERY, SCHEMA)
+
 # What every reply to a train message reports.
 NUM_EXAMPLES: Final = "num-examples"
 TRAIN_LOSS: Final = "train-loss"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from ..core.annotations import plain_value
+from ..core.errors import ConfigurationError, closest
 from ..core.records import ClientRecord, RoundRecord, Status
-from ..core.texts import TRACEBACK_LENGTH, own_name, plain_lines
+from ..core.texts import TRACEBACK_LENGTH, own_name, plain, plain_lines, shown
 from ..messages import keys
 from ..messages._flower import NO_REPLY, reason_of
 from ..messages.arrays import arrays_of
@@ -48,6 +50,8 @@ class Population:
         Where they are.
     seed : int
         The run's.
+    queries : Iterable[str]
+        The names of those that there are.
 
     Attributes
     ----------
@@ -57,9 +61,10 @@ class Population:
         Of round 0: who did not answer which query, each of them once, and why.
     """
 
-    def __init__(self, grid: Grid, seed: int) -> None:
+    def __init__(self, grid: Grid, seed: int, queries: Iterable[str]) -> None:
         self.grid = grid
         self.seed = seed
+        self.queries = sorted(queries)
         self.record = RoundRecord(0)
         self._node = numbered(grid)
         self.clients = tuple(self._node)
@@ -83,19 +88,18 @@ class Population:
         questions : Mapping[int, Question]
             By client.
         timeout : float, optional
-            Seconds to wait; ten minutes by default. Who has not answered by then did
-            not answer.
+            Seconds to wait, above 0; ten minutes by default. Who has not answered by
+            then did not answer.
+
+        Raises
+        ------
+        ConfigurationError
+            If there is no such query or client, or what is asked fits no message.
         """
+        questions = self._checked(query, questions, timeout)
         messages = [
             Message(
-                RecordDict(
-                    {
-                        keys.CONFIG: ConfigRecord({**asked.told, keys.QUERY: query}),
-                        keys.ARRAYS: ArrayRecord(
-                            {n: Array(np.asarray(a)) for n, a in asked.arrays.items()}
-                        ),
-                    }
-                ),
+                _content(query, client, asked),
                 dst_node_id=self._node[client],
                 message_type="query.ask",
             )
@@ -135,6 +139,39 @@ class Population:
         self._note(query, lost)
         return dict(sorted(answers.items()))
 
+    def _checked(self, query: Any, questions: Any, timeout: Any) -> dict[int, Question]:
+        """Return the questions by the clients' numbers, or refuse what is no such."""
+        if query not in self.queries:
+            raise ConfigurationError(
+                f"population.ask: there is no query {shown(query)}."
+                f"{closest(str(query), self.queries)} There are "
+                f"{', '.join(self.queries)}; a function of your own is one of the "
+                "strategy's `queries`."
+            )
+        waits = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if timeout is not None and not (waits and timeout > 0):
+            raise ConfigurationError(
+                "population.ask: timeout must be a number of seconds above 0, or None, "
+                f"got {shown(timeout)}."
+            )
+        if not isinstance(questions, Mapping):
+            raise ConfigurationError(
+                "population.ask: questions must be a dictionary of Question by client, "
+                f"got {shown(questions)}."
+            )
+        for client, asked in questions.items():
+            if client not in self._node:
+                raise ConfigurationError(
+                    f"population.ask: there is no client {shown(client)} with "
+                    "examples. population.clients has those that there are."
+                )
+            if not isinstance(asked, Question):
+                raise ConfigurationError(
+                    "population.ask: each client is asked a Question, got "
+                    f"{shown(asked)} for client {client}."
+                )
+        return {int(client): asked for client, asked in questions.items()}
+
     def _note(self, query: str, lost: Mapping[int, tuple[Status, str]]) -> None:
         """Record who did not answer a query, and log what is new."""
         new = [
@@ -150,6 +187,26 @@ class Population:
         self._recorded.update((entry.client, query) for entry in new)
         self.record.clients += new
         self._errors.tell(0, new)
+
+
+def _content(query: str, client: int, asked: Question) -> RecordDict:
+    """Return a question as the content of a message."""
+    whose = f"population.ask: the Question to client {client}"
+    told = plain_value(asked.told)
+    if not isinstance(told, Mapping) or keys.QUERY in told:
+        raise ConfigurationError(
+            f"{whose} must tell a dictionary without the name '{keys.QUERY}', got "
+            f"{shown(told)}."
+        )
+    try:
+        arrays = {n: Array(np.asarray(a)) for n, a in asked.arrays.items()}
+        record = ConfigRecord({**told, keys.QUERY: query})
+        return RecordDict({keys.CONFIG: record, keys.ARRAYS: ArrayRecord(arrays)})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{whose} fits no message: {plain(error).rstrip('.')}. Tell numbers, texts "
+            "and lists of them by name, and give arrays of numbers by name."
+        ) from None
 
 
 def _given(reply: Message) -> Given:

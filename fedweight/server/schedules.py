@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from ..core.errors import ConfigurationError
-from ..core.layout import FlatModel
 from ..core.options import GIVEN, checked_fields
 from ..core.registry import Registry
 from ..core.rng import Purpose, generator
-
-Sizes = Callable[[Sequence[int]], "Sequence[int] | None"]
+from .timetable import (
+    Arrival,
+    Moment,
+    Sizes,
+    Timetable,
+    checked_answer,
+    checked_late,
+    checked_seconds,
+)
 
 SCHEDULES = Registry(
     "schedule",
@@ -31,47 +37,6 @@ SCHEDULES = Registry(
         "buffered": f"{__name__}:Buffered",
     },
 )
-
-
-class Arrival(NamedTuple):
-    """An update that arrives.
-
-    Attributes
-    ----------
-    client : int
-        Whose.
-    round : int
-        In which the client began, from 1.
-    start : FlatModel
-        The global model that it began with.
-    discount : float
-        What its weight is multiplied by.
-    """
-
-    client: int
-    round: int
-    start: FlatModel
-    discount: float
-
-
-@dataclass(frozen=True)
-class Timetable:
-    """What a schedule says of one round.
-
-    Attributes
-    ----------
-    arrivals : tuple[Arrival, ...], optional
-        Whose updates are aggregated; by default the strategy draws who trains.
-    late : Callable
-        Takes how many passes each client makes that was drawn, and returns why some of
-        them come too late.
-    seconds : Callable
-        Takes the same, and returns how long the round takes.
-    """
-
-    arrivals: tuple[Arrival, ...] | None
-    late: Callable[[Mapping[int, int]], Mapping[int, str]]
-    seconds: Callable[[Mapping[int, int]], float]
 
 
 @dataclass(frozen=True)
@@ -103,30 +68,6 @@ class Speeds:
         drawn = generator(self.seed, Purpose.SPEED, client=client).standard_normal()
         slower = float(np.exp(self.spread * drawn))
         return 1e-3 * (1 if sizes is None else int(sizes[0])) * slower
-
-
-class Moment(NamedTuple):
-    """What a round begins with.
-
-    Attributes
-    ----------
-    round : int
-        From 1.
-    model : FlatModel
-        The global model.
-    epochs : int
-        How many passes clients make.
-    population : int
-        N; the clients are 0 to N - 1.
-    sizes_of : Callable
-        As for :class:`Speeds`.
-    """
-
-    round: int
-    model: FlatModel
-    epochs: int
-    population: int
-    sizes_of: Sizes
 
 
 class Schedule(ABC):
@@ -174,9 +115,36 @@ class Clock:
     timetable: Timetable | None = None
 
     def next(self, moment: Moment) -> Timetable:
-        """Let the schedule say what happens in a round."""
-        self.timetable, self.state = self.schedule.next(moment, self.state)
+        """Let the schedule say what happens in a round.
+
+        Raises
+        ------
+        ConfigurationError
+            If what it says cannot be; the message names its class.
+        """
+        self.timetable, self.state = checked_answer(
+            self.name,
+            self.schedule.next(moment, self.state),
+            moment,
+            chooses=self.schedule.chooses,
+            discounts=self.schedule.discounts,
+        )
         return self.timetable
+
+    @property
+    def name(self) -> str:
+        """What an error calls the schedule."""
+        return type(self.schedule).__name__
+
+    def late(self, passes: Mapping[int, int]) -> dict[int, str]:
+        """Return why some of the round's clients come too late."""
+        assert self.timetable is not None
+        return checked_late(self.name, self.timetable.late(passes), passes)
+
+    def seconds(self, passes: Mapping[int, int]) -> float:
+        """Return how long the round takes, in virtual seconds."""
+        assert self.timetable is not None
+        return checked_seconds(self.name, self.timetable.seconds(passes))
 
 
 class Synchronous:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from ..clients.queries import QUERIES
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.records import RoundRecord
@@ -27,7 +28,7 @@ from ..server.sampling import (
     sample,
     straggler_epochs,
 )
-from ..server.schedules import Moment, Timetable
+from ..server.timetable import Moment, Timetable
 from .checks import asked_names, assigned, told_columns
 from .now import Asked, GlobalModel, Now
 from .round import Selection
@@ -131,7 +132,7 @@ def train_messages(
 def _prepare(strategy: WeightingStrategy, now: Now, grid: Grid) -> None:
     """Let the method ask clients before the first round; record who did not answer."""
     nodes_there(grid, max(strategy.min_available_nodes, strategy.min_train_nodes))
-    population = Population(grid, strategy.seed)
+    population = Population(grid, strategy.seed, {*QUERIES.entries, *strategy.queries})
     try:
         now.method = strategy.prepare(population)
     finally:
@@ -236,15 +237,15 @@ def _chosen(
     now.not_asked = dict.fromkeys(
         [client for client in clients if client in empty], keys.NO_EXAMPLES
     )
-    if timetable is not None:
+    if now.clock is not None:
         whole = _epochs(config)
         passes = {
             client: whole if part is None else part
             for client, part in zip(clients, epochs, strict=True)
             if client not in empty
         }
-        now.not_asked |= timetable.late(passes)
-        now.history[-1].metrics["round-seconds"] = timetable.seconds(passes)
+        now.not_asked |= now.clock.late(passes)
+        now.history[-1].metrics["round-seconds"] = now.clock.seconds(passes)
     return [
         (client, node, part)
         for (client, node), part in zip(nodes, epochs, strict=True)
@@ -260,7 +261,7 @@ def _timetable(
         return None
     if not is_complete(grid):
         raise ConfigurationError(
-            f"schedule: {type(now.clock.schedule).__name__} needs simulated clients; "
+            f"schedule: {now.clock.name} needs simulated clients; "
             "real ones are waited for. Leave it out."
         )
     assert now.model is not None
@@ -270,7 +271,7 @@ def _timetable(
         clients = sorted(map(number_of(grid), nodes))
         if clients != [*range(len(clients))]:
             raise ConfigurationError(
-                f"schedule: {type(now.clock.schedule).__name__} needs clients that are "
+                f"schedule: {now.clock.name} needs clients that are "
                 f"numbered from 0 on, got {shown(clients)}. Leave it out."
             )
 

@@ -169,6 +169,13 @@ class WeightingStrategy(Strategy):
                 f"{cls.__name__}.request must be a tuple of names, got "
                 f"{cls.request!r}. Write ({cls.request!r},)."
             )
+        names: Any = cls.request
+        if not isinstance(names, tuple | list) or not all(
+            isinstance(name, str) for name in names
+        ):
+            raise ConfigurationError(
+                f"{cls.__name__}.request must be a tuple of names, got {shown(names)}."
+            )
         check_named("probe", cls.__name__, cls.probes, PROBES)
         check_named("query", cls.__name__, cls.queries, QUERIES)
         declared = vars(cls).get("__annotations__", {})

@@ -77,7 +77,7 @@ def mixed(client: int, message: Message) -> list[Message]:
 def test_who_does_not_answer_is_recorded_once_with_the_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    population: Any = Population(Grid(mixed), seed=0)
+    population: Any = Population(Grid(mixed), 0, ["label-counts"])
     questions = {client: Question() for client in population.clients}
     with caplog.at_level(logging.WARNING, "fedweight"):
         for _ in range(3):
@@ -109,7 +109,7 @@ def test_an_answer_that_cannot_be_read_is_recorded() -> None:
         )
         return [Message(content, reply_to=message)]
 
-    population: Any = Population(Grid(odd), seed=0)
+    population: Any = Population(Grid(odd), 0, ["label-counts"])
     answers = population.ask("label-counts", {2: Question(), 3: Question()})
     assert list(answers) == [3]
     [record] = population.record.clients
