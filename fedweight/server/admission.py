@@ -17,7 +17,7 @@ from ..core.records import Status
 from ..core.texts import shown
 from ..messages import keys
 from ..messages.dispatch import Reply
-from .reported import as_number
+from .reported import MOST_COUNTED, as_number
 
 
 class Unfit(AggregationError):
@@ -34,12 +34,17 @@ def size_of(metrics: Mapping[str, Any], key: str) -> float:
     Raises
     ------
     AggregationError
-        If it is not a number of 0 or more.
+        If it is not a number of 0 or more, or a number of examples that nobody has.
     """
     size = as_number(metrics.get(key))
     if size is None or not 0 <= size < math.inf:
         raise AggregationError(
             f"its '{key}' must be a number of 0 or more, got {shown(metrics.get(key))}"
+        )
+    if key == keys.NUM_EXAMPLES and size > MOST_COUNTED:
+        raise AggregationError(
+            f"its '{key}' must be a number of 0 or more, at most {MOST_COUNTED:g}, got "
+            f"{shown(metrics.get(key))}"
         )
     return size
 

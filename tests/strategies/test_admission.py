@@ -14,8 +14,10 @@ from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDic
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedweight import Run
 from fedweight.core.errors import AggregationError, ConfigurationError
 from fedweight.messages import _flower, keys
+from fedweight.server.admission import size_of
 from fedweight.server.known_errors import MOST
 from fedweight.strategies import WeightingStrategy
 from fedweight.strategies.checks import LARGEST_VALUE
@@ -26,6 +28,9 @@ from fedweight.strategies.fedlaw import FedLAW
 from fedweight.strategies.ida import IDA
 from fedweight.strategies.server_optimizers import ServerAdam
 from fedweight.strategies.weights import cap, size_weights
+from fedweight.studies.columns import CLIENT_COLUMNS
+from fedweight.studies.folder import Table
+from fedweight.studies.records import client_row
 
 
 def federation(kit, strategy, rows, sizes=None, dtype=np.float64):
@@ -640,3 +645,37 @@ def test_fedce_knows_the_cosine_of_a_client_that_exploded(kit, dtype):
     record = run.round()
     cosines = [c.metrics["cosine"] for c in record.clients]
     np.testing.assert_allclose(cosines, [0.5**0.5] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("claim", [10**19, 2**63, 1e300, 2**64 - 1])
+@pytest.mark.parametrize("name", ["num-examples", "num-steps"])
+def test_a_count_that_nobody_has_leaves_the_table_readable(kit, tmp_path, name, claim):
+    run = federation(kit, FedAvg(), [[1.0]] * 3)
+    if name == "num-examples":
+        run.clients[1].num_examples = claim
+    else:
+        run.clients[1].metrics[name] = claim
+    record = run.round()
+    lying = record.clients[1]
+    if name == "num-examples":
+        assert lying.status == "rejected"
+        assert f"'{name}' must be a number of 0 or more, at most 1e+18" in lying.reason
+    assert name not in lying.metrics
+    rows = [client_row(1, client) for client in record.clients]
+    assert all(row.get("examples", 0) <= 1e18 for row in rows)
+    assert all(row.get("steps", 0) <= 1e18 for row in rows)
+    table = Table(tmp_path / "clients.csv", CLIENT_COLUMNS, ["name"])
+    table.append(rows)
+    table.write()
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "rounds.csv").write_text("round\n1\n")
+    frame = Run(tmp_path).clients
+    assert frame["client"].tolist() == [0, 1, 2]
+    assert str(frame["examples"].dtype) == str(frame["steps"].dtype) == "Int64"
+
+
+def test_an_evaluation_of_more_examples_than_there_are_is_none(kit):
+    with pytest.raises(AggregationError, match=r"at most 1e\+18"):
+        size_of({"num-examples": 10**19}, "num-examples")
+    assert size_of({"num-examples": 10**18}, "num-examples") == 1e18
+    assert size_of({"worth": 1e300}, "worth") == 1e300
