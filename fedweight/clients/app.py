@@ -40,10 +40,11 @@ from ..data.federated import ClientData
 from ..messages import keys
 from ..messages.arrays import arrays_of, flatten
 from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
+from ..messages.records import NUMBERS, as_measured
 from .batched import BatchedTrainer
 from .noise import own_streams
 from .objectives import OBJECTIVES, Objective, Plain
-from .probes import PROBES, ClientRound, Probe
+from .probes import PROBES, ClientRound, Probe, check_named
 from .queries import QUERIES, Answer, ClientQuery, Query
 from .settings import TrainingSettings
 from .training import LocalResult, Task, evaluate, evaluate_each, train
@@ -136,6 +137,8 @@ class TrainingApp(ClientApp):
         self.name_of = name_of
         self.probes = dict(probes or {})
         self.queries = dict(queries or {})
+        check_named("probe", "TrainingApp", self.probes, PROBES)
+        check_named("query", "TrainingApp", self.queries, QUERIES)
         self.mods = list(mods or [])
         self._has_lifespan = False
         self.model = model
@@ -451,7 +454,12 @@ class TrainingApp(ClientApp):
             probe = self._probe_called(name)
             if probe is None:
                 continue  # Perhaps a Flower mod reports it; if nobody does, it is told.
-            found = np.asarray(probe(view)).tolist()
+            given = probe(view)
+            found = as_measured(given)
+            if found is None:
+                raise ClientError(
+                    f"probe '{name}' must return {NUMBERS}, got {shown(given)}"
+                )
             (profile if isinstance(found, list) else measured)[name] = found
         reply.metrics, reply.profile = {**measured, **reply.metrics}, profile
         return view

@@ -31,6 +31,9 @@ Part = Literal["train", "held-out"]
 # What every reply to a train message reports.
 REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
 
+# What every reply to an evaluate message reports besides its size.
+EVALUATED = (keys.LOSS, keys.ACCURACY)
+
 PROBES = Registry(
     "probe",
     {
@@ -154,12 +157,12 @@ def check_named(kind: str, owner: str, given: Any, registered: Registry) -> None
             f"{shown(given)}."
         )
     for name, function in given.items():
-        if name in registered.entries or name in REPORTED:
+        if name in registered.entries or name in (*REPORTED, *EVALUATED):
             raise ConfigurationError(
                 f"{owner}: there is a {kind} '{name}' already, or a metric of this "
                 "name. Choose another name."
             )
-        if not isinstance(name, str) or not callable(function):
+        if not isinstance(name, str) or not name or not callable(function):
             raise ConfigurationError(
                 f"{owner}: {many} must be functions by name, got {shown(function)} for "
                 f"{shown(name)}."

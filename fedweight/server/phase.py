@@ -19,6 +19,7 @@ from ..messages import keys
 from ..messages._flower import NO_REPLY, reason_of
 from ..messages.arrays import arrays_of
 from ..messages.grids import name_of
+from ..messages.records import check_side_data
 from .known_errors import KnownErrors
 from .sampling import numbered
 
@@ -35,10 +36,15 @@ class Question(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What one client answers: numbers or lists of them, and arrays, by name."""
+    """What one client answers, by name: numbers or lists of them, arrays, side data.
+
+    The lists of side data are finite numbers; everything else is as the client sent it,
+    and may be anything.
+    """
 
     metrics: Mapping[str, Any]
     arrays: Arrays
+    profile: Mapping[str, Any] = MappingProxyType({})
 
 
 class Population:
@@ -213,4 +219,7 @@ def _given(reply: Message) -> Given:
     metrics: dict[str, Any] = {}
     for record in reply.content.metric_records.values():
         metrics |= dict(record)
-    return Given(metrics, arrays_of(reply.content))
+    profile = dict(reply.content.config_records.get(keys.PROFILE) or {})
+    for name, value in profile.items():
+        check_side_data(name, value)
+    return Given(metrics, arrays_of(reply.content), profile)

@@ -679,3 +679,93 @@ def test_an_evaluation_of_more_examples_than_there_are_is_none(kit):
         size_of({"num-examples": 10**19}, "num-examples")
     assert size_of({"num-examples": 10**18}, "num-examples") == 1e18
     assert size_of({"worth": 1e300}, "worth") == 1e300
+
+
+class BySpread(WeightingStrategy):
+    """Weigh clients by the sum of a list that they report."""
+
+    request = ("v",)
+
+    def weights(self, round):
+        return round.profile("v").sum(1)
+
+
+def spread(kit, lists):
+    run = federation(kit, BySpread(), [[1.0]] * len(lists))
+    for client, own in zip(run.clients.values(), lists, strict=True):
+        if isinstance(own, list):
+            client.profile = {"v": own, "unasked": ["x"]}
+        else:
+            client.metrics = {"v": own}
+    return run.round()
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ([1.0, math.nan], "its 'v' must be a list of at most 1,000,000 finite numbers"),
+        (["a", "b"], "its 'v' must be a list of at most 1,000,000 finite numbers"),
+        ([1.0], "its 'v' is not a list of 2 numbers, as most others' are"),
+        ([], "its 'v' is not a list of 2 numbers, as most others' are"),
+        (3.0, "its 'v' is a number, where most clients give a list"),
+    ],
+)
+def test_odd_side_data_reject_their_client_only(kit, odd, why):
+    record = spread(kit, [[1.0, 2.0], odd, [3.0, 4.0], [1, 1]])
+    assert record.status == "ok"
+    assert [c.status for c in record.clients] == ["ok", "rejected", "ok", "ok"]
+    assert record.clients[1].reason.startswith(why)
+    assert [c.weight for c in record.clients if c.status == "ok"] == [3, 7, 2]
+
+
+def test_a_list_for_a_number_rejects_its_client_only(kit):
+    class ByGain(BySpread):
+        def weights(self, round):
+            return round.metric("v")
+
+    run = federation(kit, ByGain(), [[1.0]] * 3)
+    run.clients[0].metrics = run.clients[2].metrics = {"v": 2.0}
+    run.clients[1].profile = {"v": [2.0]}
+    record = run.round()
+    assert [c.status for c in record.clients] == ["ok", "rejected", "ok"]
+    assert (
+        record.clients[1].reason
+        == "its 'v' is a list, where most clients give a number"
+    )
+
+
+def test_lists_of_two_lengths_alike_often_fail_the_round(kit):
+    record = spread(kit, [[1.0, 2.0], [1.0], [3.0, 4.0], [1.0]])
+    assert record.status == "failed"
+    assert "did not give a list of" in record.reason
+    record = spread(kit, [[1.0, 2.0], 3.0])
+    assert record.status == "failed"
+    assert {c.reason for c in record.clients} == {
+        "as many clients give a list as a number for 'v'"
+    }
+
+
+def test_lists_of_different_lengths_are_there_as_they_are(kit):
+    class Own(BySpread):
+        def weights(self, round):
+            return torch.tensor([float(len(p["v"])) for p in round.profiles])
+
+    run = federation(kit, Own(), [[1.0]] * 3)
+    for k, client in run.clients.items():
+        client.profile = {"v": [0.5] * (k + 1)}
+    assert [c.weight for c in run.round().clients] == [1, 2, 3]
+
+
+def test_odd_replies_leave_what_is_carried(kit):
+    class Counts(BySpread):
+        def begin(self):
+            return 0
+
+        def weights(self, round):
+            return round.profile("v").sum(1), round.state + 1
+
+    run = federation(kit, Counts(), [[1.0]] * 3)
+    for k, client in run.clients.items():
+        client.profile = {"v": [1.0] * (1 + (k == 2))}
+    run.round()
+    assert run.strategy.state["method"] == 1
