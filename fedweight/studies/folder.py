@@ -40,6 +40,7 @@ FILES = (
     "errors.log",
     "model.safetensors",
     "best-model.safetensors",
+    "best-models.safetensors",
     "models.safetensors",
     "report.html",
     "checkpoint.safetensors",

@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
 
 from ..clients.training import evaluate
 from ..core.errors import OutputError
@@ -32,6 +33,7 @@ from ..messages.grids import KnowsWhoCame, name_of, number_of
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
 from ..strategies import RoundRecord, WeightingStrategy
+from .callbacks import BEST, BEST_MODELS
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .components import Components
 from .folder import Table, write_whole
@@ -308,22 +310,40 @@ class Recorder:
 
     def _write_model(self) -> None:
         if self._arrays is not None:
-            self.write_model(self.folder / "model.safetensors", self._arrays)
-        if isinstance(self.strategy, WeightingStrategy) and self.strategy.models:
-            states = {
-                f"{which}/{name}": tensor
-                for which, model in enumerate(self.strategy.models)
-                for name, tensor in model.state_dict().items()
-            }
-            write_whole(self.folder / "models.safetensors", safetensors_bytes(states))
+            self._write_one(self.folder / "model.safetensors", self._arrays)
+        several = self._several_models()
+        if several:
+            path = self.folder / "models.safetensors"
+            write_whole(path, safetensors_bytes(several))
 
-    def write_model(
-        self, path: Path, arrays: ArrayRecord, about: Mapping[str, str] | None = None
+    def _write_one(
+        self, path: Path, arrays: ArrayRecord, about: dict[str, str] | None = None
     ) -> None:
         """Write a model, and in its file's metadata what is said about it."""
         state = flatten(arrays, self._ready_module().layout).state_dict()
-        metadata = None if about is None else dict(about)
-        write_whole(path, safetensors_bytes(state, metadata))
+        write_whole(path, safetensors_bytes(state, about))
+
+    def _several_models(self) -> dict[str, Tensor]:
+        """Return the tensors of all global models, where the method keeps several."""
+        models = []
+        if isinstance(self.strategy, WeightingStrategy):
+            models = self.strategy.models
+        return {
+            f"{which}/{name}": tensor
+            for which, model in enumerate(models)
+            for name, tensor in model.state_dict().items()
+        }
+
+    def write_best(self, number: int, arrays: ArrayRecord) -> None:
+        """Write what clients used in a round: the global model, or the several."""
+        # One entry: several would come in any order, and change the file's bits.
+        about = {"round": str(number)}
+        one, more = self.folder / BEST, self.folder / BEST_MODELS
+        several = self._several_models()
+        if several:
+            write_whole(more, safetensors_bytes(several, about))
+        else:
+            self._write_one(one, arrays, about)
 
     def stopped(self, number: int, reason: str) -> None:
         """Write down that no round comes after this one, though more were asked for."""

@@ -442,7 +442,7 @@ def serve(
             stopping = EarlyStopping(
                 table["stop-metric"], table["stop-after"], table["stop-delta"]
             )
-            best = BestModel(table["keep-best"], recorder.folder, recorder.write_model)
+            best = BestModel(table["keep-best"], recorder.folder, recorder.write_best)
             own = OwnCallbacks(callbacks)
             # What is tested depends on whether the round is the last one, and what a
             # checkpoint holds on what all others have made of the round.

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedweight import Run, run
-from fedweight.core.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError, DataError
 
 GAIN = '''
 import torch
@@ -165,3 +166,31 @@ def test_a_method_that_gives_up_before_the_rounds_leaves_the_reasons(own: Path) 
     made = Run(own / "run")
     assert any(line.startswith(FAILED) for line in made.warnings)
     assert "no power" in (own / "run" / "errors.log").read_text()
+
+
+def test_the_best_of_several_models_are_kept(own: Path) -> None:
+    settings: dict[str, object] = {
+        "strategy.name": "own:ByHalf",
+        "run.rounds": 4,
+        "run.keep-best": "evaluate-accuracy",
+        "training.epochs": 3,
+        "training.learning-rate": 1.0,
+        "partition.clients": 6,
+        "partition.name": "shards",
+    }
+    done = ran(own, HALF, settings, "local")
+    best = done.best_round
+    assert best == done.measured("evaluate_accuracy").idxmax()
+    assert not (done.folder / "best-model.safetensors").exists()
+    (own / "short").mkdir()
+    settings = {**settings, "run.rounds": best, "run.keep-best": ""}
+    short = ran(own / "short", HALF, settings, "local")
+    for kept, model in zip(done.best_models(), short.models(), strict=True):
+        assert all(torch.equal(kept[name], model[name]) for name in model)
+    with pytest.raises(DataError, match=r"has several best models.*best_models\(\)"):
+        done.best_model()
+    with pytest.raises(DataError, match=r"best-models\.safetensors is missing"):
+        short.best_models()
+    summary = done.summary()
+    assert summary["round_of_best_model"] == best
+    assert summary["test_accuracy_of_best_model"] is None
