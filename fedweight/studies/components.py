@@ -29,6 +29,7 @@ from ..data.files import load_one_csv
 from ..messages import keys
 from ..messages.arrays import FlatRecord
 from ..server.schedules import SCHEDULES, Buffered, Clock, Schedule, make_schedule
+from ..server.wrapped import with_inner
 from ..simulations import Plan
 from ..simulations.engine import check_engine, check_local, choose_engine
 from ..simulations.grid import usable_plan
@@ -90,8 +91,7 @@ class Components:
         """Make the ClientApp."""
         training = self.configuration["training"]
         chosen = self.configuration["objective"]["name"]
-        method: Any = strategy_class(self.configuration["strategy"]["name"])
-        ours = issubclass(method, WeightingStrategy)
+        methods = self._methods()
         return TrainingApp(
             self.make_model,
             self.client_data,
@@ -107,9 +107,24 @@ class Components:
             device=self.device,
             sizes=self.data.sizes,
             name_of=self.data.name_of if self.data.names else None,
-            probes=method.probes if ours else {},
-            queries=method.queries if ours else {},
+            probes={n: f for one in methods for n, f in one.probes.items()},
+            queries={n: f for one in methods for n, f in one.queries.items()},
         )
+
+    def _methods(self) -> list[type[WeightingStrategy]]:
+        """Return the classes whose probes and queries clients need.
+
+        That of the strategy, or those of the strategies that it wraps: they are known
+        when it is made.
+        """
+        name = self.configuration["strategy"]["name"]
+        outer = strategy_class(name)
+        if issubclass(outer, WeightingStrategy):
+            return [outer]
+        if outer.__module__.partition(".")[0] == "flwr":
+            return []  # By itself it wraps nothing.
+        inside = with_inner(self.strategy())
+        return [type(one) for one in inside if isinstance(one, WeightingStrategy)]
 
     def engine(self) -> str:
         """Return the engine that ``auto`` stands for."""
@@ -141,22 +156,29 @@ class Components:
 
         Where the run is not ``simulated``, who takes part is not known before.
         """
-        epochs = self.configuration["training"]["epochs"]
-        if getattr(strategy, "stragglers", 0) and epochs < 2:
-            raise ConfigurationError(
-                f"strategy.stragglers is {strategy.stragglers:g}, which needs "  # type: ignore[attr-defined]
-                f"training.epochs of 2 or more, got {epochs}: a straggler does fewer "
-                "epochs than the others, but at least one."
-            )
-        self._check_request(strategy, client_app)
+        for one in with_inner(strategy):
+            self._check_stragglers(one)
+            self._check_request(one, client_app)
+            self._check_proximal(one, client_app)
+            if simulated:
+                self._check_clients(one)
         self._check_schedule(strategy, simulated=simulated)
-        self._check_proximal(strategy, client_app)
         self._check_decisions(strategy)
         self._check_model()
         if simulated:
-            self._check_clients(strategy)
             check_local(**engine_arguments(self.configuration), table="engine")
             check_engine(self.engine())
+
+    def _check_stragglers(self, strategy: Strategy) -> None:
+        """Refuse stragglers that have no time for a single epoch."""
+        share = getattr(strategy, "stragglers", 0)
+        epochs = self.configuration["training"]["epochs"]
+        if share and epochs < 2:
+            raise ConfigurationError(
+                f"strategy.stragglers is {share:g}, which needs "
+                f"training.epochs of 2 or more, got {epochs}: a straggler does fewer "
+                "epochs than the others, but at least one."
+            )
 
     @staticmethod
     def _check_request(strategy: Strategy, client_app: TrainingApp) -> None:
@@ -236,7 +258,7 @@ class Components:
             return f"{own_loop(self.configuration)}, which ends when it wants", ""
         trains = metric.startswith("train-")
         share = "fraction_train" if trains else "fraction_evaluate"
-        if getattr(strategy, share, 1.0) == 0:
+        if any(getattr(one, share, 1.0) == 0 for one in with_inner(strategy)):
             key = f"strategy.{share.replace('_', '-')}"
             return f"{key} is 0: no client measures it", f"Raise {key}, or "
         if trains:

@@ -32,6 +32,7 @@ from ..messages.arrays import flatten
 from ..messages.grids import KnowsWhoCame, name_of, number_of
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
+from ..server.wrapped import with_inner
 from ..strategies import RoundRecord, WeightingStrategy
 from .callbacks import BEST, BEST_MODELS
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
@@ -283,7 +284,8 @@ class Recorder:
         """Record who did not answer what the strategy asked before the first round."""
         if self._before:
             return
-        self._before = [record for record in self._history if record.number == 0]
+        histories = [getattr(s, "history", ()) for s in with_inner(self.strategy)]
+        self._before = [r for one in histories for r in one if r.number == 0]
         for record in self._before:
             self.clients.append(client_row(0, client) for client in record.clients)
             self.errors.add(record)

@@ -194,3 +194,66 @@ def test_the_best_of_several_models_are_kept(own: Path) -> None:
     summary = done.summary()
     assert summary["round_of_best_model"] == best
     assert summary["test_accuracy_of_best_model"] is None
+
+
+WRAPPED = '''
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
+
+
+class Holder(DifferentialPrivacyServerSideFixedClipping):
+    """Clip what comes in and add no noise; a method of ours does the rest."""
+
+    def __init__(self, fraction_train: float = 1.0) -> None:
+        inner = {}(fraction_train=fraction_train)
+        super().__init__(inner, 0.0, 1e3, 5)
+
+
+class Outer(Holder):
+    """A wrapper in a wrapper."""
+
+    def __init__(self) -> None:
+        self.outermost = True
+        super().__init__()
+        self.strategy = Holder()
+'''
+
+ASKS = SICK.replace("class ByHalf", "class Asks").replace(
+    "    def assign(self, selection):\n"
+    "        return [selection.state.get(client, 0) for client in selection.clients]\n",
+    "",
+)
+
+
+@pytest.mark.parametrize("name", ["Holder", "Outer"])
+def test_a_wrapped_strategy_brings_its_probes(
+    own: Path, engine: str, name: str
+) -> None:
+    settings = {
+        "strategy.name": f"own:{name}",
+        "run.rounds": 2,
+        "partition.clients": 5,
+        "partition.name": "iid",
+    }
+    made = ran(own, GAIN + WRAPPED.format("ByGain"), settings, engine)
+    assert made.clients["own_gain"].notna().all()
+    assert made.clients["status"].tolist() == ["ok"] * 10
+
+
+def test_a_wrapped_strategy_brings_its_queries(own: Path) -> None:
+    settings = {
+        "strategy.name": "own:Holder",
+        "run.rounds": 2,
+        "partition.clients": 5,
+        "partition.name": "iid",
+    }
+    made = ran(own, ASKS + WRAPPED.format("Asks"), settings, "local")
+    assert made.clients.loc[made.clients["round"] == 0, "client"].tolist() == [1, 2]
+    assert any(line.startswith(FAILED) for line in made.warnings)
+
+
+def test_what_a_wrapped_strategy_asks_for_is_checked_first(own: Path) -> None:
+    code = GAIN.replace('request = ("gain",)', 'request = ("gains",)')
+    settings = {"strategy.name": "own:Holder", "partition.clients": 5}
+    with pytest.raises(ConfigurationError, match=r"ByGain\.request names 'gains'"):
+        ran(own, code + WRAPPED.format("ByGain"), settings, "local")
+    assert not (own / "run").exists()
