@@ -40,7 +40,7 @@ from .components import Components
 from .folder import Table, write_whole
 from .listener import Listener
 from .progress import Progress, Report
-from .records import ErrorLog, client_row, round_row
+from .records import ErrorLog, client_row, round_row, tested_columns
 
 log = logging.getLogger("fedweight")
 
@@ -82,6 +82,7 @@ class Recorder:
         self._described: set[int] = set()
         self._module: FlatModule | None = None
         self._arrays: ArrayRecord | None = None
+        self._tested = False  # the model of the last round
         self._began = self._last = time.perf_counter() if began is None else began
         self._heard: list[RoundRecord] = []
         self._before: list[RoundRecord] = []  # of round 0, as far as it is recorded
@@ -245,6 +246,7 @@ class Recorder:
         """Evaluate the global model, and record the round; Flower's evaluate_fn."""
         self._arrays = arrays
         test = self._test(number, arrays)
+        self._tested = bool(test)
         self._record_before()
         history = self._history
         if history and history[-1].number == number:
@@ -348,7 +350,12 @@ class Recorder:
             self._write_one(one, arrays, about)
 
     def stopped(self, number: int, reason: str) -> None:
-        """Write down that no round comes after this one, though more were asked for."""
+        """Write down that no round comes after this one, though more were asked for.
+
+        Where that was not known when it was recorded, its model is tested now.
+        """
+        if not self._tested and self._arrays is not None:
+            self.rounds.complete(tested_columns(self._evaluate(self._arrays)))
         self._environment["stopped"] = {"round": number, "reason": reason}
         self._write_environment()
 
@@ -363,6 +370,9 @@ class Recorder:
         last = number == table["rounds"] or self.over()
         if number % table["evaluate-every"] and not last:
             return {}
+        return self._evaluate(arrays)
+
+    def _evaluate(self, arrays: ArrayRecord) -> dict[str, float]:
         module = self._ready_module()
         model = flatten(arrays, module.layout)
         loss, accuracy = evaluate(module, model, self.components.data.test)
