@@ -44,8 +44,9 @@ from ..messages.records import NUMBERS, as_measured
 from .batched import BatchedTrainer
 from .noise import own_streams
 from .objectives import OBJECTIVES, Objective, Plain
-from .probes import PROBES, ClientRound, Probe, check_named
-from .queries import QUERIES, Answer, ClientQuery, Query
+from .probes import ClientRound, Probe, check_named
+from .queries import Answer, ClientQuery, Query
+from .registries import PROBES, QUERIES
 from .settings import TrainingSettings
 from .training import LocalResult, Task, evaluate, evaluate_each, train
 from .trial import Findings, Kind, Trials, kind_of
@@ -97,10 +98,10 @@ class TrainingApp(ClientApp):
         What client k is called in records and messages; by default its number.
     probes : Mapping[str, Probe], optional
         Functions that a strategy may ask for by these names, besides those in
-        :data:`~fedweight.clients.probes.PROBES`.
+        :data:`~fedweight.clients.registries.PROBES`.
     queries : Mapping[str, Query], optional
         Functions that a strategy may ask before the rounds by these names, besides
-        those in :data:`~fedweight.clients.queries.QUERIES`.
+        those in :data:`~fedweight.clients.registries.QUERIES`.
     mods : list, optional
         Flower client mods, applied to every message.
 

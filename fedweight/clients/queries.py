@@ -1,8 +1,8 @@
 """Queries: what clients are asked before the rounds, without a model to train.
 
 A server names one in the config of a ``query.ask`` message. What is run is what the
-client has under that name itself, in :data:`QUERIES` or in its app's ``queries``; never
-what a message brings.
+client has under that name itself, in :data:`~fedweight.clients.registries.QUERIES` or
+in its app's ``queries``; never what a message brings.
 """
 
 from __future__ import annotations
@@ -16,21 +16,12 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from ..core.errors import ClientError
-from ..core.registry import Registry
 from ..core.texts import shown
 from ..messages import keys
 from ..messages.records import NUMBERS, as_measured
 
 if TYPE_CHECKING:
     from ..data.federated import ClientData
-
-QUERIES = Registry(
-    "query",
-    {
-        keys.LABEL_COUNTS: f"{__name__}:label_counts",
-        "discriminate": "fedweight.strategies.fedcollab:discriminate",
-    },
-)
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ class Population:
         Parameters
         ----------
         query : str
-            A name of :data:`fedweight.clients.queries.QUERIES`, or of the strategy's
-            own :attr:`~fedweight.strategies.WeightingStrategy.queries`.
+            A name of :data:`fedweight.clients.registries.QUERIES`, or of the
+            strategy's own :attr:`~fedweight.strategies.WeightingStrategy.queries`.
         questions : Mapping[int, Question]
             By client.
         timeout : float, optional

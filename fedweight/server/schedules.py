@@ -39,6 +39,10 @@ SCHEDULES = Registry(
 )
 
 
+# With a spread of more, a client's seconds are beyond what a float holds.
+MOST_SPREAD = 50.0
+
+
 @dataclass(frozen=True)
 class Speeds:
     """How long clients train: by their examples, each at a constant speed of its own.
@@ -48,7 +52,7 @@ class Speeds:
     seed : int
         0 or more.
     spread : float
-        0 or more: the standard deviation of the logarithm of the speed. At 0 all are
+        0 to 50: the standard deviation of the logarithm of the speed. At 0 all are
         alike; at 0.5 one in six is 1.6 times slower than the median, or more.
     sizes_of : Callable
         Returns how many examples some clients have, or ``None`` where nobody knows:
@@ -162,11 +166,11 @@ class Deadline(Schedule):
         Above 0; virtual seconds, in which a client of median speed sees a thousand
         examples each.
     speed_spread : float
-        0 or more: the standard deviation of the logarithm of the clients' speeds.
+        0 to 50: the standard deviation of the logarithm of the clients' speeds.
     """
 
     seconds: Annotated[float, Field(gt=0)] = 1.0
-    speed_spread: Annotated[float, Field(ge=0)] = 0.5
+    speed_spread: Annotated[float, Field(ge=0, le=MOST_SPREAD)] = 0.5
     seed: Annotated[int, Field(ge=0), GIVEN] = 0
 
     def next(self, moment: Moment, state: Any) -> tuple[Timetable, Any]:
@@ -209,7 +213,7 @@ class Buffered(Schedule):
         1 or more clients train at a time. Where it is ``buffer_size`` and the number of
         clients, and their speeds do not differ, rounds are synchronous.
     speed_spread : float
-        0 or more: the standard deviation of the logarithm of the clients' speeds.
+        0 to 50: the standard deviation of the logarithm of the clients' speeds.
     discount : {"polynomial", "hinge", "constant"}
         ``s(tau)``: ``(1 + tau)^-exponent``; 1 up to ``threshold`` and ``1 / (exponent
         (tau - threshold) + 1)`` beyond; 1.
@@ -228,7 +232,7 @@ class Buffered(Schedule):
 
     buffer_size: Annotated[int, Field(ge=1)] = 10
     concurrency: Annotated[int, Field(ge=1)] = 20
-    speed_spread: Annotated[float, Field(ge=0)] = 0.5
+    speed_spread: Annotated[float, Field(ge=0, le=MOST_SPREAD)] = 0.5
     discount: Literal["polynomial", "hinge", "constant"] = "polynomial"
     exponent: Annotated[float, Field(gt=0)] = 0.5
     threshold: Annotated[float, Field(ge=0)] = 4.0

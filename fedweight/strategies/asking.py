@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from ..clients.queries import QUERIES
+from ..clients.registries import QUERIES
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.records import RoundRecord

@@ -26,8 +26,9 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 from torch import Tensor
 
-from ..clients.probes import PROBES, Probe, check_named
-from ..clients.queries import QUERIES, Query
+from ..clients.probes import Probe, check_named
+from ..clients.queries import Query
+from ..clients.registries import PROBES, QUERIES
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.options import GIVEN, InFile, checked_fields

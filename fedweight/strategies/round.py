@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..clients.probes import PROBES, REPORTED
+from ..clients.probes import REPORTED
+from ..clients.registries import PROBES
 from ..core.errors import AggregationError, ConfigurationError, closest
 from ..core.layout import FlatModel
 from ..core.texts import clients_called, listed, shown

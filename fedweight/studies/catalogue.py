@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..clients.registries import PROBES, QUERIES
 from ..core.docstrings import meanings
 from ..core.errors import ConfigurationError, closest
 from ..core.options import ANY, Option
 from ..core.settings import kebab
+from ..core.texts import shown
 from .tables import PICKS, SCHEMA, SEEDS, options_in_file
 
 # What each kind is called in a list of all, and the table that picks one of it.
@@ -24,6 +26,10 @@ KINDS = {
     "server optimisers": "server",
     "schedules": "schedule",
 }
+
+
+# What has a name but no table of a file: a strategy asks for it.
+ASKED_FOR = {"probes": PROBES, "queries": QUERIES}
 
 
 def catalogue() -> dict[str, dict[str, str]]:
@@ -39,7 +45,36 @@ def catalogue() -> dict[str, dict[str, str]]:
     kinds = {
         kind: PICKS[table].registry.descriptions() for kind, table in KINDS.items()
     }
-    return kinds | {"keys of a simulation file": keys}
+    asked_for = {kind: names.descriptions() for kind, names in ASKED_FOR.items()}
+    return kinds | asked_for | {"keys of a simulation file": keys}
+
+
+def names_page(kind: str, name: str = "") -> dict[str, str] | None:
+    """Return what strategies may ask clients for, by name, each with a line.
+
+    Parameters
+    ----------
+    kind : str
+        ``"probe"`` or ``"query"``, or one of :data:`ASKED_FOR`; of anything else there
+        is nothing to return.
+    name : str
+        Only this one; by default all.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none of this name.
+    """
+    by_kind = {registry.kind: registry for registry in ASKED_FOR.values()} | ASKED_FOR
+    if kind not in by_kind:
+        return None
+    lines = by_kind[kind].descriptions()
+    if name and name not in lines:
+        raise ConfigurationError(
+            f"there is no {by_kind[kind].kind} {shown(name)}.{closest(name, lines)} "
+            f"There are {', '.join(lines)}."
+        )
+    return {name: lines[name]} if name else lines
 
 
 def options_page(kind: str, name: str = "") -> dict[str, dict[str, Any]]:
@@ -61,10 +96,11 @@ def options_page(kind: str, name: str = "") -> dict[str, dict[str, Any]]:
     """
     table = KINDS.get(kind, kind)
     if table not in SCHEMA:
-        known = [*SCHEMA, *KINDS]
+        asked_for = [registry.kind for registry in ASKED_FOR.values()]
+        known = [*SCHEMA, *KINDS, *asked_for, *ASKED_FOR]
         raise ConfigurationError(
             f"there is no kind '{kind}'.{closest(kind, known)} There are "
-            f"{', '.join(SCHEMA)}."
+            f"{', '.join([*SCHEMA, *asked_for])}."
         )
     page = {key: _row(rule, rule.meaning) for key, rule in SCHEMA[table].items()}
     if table in SEEDS:

@@ -9,7 +9,8 @@ from flwr.serverapp.strategy import Strategy
 
 from ..clients import TrainingApp
 from ..clients.objectives import Objective, Proximal
-from ..clients.probes import PROBES, REPORTED
+from ..clients.probes import REPORTED
+from ..clients.registries import PROBES
 from ..core.errors import ConfigurationError, closest
 from ..core.layout import as_tensor
 from ..data.examples import channels_last

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedweight.clients.probes import PROBES, ClientRound
+from fedweight.clients.probes import ClientRound
+from fedweight.clients.registries import PROBES
 from fedweight.clients.training import evaluate
 from fedweight.core.layout import FlatModel
 from fedweight.core.module import FlatModule
