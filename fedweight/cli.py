@@ -132,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
         "fedweight list strategy ida",
     )
     listing.add_argument(
-        "kind", nargs="?", help="a table of a simulation file, such as strategy"
+        "kind",
+        nargs="?",
+        help="a table of a simulation file, such as strategy; or probe, or query",
     )
     listing.add_argument("name", nargs="?", help="one name of it, to see its options")
     command(
@@ -309,8 +311,17 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _list(given: argparse.Namespace) -> int:
-    from .studies.catalogue import catalogue, options_page
+    from .studies.catalogue import catalogue, names_page, options_page
 
+    names = names_page(given.kind, given.name or "") if given.kind else None
+    if names is not None:
+        if given.json:
+            print(json.dumps(names))
+            return 0
+        width = max(map(len, names))
+        for name, line in names.items():
+            print(f"{name:<{width}}  {line}")
+        return 0
     if given.kind:
         page = options_page(given.kind, given.name or "")
         if given.json:

@@ -17,6 +17,7 @@ import pytest
 import fedweight
 from fedweight import Run
 from fedweight.cli import main
+from fedweight.clients.registries import PROBES, QUERIES
 from fedweight.strategies import STRATEGIES
 
 QUICK = [
@@ -101,6 +102,31 @@ def test_a_file_is_run_and_its_lines_are_plain_where_nobody_watches(here, capsys
     assert report.is_file()
 
 
+@pytest.mark.parametrize(
+    ("kind", "names", "odd"),
+    [
+        ("probe", sorted(PROBES.entries), "loss-bfore"),
+        ("probes", sorted(PROBES.entries), "own:f"),
+        ("query", sorted(QUERIES.entries), "counts"),
+    ],
+)
+def test_list_shows_what_clients_may_be_asked_for(capsys, kind, names, odd):
+    assert main(["list", kind]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names
+    assert all(len(line.split()) > 3 for line in lines)
+    assert main(["list", kind, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == names
+    assert main(["list", kind, names[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {names[0]: found[names[0]]}
+    assert main(["list", kind, odd]) == 2
+    said = capsys.readouterr().err
+    assert f"there is no {'query' if kind == 'query' else 'probe'} '{odd}'." in said
+    assert main(["list", "prob"]) == 2
+    assert "Did you mean 'probe'?" in capsys.readouterr().err
+
+
 def test_list_shows_every_name_with_a_line(capsys):
     assert main(["list", "--json"]) == 0
     kinds = json.loads(capsys.readouterr().out)
@@ -114,10 +140,14 @@ def test_list_shows_every_name_with_a_line(capsys):
         "schedules",
         "local optimisers",
         "learning-rate schedules",
+        "probes",
+        "queries",
         "keys of a simulation file",
     }
     assert "run.rounds" in kinds["keys of a simulation file"]
     assert set(kinds["strategies"]) == set(STRATEGIES.entries)
+    assert set(kinds["probes"]) == set(PROBES.entries)
+    assert set(kinds["queries"]) == set(QUERIES.entries)
     assert all(line for names in kinds.values() for line in names.values())
     assert main(["list"]) == 0
     plain = capsys.readouterr().out

@@ -85,7 +85,9 @@ def test_a_look_at_a_run_does_not_wait_for_pytorch():
         "import sys\nfrom fedweight.studies import Run\n"
         "import fedweight.studies.report\n"
         "from fedweight import clients, data, models, strategies\n"
-        "for kind in (strategies.STRATEGIES, clients.OBJECTIVES, models.MODELS):\n"
+        "from fedweight.clients.registries import PROBES, QUERIES\n"
+        "several = (strategies.STRATEGIES, clients.OBJECTIVES, models.MODELS)\n"
+        "for kind in (*several, PROBES, QUERIES):\n"
         "    assert all(kind.descriptions().values())\n"
         "print([m for m in ('torch', 'flwr', 'ray') if m in sys.modules])"
     )

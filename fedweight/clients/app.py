@@ -33,8 +33,9 @@ from .modules import Modules
 from .objectives import Objective, Plain
 from .personal.base import Personal
 from .personal_models import PersonalModels
-from .probes import Probe
-from .queries import QUERIES, ClientQuery, Query
+from .probes import Probe, check_named
+from .queries import Answer, ClientQuery, Query
+from .registries import PROBES, QUERIES
 from .settings import TrainingSettings
 from .trial import Trials
 
@@ -73,10 +74,10 @@ class TrainingApp(ClientApp):
         What client k is called in records and messages; by default its number.
     probes : Mapping[str, Probe], optional
         Functions that a strategy may ask for by these names, besides those in
-        :data:`~fedweight.clients.probes.PROBES`.
+        :data:`~fedweight.clients.registries.PROBES`.
     queries : Mapping[str, Query], optional
         Functions that a strategy may ask before the rounds by these names, besides
-        those in :data:`~fedweight.clients.queries.QUERIES`.
+        those in :data:`~fedweight.clients.registries.QUERIES`.
     num_groups : Mapping[str, int], optional
         By attribute of the examples whose codes name groups, how many there are; for
         an objective that wants groups.
@@ -121,6 +122,8 @@ class TrainingApp(ClientApp):
         self.name_of = name_of
         self.probes = dict(probes or {})
         self.queries = dict(queries or {})
+        check_named("probe", "TrainingApp", self.probes, PROBES)
+        check_named("query", "TrainingApp", self.queries, QUERIES)
         self.mods = list(mods or [])
         self._has_lifespan = False
         self.model = model
@@ -357,7 +360,8 @@ class TrainingApp(ClientApp):
 
     def _query(self, message: Message, context: Context, name: str = "") -> Message:
         number = client_number(context)
-        query = self._query_called(name or config_of(message.content).get(keys.QUERY))
+        name = name or str(config_of(message.content).get(keys.QUERY))
+        query = self._query_called(name)
         asked = ClientQuery(
             number,
             config_of(message.content),
@@ -366,9 +370,14 @@ class TrainingApp(ClientApp):
             self.num_classes,
             self.seed,
         )
-        return query(asked).message(message)
+        answer = query(asked)
+        if not isinstance(answer, Answer):
+            raise ClientError(
+                f"query '{name}' must return an Answer, got {shown(answer)}"
+            )
+        return answer.message(message)
 
-    def _query_called(self, name: Any) -> Query:
+    def _query_called(self, name: str) -> Query:
         """Return a query of the app's own, or one that is registered."""
         if name in self.queries:
             return self.queries[name]

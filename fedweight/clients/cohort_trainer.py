@@ -318,7 +318,7 @@ class CohortTrainer:
                 self.settings.diverging_mu,
             )
         inner, proximal = self.objective, OBJECTIVES.resolve("proximal")
-        if isinstance(inner, proximal):
+        while isinstance(inner, proximal):
             inner = inner.inner
         return proximal(instructions.mu, inner)  # type: ignore[no-any-return]
 

@@ -10,18 +10,22 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 
+from ..core.errors import ClientError
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
+from ..core.texts import shown
 from ..messages import keys
 from ..messages.arrays import flatten
 from ..messages.dispatch import Reply
+from ..messages.records import NUMBERS, as_measured
 from .client_state import write_state
 from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
 from .evaluation import evaluate, evaluate_each
 from .modules import Modules
 from .personal_models import PersonalModels
-from .probes import PROBES, ClientRound, Probe
+from .probes import ClientRound, Probe
+from .registries import PROBES
 from .settings import TrainingSettings
 from .steps.task import LocalResult
 from .trial import Trials, kind_of
@@ -153,7 +157,12 @@ class LocalWork:
             probe = self._probe_called(name)
             if probe is None:
                 continue  # Perhaps a Flower mod reports it; if nobody does, it is told.
-            found = np.asarray(probe(view)).tolist()
+            given = probe(view)
+            found = as_measured(given)
+            if found is None:
+                raise ClientError(
+                    f"probe '{name}' must return {NUMBERS}, got {shown(given)}"
+                )
             (profile if isinstance(found, list) else measured)[name] = found
         reply.metrics, reply.profile = {**measured, **reply.metrics}, profile
         return view

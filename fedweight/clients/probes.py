@@ -1,8 +1,8 @@
 """Probes: what a client measures for a strategy, besides training.
 
 A strategy asks for probes by name. The client runs the function that it has under that
-name itself, in :data:`PROBES` or in its app's ``probes``; never one that a message
-brings.
+name itself, in :data:`~fedweight.clients.registries.PROBES` or in its app's ``probes``;
+never one that a message brings.
 """
 
 from __future__ import annotations
@@ -31,22 +31,8 @@ Part = Literal["train", "held-out"]
 # What every reply to a train message reports.
 REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
 
-PROBES = Registry(
-    "probe",
-    {
-        keys.LABEL_COUNTS: f"{__name__}:label_counts",
-        keys.LOSS_BEFORE: f"{__name__}:loss_before",
-        keys.LOSS_AFTER: f"{__name__}:loss_after",
-        keys.ACCURACY_BEFORE: f"{__name__}:accuracy_before",
-        keys.ACCURACY_AFTER: f"{__name__}:accuracy_after",
-        keys.HELD_OUT_LOSS_BEFORE: f"{__name__}:held_out_loss_before",
-        keys.HELD_OUT_LOSS_AFTER: f"{__name__}:held_out_loss_after",
-        keys.HELD_OUT_ACCURACY_BEFORE: f"{__name__}:held_out_accuracy_before",
-        keys.HELD_OUT_ACCURACY_AFTER: f"{__name__}:held_out_accuracy_after",
-        keys.MINUS_ERROR: "fedweight.strategies.fedce:minus_error",
-        keys.NORMALISER: "fedweight.strategies.fednova:normaliser",
-    },
-)
+# What every reply to an evaluate message reports besides its size.
+EVALUATED = (keys.LOSS, keys.ACCURACY)
 
 
 class Evaluation(NamedTuple):
@@ -154,12 +140,12 @@ def check_named(kind: str, owner: str, given: Any, registered: Registry) -> None
             f"{shown(given)}."
         )
     for name, function in given.items():
-        if name in registered.entries or name in REPORTED:
+        if name in registered.entries or name in (*REPORTED, *EVALUATED):
             raise ConfigurationError(
                 f"{owner}: there is a {kind} '{name}' already, or a metric of this "
                 "name. Choose another name."
             )
-        if not isinstance(name, str) or not callable(function):
+        if not isinstance(name, str) or not name or not callable(function):
             raise ConfigurationError(
                 f"{owner}: {many} must be functions by name, got {shown(function)} for "
                 f"{shown(name)}."
@@ -176,24 +162,41 @@ def label_counts(client: ClientRound) -> list[int]:
     return [int(c) for c in counts]
 
 
-def _evaluation(
-    what: Literal["loss", "accuracy"], when: Literal["before", "after"], part: Part
-) -> Probe:
-    """Return the probe that evaluates the received or the local model."""
-
-    def probe(client: ClientRound) -> float:
-        model = client.received if when == "before" else client.trained
-        found = client.evaluate(model, part)
-        return found.loss if what == "loss" else found.accuracy
-
-    return probe
+def loss_before(client: ClientRound) -> float:
+    """Return the received model's mean loss on the training examples."""
+    return client.evaluate(client.received).loss
 
 
-loss_before = _evaluation("loss", "before", "train")
-loss_after = _evaluation("loss", "after", "train")
-accuracy_before = _evaluation("accuracy", "before", "train")
-accuracy_after = _evaluation("accuracy", "after", "train")
-held_out_loss_before = _evaluation("loss", "before", "held-out")
-held_out_loss_after = _evaluation("loss", "after", "held-out")
-held_out_accuracy_before = _evaluation("accuracy", "before", "held-out")
-held_out_accuracy_after = _evaluation("accuracy", "after", "held-out")
+def loss_after(client: ClientRound) -> float:
+    """Return the locally trained model's mean loss on the training examples."""
+    return client.evaluate(client.trained).loss
+
+
+def accuracy_before(client: ClientRound) -> float:
+    """Return the received model's accuracy on the training examples."""
+    return client.evaluate(client.received).accuracy
+
+
+def accuracy_after(client: ClientRound) -> float:
+    """Return the locally trained model's accuracy on the training examples."""
+    return client.evaluate(client.trained).accuracy
+
+
+def held_out_loss_before(client: ClientRound) -> float:
+    """Return the received model's mean loss on the held-out examples."""
+    return client.evaluate(client.received, "held-out").loss
+
+
+def held_out_loss_after(client: ClientRound) -> float:
+    """Return the locally trained model's mean loss on the held-out examples."""
+    return client.evaluate(client.trained, "held-out").loss
+
+
+def held_out_accuracy_before(client: ClientRound) -> float:
+    """Return the received model's accuracy on the held-out examples."""
+    return client.evaluate(client.received, "held-out").accuracy
+
+
+def held_out_accuracy_after(client: ClientRound) -> float:
+    """Return the locally trained model's accuracy on the held-out examples."""
+    return client.evaluate(client.trained, "held-out").accuracy

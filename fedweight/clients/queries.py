@@ -1,8 +1,8 @@
 """Queries: what clients are asked before the rounds, without a model to train.
 
 A server names one in the config of a ``query.ask`` message. What is run is what the
-client has under that name itself, in :data:`QUERIES` or in its app's ``queries``; never
-what a message brings.
+client has under that name itself, in :data:`~fedweight.clients.registries.QUERIES` or
+in its app's ``queries``; never what a message brings.
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from ..core.registry import Registry
+from ..core.errors import ClientError
+from ..core.texts import shown
 from ..messages import keys
+from ..messages.records import NUMBERS, as_measured
 
 if TYPE_CHECKING:
     from ..data.federated import ClientData
-
-QUERIES = Registry(
-    "query",
-    {
-        keys.LABEL_COUNTS: f"{__name__}:label_counts",
-        "discriminate": "fedweight.strategies.fedcollab:discriminate",
-    },
-)
 
 
 @dataclass(frozen=True)
@@ -60,22 +54,55 @@ class ClientQuery:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client answers: numbers, arrays and side data, by name."""
+    """What a client answers: numbers, arrays and side data, by name.
+
+    Attributes
+    ----------
+    metrics, profile : Mapping
+        Numbers, or lists of up to a million, by name.
+    arrays : Mapping[str, ndarray]
+        Arrays of numbers, by name.
+    """
 
     metrics: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
 
     def message(self, reply_to: Message) -> Message:
-        """Return it as Flower sends it."""
-        content = RecordDict({keys.METRICS: MetricRecord(dict(self.metrics))})
+        """Return it as Flower sends it.
+
+        Raises
+        ------
+        ClientError
+            If a value is no number, and no list of numbers.
+        """
+        metrics: dict[str, Any] = _measured(self.metrics)
+        content = RecordDict({keys.METRICS: MetricRecord(metrics)})
         if self.arrays:
+            arrays = {name: np.asarray(array) for name, array in self.arrays.items()}
+            for name, array in arrays.items():
+                if array.dtype.kind not in "biufc":
+                    raise ClientError(
+                        f"an Answer's array '{name}' must be of numbers, got "
+                        f"{array.dtype}"
+                    )
             content[keys.ARRAYS] = ArrayRecord(
-                {name: Array(array) for name, array in self.arrays.items()}
+                {name: Array(array) for name, array in arrays.items()}
             )
         if self.profile:
-            content[keys.PROFILE] = ConfigRecord(dict(self.profile))
+            content[keys.PROFILE] = ConfigRecord(_measured(self.profile))
         return Message(content, reply_to=reply_to)
+
+
+def _measured(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of an answer as a record carries them."""
+    found = {name: as_measured(value) for name, value in values.items()}
+    for name, value in found.items():
+        if value is None:
+            raise ClientError(
+                f"an Answer's '{name}' must be {NUMBERS}, got {shown(values[name])}"
+            )
+    return found
 
 
 Query = Callable[[ClientQuery], Answer]

@@ -23,6 +23,9 @@ CLASS_TOTALS: Final = "class-totals"
 COEFFICIENT: Final = "coefficient"
 SCHEMA: Final = "schema"
 
+# What of it no strategy tells otherwise.
+OF_THE_SERVER: Final = (ROUND, REQUEST, QUERY, SCHEMA)
+
 # What every reply to a train message reports.
 NUM_EXAMPLES: Final = "num-examples"
 TRAIN_LOSS: Final = "train-loss"

@@ -17,7 +17,8 @@ from ..core.records import Status
 from ..core.texts import shown
 from ..messages import keys
 from ..messages.dispatch import Reply
-from .reported import as_number
+from ..messages.records import check_side_data
+from .reported import MOST_COUNTED, as_number
 
 
 class Unfit(AggregationError):
@@ -34,12 +35,17 @@ def size_of(metrics: Mapping[str, Any], key: str) -> float:
     Raises
     ------
     AggregationError
-        If it is not a number of 0 or more.
+        If it is not a number of 0 or more, or a number of examples that nobody has.
     """
     size = as_number(metrics.get(key))
     if size is None or not 0 <= size < math.inf:
         raise AggregationError(
             f"its '{key}' must be a number of 0 or more, got {shown(metrics.get(key))}"
+        )
+    if key == keys.NUM_EXAMPLES and size > MOST_COUNTED:
+        raise AggregationError(
+            f"its '{key}' must be a number of 0 or more, at most {MOST_COUNTED:g}, got "
+            f"{shown(metrics.get(key))}"
         )
     return size
 
@@ -96,6 +102,48 @@ def check_asked(reply: Reply, asks: tuple[str, ...]) -> None:
         number = as_number(value)
         if number is None or not math.isfinite(number):
             raise AggregationError(f"its '{name}' is {shown(value)}, not a number")
+
+
+def check_profile(reply: Reply) -> None:
+    """Raise :class:`AggregationError` unless side data are lists of finite numbers."""
+    for name, value in reply.profile.items():
+        check_side_data(name, value)
+
+
+def of_another_kind(
+    replies: Mapping[int, Reply], asks: Mapping[int, tuple[str, ...]]
+) -> dict[int, str]:
+    """Return who reports a number where most give a list, or a list for a number.
+
+    Parameters
+    ----------
+    replies : Mapping[int, Reply]
+        By client; each has what it was asked for.
+    asks : Mapping[int, tuple[str, ...]]
+        By client, what it was asked for.
+
+    Returns
+    -------
+    dict[int, str]
+        Why each of them is rejected: all, where as many do the one as the other.
+    """
+    found: dict[int, str] = {}
+    for name in dict.fromkeys(name for names in asks.values() for name in names):
+        asked = [client for client, names in asks.items() if name in names]
+        lists = {c for c in asked if name not in replies[c].metrics}
+        numbers = set(asked) - lists
+        if not lists or not numbers:
+            continue
+        for own, others, what in (
+            (lists, numbers, "a list, where most clients give a number"),
+            (numbers, lists, "a number, where most clients give a list"),
+        ):
+            if len(own) < len(others):
+                found |= dict.fromkeys(own, f"its '{name}' is {what}")
+            elif len(own) == len(others):
+                why = f"as many clients give a list as a number for '{name}'"
+                found |= dict.fromkeys(own, why)
+    return found
 
 
 def check_fraction(metrics: Mapping[str, Any], name: str) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from ..core.errors import ConfigurationError, DataError
 from ..core.state import pack, unpack
 from ..messages.arrays import view
+from .wrapped import inner_strategies
 
 FORMAT = "1"
 
@@ -166,10 +167,10 @@ def not_carried(strategy: Strategy) -> list[str]:
     """
     if _carries(strategy):
         return []
-    odd = []
+    odd, inside = [], inner_strategies(strategy)
     for name, value in vars(strategy).items():
-        if isinstance(value, Strategy):
-            odd += [f"{name}.{inner}" for inner in not_carried(value)]
+        if name in inside:
+            odd += [f"{name}.{inner}" for inner in not_carried(inside[name])]
         elif not callable(value) and not _is_plain(value):
             odd.append(name)
     return odd
@@ -181,8 +182,9 @@ def _streams() -> dict[str, Any]:
 
 def _attributes(strategy: Strategy) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    inside = inner_strategies(strategy)
     for name, value in vars(strategy).items():
-        if isinstance(value, Strategy):
+        if name in inside:
             if _carries(value):
                 found[name] = {"carried": value.state}
             else:

@@ -25,7 +25,10 @@ class KnownErrors:
         self._told_the_rest = False
 
     def tell(self, round: int, entries: Iterable[ClientRecord]) -> None:
-        """Log the errors of a round that are new, with the clients they happened to."""
+        """Log the errors of a round that are new, with the clients they happened to.
+
+        Round 0 is before the first one.
+        """
         found: dict[tuple[str, str], list[tuple[ClientRecord, str]]] = {}
         for entry in entries:
             if entry.status in ("rejected", "failed", "missing"):
@@ -43,4 +46,5 @@ class KnownErrors:
             names = {e.client: e.name or str(e.client) for e, _ in cases}
             whose = clients_called([*names], names.__getitem__)
             reason = one_of([why for _, why in cases])
-            log.warning("round %d: %s %s: %s", round, whose, error[0], reason)
+            when = f"round {round}" if round else "before the first round"
+            log.warning("%s: %s %s: %s", when, whose, error[0], reason)

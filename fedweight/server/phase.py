@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,14 +12,18 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from ..core.errors import AggregationError
-from ..core.texts import clients_called, plain_lines
+from ..core.annotations import plain_value
+from ..core.errors import AggregationError, ConfigurationError, closest
+from ..core.records import ClientRecord, RoundRecord, Status
+from ..core.texts import TRACEBACK_LENGTH, own_name, plain, plain_lines, shown
 from ..messages import keys
-from ..messages._flower import reason_of
+from ..messages._flower import NO_REPLY, reason_of
 from ..messages.arrays import arrays_of
+from ..messages.grids import name_of
+from ..messages.records import check_side_data
+from .known_errors import KnownErrors
+from .reported import MOST_COUNTED
 from .sampling import numbered
-
-log = logging.getLogger("fedweight")
 
 ANSWER_SECONDS = 600.0
 
@@ -34,10 +38,15 @@ class Question(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What one client answers: numbers, texts or lists, and arrays, by name."""
+    """What one client answers, by name: numbers or lists of them, arrays, side data.
+
+    The lists of side data are finite numbers; everything else is as the client sent it,
+    and may be anything.
+    """
 
     metrics: Mapping[str, Any]
     arrays: Arrays
+    profile: Mapping[str, Any] = MappingProxyType({})
 
 
 class Population:
@@ -49,18 +58,27 @@ class Population:
         Where they are.
     seed : int
         The run's.
+    queries : Iterable[str]
+        The names of those that there are.
 
     Attributes
     ----------
     clients : tuple[int, ...]
         The clients' numbers, ascending; those known to have no examples left out.
+    record : RoundRecord
+        Of round 0: who did not answer which query, each of them once, and why.
     """
 
-    def __init__(self, grid: Grid, seed: int) -> None:
+    def __init__(self, grid: Grid, seed: int, queries: Iterable[str]) -> None:
         self.grid = grid
         self.seed = seed
+        self.queries = sorted(queries)
+        self.record = RoundRecord(0)
         self._node = numbered(grid)
         self.clients = tuple(self._node)
+        self._name_of = name_of(grid)
+        self._errors = KnownErrors()
+        self._recorded: set[tuple[int, str]] = set()
 
     def ask(
         self,
@@ -73,81 +91,183 @@ class Population:
         Parameters
         ----------
         query : str
-            A name of :data:`fedweight.clients.queries.QUERIES`, or of the strategy's
-            own :attr:`~fedweight.strategies.WeightingStrategy.queries`.
+            A name of :data:`fedweight.clients.registries.QUERIES`, or of the
+            strategy's own :attr:`~fedweight.strategies.WeightingStrategy.queries`.
         questions : Mapping[int, Question]
             By client.
         timeout : float, optional
-            Seconds to wait; ten minutes by default. Who has not answered by then did
-            not answer.
+            Seconds to wait, above 0; ten minutes by default. Who has not answered by
+            then did not answer.
+
+        Raises
+        ------
+        ConfigurationError
+            If there is no such query or client, or what is asked fits no message.
         """
-        clients = {self._node[client]: client for client in questions}
+        questions = self._checked(query, questions, timeout)
         messages = [
             Message(
-                RecordDict(
-                    {
-                        keys.CONFIG: ConfigRecord({**asked.told, keys.QUERY: query}),
-                        keys.ARRAYS: ArrayRecord(
-                            {n: Array(np.asarray(a)) for n, a in asked.arrays.items()}
-                        ),
-                    }
-                ),
+                _content(query, client, asked),
                 dst_node_id=self._node[client],
                 message_type="query.ask",
             )
             for client, asked in questions.items()
         ]
-        answers = {}
-        for reply in self.grid.send_and_receive(messages, timeout=timeout):
-            client = clients.get(reply.metadata.src_node_id)
-            if client is None:
-                continue
+        replies = list(self.grid.send_and_receive(messages, timeout=timeout))
+        client_of = {self._node[client]: client for client in questions}
+        # A reply that the SuperLink writes for a lost client carries its own node.
+        node_of = {
+            m.metadata.message_id: m.metadata.dst_node_id
+            for m in messages
+            if m.metadata.message_id
+        }
+        answers: dict[int, Given] = {}
+        lost: dict[int, tuple[Status, str]] = {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if node not in client_of:
+                node = node_of.get(reply.metadata.reply_to_message_id, node)
+            client = client_of.get(node)
+            if client is None or client in answers or client in lost:
+                continue  # It was not asked, or has answered already.
             if reply.has_error():
-                why = reason_of(reply.error)
-            else:
-                try:
-                    answers[client] = _given(reply)
-                    continue
-                except Exception as error:  # Its bytes are a stranger's.
-                    why = f"its reply cannot be read: {error}"
-            log.warning(
-                "%s did not answer '%s': %s",
-                clients_called([client]),
-                query,
-                plain_lines(why, 200),
-            )
+                missing = reply.error.code in NO_REPLY
+                lost[client] = (
+                    "missing" if missing else "failed",
+                    reason_of(reply.error),
+                )
+                continue
+            try:
+                answers[client] = _given(reply)
+            except Exception as error:  # Its bytes are a stranger's.
+                lost[client] = "rejected", f"its reply cannot be read: {error}"
+        for client in questions:
+            if client not in answers and client not in lost:
+                lost[client] = "missing", "no reply in time"
+        self._note(query, lost)
         return dict(sorted(answers.items()))
+
+    def _checked(self, query: Any, questions: Any, timeout: Any) -> dict[int, Question]:
+        """Return the questions by the clients' numbers, or refuse what is no such."""
+        if query not in self.queries:
+            raise ConfigurationError(
+                f"population.ask: there is no query {shown(query)}."
+                f"{closest(str(query), self.queries)} There are "
+                f"{', '.join(self.queries)}; a function of your own is one of the "
+                "strategy's `queries`."
+            )
+        waits = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if timeout is not None and not (waits and timeout > 0):
+            raise ConfigurationError(
+                "population.ask: timeout must be a number of seconds above 0, or None, "
+                f"got {shown(timeout)}."
+            )
+        if not isinstance(questions, Mapping):
+            raise ConfigurationError(
+                "population.ask: questions must be a dictionary of Question by client, "
+                f"got {shown(questions)}."
+            )
+        for client, asked in questions.items():
+            if client not in self._node:
+                raise ConfigurationError(
+                    f"population.ask: there is no client {shown(client)} with "
+                    "examples. population.clients has those that there are."
+                )
+            if not isinstance(asked, Question):
+                raise ConfigurationError(
+                    "population.ask: each client is asked a Question, got "
+                    f"{shown(asked)} for client {client}."
+                )
+        return {int(client): asked for client, asked in questions.items()}
+
+    def reject(self, query: str, client: int, why: str) -> None:
+        """Record that a client's answer to a query cannot be used, and why."""
+        self._note(query, {client: ("rejected", why)})
+
+    def _note(self, query: str, lost: Mapping[int, tuple[Status, str]]) -> None:
+        """Record who did not answer a query, and log what is new."""
+        new = [
+            ClientRecord(
+                client,
+                status,
+                plain_lines(f"query '{query}': {why}", TRACEBACK_LENGTH),
+                name=own_name(client, self._name_of(client)),
+            )
+            for client, (status, why) in sorted(lost.items())
+            if (client, query) not in self._recorded
+        ]
+        self._recorded.update((entry.client, query) for entry in new)
+        self.record.clients += new
+        self._errors.tell(0, new)
+
+
+def _content(query: str, client: int, asked: Question) -> RecordDict:
+    """Return a question as the content of a message."""
+    whose = f"population.ask: the Question to client {client}"
+    told = plain_value(asked.told)
+    if not isinstance(told, Mapping) or keys.QUERY in told:
+        raise ConfigurationError(
+            f"{whose} must tell a dictionary without the name '{keys.QUERY}', got "
+            f"{shown(told)}."
+        )
+    try:
+        arrays = {n: Array(np.asarray(a)) for n, a in asked.arrays.items()}
+        record = ConfigRecord({**told, keys.QUERY: query})
+        return RecordDict({keys.CONFIG: record, keys.ARRAYS: ArrayRecord(arrays)})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{whose} fits no message: {plain(error).rstrip('.')}. Tell numbers, texts "
+            "and lists of them by name, and give arrays of numbers by name."
+        ) from None
 
 
 def label_totals(population: Population) -> list[int]:
     """Return how many training examples of each class all clients have together.
 
+    A client whose counts are none, or are of another length than most clients', does
+    not count.
+
     Raises
     ------
     AggregationError
-        If nobody answers, or the answers are of different lengths.
+        If nobody's do.
     """
     questions = dict.fromkeys(population.clients, Question())
     answers = population.ask(keys.LABEL_COUNTS, questions)
-    found = [given.metrics.get(keys.LABEL_COUNTS) for given in answers.values()]
-    counts = [own if isinstance(own, list) else [] for own in found]
-    lengths = {len(own) for own in counts}
-    if len(lengths) != 1 or 0 in lengths:
+    counts = {
+        client: [int(n) for n in own]
+        for client, given in answers.items()
+        if (own := _label_counts(given))
+    }
+    if not counts:
         raise AggregationError(
-            "class totals: the clients' counts of classes have "
-            f"{', '.join(map(str, sorted(lengths))) or 'no'} entries. All need one for "
-            "each class."
+            "class totals: no client told how many examples of each class it has."
         )
-    if not all(type(n) is int and n >= 0 for own in counts for n in own):
-        raise AggregationError(
-            "class totals: a client's counts of classes are not whole numbers from 0."
-        )
-    return [sum(of_class) for of_class in zip(*counts, strict=True)]
+    lengths = Counter(map(len, counts.values()))
+    most = max(lengths, key=lambda length: (lengths[length], length))
+    for client in answers:
+        own = counts.get(client, [])
+        if len(own) != most:
+            why = f"its '{keys.LABEL_COUNTS}' are no {most} counts"
+            population.reject(keys.LABEL_COUNTS, client, why)
+    whole = [own for own in counts.values() if len(own) == most]
+    return [sum(of_class) for of_class in zip(*whole, strict=True)]
+
+
+def _label_counts(given: Given) -> list[int]:
+    """Return a client's counts of labels, if they are counts."""
+    own = given.profile.get(keys.LABEL_COUNTS)
+    if not isinstance(own, list):
+        return []
+    possible = all(isinstance(n, int) and 0 <= n <= MOST_COUNTED for n in own)
+    return own if possible else []
 
 
 def _given(reply: Message) -> Given:
     metrics: dict[str, Any] = {}
-    records = reply.content.metric_records, reply.content.config_records
-    for record in [record for some in records for record in some.values()]:
+    for record in reply.content.metric_records.values():
         metrics |= dict(record)
-    return Given(metrics, arrays_of(reply.content))
+    profile = dict(reply.content.config_records.get(keys.PROFILE) or {})
+    for name, value in profile.items():
+        check_side_data(name, value)
+    return Given(metrics, arrays_of(reply.content), profile)

@@ -22,10 +22,14 @@ from ..core.texts import NAME_LENGTH, listed, plain
 from ..messages import keys
 from ..messages.dispatch import Reply
 
+# A client that claims to have more examples, or to have made more steps, is not
+# believed. What is recorded as a whole number fits into 64 bits.
+MOST_COUNTED = 1e18
+
 # The metrics that the server knows by name, and between which values they lie.
 RANGES: dict[str, tuple[float, float]] = {
-    keys.NUM_EXAMPLES: (0, math.inf),
-    keys.NUM_STEPS: (0, math.inf),
+    keys.NUM_EXAMPLES: (0, MOST_COUNTED),
+    keys.NUM_STEPS: (0, MOST_COUNTED),
     keys.TRAIN_LOSS: (-math.inf, math.inf),
     keys.TRAIN_ACCURACY: (0, 1),
     keys.LOSS: (-math.inf, math.inf),

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from ..core.errors import ConfigurationError
-from ..core.layout import FlatModel
 from ..core.options import GIVEN, checked_fields
 from ..core.registry import Registry
 from ..core.rng import Purpose, generator
-
-Sizes = Callable[[Sequence[int]], "Sequence[int] | None"]
+from .timetable import (
+    Arrival,
+    Moment,
+    Sizes,
+    Timetable,
+    checked_answer,
+    checked_late,
+    checked_seconds,
+)
 
 SCHEDULES = Registry(
     "schedule",
@@ -33,45 +39,8 @@ SCHEDULES = Registry(
 )
 
 
-class Arrival(NamedTuple):
-    """An update that arrives.
-
-    Attributes
-    ----------
-    client : int
-        Whose.
-    round : int
-        In which the client began, from 1.
-    start : FlatModel
-        The global model that it began with.
-    discount : float
-        What its weight is multiplied by.
-    """
-
-    client: int
-    round: int
-    start: FlatModel
-    discount: float
-
-
-@dataclass(frozen=True)
-class Timetable:
-    """What a schedule says of one round.
-
-    Attributes
-    ----------
-    arrivals : tuple[Arrival, ...], optional
-        Whose updates are aggregated; by default the strategy draws who trains.
-    late : Callable
-        Takes how many passes each client makes that was drawn, and returns why some of
-        them come too late.
-    seconds : Callable
-        Takes the same, and returns how long the round takes.
-    """
-
-    arrivals: tuple[Arrival, ...] | None
-    late: Callable[[Mapping[int, int]], Mapping[int, str]]
-    seconds: Callable[[Mapping[int, int]], float]
+# With a spread of more, a client's seconds are beyond what a float holds.
+MOST_SPREAD = 50.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +52,7 @@ class Speeds:
     seed : int
         0 or more.
     spread : float
-        0 or more: the standard deviation of the logarithm of the speed. At 0 all are
+        0 to 50: the standard deviation of the logarithm of the speed. At 0 all are
         alike; at 0.5 one in six is 1.6 times slower than the median, or more.
     sizes_of : Callable
         Returns how many examples some clients have, or ``None`` where nobody knows:
@@ -103,30 +72,6 @@ class Speeds:
         drawn = generator(self.seed, Purpose.SPEED, client=client).standard_normal()
         slower = float(np.exp(self.spread * drawn))
         return 1e-3 * (1 if sizes is None else int(sizes[0])) * slower
-
-
-class Moment(NamedTuple):
-    """What a round begins with.
-
-    Attributes
-    ----------
-    round : int
-        From 1.
-    model : FlatModel
-        The global model.
-    epochs : int
-        How many passes clients make.
-    population : int
-        N; the clients are 0 to N - 1.
-    sizes_of : Callable
-        As for :class:`Speeds`.
-    """
-
-    round: int
-    model: FlatModel
-    epochs: int
-    population: int
-    sizes_of: Sizes
 
 
 class Schedule(ABC):
@@ -174,9 +119,36 @@ class Clock:
     timetable: Timetable | None = None
 
     def next(self, moment: Moment) -> Timetable:
-        """Let the schedule say what happens in a round."""
-        self.timetable, self.state = self.schedule.next(moment, self.state)
+        """Let the schedule say what happens in a round.
+
+        Raises
+        ------
+        ConfigurationError
+            If what it says cannot be; the message names its class.
+        """
+        self.timetable, self.state = checked_answer(
+            self.name,
+            self.schedule.next(moment, self.state),
+            moment,
+            chooses=self.schedule.chooses,
+            discounts=self.schedule.discounts,
+        )
         return self.timetable
+
+    @property
+    def name(self) -> str:
+        """What an error calls the schedule."""
+        return type(self.schedule).__name__
+
+    def late(self, passes: Mapping[int, int]) -> dict[int, str]:
+        """Return why some of the round's clients come too late."""
+        assert self.timetable is not None
+        return checked_late(self.name, self.timetable.late(passes), passes)
+
+    def seconds(self, passes: Mapping[int, int]) -> float:
+        """Return how long the round takes, in virtual seconds."""
+        assert self.timetable is not None
+        return checked_seconds(self.name, self.timetable.seconds(passes))
 
 
 class Synchronous:
@@ -194,11 +166,11 @@ class Deadline(Schedule):
         Above 0; virtual seconds, in which a client of median speed sees a thousand
         examples each.
     speed_spread : float
-        0 or more: the standard deviation of the logarithm of the clients' speeds.
+        0 to 50: the standard deviation of the logarithm of the clients' speeds.
     """
 
     seconds: Annotated[float, Field(gt=0)] = 1.0
-    speed_spread: Annotated[float, Field(ge=0)] = 0.5
+    speed_spread: Annotated[float, Field(ge=0, le=MOST_SPREAD)] = 0.5
     seed: Annotated[int, Field(ge=0), GIVEN] = 0
 
     def next(self, moment: Moment, state: Any) -> tuple[Timetable, Any]:
@@ -241,7 +213,7 @@ class Buffered(Schedule):
         1 or more clients train at a time. Where it is ``buffer_size`` and the number of
         clients, and their speeds do not differ, rounds are synchronous.
     speed_spread : float
-        0 or more: the standard deviation of the logarithm of the clients' speeds.
+        0 to 50: the standard deviation of the logarithm of the clients' speeds.
     discount : {"polynomial", "hinge", "constant"}
         ``s(tau)``: ``(1 + tau)^-exponent``; 1 up to ``threshold`` and ``1 / (exponent
         (tau - threshold) + 1)`` beyond; 1.
@@ -260,7 +232,7 @@ class Buffered(Schedule):
 
     buffer_size: Annotated[int, Field(ge=1)] = 10
     concurrency: Annotated[int, Field(ge=1)] = 20
-    speed_spread: Annotated[float, Field(ge=0)] = 0.5
+    speed_spread: Annotated[float, Field(ge=0, le=MOST_SPREAD)] = 0.5
     discount: Literal["polynomial", "hinge", "constant"] = "polynomial"
     exponent: Annotated[float, Field(gt=0)] = 0.5
     threshold: Annotated[float, Field(ge=0)] = 4.0

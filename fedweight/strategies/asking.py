@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from ..clients.registries import QUERIES
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.records import RoundRecord
@@ -27,7 +28,7 @@ from ..server.sampling import (
     sample,
     straggler_epochs,
 )
-from ..server.schedules import Moment, Timetable
+from ..server.timetable import Moment, Timetable
 from .checks import asked_names, assigned, told_columns
 from .now import Asked, GlobalModel, Now
 from .round import Selection
@@ -53,17 +54,12 @@ def train_messages(
     unfinished = RoundRecord(round, "failed", "its replies did not arrive")
     if now.forgets:
         now.history.clear()
-    now.history.append(unfinished)
     now.name_of = name_of(grid)
     if not now.prepared:
         if strategy.prepares or strategy.class_totals:
-            least = max(strategy.min_available_nodes, strategy.min_train_nodes)
-            nodes_there(grid, least)
-        if strategy.prepares:
-            now.method = strategy.prepare(Population(grid, strategy.seed))
-        if strategy.class_totals:
-            now.class_totals = label_totals(Population(grid, strategy.seed))
+            _prepare(strategy, now, grid)
         now.prepared = True
+    now.history.append(unfinished)
     config[keys.ROUND] = round
     if now.class_totals:
         config[keys.CLASS_TOTALS] = now.class_totals
@@ -133,6 +129,20 @@ def train_messages(
         ],
     )
     return now.cohort
+
+
+def _prepare(strategy: WeightingStrategy, now: Now, grid: Grid) -> None:
+    """Let the method ask clients before the first round; record who did not answer."""
+    nodes_there(grid, max(strategy.min_available_nodes, strategy.min_train_nodes))
+    population = Population(grid, strategy.seed, {*QUERIES.entries, *strategy.queries})
+    try:
+        if strategy.prepares:
+            now.method = strategy.prepare(population)
+        if strategy.class_totals:
+            now.class_totals = label_totals(population)
+    finally:
+        if population.record.clients:
+            now.history.append(population.record)
 
 
 def evaluate_messages(
@@ -232,15 +242,15 @@ def _chosen(
     now.not_asked = dict.fromkeys(
         [client for client in clients if client in empty], keys.NO_EXAMPLES
     )
-    if timetable is not None:
+    if now.clock is not None:
         whole = _epochs(config)
         passes = {
             client: whole if part is None else part
             for client, part in zip(clients, epochs, strict=True)
             if client not in empty
         }
-        now.not_asked |= timetable.late(passes)
-        now.history[-1].metrics["round-seconds"] = timetable.seconds(passes)
+        now.not_asked |= now.clock.late(passes)
+        now.history[-1].metrics["round-seconds"] = now.clock.seconds(passes)
     return [
         (client, node, part)
         for (client, node), part in zip(nodes, epochs, strict=True)
@@ -256,7 +266,7 @@ def _timetable(
         return None
     if not is_complete(grid):
         raise ConfigurationError(
-            f"schedule: {type(now.clock.schedule).__name__} needs simulated clients; "
+            f"schedule: {now.clock.name} needs simulated clients; "
             "real ones are waited for. Leave it out."
         )
     assert now.model is not None
@@ -266,7 +276,7 @@ def _timetable(
         clients = sorted(map(number_of(grid), nodes))
         if clients != [*range(len(clients))]:
             raise ConfigurationError(
-                f"schedule: {type(now.clock.schedule).__name__} needs clients that are "
+                f"schedule: {now.clock.name} needs clients that are "
                 f"numbered from 0 on, got {shown(clients)}. Leave it out."
             )
 

@@ -26,8 +26,9 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 from torch import Tensor
 
-from ..clients.probes import PROBES, Probe, check_named
-from ..clients.queries import QUERIES, Query
+from ..clients.probes import Probe, check_named
+from ..clients.queries import Query
+from ..clients.registries import PROBES, QUERIES
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.options import GIVEN, InFile, checked_fields
@@ -172,6 +173,13 @@ class WeightingStrategy(Strategy):
             raise ConfigurationError(
                 f"{cls.__name__}.request must be a tuple of names, got "
                 f"{cls.request!r}. Write ({cls.request!r},)."
+            )
+        names: Any = cls.request
+        if not isinstance(names, tuple | list) or not all(
+            isinstance(name, str) for name in names
+        ):
+            raise ConfigurationError(
+                f"{cls.__name__}.request must be a tuple of names, got {shown(names)}."
             )
         check_named("probe", cls.__name__, cls.probes, PROBES)
         check_named("query", cls.__name__, cls.queries, QUERIES)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..core.errors import AggregationError, ConfigurationError
 from ..core.texts import clients_called, shown
+from ..messages import keys
+from ..messages.records import fits_config
 from .round import Round, Selection
 
 if TYPE_CHECKING:
@@ -129,12 +131,27 @@ def told_columns(
     """Return what ``tell`` gives: numbers for all, and a column for each other name."""
     shared: dict[str, Any] = {}
     columns: dict[str, Sequence[Any]] = {}
-    for name, told in strategy.tell(selection).items():
+    for name, told in _by_name(strategy, "tell", strategy.tell(selection)):
+        if name in keys.OF_THE_SERVER:
+            raise ConfigurationError(
+                f"{type(strategy).__name__}.tell gave '{name}', which the server tells "
+                "clients itself. Choose another name."
+            )
         told = _scalar(told)
-        if isinstance(told, str | bytes | bool | int | float):
-            shared[name] = told
+        if not isinstance(told, Iterable) or isinstance(told, str | bytes):
+            several = [told]
         else:
             columns[name] = _column(strategy, "tell", name, told, selection)
+            several = [one for one in columns[name] if one is not None]
+        for one in several:
+            if not fits_config(one):
+                raise ConfigurationError(
+                    f"{type(strategy).__name__}.tell gave {shown(one)} for '{name}'. "
+                    "Give a number of at most 64 bits or a text, one for all or a list "
+                    "of one for each client."
+                )
+        if name not in columns:
+            shared[name] = told
     return shared, columns
 
 
@@ -143,16 +160,38 @@ def asked_names(
 ) -> list[tuple[str, ...]]:
     """Return what ``ask`` gives as the names that each client is asked for."""
     columns = {}
-    for name, asked in strategy.ask(selection).items():
+    for name, asked in _by_name(strategy, "ask", strategy.ask(selection)):
         asked = _scalar(asked)
         if isinstance(asked, bool):
             columns[name] = [asked] * len(selection.clients)
-        else:
-            columns[name] = _column(strategy, "ask", name, asked, selection)
+            continue
+        columns[name] = _column(strategy, "ask", name, asked, selection)
+        odd = [one for one in columns[name] if not _is_yes_or_no(one)]
+        if odd:
+            raise ConfigurationError(
+                f"{type(strategy).__name__}.ask gave {shown(odd[0])} for '{name}'. "
+                "Give True or False, one for all or a list of one for each client."
+            )
     return [
         tuple(name for name, column in columns.items() if column[k])
         for k in range(len(selection.clients))
     ]
+
+
+def _is_yes_or_no(value: Any) -> bool:
+    return isinstance(value, int | float) and value in (0, 1)
+
+
+def _by_name(
+    strategy: WeightingStrategy, hook: str, given: Any
+) -> Iterable[tuple[str, Any]]:
+    """Return the items of what ``tell`` or ``ask`` gives, if it is a dictionary."""
+    if not isinstance(given, Mapping) or not all(isinstance(n, str) for n in given):
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.{hook} must return a dictionary by names, "
+            f"which are texts, got {shown(given)}."
+        )
+    return given.items()
 
 
 def assigned(strategy: WeightingStrategy, selection: Selection) -> list[int] | None:
@@ -161,7 +200,8 @@ def assigned(strategy: WeightingStrategy, selection: Selection) -> list[int] | N
     if given is None:
         return None
     which = _column(strategy, "assign", "the models", given, selection)
-    if not all(isinstance(one, int) and 0 <= one < MOST_MODELS for one in which):
+    whole = all(isinstance(one, int) and not isinstance(one, bool) for one in which)
+    if not whole or not all(0 <= one < MOST_MODELS for one in which):
         raise ConfigurationError(
             f"{type(strategy).__name__}.assign must give whole numbers from 0, below "
             f"{MOST_MODELS}, got {shown(which)}."
@@ -184,7 +224,10 @@ def _column(
             f"the {len(selection.clients)} clients in their order, got {shown(given)} "
             f"for '{name}'."
         )
-    column = given.tolist() if isinstance(given, Tensor | np.ndarray) else list(given)
+    if isinstance(given, Tensor | np.ndarray):
+        column = given.tolist()
+    else:
+        column = [_scalar(one) for one in given]
     if len(column) != len(selection.clients):
         raise ConfigurationError(
             f"{type(strategy).__name__}.{hook} gave {len(column)} values for '{name}' "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from ..server.reported import (
 from .checks import as_parameters, check_values, check_weights
 from .now import Asked, GlobalModel, Now
 from .receiving import read, reason_of, sort
-from .round import Round
+from .round import OddReplies, Round
 from .weights import effective_clients, size_weights
 
 if TYPE_CHECKING:
@@ -59,24 +59,20 @@ def next_model(
     chosen = now.own_metrics.limit(record.clients)
     accepted = _short_enough(strategy, now, accepted, models, record)
     now.errors.tell(number, record.clients)
-    if len(accepted) < strategy.min_replies:
-        return _fail(record, _too_few(strategy, accepted, record))
-    made: dict[int, tuple[Round, FlatModel]] = {}
-    state, optimizers = now.method, dict(now.optimizers)
-    try:
-        for which, some in _by_model(now, accepted).items():
-            start = now.global_model(which)
-            round = _round(strategy, now, number, start, some, models, state)
-            parameters, state = parted(strategy.aggregate(round), state)
-            parameters, optimizers[which] = _stepped(
-                strategy, now, parameters, round, optimizers.get(which)
-            )
-            made[which] = (
-                round,
-                _with_buffers(strategy, parameters, round, some, models),
-            )
-    except AggregationError as error:
-        return _fail(record, str(error))
+    while True:
+        if len(accepted) < strategy.min_replies:
+            return _fail(record, _too_few(strategy, accepted, record))
+        try:
+            made, state, optimizers = _made(strategy, now, number, accepted, models)
+            break
+        except OddReplies as error:  # Without them, of what there was before.
+            fewer = _without(accepted, error.reasons, record)
+            if len(fewer) == len(accepted):
+                return _fail(record, str(error))
+            accepted = fewer
+            now.errors.tell(number, record.clients)
+        except AggregationError as error:
+            return _fail(record, str(error))
     # Only now: a failed round leaves all that is carried as it was.
     now.method, now.optimizers = state, optimizers
     metrics = _metrics(strategy, accepted, chosen, strategy.train_metrics_aggr_fn)
@@ -95,6 +91,40 @@ def next_model(
         for which, own in enumerate(now.models)
     ]
     return FlatRecord(mean_model(now)), metrics
+
+
+def _made(
+    strategy: WeightingStrategy,
+    now: Now,
+    number: int,
+    accepted: list[AcceptedReply],
+    models: LocalModels,
+) -> tuple[dict[int, tuple[Round, FlatModel]], Any, dict[int, Any]]:
+    """Return the next global models by number, and the states that come with them."""
+    made: dict[int, tuple[Round, FlatModel]] = {}
+    state, optimizers = now.method, dict(now.optimizers)
+    for which, some in _by_model(now, accepted).items():
+        start = now.global_model(which)
+        round = _round(strategy, now, number, start, some, models, state)
+        parameters, state = parted(strategy.aggregate(round), state)
+        parameters, optimizers[which] = _stepped(
+            strategy, now, parameters, round, optimizers.get(which)
+        )
+        made[which] = (
+            round,
+            _with_buffers(strategy, parameters, round, some, models),
+        )
+    return made, state, optimizers
+
+
+def _without(
+    accepted: Sequence[AcceptedReply], odd: Mapping[int, str], record: RoundRecord
+) -> list[AcceptedReply]:
+    """Reject some of the replies."""
+    for entry in record.clients:
+        if entry.status == "ok" and entry.client in odd:
+            entry.status, entry.reason = "rejected", odd[entry.client]
+    return [one for one in accepted if one.client not in odd]
 
 
 def mean_model(now: Now) -> FlatModel:

@@ -14,7 +14,8 @@ from ..core.texts import own_name
 from ..messages.dispatch import Cohort
 from ..server.known_errors import KnownErrors
 from ..server.reported import OwnMetrics
-from ..server.schedules import Arrival, Clock
+from ..server.schedules import Clock
+from ..server.timetable import Arrival
 
 
 class Asked(NamedTuple):

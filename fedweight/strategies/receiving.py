@@ -19,9 +19,11 @@ from ..server.admission import (
     Unfit,
     check_asked,
     check_model,
+    check_profile,
     check_sender,
     check_trained,
     far_longer,
+    of_another_kind,
     size_of,
     update_norm,
 )
@@ -93,6 +95,7 @@ def sort(
     record.clients += entries.values()
     accepted: dict[int, AcceptedReply] = {}
     lengths: dict[int, float] = {}
+    asks: dict[int, tuple[str, ...]] = {}
     answered: set[int] = set()
     found, models = read(strategy, now, replies)
     arrived = models is None  # As messages, perhaps from another machine.
@@ -110,6 +113,8 @@ def sort(
             sent = sent or Asked(client, False, strategy.request)
             accepted[client] = _admit(strategy, round, sent, reply, entry)
             entries[client] = entry
+            if sent.asks:
+                asks[client] = sent.asks
             if arrived and isinstance(reply.model, FlatModel):
                 lengths[client] = update_norm(reply.model, now.start_of(sent))
         except Unfit as error:
@@ -118,9 +123,13 @@ def sort(
             entry.status, entry.reason = "rejected", reason_of(error)
         if entry.reason == keys.NO_EXAMPLES:
             now.leave_out({client})
-    for client, reason in _screened(strategy, now, accepted).items():
-        entries[client].status, entries[client].reason = "rejected", reason
+    odd = of_another_kind({c: accepted[c].reply for c in asks}, asks)
+    for client in odd:
         del accepted[client]
+    odd |= _screened(strategy, now, accepted)
+    for client, reason in odd.items():
+        entries[client].status, entries[client].reason = "rejected", reason
+        accepted.pop(client, None)
     for client, times in far_longer(lengths).items():
         entry = entries[client]
         entry.metrics = {**entry.metrics, TIMES_MEDIAN: times}
@@ -164,7 +173,10 @@ def _admit(
     check_trained(size, known)
     check_model(reply, strategy.arrayrecord_key)
     check_asked(reply, sent.asks)
+    # What nobody asked for is not looked at.
+    reply.profile = {n: reply.profile[n] for n in sent.asks if n in reply.profile}
     _look_at(strategy, Report(sent.client, reply.metrics, reply.profile))
+    check_profile(reply)
     if not strategy.keeps(round, sent.client, sent.straggler):
         raise Unfit("dropped", keys.STRAGGLER)
     return AcceptedReply(sent.client, reply, size, known, own)

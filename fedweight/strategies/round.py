@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..clients.probes import PROBES, REPORTED
+from ..clients.probes import REPORTED
+from ..clients.registries import PROBES
 from ..core.errors import AggregationError, ConfigurationError, closest
 from ..core.layout import FlatModel
 from ..core.texts import clients_called, listed, shown
@@ -34,6 +35,20 @@ TAKEN = frozenset(
     }
 )
 TAKEN_PREFIXES = ("evaluate-", "test-", "client-accuracy-", "own-")
+
+
+class OddReplies(AggregationError):
+    """Some replies are not as the others are; the round goes on without them.
+
+    Attributes
+    ----------
+    reasons : dict[int, str]
+        By client, why its reply is rejected.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[int, str]) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons)
 
 
 class Selection(NamedTuple):
@@ -198,7 +213,9 @@ class Round:
         Raises
         ------
         AggregationError
-            If some clients do not give one, or one of another length than most.
+            If some clients do not give one, or one of another length than most. Where
+            ``weights`` or ``aggregate`` lets it pass, those are rejected and the round
+            is made of the others; it fails where as many give one length as another.
         """
         given = [p.get(name) for p in self.profiles]
         lengths = [len(v) if isinstance(v, list) else -1 for v in given]
@@ -211,11 +228,16 @@ class Round:
         usual = max(sorted(set(known)), key=known.count)
         odd = [c for c, n in zip(self.clients, lengths, strict=True) if n != usual]
         if odd:
-            raise AggregationError(
+            said = (
                 f"round.profile('{name}'): {clients_called(odd)} did not give a list "
                 f"of {usual} numbers, as most others did. Name it in the "
                 "strategy's `request`, and check it in `admit` or `screen`."
             )
+            most = lengths.count(usual)
+            if any(lengths.count(n) == most for n in {*lengths} - {usual}):
+                raise AggregationError(said)
+            why = f"its '{name}' is not a list of {usual} numbers, as most others' are"
+            raise OddReplies(said, dict.fromkeys(odd, why))
         return torch.tensor(given, dtype=torch.float64)
 
     def log(self, name: str, value: float | Tensor) -> None:

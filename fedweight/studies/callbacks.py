@@ -25,6 +25,7 @@ from ..server.reported import as_number
 log = logging.getLogger("fedweight")
 
 BEST = "best-model.safetensors"
+BEST_MODELS = "best-models.safetensors"
 
 
 def _evaluated(name: str) -> Callable[[ServerState], Any]:
@@ -170,6 +171,9 @@ class EarlyStopping:
 class BestModel:
     """Keeps the model that the clients' held-out data like best; a callback.
 
+    Where a method keeps several global models, all of them: each client measures its
+    own.
+
     Parameters
     ----------
     metric : str
@@ -177,25 +181,24 @@ class BestModel:
     folder : Path
         The run's.
     write : Callable
-        Writes arrays to a file, with what the file is to say of them.
+        Writes what clients use, given the round and the global model.
     """
 
     def __init__(
         self,
         metric: str,
         folder: Path,
-        write: Callable[[Path, ArrayRecord, Mapping[str, str]], None],
+        write: Callable[[int, ArrayRecord], None],
     ) -> None:
         self.best = Best(metric) if metric else None
-        self.path = folder / BEST
+        self.folder = folder
         self.write = write
 
     def __call__(self, state: ServerState) -> None:
         """Write the model if it is the best so far."""
         best = self.best
         if best is not None and best.hears(state):
-            # One entry: several would come in any order, and change the file's bits.
-            self.write(self.path, state.arrays, {"round": str(best.round)})
+            self.write(best.round, state.arrays)
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -211,9 +214,10 @@ class BestModel:
         if self.best is None or state is None:
             return
         self.best.restore(state)
-        if self.best.round and not self.path.is_file():
+        files = [self.folder / name for name in (BEST, BEST_MODELS)]
+        if self.best.round and not any(path.is_file() for path in files):
             raise DataError(
-                f"{self.path} is missing, which was there when the checkpoint was "
+                f"{files[0]} is missing, which was there when the checkpoint was "
                 "written. Put it back, or run anew."
             )
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..clients.registries import PROBES, QUERIES
 from ..core.docstrings import meanings
 from ..core.errors import ConfigurationError, closest
 from ..core.options import ANY, Option
 from ..core.settings import kebab
+from ..core.texts import shown
 from .tables import (
     FURTHER_PICKS,
     PICKS,
@@ -37,6 +39,10 @@ KINDS = {
 }
 
 
+# What has a name but no table of a file: a strategy asks for it.
+ASKED_FOR = {"probes": PROBES, "queries": QUERIES}
+
+
 def catalogue() -> dict[str, dict[str, str]]:
     """Return all names by kind, each with a line, and the keys of a simulation file."""
     keys = {
@@ -48,7 +54,36 @@ def catalogue() -> dict[str, dict[str, str]]:
         for table, rule in SEEDS.items()
     }
     kinds = {kind: _pick(own).registry.descriptions() for kind, own in KINDS.items()}
-    return kinds | {"keys of a simulation file": keys}
+    asked_for = {kind: names.descriptions() for kind, names in ASKED_FOR.items()}
+    return kinds | asked_for | {"keys of a simulation file": keys}
+
+
+def names_page(kind: str, name: str = "") -> dict[str, str] | None:
+    """Return what strategies may ask clients for, by name, each with a line.
+
+    Parameters
+    ----------
+    kind : str
+        ``"probe"`` or ``"query"``, or one of :data:`ASKED_FOR`; of anything else there
+        is nothing to return.
+    name : str
+        Only this one; by default all.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none of this name.
+    """
+    by_kind = {registry.kind: registry for registry in ASKED_FOR.values()} | ASKED_FOR
+    if kind not in by_kind:
+        return None
+    lines = by_kind[kind].descriptions()
+    if name and name not in lines:
+        raise ConfigurationError(
+            f"there is no {by_kind[kind].kind} {shown(name)}.{closest(name, lines)} "
+            f"There are {', '.join(lines)}."
+        )
+    return {name: lines[name]} if name else lines
 
 
 def _pick(own: str) -> Pick:
@@ -76,10 +111,11 @@ def options_page(kind: str, name: str = "") -> dict[str, dict[str, Any]]:
     """
     table, _, key = KINDS.get(kind, kind).partition(".")
     if table not in SCHEMA or (key and key not in picks_of(table)):
-        known = [*SCHEMA, *KINDS]
+        asked_for = [registry.kind for registry in ASKED_FOR.values()]
+        known = [*SCHEMA, *KINDS, *asked_for, *ASKED_FOR]
         raise ConfigurationError(
             f"there is no kind '{kind}'.{closest(kind, known)} There are "
-            f"{', '.join(SCHEMA)}."
+            f"{', '.join([*SCHEMA, *asked_for])}."
         )
     page = {key: _row(rule, rule.meaning) for key, rule in SCHEMA[table].items()}
     if table in SEEDS:

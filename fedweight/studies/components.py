@@ -17,21 +17,19 @@ from torch import nn
 
 from .. import models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
-from ..clients.objectives import Objective, Proximal
+from ..clients.objectives import Objective
 from ..clients.personal import Personal, personal
-from ..clients.probes import PROBES, REPORTED
-from ..core.errors import ConfigurationError, check_choice, closest
-from ..core.layout import Layout, as_tensor
+from ..core.errors import ConfigurationError, check_choice
+from ..core.layout import Layout
 from ..core.options import options_of
 from ..core.registry import make
 from ..data import ClientData, FederatedData, Schema, load_client
-from ..data.examples import channels_last
 from ..data.files import load_one_csv
-from ..messages import keys
 from ..messages.arrays import FlatRecord
-from ..server.schedules import SCHEDULES, Buffered, Clock, Schedule, make_schedule
+from ..server.schedules import SCHEDULES, Buffered, Schedule, make_schedule
+from ..server.wrapped import with_inner
 from ..simulations import Plan
-from ..simulations.engine import check_engine, check_local, choose_engine
+from ..simulations.engine import choose_engine
 from ..simulations.grid import usable_plan
 from ..simulations.planner import (
     SAMPLE,
@@ -45,9 +43,6 @@ from ..strategies.server_optimizers import server_optimizer
 from .configuration import Configuration
 
 T = TypeVar("T")
-
-# So many clients of a round fit into memory: their messages and replies.
-MOST_ASKED = 10**7
 
 # So many clients tell how large they all are.
 MANY = 10**6
@@ -102,8 +97,7 @@ class Components:
     def client_app(self) -> TrainingApp:
         """Make the ClientApp."""
         training = self.configuration["training"]
-        method: Any = strategy_class(self.configuration["strategy"]["name"])
-        ours = issubclass(method, WeightingStrategy)
+        methods = self._methods()
         return TrainingApp(
             self.make_model,
             self.client_data,
@@ -117,13 +111,28 @@ class Components:
             device=self.device,
             sizes=self.data.sizes,
             name_of=self.data.name_of if self.data.names else None,
-            probes=method.probes if ours else {},
-            queries=method.queries if ours else {},
+            probes={n: f for one in methods for n, f in one.probes.items()},
+            queries={n: f for one in methods for n, f in one.queries.items()},
             personal=self.personal(),
             num_groups={
                 name: len(codes) for name, codes in self.data.attribute_names.items()
             },
         )
+
+    def _methods(self) -> list[type[WeightingStrategy]]:
+        """Return the classes whose probes and queries clients need.
+
+        That of the strategy, or those of the strategies that it wraps: they are known
+        when it is made.
+        """
+        name = self.configuration["strategy"]["name"]
+        outer = strategy_class(name)
+        if issubclass(outer, WeightingStrategy):
+            return [outer]
+        if outer.__module__.partition(".")[0] == "flwr":
+            return []  # By itself it wraps nothing.
+        inside = with_inner(self.strategy())
+        return [type(one) for one in inside if isinstance(one, WeightingStrategy)]
 
     def engine(self) -> str:
         """Return the engine that ``auto`` stands for."""
@@ -148,172 +157,8 @@ class Components:
             return told
         return min(1.0, torch.cuda.device_count() / (table["workers"] or 1))
 
-    def check_feasible(
-        self, strategy: Strategy, client_app: TrainingApp, *, simulated: bool = True
-    ) -> None:
-        """Refuse, before anything is written, what could only fail later.
-
-        Where the run is not ``simulated``, who takes part is not known before.
-        """
-        epochs = self.configuration["training"]["epochs"]
-        if getattr(strategy, "stragglers", 0) and epochs < 2:
-            raise ConfigurationError(
-                f"strategy.stragglers is {strategy.stragglers:g}, which needs "  # type: ignore[attr-defined]
-                f"training.epochs of 2 or more, got {epochs}: a straggler does fewer "
-                "epochs than the others, but at least one."
-            )
-        self._check_request(strategy, client_app)
-        self._check_wants(strategy, client_app.objective)
-        self._check_schedule(strategy, simulated=simulated)
-        self._check_proximal(strategy, client_app)
-        self._check_decisions(strategy)
-        self._check_model()
-        if simulated:
-            self._check_clients(strategy)
-            check_local(**engine_arguments(self.configuration), table="engine")
-            check_engine(self.engine())
-
-    @staticmethod
-    def _check_request(strategy: Strategy, client_app: TrainingApp) -> None:
-        """Refuse a strategy that asks for what clients do not measure."""
-        if not isinstance(strategy, WeightingStrategy):
-            return
-        reported = (*REPORTED, keys.LOSS, keys.ACCURACY)
-        names = sorted({*PROBES.entries, *client_app.probes})
-        for name in strategy.request:
-            if name not in names and name not in reported:
-                raise ConfigurationError(
-                    f"{type(strategy).__name__}.request names '{name}', which clients "
-                    f"do not measure.{closest(name, names)} There are "
-                    f"{', '.join(names)}; a function of your own is one of `probes`."
-                )
-
-    def _check_wants(self, strategy: Strategy, chosen: Objective) -> None:
-        """Refuse an objective that wants to know what nobody tells it."""
-        name = self.configuration["objective"]["name"]
-        totals = getattr(strategy, "class_totals", False)
-        if "class-totals" in chosen.wants and not totals:
-            raise ConfigurationError(
-                f"objective '{name}' wants to know how many examples of each class all "
-                f"clients have, which {type(strategy).__name__} does not tell them. "
-                "Choose a strategy of fedweight's."
-            )
-        if "groups" in chosen.wants and self.schema is None:
-            check_choice("objective.group", chosen.group, self.data.attribute_names)
-
-    def _check_clients(self, strategy: Strategy) -> None:
-        """Refuse a strategy that asks for more clients than there are, or than fit."""
-        clients, schedule = self.data.num_clients, self.schedule()
-        shares = ["fraction_train", "fraction_evaluate"]
-        if schedule is not None and schedule.chooses:
-            shares.remove("fraction_train")
-        for name in shares:
-            asked = clients * float(getattr(strategy, name, 0.0))
-            if asked > MOST_ASKED:
-                raise ConfigurationError(
-                    f"strategy.{name.replace('_', '-')} is {asked / clients:g}, which "
-                    f"asks {asked:,.0f} clients in a round; at most {MOST_ASKED:,} "
-                    "fit. Take a smaller share."
-                )
-        for name in (
-            "min_train_nodes",
-            "min_evaluate_nodes",
-            "min_available_nodes",
-            "min_replies",
-        ):
-            least = getattr(strategy, name, 0)
-            if least > clients:
-                raise ConfigurationError(
-                    f"strategy.{name.replace('_', '-')} is {least}, but there are "
-                    f"{clients} clients (partition.clients)."
-                )
-
-    @staticmethod
-    def _check_proximal(strategy: Strategy, chosen: TrainingApp) -> None:
-        """Refuse a proximal term that makes local training diverge."""
-        key, mu = "strategy.proximal-mu", getattr(strategy, "proximal_mu", None)
-        if mu is None and isinstance(chosen.objective, Proximal):
-            key, mu = "objective.mu", chosen.objective.mu
-        limit = chosen.settings.diverging_mu
-        if mu is not None and mu >= limit:
-            raise ConfigurationError(
-                f"{key} must be below {limit:g}, got {mu:g}: from 2 (1 + momentum) / "
-                "learning-rate on, the proximal term alone makes sgd diverge. Lower it "
-                "or training.learning-rate."
-            )
-
-    def _check_decisions(self, strategy: Strategy) -> None:
-        """Refuse to stop, or to choose a model, by what nobody will have measured."""
-        table = self.configuration["run"]
-        rests_on = {
-            "run.stop-metric": table["stop-metric"] if table["stop-after"] else "",
-            "run.keep-best": table["keep-best"],
-        }
-        off = {"run.stop-metric": "run.stop-after = 0", "run.keep-best": 'it to ""'}
-        for key, metric in rests_on.items():
-            why, instead = self._not_measured(strategy, metric) if metric else ("", "")
-            if why:
-                advice = f"{instead}set {off[key]}"
-                raise ConfigurationError(
-                    f"{key} is '{metric}', but {why}. {advice[0].upper()}{advice[1:]}."
-                )
-
-    def _not_measured(self, strategy: Strategy, metric: str) -> tuple[str, str]:
-        """Return why no round will have a metric, and what to do; empty if it will."""
-        if not has_our_loop(strategy):
-            return f"{own_loop(self.configuration)}, which ends when it wants", ""
-        trains = metric.startswith("train-")
-        share = "fraction_train" if trains else "fraction_evaluate"
-        if getattr(strategy, share, 1.0) == 0:
-            key = f"strategy.{share.replace('_', '-')}"
-            return f"{key} is 0: no client measures it", f"Raise {key}, or "
-        if trains:
-            return "", ""
-        raise_it = "Raise data.held-out, or "
-        if self.configuration["data"]["held-out"] == 0:
-            return "data.held-out is 0: clients keep nothing to evaluate", raise_it
-        if self.schema is None and not self.data.holds_out:
-            return (
-                f"no client has so many examples that data.held-out = "
-                f"{self.configuration['data']['held-out']:g} leaves it one to evaluate",
-                raise_it,
-            )
-        return "", ""
-
-    def _check_model(self) -> None:
-        """Refuse a model that cannot take the data or gives no logits for them."""
-        some = self.data.client(int(self._sizes.argmax())).train
-        if not len(some):
-            some = self.data.test
-        x = as_tensor(some.x[:2])
-        if not len(x):
-            return
-        name, data = self.configuration["model"]["name"], self.data.name
-        module = self.make_model().eval()
-        takes = f"[{', '.join(map(str, x.shape[1:]))}] of {x.dtype}"
-        try:
-            with torch.no_grad():
-                shape = list(module(x).shape)
-        except Exception as error:
-            hint = ""
-            if x.dtype == torch.int64:
-                hint = ". Whole numbers are tokens; for features give floating ones"
-            elif channels_last(self.data.input_shape):
-                hint = ". Images are [n, c, h, w]: x.transpose(0, 3, 1, 2)"
-            reason = (str(error).splitlines() or [""])[0].rstrip(".")
-            raise ConfigurationError(
-                f"model.name: '{name}' cannot take an example of data '{data}', "
-                f"{takes}: {type(error).__name__}: {reason}{hint}."
-            ) from None
-        if shape != [len(x), self.data.num_classes]:
-            raise ConfigurationError(
-                f"model.name: '{name}' gives shape {shape} for {len(x)} examples of "
-                f"data '{data}'; it must be [{len(x)}, {self.data.num_classes}], a "
-                "logit for each class."
-            )
-
     @property
-    def _sizes(self) -> npt.NDArray[np.int64]:
+    def known_sizes(self) -> npt.NDArray[np.int64]:
         """How many examples clients have; of those drawn when asked for, of some."""
         return self.data.sizes[:MANY] if self.data.is_lazy else self.data.sizes
 
@@ -332,7 +177,7 @@ class Components:
         schedule = self.schedule()
         if isinstance(schedule, Buffered):
             cohort = min(cohort, schedule.buffer_size)
-        sizes = self._sizes
+        sizes = self.known_sizes
         steps = -(-sizes // training["batch-size"]) * training["epochs"]
         rounds = self.configuration["run"]["rounds"]
         num_steps = int(rounds * cohort * steps.mean())
@@ -368,51 +213,6 @@ class Components:
         if "seed" in options_of(SCHEDULES.resolve(name)):
             options["seed"] = self.configuration["run"]["seed"]
         return named("schedule", partial(make_schedule, name, **options))
-
-    def _check_schedule(self, strategy: Strategy, *, simulated: bool) -> None:
-        """Refuse what does not go with a schedule that is not the synchronous one."""
-        schedule = self.schedule()
-        if schedule is None:
-            return
-        name = self.configuration["schedule"]["name"]
-        if not simulated:
-            raise ConfigurationError(
-                f"schedule.name: '{name}' is for simulated clients, whose speeds are "
-                "known. Choose 'synchronous'."
-            )
-        if not isinstance(strategy, WeightingStrategy):
-            raise ConfigurationError(
-                f"schedule.name: '{name}' needs a strategy derived from "
-                "fedweight.strategies.WeightingStrategy, got "
-                f"{type(strategy).__name__}. Choose 'synchronous'."
-            )
-        if not has_our_loop(strategy):
-            raise ConfigurationError(
-                f"schedule.name: '{name}' does not go with "
-                f"{own_loop(self.configuration)}. Choose 'synchronous'."
-            )
-        with strategy.following(Clock(schedule)):  # It says what does not go.
-            pass
-        if not isinstance(schedule, Buffered):
-            return
-        if strategy.stragglers or strategy.fraction_train != 1:
-            key = "stragglers" if strategy.stragglers else "fraction-train"
-            raise ConfigurationError(
-                f"strategy.{key} does not go with schedule '{name}', where "
-                "schedule.concurrency says how many clients train at a time. Leave it "
-                "out."
-            )
-        clients = self.data.num_clients
-        if schedule.buffer_size > clients:
-            raise ConfigurationError(
-                f"schedule.buffer-size is {schedule.buffer_size}, but there are "
-                f"{clients} clients (partition.clients), and none is in a buffer twice."
-            )
-        if strategy.min_replies > schedule.buffer_size:
-            raise ConfigurationError(
-                f"strategy.min-replies is {strategy.min_replies}, but no round has "
-                f"more than schedule.buffer-size = {schedule.buffer_size} replies."
-            )
 
     def strategy(self) -> Strategy:
         """Make the strategy, with what it needs from the server."""

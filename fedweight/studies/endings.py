@@ -44,6 +44,7 @@ def warnings_of(run: RunFolder) -> list[str]:
     if (run.folder / "clients.csv").is_file() and len(run.clients):
         asked = _asked(run)
         lines += [
+            *_not_answered(run),
             *_always_failed(run, asked),
             *_never_evaluated(run),
             *_never_asked(run, asked),
@@ -74,11 +75,13 @@ def ending_of(run: RunFolder) -> str | None:
 def _asked(run: RunFolder) -> pd.DataFrame:
     """Return the rows of clients that were asked to train, in the rounds' order.
 
+    In round 0, before the first, nobody is.
+
     ``lost`` says which of them are not in the model though they have data and time,
     and ``why`` what went wrong.
     """
     rows = run.clients[run.clients["status"] != "evaluated"]
-    rows = rows.sort_values("round", kind="stable")
+    rows = rows[rows["round"] > 0].sort_values("round", kind="stable")
     reasons = rows["reason"] if "reason" in rows else pd.Series("", rows.index)
     dropped = (rows["status"] == "dropped") & ~reasons.isin(
         [keys.NO_EXAMPLES, keys.STRAGGLER]
@@ -116,11 +119,7 @@ def _always_failed(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
     if rows.empty:
         return
     times = rows.groupby("client").size()
-    last = rows.drop_duplicates("client", keep="last")
-    groups = [
-        group for _, group in last.groupby(last["why"].map(without_numbers), sort=False)
-    ]
-    groups.sort(key=len, reverse=True)
+    groups = _by_reason(rows.drop_duplicates("client", keep="last"))
     for group in groups[:MOST_REASONS]:
         clients = group["client"].tolist()
         few, many = times[clients].min(), times[clients].max()
@@ -135,6 +134,33 @@ def _always_failed(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
             f"{run.called(others)} failed in every round {_they(others)} asked, for "
             "other reasons; clients.csv has them"
         )
+
+
+def _not_answered(run: RunFolder) -> Iterator[str]:
+    """Name clients that did not answer what they were asked before the first round."""
+    rows = run.clients[run.clients["round"] == 0]
+    rows = rows[rows["status"].isin(BAD_REPLIES)]
+    if rows.empty:
+        return
+    groups = _by_reason(rows.assign(why=rows["reason"].map(cause)))
+    for group in groups[:MOST_REASONS]:
+        yield (
+            f"{run.called(sorted(set(group['client'])))} did not answer before the "
+            f"first round: {group['why'].iloc[-1]}"
+        )
+    others = {c for group in groups[MOST_REASONS:] for c in group["client"].tolist()}
+    if others:
+        yield (
+            f"{run.called(sorted(others))} did not answer before the first round, for "
+            "other reasons; clients.csv has them"
+        )
+
+
+def _by_reason(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return rows by what went wrong, but for its numbers; the most first."""
+    kinds = rows["why"].map(without_numbers)
+    groups = [group for _, group in rows.groupby(kinds, sort=False)]
+    return sorted(groups, key=len, reverse=True)
 
 
 def _never_evaluated(run: RunFolder) -> Iterator[str]:

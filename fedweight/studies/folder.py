@@ -40,6 +40,7 @@ FILES = (
     "errors.log",
     "model.safetensors",
     "best-model.safetensors",
+    "best-models.safetensors",
     "models.safetensors",
     "report.html",
     "checkpoint.safetensors",
@@ -329,6 +330,14 @@ class Table:
         self._rows += len(several)
         self.write()
 
+    def complete(self, more: Mapping[str, Any]) -> None:
+        """Fill in cells of the last row, in columns that there are."""
+        self.write()
+        header, *rows = rows_of(self.path)
+        known = dict(zip(header, rows[-1], strict=True))
+        last = [more.get(name, cell) for name, cell in known.items()]
+        self._write_again(header, [*rows[:-1], last])
+
     def _add_columns(self, new: Iterable[str]) -> None:
         before = list(self.columns)
         for name in new:
@@ -342,7 +351,7 @@ class Table:
             self._write_again(before, rows_of(self.path)[1:])
 
     def _write_again(
-        self, before: Sequence[str], rows: Iterable[Sequence[str]]
+        self, before: Sequence[str], rows: Iterable[Sequence[Any]]
     ) -> None:
         """Write the file anew, of rows that have the columns of before."""
         place = {name: k for k, name in enumerate(before)}

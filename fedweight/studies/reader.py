@@ -153,15 +153,10 @@ class RunFolder:
         DataError
             There are none: the method keeps one, or the run did not end.
         """
-        whole = self._model(
+        return self._models(
             "models.safetensors",
             "it is written when a run ends whose method keeps several global models",
         )
-        found: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in whole.items():
-            which, _, name = key.partition("/")
-            found.setdefault(int(which), {})[name] = tensor
-        return [found[which] for which in sorted(found)]
 
     def best_model(self) -> dict[str, Tensor]:
         """Return the model that the clients' held-out data liked best, by name.
@@ -171,13 +166,38 @@ class RunFolder:
         Raises
         ------
         DataError
-            There is none: the run was not told to keep it.
+            There is none: the run was not told to keep it, or its method keeps several.
         """
-        return self._model(
-            "best-model.safetensors",
-            "the best model is kept where run.keep-best says by what, for instance "
-            "evaluate-loss",
-        )
+        if self.keeps_several:
+            raise DataError(
+                f"the run in {self.folder} has several best models, of which each "
+                "client measured its own. Take best_models()."
+            )
+        return self._model("best-model.safetensors", _NO_BEST)
+
+    def best_models(self) -> list[dict[str, Tensor]]:
+        """Return the global models after :attr:`best_round`, where there are several.
+
+        Clients measured each the one that it uses; together those were best then.
+
+        Raises
+        ------
+        DataError
+            There are none: the run was not told to keep them, or its method keeps one.
+        """
+        return self._models("best-models.safetensors", _NO_BEST)
+
+    @property
+    def keeps_several(self) -> bool:
+        """Whether what was best, by ``run.keep-best``, are several global models."""
+        return (self.folder / "best-models.safetensors").is_file()
+
+    def _models(self, name: str, otherwise: str) -> list[dict[str, Tensor]]:
+        found: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in self._model(name, otherwise).items():
+            which, _, part = key.partition("/")
+            found.setdefault(int(which), {})[part] = tensor
+        return [found[which] for which in sorted(found)]
 
     def _model(self, name: str, otherwise: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -246,7 +266,8 @@ class RunFolder:
     @cached_property
     def best_round(self) -> int | None:
         """The round of :meth:`best_model`, by ``run.keep-best``; ``None`` without."""
-        path = self.folder / "best-model.safetensors"
+        name = "best-models" if self.keeps_several else "best-model"
+        path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
         try:
@@ -440,6 +461,10 @@ def label_columns(partition: pd.DataFrame) -> list[str]:
     columns = [name for name in partition.columns if name.startswith("label_")]
     return sorted(columns, key=lambda name: (len(name), name))
 
+
+_NO_BEST = (
+    "what is best is kept where run.keep-best says by what, for instance evaluate-loss"
+)
 
 _WHAT_A_RUN_IS = (
     "A run's folder is what `fedweight run` writes: config.toml, rounds.csv, "

@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
 
 from ..clients.evaluation import evaluate
 from ..core.errors import OutputError
@@ -31,13 +32,15 @@ from ..messages.arrays import flatten
 from ..messages.grids import KnowsWhoCame, name_of, number_of
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
+from ..server.wrapped import with_inner
 from ..strategies import RoundRecord, WeightingStrategy
+from .callbacks import BEST, BEST_MODELS
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .components import Components
 from .folder import Table, write_whole
 from .listener import Listener
 from .progress import Progress, Report
-from .records import ErrorLog, client_row, round_row
+from .records import ErrorLog, client_row, round_row, tested_columns
 
 log = logging.getLogger("fedweight")
 
@@ -79,8 +82,10 @@ class Recorder:
         self._described: set[int] = set()
         self._module: FlatModule | None = None
         self._arrays: ArrayRecord | None = None
+        self._tested = False  # the model of the last round
         self._began = self._last = time.perf_counter() if began is None else began
         self._heard: list[RoundRecord] = []
+        self._before: list[RoundRecord] = []  # of round 0, as far as it is recorded
         self._environment: dict[str, Any] = {}
         self.grid: Grid | None = None
         self.over: Callable[[], bool] = lambda: False  # Whether no round comes after.
@@ -241,7 +246,9 @@ class Recorder:
         """Evaluate the global model, and record the round; Flower's evaluate_fn."""
         self._arrays = arrays
         test = self._test(number, arrays)
-        history = getattr(self.strategy, "history", self._heard)
+        self._tested = bool(test)
+        self._record_before()
+        history = self._history
         if history and history[-1].number == number:
             record = history[-1]
         else:
@@ -271,10 +278,25 @@ class Recorder:
             )
         return MetricRecord(dict(test)) if test else None
 
+    @property
+    def _history(self) -> list[RoundRecord]:
+        return getattr(self.strategy, "history", self._heard)
+
+    def _record_before(self) -> None:
+        """Record who did not answer what the strategy asked before the first round."""
+        if self._before:
+            return
+        histories = [getattr(s, "history", ()) for s in with_inner(self.strategy)]
+        self._before = [r for one in histories for r in one if r.number == 0]
+        for record in self._before:
+            self.clients.append(client_row(0, client) for client in record.clients)
+            self.errors.add(record)
+
     def _end(self) -> OutputError | None:
         """Write all that is still to be written; return why some of it cannot be."""
         tables = (self.rounds, self.clients, self.timings, self.partition)
-        jobs = [table.write for table in tables if table is not None]
+        jobs = [self._record_before]
+        jobs += [table.write for table in tables if table is not None]
         jobs += [self.errors.write, self._write_connected, self._write_model]
         failure = None
         for write in jobs:
@@ -292,25 +314,48 @@ class Recorder:
 
     def _write_model(self) -> None:
         if self._arrays is not None:
-            self.write_model(self.folder / "model.safetensors", self._arrays)
-        if isinstance(self.strategy, WeightingStrategy) and self.strategy.models:
-            states = {
-                f"{which}/{name}": tensor
-                for which, model in enumerate(self.strategy.models)
-                for name, tensor in model.state_dict().items()
-            }
-            write_whole(self.folder / "models.safetensors", safetensors_bytes(states))
+            self._write_one(self.folder / "model.safetensors", self._arrays)
+        several = self._several_models()
+        if several:
+            path = self.folder / "models.safetensors"
+            write_whole(path, safetensors_bytes(several))
 
-    def write_model(
-        self, path: Path, arrays: ArrayRecord, about: Mapping[str, str] | None = None
+    def _write_one(
+        self, path: Path, arrays: ArrayRecord, about: dict[str, str] | None = None
     ) -> None:
         """Write a model, and in its file's metadata what is said about it."""
         state = flatten(arrays, self._ready_module().layout).state_dict()
-        metadata = None if about is None else dict(about)
-        write_whole(path, safetensors_bytes(state, metadata))
+        write_whole(path, safetensors_bytes(state, about))
+
+    def _several_models(self) -> dict[str, Tensor]:
+        """Return the tensors of all global models, where the method keeps several."""
+        models = []
+        if isinstance(self.strategy, WeightingStrategy):
+            models = self.strategy.models
+        return {
+            f"{which}/{name}": tensor
+            for which, model in enumerate(models)
+            for name, tensor in model.state_dict().items()
+        }
+
+    def write_best(self, number: int, arrays: ArrayRecord) -> None:
+        """Write what clients used in a round: the global model, or the several."""
+        # One entry: several would come in any order, and change the file's bits.
+        about = {"round": str(number)}
+        one, more = self.folder / BEST, self.folder / BEST_MODELS
+        several = self._several_models()
+        if several:
+            write_whole(more, safetensors_bytes(several, about))
+        else:
+            self._write_one(one, arrays, about)
 
     def stopped(self, number: int, reason: str) -> None:
-        """Write down that no round comes after this one, though more were asked for."""
+        """Write down that no round comes after this one, though more were asked for.
+
+        Where that was not known when it was recorded, its model is tested now.
+        """
+        if not self._tested and self._arrays is not None:
+            self.rounds.complete(tested_columns(self._evaluate(self._arrays)))
         self._environment["stopped"] = {"round": number, "reason": reason}
         self._write_environment()
 
@@ -325,6 +370,9 @@ class Recorder:
         last = number == table["rounds"] or self.over()
         if number % table["evaluate-every"] and not last:
             return {}
+        return self._evaluate(arrays)
+
+    def _evaluate(self, arrays: ArrayRecord) -> dict[str, float]:
         module = self._ready_module()
         model = flatten(arrays, module.layout)
         loss, accuracy = evaluate(module, model, self.components.data.test)

@@ -71,11 +71,16 @@ def round_row(record: RoundRecord, test: dict[str, float]) -> Row:
         "reason": first_line(record.reason),
         "asked": sum(status != "evaluated" for status in statuses),
         **{status: statuses.count(status) for status in counted},
-        **{f"test_{name}": value for name, value in test.items()},
+        **tested_columns(test),
         **{f"client_accuracy_{name}": value for name, value in spread.items()},
         "bytes_down": sum(c.bytes_down for c in record.clients),
         "bytes_up": sum(c.bytes_up for c in record.clients),
     }
+
+
+def tested_columns(test: Mapping[str, float]) -> Row:
+    """Return what the server measured by the columns of a round's row."""
+    return {f"test_{name}": value for name, value in test.items()}
 
 
 @lru_cache(maxsize=4096)

@@ -30,6 +30,7 @@ from ..simulations import Plan, SimulationGrid, simulate
 from .callbacks import BestModel, EarlyStopping, OwnCallbacks, checked_callbacks
 from .components import Components, engine_arguments, has_our_loop, own_loop
 from .configuration import Configuration
+from .feasibility import check_feasible
 from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
 from .given import as_settings, of_main, setting_map, whole_tables
 from .keeper import NAME as KEPT
@@ -116,7 +117,7 @@ def make_ready(
     strategy = components.strategy()
     client_app = components.client_app()
     initial = FlatRecord(FlatModule(components.make_model()).save())
-    components.check_feasible(strategy, client_app, simulated=simulated)
+    check_feasible(components, strategy, client_app, simulated=simulated)
     if callbacks and not has_our_loop(strategy):
         raise ConfigurationError(
             f"callbacks: {own_loop(components.configuration)}, which calls none. Leave "
@@ -442,7 +443,7 @@ def serve(
             stopping = EarlyStopping(
                 table["stop-metric"], table["stop-after"], table["stop-delta"]
             )
-            best = BestModel(table["keep-best"], recorder.folder, recorder.write_model)
+            best = BestModel(table["keep-best"], recorder.folder, recorder.write_best)
             own = OwnCallbacks(callbacks)
             # What is tested depends on whether the round is the last one, and what a
             # checkpoint holds on what all others have made of the round.

@@ -36,7 +36,8 @@ class SummedRun(RunFolder):
             in [0, 1]: ``test_accuracy`` (the last),
             ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
             many of them there are), ``held_out_accuracy``, ``round_of_best_model`` and
-            ``test_accuracy_of_best_model`` (by ``run.keep-best``), and over
+            ``test_accuracy_of_best_model`` (by ``run.keep-best``; none where there are
+            several models), and over
             the clients in the last evaluated round ``client_accuracy_mean``,
             ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
             round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
@@ -61,7 +62,10 @@ class SummedRun(RunFolder):
             "test_accuracies_in_mean": len(last_ten),
             "held_out_accuracy": last_of(self.measured("evaluate_accuracy")),
             "round_of_best_model": self.best_round,
-            "test_accuracy_of_best_model": _number(test.get(self.best_round, np.nan)),
+            "test_accuracy_of_best_model": _number(
+                # Of several models, what is tested is the mean.
+                np.nan if self.keeps_several else test.get(self.best_round, np.nan)
+            ),
         }
         for statistic in ("mean", "std", "worst10", "best10"):
             column = f"client_accuracy_{statistic}"

@@ -945,3 +945,16 @@ def test_draws_from_the_processs_stream_are_the_same_in_threads(kit, after):
         assert app.thread_safe == (after == 30)  # That is not seen in a trial.
         simulate(server_app, app, num_clients=9, engine="local", threads=threads)
     np.testing.assert_array_equal(*models)
+
+
+def test_a_told_proximal_term_takes_the_place_of_all_of_the_objectives(kit):
+    from fedweight.clients.objectives import Plain, Proximal
+
+    nested = Proximal(0.3, Proximal(0.2))
+    told = kit.message(kit.start(), **{"proximal-mu": 0.05})
+    context = kit.context()
+    found, expected = (
+        kit.app(objective=objective)(told, context).content["arrays"]
+        for objective in (nested, Proximal(0.9, Plain()))
+    )
+    np.testing.assert_array_equal(kit.vector(found), kit.vector(expected))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fedweight.clients.evaluation import evaluate
-from fedweight.clients.probes import PROBES, ClientRound
+from fedweight.clients.probes import ClientRound
+from fedweight.clients.registries import PROBES
 from fedweight.core.layout import FlatModel
 from fedweight.core.module import FlatModule
 from fedweight.messages import keys
@@ -115,3 +116,56 @@ def test_the_proximal_term_stands_with_its_method() -> None:
     from fedweight.clients import objective
 
     assert type(objective("proximal", mu=0.5)) is Proximal
+
+
+@pytest.mark.parametrize("value", [None, "high", np.ones((2, 2)), 1j, [1, [2]], 2**70])
+def test_a_probe_measures_numbers_alike_on_every_path(kit: Any, value: Any) -> None:
+    from fedweight.core.errors import ClientError
+    from fedweight.messages.dispatch import Cohort
+
+    app = kit.app(probes={"odd": lambda client: value})
+    message = kit.message(kit.start(), request=["odd"])
+    said = r"probe 'odd' must return a number, or a list of at most 1,000,000 numbers"
+    with pytest.raises(ClientError, match=said):
+        app(message, kit.context())
+    context = kit.context()
+    cohort = Cohort(message.content, [context.node_id], "train")
+    [reply] = app.answer(cohort, cohort.nodes, lambda node: context).replies
+    assert said in reply.error.split("\n")[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["loss", "accuracy", "num-examples", "label-counts", "loss-before", ""]
+)
+def test_a_probe_has_a_name_of_its_own(kit: Any, name: str) -> None:
+    from fedweight.core.errors import ConfigurationError
+
+    with pytest.raises(ConfigurationError, match="TrainingApp: "):
+        kit.app(probes={name: half})
+
+
+def test_an_answer_holds_numbers(kit: Any) -> None:
+    from flwr.app import ConfigRecord, Message, RecordDict
+
+    from fedweight.clients import Answer
+    from fedweight.core.errors import ClientError
+
+    asked = Message(
+        RecordDict({"config": ConfigRecord({"query": "own"})}),
+        dst_node_id=1000,
+        message_type="query.ask",
+    )
+
+    def ask(answer: Any) -> Any:
+        app = kit.app(queries={"own": lambda asked: answer})
+        return app(asked, kit.context()).content
+
+    found = ask(Answer({"n": np.int64(3), "b": True}, profile={"v": np.ones(2)}))
+    assert dict(found["metrics"]) == {"n": 3, "b": 1}
+    assert dict(found["profile"]) == {"v": [1.0, 1.0]}
+    with pytest.raises(ClientError, match=r"query 'own' must return an Answer, got 3"):
+        ask(3)
+    with pytest.raises(ClientError, match=r"an Answer's 'n' must be a number, or a li"):
+        ask(Answer({"n": None}))
+    with pytest.raises(ClientError, match=r"an Answer's array 'x' must be of numbers"):
+        ask(Answer(arrays={"x": np.array(["a"])}))

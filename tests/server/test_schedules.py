@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from typing import Any
@@ -25,6 +26,7 @@ from fedweight.messages.arrays import FlatRecord
 from fedweight.server import schedules
 from fedweight.server.loop import ServerState, federate
 from fedweight.server.schedules import (
+    MOST_SPREAD,
     Arrival,
     Buffered,
     Deadline,
@@ -323,6 +325,7 @@ def test_discounts(options: dict[str, Any], expected: list[float]) -> None:
         {"buffer_size": 0},
         {"concurrency": 0},
         {"speed_spread": -0.1},
+        {"speed_spread": 50.1},
         {"speed_spread": float("inf")},
         {"discount": "none"},
         {"exponent": 0.0},
@@ -557,3 +560,11 @@ def test_a_schedule_needs_a_strategy_of_ours_and_none_around_it() -> None:
 def test_the_names_of_the_registry_are_classes() -> None:
     for name in schedules.SCHEDULES.entries:
         assert isinstance(schedules.SCHEDULES.resolve(name), type)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_largest_spread_gives_times(seed: int) -> None:
+    speeds = Speeds(seed, MOST_SPREAD, lambda clients: [10**7] * len(clients))
+    seconds = [1e6 * speeds.seconds(client) for client in range(2000)]
+    assert all(0 < one < math.inf for one in seconds)
+    assert max(seconds) > 1e50

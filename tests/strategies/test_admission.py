@@ -14,8 +14,10 @@ from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDic
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedweight import Run
 from fedweight.core.errors import AggregationError, ConfigurationError
 from fedweight.messages import _flower, keys
+from fedweight.server.admission import size_of
 from fedweight.server.known_errors import MOST
 from fedweight.strategies import WeightingStrategy
 from fedweight.strategies.checks import LARGEST_VALUE
@@ -26,6 +28,9 @@ from fedweight.strategies.fedlaw import FedLAW
 from fedweight.strategies.ida import IDA
 from fedweight.strategies.server_optimizers import ServerAdam
 from fedweight.strategies.weights import cap, size_weights
+from fedweight.studies.columns import CLIENT_COLUMNS
+from fedweight.studies.folder import Table
+from fedweight.studies.records import client_row
 
 
 def federation(kit, strategy, rows, sizes=None, dtype=np.float64):
@@ -640,3 +645,127 @@ def test_fedce_knows_the_cosine_of_a_client_that_exploded(kit, dtype):
     record = run.round()
     cosines = [c.metrics["cosine"] for c in record.clients]
     np.testing.assert_allclose(cosines, [0.5**0.5] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("claim", [10**19, 2**63, 1e300, 2**64 - 1])
+@pytest.mark.parametrize("name", ["num-examples", "num-steps"])
+def test_a_count_that_nobody_has_leaves_the_table_readable(kit, tmp_path, name, claim):
+    run = federation(kit, FedAvg(), [[1.0]] * 3)
+    if name == "num-examples":
+        run.clients[1].num_examples = claim
+    else:
+        run.clients[1].metrics[name] = claim
+    record = run.round()
+    lying = record.clients[1]
+    if name == "num-examples":
+        assert lying.status == "rejected"
+        assert f"'{name}' must be a number of 0 or more, at most 1e+18" in lying.reason
+    assert name not in lying.metrics
+    rows = [client_row(1, client) for client in record.clients]
+    assert all(row.get("examples", 0) <= 1e18 for row in rows)
+    assert all(row.get("steps", 0) <= 1e18 for row in rows)
+    table = Table(tmp_path / "clients.csv", CLIENT_COLUMNS, ["name"])
+    table.append(rows)
+    table.write()
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "rounds.csv").write_text("round\n1\n")
+    frame = Run(tmp_path).clients
+    assert frame["client"].tolist() == [0, 1, 2]
+    assert str(frame["examples"].dtype) == str(frame["steps"].dtype) == "Int64"
+
+
+def test_an_evaluation_of_more_examples_than_there_are_is_none(kit):
+    with pytest.raises(AggregationError, match=r"at most 1e\+18"):
+        size_of({"num-examples": 10**19}, "num-examples")
+    assert size_of({"num-examples": 10**18}, "num-examples") == 1e18
+    assert size_of({"worth": 1e300}, "worth") == 1e300
+
+
+class BySpread(WeightingStrategy):
+    """Weigh clients by the sum of a list that they report."""
+
+    request = ("v",)
+
+    def weights(self, round):
+        return round.profile("v").sum(1)
+
+
+def spread(kit, lists):
+    run = federation(kit, BySpread(), [[1.0]] * len(lists))
+    for client, own in zip(run.clients.values(), lists, strict=True):
+        if isinstance(own, list):
+            client.profile = {"v": own, "unasked": ["x"]}
+        else:
+            client.metrics = {"v": own}
+    return run.round()
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ([1.0, math.nan], "its 'v' must be a list of at most 1,000,000 finite numbers"),
+        (["a", "b"], "its 'v' must be a list of at most 1,000,000 finite numbers"),
+        ([1.0], "its 'v' is not a list of 2 numbers, as most others' are"),
+        ([], "its 'v' is not a list of 2 numbers, as most others' are"),
+        (3.0, "its 'v' is a number, where most clients give a list"),
+    ],
+)
+def test_odd_side_data_reject_their_client_only(kit, odd, why):
+    record = spread(kit, [[1.0, 2.0], odd, [3.0, 4.0], [1, 1]])
+    assert record.status == "ok"
+    assert [c.status for c in record.clients] == ["ok", "rejected", "ok", "ok"]
+    assert record.clients[1].reason.startswith(why)
+    assert [c.weight for c in record.clients if c.status == "ok"] == [3, 7, 2]
+
+
+def test_a_list_for_a_number_rejects_its_client_only(kit):
+    class ByGain(BySpread):
+        def weights(self, round):
+            return round.metric("v")
+
+    run = federation(kit, ByGain(), [[1.0]] * 3)
+    run.clients[0].metrics = run.clients[2].metrics = {"v": 2.0}
+    run.clients[1].profile = {"v": [2.0]}
+    record = run.round()
+    assert [c.status for c in record.clients] == ["ok", "rejected", "ok"]
+    assert (
+        record.clients[1].reason
+        == "its 'v' is a list, where most clients give a number"
+    )
+
+
+def test_lists_of_two_lengths_alike_often_fail_the_round(kit):
+    record = spread(kit, [[1.0, 2.0], [1.0], [3.0, 4.0], [1.0]])
+    assert record.status == "failed"
+    assert "did not give a list of" in record.reason
+    record = spread(kit, [[1.0, 2.0], 3.0])
+    assert record.status == "failed"
+    assert {c.reason for c in record.clients} == {
+        "as many clients give a list as a number for 'v'"
+    }
+
+
+def test_lists_of_different_lengths_are_there_as_they_are(kit):
+    class Own(BySpread):
+        def weights(self, round):
+            return torch.tensor([float(len(p["v"])) for p in round.profiles])
+
+    run = federation(kit, Own(), [[1.0]] * 3)
+    for k, client in run.clients.items():
+        client.profile = {"v": [0.5] * (k + 1)}
+    assert [c.weight for c in run.round().clients] == [1, 2, 3]
+
+
+def test_odd_replies_leave_what_is_carried(kit):
+    class Counts(BySpread):
+        def begin(self):
+            return 0
+
+        def weights(self, round):
+            return round.profile("v").sum(1), round.state + 1
+
+    run = federation(kit, Counts(), [[1.0]] * 3)
+    for k, client in run.clients.items():
+        client.profile = {"v": [1.0] * (1 + (k == 2))}
+    run.round()
+    assert run.strategy.state["method"] == 1

@@ -326,7 +326,9 @@ def test_who_never_answers_is_alone(caplog: pytest.LogCaptureFixture) -> None:
     arrays = ArrayRecord(nn.Linear(4, CLASSES).state_dict())
     strategy.start(LocalGrid(app, 3), arrays, num_rounds=1)
     assert strategy.state["method"]["coalitions"] == {0: 0, 1: 0}
-    assert "client 2 did not answer 'discriminate'" in caplog.text
+    why = "client 2 failed: query 'discriminate': query.ask: OSError: no disk"
+    assert f"before the first round: {why}" in caplog.text
+    assert [record.number for record in strategy.history] == [0, 1]
 
 
 def test_nobody_answers() -> None:

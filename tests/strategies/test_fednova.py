@@ -205,3 +205,43 @@ def test_a_run_with_stragglers(tmp_path, mu):
     for steps, a in zip(clients["steps"], clients["normaliser"], strict=True):
         assert a == pytest.approx(gradients_in(int(steps), 0.5, rate * mu))
     assert made.rounds["test_loss"].iloc[-1] < made.rounds["test_loss"].iloc[0]
+
+
+OWN_TERM = """
+import torch
+from fedweight.clients.objectives import Plain
+
+
+class Anchored(Plain):
+    def penalty_gradient(self, parameters, start):
+        return 0.1 * (parameters - start)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"objective.name": "proximal", "objective.mu": 0.5},
+            "FedNova tells clients strategy.proximal-mu = 0, which takes the place of "
+            "objective.mu = 0.5",
+        ),
+        (
+            {"objective.name": "anchored:Anchored"},
+            "it does not know what the penalty_gradient of Anchored makes",
+        ),
+        ({"objective.name": "proximal", "objective.mu": 0.0}, ""),
+        ({"strategy.name": "fedavg", "objective.name": "anchored:Anchored"}, ""),
+    ],
+)
+def test_terms_that_the_normaliser_does_not_know_are_told(
+    tmp_path, monkeypatch, caplog, settings, said
+):
+    (tmp_path / "anchored.py").write_text(OWN_TERM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given = {"run.rounds": 1, "partition.clients": 3, "strategy.name": "fednova"}
+    made = run_simulation(settings=given | settings, out=tmp_path / "r", report=False)
+    assert made.summary()["failed_rounds"] == 0
+    told = [r.getMessage() for r in caplog.records if r.name == "fedweight"]
+    assert [said in line for line in told] == [True] * bool(said)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedweight import Run, run
+from fedweight.core.errors import ConfigurationError, DataError
 
 GAIN = '''
 import torch
@@ -113,3 +115,145 @@ def test_a_strategy_brings_its_queries(own: Path, engine: str) -> None:
     last = made.clients.query("round == 3")
     assert last["weight"].sum() == pytest.approx(2)
     assert last["accuracy"].notna().all()
+
+
+# Clients 1 and 2 cannot answer; where `nobody` is told, the method gives up.
+SICK = HALF.replace(
+    "    upper =",
+    '    if asked.client in (1, 2):\n        raise ValueError("no power")\n    upper =',
+)
+GIVES_UP = SICK.replace(
+    '        answers = population.ask("half", questions)\n',
+    '        answers = population.ask("half", questions)\n'
+    '        raise ConfigurationError("too few answers")\n',
+).replace(
+    "import numpy", "from fedweight.core.errors import ConfigurationError\nimport numpy"
+)
+
+FAILED = "clients 1 and 2 did not answer before the first round: query 'half': "
+
+
+def test_who_does_not_answer_a_query_is_recorded(
+    own: Path, engine: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "strategy.name": "own:ByHalf",
+        "run.rounds": 2,
+        "partition.clients": 5,
+        "partition.name": "iid",
+    }
+    made = ran(own, SICK, settings, engine)
+    told = f"{FAILED}query.ask: ValueError: no power"
+    assert told in made.warnings
+    assert "Traceback" not in "".join(capfd.readouterr())
+    rows = made.clients[made.clients["round"] == 0]
+    assert rows["client"].tolist() == [1, 2]
+    assert rows["status"].tolist() == ["failed"] * 2
+    log = (made.folder / "errors.log").read_text()
+    assert log.count("Traceback") == 1
+    assert "2 x, round 0, clients 1 and 2:" in log
+    # They train all the same.
+    assert made.rounds["ok"].tolist()[1:] == [5, 5]
+    assert made.rounds["failed"].sum() == 0
+    assert not any("failed in every round" in line for line in made.warnings)
+    made.report()
+
+
+def test_a_method_that_gives_up_before_the_rounds_leaves_the_reasons(own: Path) -> None:
+    settings = {"strategy.name": "own:ByHalf", "partition.clients": 5}
+    with pytest.raises(ConfigurationError, match="too few answers"):
+        ran(own, GIVES_UP, settings, "local")
+    made = Run(own / "run")
+    assert any(line.startswith(FAILED) for line in made.warnings)
+    assert "no power" in (own / "run" / "errors.log").read_text()
+
+
+def test_the_best_of_several_models_are_kept(own: Path) -> None:
+    settings: dict[str, object] = {
+        "strategy.name": "own:ByHalf",
+        "run.rounds": 4,
+        "run.keep-best": "evaluate-accuracy",
+        "training.epochs": 3,
+        "training.learning-rate": 1.0,
+        "partition.clients": 6,
+        "partition.name": "shards",
+    }
+    done = ran(own, HALF, settings, "local")
+    best = done.best_round
+    assert best == done.measured("evaluate_accuracy").idxmax()
+    assert not (done.folder / "best-model.safetensors").exists()
+    (own / "short").mkdir()
+    settings = {**settings, "run.rounds": best, "run.keep-best": ""}
+    short = ran(own / "short", HALF, settings, "local")
+    for kept, model in zip(done.best_models(), short.models(), strict=True):
+        assert all(torch.equal(kept[name], model[name]) for name in model)
+    with pytest.raises(DataError, match=r"has several best models.*best_models\(\)"):
+        done.best_model()
+    with pytest.raises(DataError, match=r"best-models\.safetensors is missing"):
+        short.best_models()
+    summary = done.summary()
+    assert summary["round_of_best_model"] == best
+    assert summary["test_accuracy_of_best_model"] is None
+
+
+WRAPPED = '''
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
+
+
+class Holder(DifferentialPrivacyServerSideFixedClipping):
+    """Clip what comes in and add no noise; a method of ours does the rest."""
+
+    def __init__(self, fraction_train: float = 1.0) -> None:
+        inner = {}(fraction_train=fraction_train)
+        super().__init__(inner, 0.0, 1e3, 5)
+
+
+class Outer(Holder):
+    """A wrapper in a wrapper."""
+
+    def __init__(self) -> None:
+        self.outermost = True
+        super().__init__()
+        self.strategy = Holder()
+'''
+
+ASKS = SICK.replace("class ByHalf", "class Asks").replace(
+    "    def assign(self, selection):\n"
+    "        return [selection.state.get(client, 0) for client in selection.clients]\n",
+    "",
+)
+
+
+@pytest.mark.parametrize("name", ["Holder", "Outer"])
+def test_a_wrapped_strategy_brings_its_probes(
+    own: Path, engine: str, name: str
+) -> None:
+    settings = {
+        "strategy.name": f"own:{name}",
+        "run.rounds": 2,
+        "partition.clients": 5,
+        "partition.name": "iid",
+    }
+    made = ran(own, GAIN + WRAPPED.format("ByGain"), settings, engine)
+    assert made.clients["own_gain"].notna().all()
+    assert made.clients["status"].tolist() == ["ok"] * 10
+
+
+def test_a_wrapped_strategy_brings_its_queries(own: Path) -> None:
+    settings = {
+        "strategy.name": "own:Holder",
+        "run.rounds": 2,
+        "partition.clients": 5,
+        "partition.name": "iid",
+    }
+    made = ran(own, ASKS + WRAPPED.format("Asks"), settings, "local")
+    assert made.clients.loc[made.clients["round"] == 0, "client"].tolist() == [1, 2]
+    assert any(line.startswith(FAILED) for line in made.warnings)
+
+
+def test_what_a_wrapped_strategy_asks_for_is_checked_first(own: Path) -> None:
+    code = GAIN.replace('request = ("gain",)', 'request = ("gains",)')
+    settings = {"strategy.name": "own:Holder", "partition.clients": 5}
+    with pytest.raises(ConfigurationError, match=r"ByGain\.request names 'gains'"):
+        ran(own, code + WRAPPED.format("ByGain"), settings, "local")
+    assert not (own / "run").exists()

@@ -444,6 +444,24 @@ def test_a_users_callback_may_stop(here: Path, answer: Any) -> None:
         resume("x")
 
 
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_the_last_model_is_tested_when_a_users_callback_stops(
+    here: Path, every: int
+) -> None:
+    settings = {**QUICK, "run.evaluate-every": every}
+    done = run(
+        settings={**settings, "run.rounds": 9},
+        out="x",
+        report=False,
+        callbacks=[lambda state: state.round == 3],
+    )
+    run(settings={**settings, "run.rounds": 3}, out="y", report=False)
+    assert done.complete
+    assert done.accuracy.index[-1] == 3
+    assert Path("x/rounds.csv").read_bytes() == Path("y/rounds.csv").read_bytes()
+    assert done.summary()["test_accuracy"] == Run("y").summary()["test_accuracy"]
+
+
 def test_a_users_callback_that_asks_in_the_last_round_stops_nothing(
     here: Path,
 ) -> None:

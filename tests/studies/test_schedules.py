@@ -198,6 +198,7 @@ class Starts(FedBuff):
         ({"strategy.name": "own_schedule:Starts"}, r"start\(\) of its own"),
         ({"strategy.stragglers": 0.5, "training.epochs": 3}, r"strategy\.stragglers"),
         ({"strategy.fraction-train": 0.5}, r"strategy\.fraction-train does not go"),
+        ({"strategy.min-train-nodes": 5}, r"strategy\.min-train-nodes does not go"),
         ({"schedule.buffer-size": 13}, r"schedule\.buffer-size is 13, but there are"),
         ({"strategy.min-replies": 5}, r"strategy\.min-replies is 5, but no round"),
         ({"schedule.discount": "linear"}, "schedule.discount"),
@@ -232,4 +233,77 @@ def test_clients_beyond_what_could_train_in_a_round(tmp_path: Path) -> None:
             "run.rounds": 2,
         },
     )
+    assert made.summary()["failed_rounds"] == 0
+
+
+MINE = """
+from flwr.app import Message
+
+from fedweight.server import Arrival, Schedule, Timetable
+
+
+class Mine(Schedule):
+    \"\"\"The first clients, round after round.\"\"\"
+
+    chooses = True
+
+    def __init__(self, size: int = 3):
+        self.size = size
+
+    def next(self, moment, state):
+        arrivals = tuple(
+            Arrival(k, moment.round, moment.model, 1.0) for k in range(self.size)
+        )
+        return Timetable(arrivals, lambda passes: {}, lambda passes: 1.0), None
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return {
+        "run.rounds": 2,
+        "partition.clients": 5,
+        "strategy.name": "fedavg",
+        "schedule.name": "mine:Mine",
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy.fraction-train": 0.5},
+        {"strategy.stragglers": 0.5, "training.epochs": 3},
+        {"strategy.min-train-nodes": 3},
+    ],
+)
+def test_what_a_schedule_of_ones_own_would_ignore_is_refused(
+    mine: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    key = next(iter(settings))
+    said = f"{key} does not go with schedule 'mine:Mine', where the schedule says whose"
+    with pytest.raises(ConfigurationError, match=said):
+        run(settings={**mine, **settings}, out=tmp_path / "run", report=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_of_ones_own_runs_and_is_refused_where_it_cannot_be(
+    mine: dict[str, Any], tmp_path: Path
+) -> None:
+    made = run(settings=mine, out=tmp_path / "run", report=False)
+    assert made.rounds["ok"].tolist()[1:] == [3, 3]
+    with pytest.raises(ConfigurationError, match=r"from 0 to 4, got 5\."):
+        run(settings={**mine, "schedule.size": 6}, out=tmp_path / "odd", report=False)
+
+
+def test_the_defaults_of_a_strategy_from_python_go_with_a_buffer_of_one(
+    tmp_path: Path,
+) -> None:
+    from fedweight.strategies import FedAsync
+
+    settings = {**QUICK, "schedule.buffer-size": 1, "run.rounds": 1}
+    del settings["strategy.name"]
+    made = run(strategy=FedAsync(), settings=settings, out=tmp_path / "x", report=False)
     assert made.summary()["failed_rounds"] == 0
