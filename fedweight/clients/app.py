@@ -169,6 +169,7 @@ class TrainingApp(ClientApp):
                     seed,
                     coding,
                     purposes=purposes,
+                    owner="personal",
                 ),
             )
         self._work = LocalWork(

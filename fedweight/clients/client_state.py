@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
@@ -10,22 +10,25 @@ from torch import Tensor
 from ..core.layout import as_tensor
 from .steps.task import LocalResult
 
-# Records of a client's state.
-CARRY = "objective.carry"
-KEPT = "objective.kept"
+# Whose state it is: that of local training, or of the personal model's.
+Owner = Literal["objective", "personal"]
 
 
 def read_state(
-    state: RecordDict,
+    state: RecordDict, owner: Owner
 ) -> tuple[dict[str, Tensor] | None, dict[str, Tensor]]:
     """Return what a client carries, and keeps of its examples, from earlier rounds."""
-    carry = _arrays(state, CARRY) if CARRY in state else None
-    return carry, _arrays(state, KEPT) if KEPT in state else {}
+    carry, kept = f"{owner}.carry", f"{owner}.kept"
+    return (
+        _arrays(state, carry) if carry in state else None,
+        _arrays(state, kept) if kept in state else {},
+    )
 
 
-def write_state(state: RecordDict, result: LocalResult) -> None:
+def write_state(state: RecordDict, owner: Owner, result: LocalResult) -> None:
     """Put what a client takes along into its state."""
-    for name, values in ((CARRY, result.carry), (KEPT, result.kept)):
+    parts = {f"{owner}.carry": result.carry, f"{owner}.kept": result.kept}
+    for name, values in parts.items():
         if values:
             state[name] = ArrayRecord(
                 {part: Array(value.numpy()) for part, value in values.items()}

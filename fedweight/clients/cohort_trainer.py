@@ -19,18 +19,20 @@ from ..core.module import FlatModule
 from ..core.rng import Purpose, key_table
 from ..messages import keys
 from ..messages.dispatch import Cohort
-from .client_state import read_state
+from .client_state import Owner, read_state
 from .client_tasks import ClientTask, Instructions, client_number
 from .coding import Coding
 from .modules import Modules
 from .objectives import OBJECTIVES, Objective
 from .objectives.base import defines
 from .optimizers import OPTIMIZERS
+from .samples import Kind, kind_of
 from .settings import TrainingSettings
 from .steps.batched import BatchedTrainer
 from .steps.loop import train
 from .steps.task import LocalResult, Task
-from .trial import Findings, Kind, Trials, kind_of
+from .trial import Trials
+from .trying import Findings
 
 log = logging.getLogger("fedweight")
 
@@ -60,6 +62,8 @@ class CohortTrainer:
         How classes and groups are coded.
     purposes : tuple of Purpose
         Of the streams of the examples' order and of the noise in the model.
+    owner : {"objective", "personal"}
+        Whose part of a client's state is read.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class CohortTrainer:
         coding: Coding,
         *,
         purposes: tuple[Purpose, Purpose] = (Purpose.SHUFFLE, Purpose.DROPOUT),
+        owner: Owner = "objective",
     ) -> None:
         self.modules = modules
         self.trials = trials
@@ -80,6 +85,7 @@ class CohortTrainer:
         self.seed = seed
         self.coding = coding
         self.purposes = list(purposes)
+        self.owner = owner
         self._warned: set[str] = set()
         self._forget()
 
@@ -270,7 +276,7 @@ class CohortTrainer:
     def _with_state(self, task: Task, client: ClientTask) -> Task:
         """Return a task with what the objective wants to know and has kept."""
         totals: Any = client.instructions.told.get(keys.CLASS_TOTALS)
-        carry, kept = read_state(client.context.state)
+        carry, kept = read_state(client.context.state, self.owner)
         return replace(
             task,
             facts=self.coding.facts(self.objective, task.examples, totals),

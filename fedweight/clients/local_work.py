@@ -26,9 +26,10 @@ from .modules import Modules
 from .personal_models import PersonalModels
 from .probes import ClientRound, Probe
 from .registries import PROBES
+from .samples import kind_of
 from .settings import TrainingSettings
 from .steps.task import LocalResult
-from .trial import Trials, kind_of
+from .trial import Trials
 
 # What an error calls the global model, and the client's own.
 RECEIVED = {"given": "the received model", "expected": "this client's model"}
@@ -122,7 +123,7 @@ class LocalWork:
         for view in probed:
             view.commit()
         for client, result in pairs:
-            write_state(client.context.state, result)
+            write_state(client.context.state, "objective", result)
         if self.personal is not None and own is not None:
             self.personal.commit(clients, own)
         return replies
@@ -184,7 +185,7 @@ class LocalWork:
             apart = len(clients) > 1 and self._mixes_examples(clients)
             model = flatten(record, module.layout, **RECEIVED)
             measured = evaluate_each(module, model, parts, apart=apart)
-            of_own = [{}] * len(clients)  # type: list[dict[str, float]]
+            of_own: list[dict[str, float]] = [{} for _ in clients]
             if self.personal is not None:
                 of_own = self.personal.evaluate(module, clients)
         return [

@@ -12,6 +12,7 @@ from ..core.layout import FlatModel, Layout
 from ..core.module import FlatModule
 from ..messages import keys
 from ..messages.arrays import FlatRecord, flatten
+from .client_state import write_state
 from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
 from .evaluation import evaluate
@@ -87,6 +88,7 @@ class PersonalModels:
         for client, result in zip(clients, trained, strict=True):
             if result.num_steps:
                 client.context.state[MODEL] = FlatRecord(result.model)
+                write_state(client.context.state, "personal", result)
 
     def evaluate(
         self, module: FlatModule, clients: Sequence[ClientTask]

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedweight.clients import Objective
 from fedweight.clients.batchable import mean_where, means_by_group, one_hot
-from fedweight.clients.trial import Findings, try_batched
+from fedweight.clients.trying import Findings, try_batched
 from fedweight.data import Examples
 
 CODES = st.lists(st.integers(0, 4), min_size=1, max_size=9)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedweight.clients import TrainingSettings
 from fedweight.clients.objectives import Plain
-from fedweight.clients.steps import step
+from fedweight.clients.steps import client_step
 from fedweight.clients.steps._torch import torchscript
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
@@ -70,7 +70,7 @@ def test_without_what_batching_needs_clients_train_one_after_another(
     name, results, caplog, monkeypatch
 ):
     if name == "torch.func.functional_call":
-        monkeypatch.delattr(step, "functional_call")
+        monkeypatch.delattr(client_step, "functional_call")
     else:
         monkeypatch.delattr(name)
     found, expected = results()

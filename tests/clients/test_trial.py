@@ -10,11 +10,9 @@ from flwr.app import Context, RecordDict
 from torch import nn
 
 from fedweight.clients.objectives import Objective, Plain
-from fedweight.clients.trial import (
-    ROWS,
+from fedweight.clients.samples import ROWS, Samples, kind_of
+from fedweight.clients.trying import (
     Findings,
-    Samples,
-    kind_of,
     mixes_examples,
     try_alone,
     try_batched,

@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
+from fedweight.core.errors import AggregationError
 from fedweight.core.records import ClientRecord
 from fedweight.messages import _flower
-from fedweight.server.phase import Population, Question
+from fedweight.server.phase import Population, Question, label_totals
 
 NODES = {0: 1000, 1: 1001, 2: 1002, 3: 1003}
 
@@ -115,3 +124,23 @@ def test_an_answer_that_cannot_be_read_is_recorded() -> None:
     [record] = population.record.clients
     assert (record.client, record.status) == (2, "rejected")
     assert record.reason.startswith("query 'label-counts': its reply cannot be read: ")
+
+
+def counting(client: int, message: Message) -> list[Message]:
+    """Clients 0 and 1 have counts of three classes, 2 of one; 3 tells something else."""
+    counts: Any = {0: [4, 0, 1], 1: [1, 2, 3], 2: [9], 3: [1, -1, 2]}[client]
+    content = RecordDict({"profile": ConfigRecord({"label-counts": counts})})
+    return [Message(content, reply_to=message)]
+
+
+def test_class_totals_are_the_sum_of_what_most_clients_count() -> None:
+    population: Any = Population(Grid(counting), 0, ["label-counts"])
+    assert label_totals(population) == [5, 2, 4]
+    assert [entry(one)[:2] for one in population.record.clients] == [
+        (2, "rejected"),
+        (3, "rejected"),
+    ]
+    assert "no 3 counts" in population.record.clients[0].reason
+    nobody: Any = Population(Grid(lambda client, message: []), 0, ["label-counts"])
+    with pytest.raises(AggregationError, match="no client told how many"):
+        label_totals(nobody)

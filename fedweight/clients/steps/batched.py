@@ -28,10 +28,11 @@ from ..settings import TrainingSettings
 from ._torch.torchscript import has_few_operations, plain_execution, several
 from .carried import Carried
 from .feeding import Feeder, Gathering
+from .inputs import StepInputs, StepNames, views
 from .memory import ChunkMemory, ChunkState, TrainedRows
 from .rates import LearningRates, Rates
 from .schedule import Schedule
-from .step import ChunkStep, Step, StepInputs, StepNames, TracedStep, views
+from .step import ChunkStep, Step, TracedStep
 from .task import LocalResult, Task, groups_of
 
 # So many steps are made in one call, where what a call costs shows: a step has few
@@ -205,7 +206,7 @@ class BatchedTrainer:
         plan = Schedule.of(tasks, self.settings.batch_size, self.least)
         trained, carried = own.trained, own.trained.carried
         descends = self._descends and rates.same
-        kind = self._step
+        kind = self._step.client
         parameters = views(trained.rows, kind.parameters)
         optimizer: LocalOptimizer | None = None
         rate_of = rates.every(plan.steps, trained.rows)
@@ -275,7 +276,7 @@ class BatchedTrainer:
                         gradients = clip_each(gradients, self.settings.clip_norm)
                     optimizer.step(moved, gradients)
                 if self._changes_after:
-                    kind.change_after(inputs, names)
+                    self._step.change_after(inputs, names)
                 step += 1
         for k, values_of_one in done.items():
             for tensor, values in zip(trained.of_clients, values_of_one, strict=True):
