@@ -24,13 +24,13 @@ from .client_tasks import ClientTask, Instructions, client_number
 from .coding import Coding
 from .modules import Modules
 from .objectives import OBJECTIVES, Objective
-from .objectives.base import defines
+from .objectives.base import tracks
 from .optimizers import OPTIMIZERS
 from .samples import Kind, kind_of
 from .settings import TrainingSettings
 from .steps.batched import BatchedTrainer
 from .steps.loop import train
-from .steps.task import LocalResult, Task
+from .steps.task import Known, LocalResult, Task
 from .trial import Trials
 from .trying import Findings
 
@@ -64,6 +64,11 @@ class CohortTrainer:
         Of the streams of the examples' order and of the noise in the model.
     owner : {"objective", "personal"}
         Whose part of a client's state is read.
+
+    Attributes
+    ----------
+    tracks : bool
+        Whether the objective wants to know, carry or keep anything.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class CohortTrainer:
         self.settings = settings
         self.seed = seed
         self.coding = coding
+        self.tracks = tracks(objective)
         self.purposes = list(purposes)
         self.owner = owner
         self._warned: set[str] = set()
@@ -264,25 +270,23 @@ class CohortTrainer:
             )
             for client in clients
         ]
-        objective = self.objective
-        keeps = bool(objective.per_example) or defines(objective, "begin")
-        if not (objective.wants or keeps):
+        if not self.tracks:
             return tasks
         return [
-            self._with_state(task, client)
+            replace(task, known=self._known(client))
             for task, client in zip(tasks, clients, strict=True)
         ]
 
-    def _with_state(self, task: Task, client: ClientTask) -> Task:
-        """Return a task with what the objective wants to know and has kept."""
+    def _known(self, client: ClientTask) -> Known:
+        """Return what the objective wants to know of a client, and has kept."""
+        train = client.data.train
         totals: Any = client.instructions.told.get(keys.CLASS_TOTALS)
         carry, kept = read_state(client.context.state, self.owner)
-        return replace(
-            task,
-            facts=self.coding.facts(self.objective, task.examples, totals),
-            carry=carry,
-            kept=kept,
-            groups=self.coding.groups(self.objective, task.examples),
+        return Known(
+            self.coding.facts(self.objective, train, totals),
+            carry,
+            kept,
+            self.coding.groups(self.objective, train),
         )
 
     def _streams_of(

@@ -122,7 +122,7 @@ class LocalWork:
         # Only now, when nothing can fail any more, do the clients' states change.
         for view in probed:
             view.commit()
-        for client, result in pairs:
+        for client, result in pairs if self.trainer.tracks else ():
             write_state(client.context.state, "objective", result)
         if self.personal is not None and own is not None:
             self.personal.commit(clients, own)

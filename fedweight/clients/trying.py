@@ -28,7 +28,7 @@ from .settings import TrainingSettings
 from .steps._torch.recording import Observer
 from .steps.batched import BatchedTrainer
 from .steps.loop import run_steps, train
-from .steps.task import LocalResult, Task
+from .steps.task import Known, LocalResult, Task
 
 log = logging.getLogger("fedweight")
 
@@ -170,8 +170,10 @@ def _task(
         epochs,
         key,
         key,
-        facts=coding.facts(objective, examples, totals),
-        groups=coding.groups(objective, examples),
+        Known(
+            coding.facts(objective, examples, totals),
+            groups=coding.groups(objective, examples),
+        ),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from fedweight.clients.objectives.ldr import ALDR, LDR
 from fedweight.clients.objectives.sam import SAM
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
-from fedweight.clients.steps.task import Task
+from fedweight.clients.steps.task import Known, Task
 from fedweight.core.errors import ClientError, ConfigurationError
 from fedweight.core.module import FlatModule
 from fedweight.data import Examples
@@ -297,7 +297,7 @@ def tasks_of(goal, sizes, epochs=2):
         )
         facts = CODING.facts(goal, examples, [50, 20, 9])
         groups = CODING.groups(goal, examples)
-        tasks.append(Task(examples, epochs, k, k + 9, facts, groups=groups))
+        tasks.append(Task(examples, epochs, k, k + 9, Known(facts, groups=groups)))
     return tasks
 
 
@@ -359,9 +359,7 @@ def test_what_is_carried_goes_on_in_the_next_round(name):
     trainer = BatchedTrainer(made(), goal, settings, least=2)
     before = round(first, trainer)
     tasks = [
-        Task(
-            t.examples, 1, t.order_key, t.noise_key, t.facts, r.carry, r.kept, t.groups
-        )
+        replace(t, epochs=1, known=replace(t.known, carry=r.carry, kept=r.kept))
         for t, r in zip(first, before, strict=True)
     ]
     after = round(tasks, trainer)
@@ -370,13 +368,7 @@ def test_what_is_carried_goes_on_in_the_next_round(name):
         for task in tasks
     ]
     assert_alike(after, alone)
-    afresh = round(
-        [
-            Task(t.examples, 1, t.order_key, t.noise_key, t.facts, groups=t.groups)
-            for t in first
-        ],
-        trainer,
-    )
+    afresh = round([replace(t, epochs=1) for t in first], trainer)
     assert not torch.equal(after[0].model.parameters, afresh[0].model.parameters)
 
 
@@ -390,10 +382,9 @@ def test_what_is_kept_of_an_example_is_its_own():
     assert kept.shape == (11,)
     assert len(set(kept.tolist())) == 11
     # A second pass moves each from where it is now, and to the same in any company.
-    again = copy.copy(task.__dict__) | {"kept": result.kept, "order_key": 99}
-    shuffled = train(
-        made(), start, Task(**again), goal, settings, learning_rate=0.0, least=2
-    )
+    known = replace(task.known, kept=result.kept)
+    again = replace(task, known=known, order_key=99)
+    shuffled = train(made(), start, again, goal, settings, learning_rate=0.0, least=2)
     assert not torch.equal(shuffled.kept["temperature"], kept)
 
 

@@ -127,7 +127,7 @@ def test_an_answer_that_cannot_be_read_is_recorded() -> None:
 
 
 def counting(client: int, message: Message) -> list[Message]:
-    """Clients 0 and 1 have counts of three classes, 2 of one; 3 tells something else."""
+    """Clients 0 and 1 have counts of three classes, 2 of one, 3 has others."""
     counts: Any = {0: [4, 0, 1], 1: [1, 2, 3], 2: [9], 3: [1, -1, 2]}[client]
     content = RecordDict({"profile": ConfigRecord({"label-counts": counts})})
     return [Message(content, reply_to=message)]

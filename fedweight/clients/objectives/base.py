@@ -327,6 +327,12 @@ class Around(Objective):
         return self.inner.after_step(parameters, facts)
 
 
+def tracks(objective: Objective) -> bool:
+    """Tell whether an objective wants to know, carry or keep anything of a client."""
+    keeps = bool(objective.per_example) or defines(objective, "begin")
+    return keeps or bool(objective.wants)
+
+
 def defines(objective: Objective, name: str) -> bool:
     """Tell whether an objective, or one inside it, does something of its own there.
 

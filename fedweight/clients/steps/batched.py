@@ -238,6 +238,8 @@ class BatchedTrainer:
             [],
         )
         plan.check(self._least)  # As far as it is known; a trace may tell more.
+        tensors = tuple(chain(*state))
+        kept = tuple(values.shape for values in state.kept)
         step = 0
         with torch.no_grad(), plain_execution():
             while step < plan.total:
@@ -249,8 +251,8 @@ class BatchedTrainer:
                     some = slice(step, step + SEVERAL)
                     of_some = tuple(values[some] for values in of_steps.values())
                     source = gathering.of(some)
-                    given = (tuple(chain(*state)), *source, seeds, of_some)
-                    run_some = self._several_steps(given, state.kept)
+                    given = (tensors, *source, seeds, of_some)
+                    run_some = self._several_steps(given, kept)
                     if run_some is not None:
                         run_some(*given)
                         step += SEVERAL
@@ -258,14 +260,17 @@ class BatchedTrainer:
                 batch = [*feed(step), seeds, *(v[step] for v in of_steps.values())]
                 if memory is not None:
                     batch = memory.in_place(batch)
-                inputs = state._replace(batch=batch)
-                traced = self._traced(inputs, names, descends=descends)
+                key = _kind(batch, descends, kept)
+                traced = self._steps.get(key)
+                if traced is None:
+                    inputs = state._replace(batch=batch)
+                    traced = self._trace(key, inputs, names, descends=descends)
                 run = traced.run
                 if memory is not None:
                     run = memory.replayed(run, batch, descends)
                 if step == 0:
                     plan.check(self._least)
-                gradients = run(*chain(*inputs))
+                gradients = run(*tensors, *batch)
                 if not descends:
                     moved = [parameters[k] for k in traced.moved]
                     if optimizer is None:
@@ -276,7 +281,7 @@ class BatchedTrainer:
                         gradients = clip_each(gradients, self.settings.clip_norm)
                     optimizer.step(moved, gradients)
                 if self._changes_after:
-                    self._step.change_after(inputs, names)
+                    self._step.change_after(state, names)
                 step += 1
         for k, values_of_one in done.items():
             for tensor, values in zip(trained.of_clients, values_of_one, strict=True):
@@ -304,24 +309,26 @@ class BatchedTrainer:
                 found["groups"] = torch.from_numpy(groups).to(self.device)
         return found
 
-    def _traced(
-        self, inputs: StepInputs, names: StepNames, *, descends: bool
+    def _trace(
+        self,
+        key: tuple[Any, ...],
+        inputs: StepInputs,
+        names: StepNames,
+        *,
+        descends: bool,
     ) -> TracedStep:
-        """Return the traced step for these shapes."""
-        key = _kind(inputs.batch, descends, inputs.kept)
-        traced = self._steps.get(key)
-        if traced is None:
-            # PyTorch traces one function at a time in a process.
-            with STREAMS.alone():
-                traced = self._steps.get(key)
-                if traced is None:
-                    traced = self._step.trace(inputs, names, descends=descends)
-                    self._least = max(self._least, traced.least)
-                    self._steps[key] = traced
+        """Trace the step for these shapes, if nobody has meanwhile."""
+        # PyTorch traces one function at a time in a process.
+        with STREAMS.alone():
+            traced = self._steps.get(key)
+            if traced is None:
+                traced = self._step.trace(inputs, names, descends=descends)
+                self._least = max(self._least, traced.least)
+                self._steps[key] = traced
         return traced
 
     def _several_steps(
-        self, given: Sequence[Any], kept: Sequence[Tensor]
+        self, given: Sequence[Any], kept: tuple[Any, ...]
     ) -> Step | None:
         """Return several steps as one call; ``None`` where that is not worth it.
 
@@ -343,8 +350,8 @@ class BatchedTrainer:
 
 
 def _kind(
-    batch: Sequence[Tensor], descends: bool, kept: Sequence[Tensor]
+    batch: Sequence[Tensor], descends: bool, kept: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """Return what a trace depends on."""
-    x, shapes = batch[0], tuple(values.shape for values in kept)
-    return x.shape, x.dtype, x.is_contiguous(), len(batch), descends, shapes
+    """Return what a trace depends on; ``kept`` are shapes of what is kept."""
+    x = batch[0]
+    return x.shape, x.dtype, x.is_contiguous(), len(batch), descends, kept

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ClientError
-from ..objectives.base import Facts, Objective
+from ..objectives.base import Facts, Objective, tracks
 from .task import Task
 
 Named = Mapping[str, Tensor]
@@ -54,6 +54,8 @@ class Carried:
         device : torch.device
             Where it is put.
         """
+        if not tracks(objective):
+            return cls()
         of_clients = [facts_of(task, received) for task in tasks]
         carries = [carry_of(objective, task, received) for task in tasks]
         kept = {}
@@ -84,7 +86,7 @@ class Carried:
 
 def facts_of(task: Task, received: Tensor) -> Named:
     """Return what the objective knows of a client, in the model's dtype."""
-    return {name: value.to(received.dtype) for name, value in task.facts.items()}
+    return {name: value.to(received.dtype) for name, value in task.known.facts.items()}
 
 
 def carry_of(objective: Objective, task: Task, received: Tensor) -> Named:
@@ -99,8 +101,8 @@ def carry_of(objective: Objective, task: Task, received: Tensor) -> Named:
     received : Tensor
         ``[P]``: the parameters of the global model.
     """
-    if task.carry is not None:
-        return task.carry
+    if task.known.carry is not None:
+        return task.known.carry
     begun = objective.begin(Facts(received, facts_of(task, received)))
     for name, value in begun.items():
         if not isinstance(value, Tensor):
@@ -113,7 +115,7 @@ def carry_of(objective: Objective, task: Task, received: Tensor) -> Named:
 
 def kept_of(name: str, value: float, task: Task) -> Tensor | float:
     """Return what is kept of a client's examples, ``[n]``, or what it is at first."""
-    kept = task.kept.get(name)
+    kept = task.known.kept.get(name)
     if kept is not None and len(kept) != len(task.examples):
         raise ClientError(
             f"objective: '{name}' was kept of {len(kept)} examples, and the client has "

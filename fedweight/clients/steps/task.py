@@ -18,6 +18,31 @@ _NOTHING: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
+class Known:
+    """What an objective knows of a client, and what the client has kept for it.
+
+    Attributes
+    ----------
+    facts : Mapping[str, Tensor]
+        What the objective wants to know.
+    carry : Mapping[str, Tensor], optional
+        What the client carries from earlier rounds; ``None`` before its first one.
+    kept : Mapping[str, Tensor]
+        ``[n]`` each: what was kept of its examples in earlier rounds.
+    groups : ndarray, optional
+        ``[n]``: the group of each example, where the objective wants it.
+    """
+
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
+    carry: Mapping[str, Tensor] | None = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: npt.NDArray[np.int64] | None = None
+
+
+NOTHING_KNOWN = Known()
+
+
+@dataclass(frozen=True)
 class Task:
     """One client's local training in one round.
 
@@ -31,14 +56,8 @@ class Task:
         The key of the stream that orders the examples of every pass.
     noise_key : int
         The key, below 2**63, of the noise inside the model, such as dropout's.
-    facts : Mapping[str, Tensor]
-        What the objective wants to know of the client.
-    carry : Mapping[str, Tensor], optional
-        What the client carries from earlier rounds; ``None`` before its first one.
-    kept : Mapping[str, Tensor]
-        ``[n]`` each: what was kept of its examples in earlier rounds.
-    groups : ndarray, optional
-        ``[n]``: the group of each example, where the objective wants it.
+    known : Known
+        What the objective knows of the client.
     own : FlatModel, optional
         What it trains, where that is not the received model.
     """
@@ -47,10 +66,7 @@ class Task:
     epochs: int
     order_key: int
     noise_key: int = 0
-    facts: Mapping[str, Tensor] = field(default_factory=dict)
-    carry: Mapping[str, Tensor] | None = None
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-    groups: npt.NDArray[np.int64] | None = None
+    known: Known = NOTHING_KNOWN
     own: FlatModel | None = None
 
     def __post_init__(self) -> None:
@@ -77,8 +93,8 @@ class LocalResult(NamedTuple):
 
 def groups_of(task: Task) -> npt.NDArray[np.int64]:
     """Return the group of each example of a client whose objective wants them."""
-    if task.groups is None:
+    if task.known.groups is None:
         raise ClientError(
             "objective: it wants the groups of examples, and these have none."
         )
-    return task.groups
+    return task.known.groups
