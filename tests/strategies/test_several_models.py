@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedweight.core.errors import ConfigurationError
+from fedweight.messages import keys
 from fedweight.strategies import Selection, WeightingStrategy
 from fedweight.strategies.server_optimizers import ServerMomentum
 
@@ -165,10 +166,10 @@ def test_a_model_that_comes_later_begins_as_the_first(kit: Any) -> None:
 
 
 def test_sizes_too_large_to_add_up(kit: Any) -> None:
-    strategy = Odd()
+    strategy = Odd(weighted_by_key=keys.LOSS)  # Nobody has so many examples.
     run = federation(kit, strategy, [[1, 0], [0, 4], [3, 0], [0, 8]])
     for client in run.clients.values():
-        client.num_examples = 1.7e308
+        client.metrics = {keys.LOSS: 1.7e308}
     run.round()
     assert run.vector.tolist() == [1, 3]
 
