@@ -404,7 +404,7 @@ def test_data_stay_on_the_device_only_if_they_fit(record, monkeypatch, caplog):
         with caplog.at_level(logging.WARNING, "fedweight"):
             found = values_of(trainer, start)
         assert_equal(found, expected, atol=1e-6, rtol=1e-5)
-        kept = [values for _, values in trainer._on_device.values()]
+        kept = [values for _, values in trainer._feeder._on_device.values()]
         assert kept
         assert all((values is not None) == fits for values in kept)
         said = "do not stay on cpu, where 1e-07 GB are free" in caplog.text
@@ -417,7 +417,7 @@ def test_the_memory_of_a_few_sizes_of_chunks_is_kept(record, monkeypatch):
     trainer, start = trainer_of(replays=True)
     for clients in (1, 2, 1, 3, 1, 2):
         trainer.train_rows(start, tasks_of([8] * clients), learning_rate=0.1)
-    assert list(trainer._memories) == [1, 2]
+    assert [clients for clients, _ in trainer._memories] == [1, 2]
     assert recorder.graphs == 4  # the second for two clients
 
 
