@@ -290,6 +290,7 @@ def trainer_of(device="cpu", optimizer="sgd", objective=None, *, replays=None):
     trainer = BatchedTrainer(module, objective or Plain(), settings)
     if replays is not None:
         trainer._replays = replays
+        trainer._feeder.keeps = replays
     return trainer, module.save()
 
 
