@@ -10,14 +10,27 @@ from ...core.registry import Registry
 
 if TYPE_CHECKING:
     from ...strategies.fedprox import Proximal
+    from .balanced_softmax import BalancedSoftmax
     from .base import Around, Batch, Facts, Loss, Model, Objective
+    from .fedlc import FedLC
+    from .focal import Focal
+    from .group_dro import GroupDRO
+    from .ldr import ALDR, LDR
     from .plain import Plain
+    from .sam import SAM
 
 __all__ = [
+    "ALDR",
+    "LDR",
     "OBJECTIVES",
+    "SAM",
     "Around",
+    "BalancedSoftmax",
     "Batch",
     "Facts",
+    "FedLC",
+    "Focal",
+    "GroupDRO",
     "Loss",
     "Model",
     "Objective",
@@ -36,6 +49,13 @@ __getattr__, __dir__ = lazy_exports(
         "Model": ".base",
         "Objective": ".base",
         "Plain": ".plain",
+        "BalancedSoftmax": ".balanced_softmax",
+        "FedLC": ".fedlc",
+        "Focal": ".focal",
+        "GroupDRO": ".group_dro",
+        "ALDR": ".ldr",
+        "LDR": ".ldr",
+        "SAM": ".sam",
         "Proximal": "...strategies.fedprox",
     },
 )
