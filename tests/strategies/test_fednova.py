@@ -213,8 +213,8 @@ from fedweight.clients.objectives import Plain
 
 
 class Anchored(Plain):
-    def penalty_gradient(self, parameters, start):
-        return 0.1 * (parameters - start)
+    def penalty_gradient(self, parameters, facts):
+        return 0.1 * (parameters - facts.received)
 """
 
 
