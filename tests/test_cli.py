@@ -133,6 +133,7 @@ def test_list_shows_every_name_with_a_line(capsys):
     assert set(kinds) == {
         "strategies",
         "objectives",
+        "personal models",
         "data",
         "partitions",
         "models",

@@ -26,6 +26,7 @@ from fedweight.cli import parser
 from fedweight.clients import Objective, TrainingApp, TrainingSettings
 from fedweight.clients.objectives import OBJECTIVES, Proximal
 from fedweight.clients.optimizers import OPTIMIZERS
+from fedweight.clients.personal import PERSONAL
 from fedweight.clients.rate_schedules import RATE_SCHEDULES
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.layout import FlatModel, Layout
@@ -413,6 +414,9 @@ def test_the_options_of_a_schedule_are_as_their_page_says(name: str) -> None:
 def test_the_local_methods_are_those_of_the_registry() -> None:
     listed = [names(row["name"])[0] for row in table("clients/README.md", "name")]
     assert sorted(listed) == sorted(OBJECTIVES.entries)
+    rows = table("clients/README.md", "personal model")
+    kept = [names(row["personal model"])[0] for row in rows]
+    assert sorted(kept) == sorted(PERSONAL.entries)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ FORBIDDEN = ("pickle.load", "pickle.loads", "torch.load", "cloudpickle.load")
 UNPICKLES = {"simulations/ray/worker.py"}
 # Seed the streams of the process, or look at them, for models and strategies that draw
 # from them.
-SEEDS = {"clients/noise.py", "clients/trial.py", "server/checkpoint.py"}
+SEEDS = {"clients/noise.py", "clients/trying.py", "server/checkpoint.py"}
 # Names of numpy.random that make a stream of one's own.
 OWN_STREAM = {"Generator", "PCG64", "SeedSequence"}
 

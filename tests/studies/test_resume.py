@@ -91,8 +91,8 @@ def killed(folder: Path, settings: dict[str, Any], seconds: float) -> None:
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    """Return what the clock does not decide."""
-    timed = {"timings.csv", "report.html", "environment.json"}
+    """Return what the clock does not decide, nor at which moment a run was killed."""
+    timed = {"timings.csv", "report.html", "environment.json", ".lock"}
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in timed}
 
 
