@@ -135,43 +135,25 @@ class TrainingApp(ClientApp):
         self.device = device
         modules = Modules(model, device)
         coding = Coding(num_classes, dict(num_groups or {}))
-        self._trials = Trials(
-            modules.architecture,
-            data,
-            self.objective,
-            self.settings,
-            device,
-            sizes,
-            coding,
-        )
-        self._trainer = CohortTrainer(
-            modules,
-            self._trials,
-            self.objective,
-            self.settings,
-            seed,
-            coding,
-        )
-        own = None
-        if personal is not None:
-            goal = personal.objective(self.objective)
+
+        def trainer_of(goal: Objective, **own: Any) -> CohortTrainer:
             trials = Trials(
                 modules.architecture, data, goal, self.settings, device, sizes, coding
             )
-            purposes = Purpose.PERSONAL_SHUFFLE, Purpose.PERSONAL_DROPOUT
-            own = PersonalModels(
-                personal,
-                CohortTrainer(
-                    modules,
-                    trials,
-                    goal,
-                    self.settings,
-                    seed,
-                    coding,
-                    purposes=purposes,
-                    owner="personal",
-                ),
+            return CohortTrainer(
+                modules, trials, goal, self.settings, seed, coding, **own
             )
+
+        self._trainer = trainer_of(self.objective)
+        self._trials = self._trainer.trials
+        own = None
+        if personal is not None:
+            trainer = trainer_of(
+                personal.objective(self.objective),
+                purposes=(Purpose.PERSONAL_SHUFFLE, Purpose.PERSONAL_DROPOUT),
+                owner="personal",
+            )
+            own = PersonalModels(personal, trainer)
         self._work = LocalWork(
             modules,
             self._trials,

@@ -22,7 +22,7 @@ from ..messages.arrays import arrays_of
 from ..messages.grids import name_of
 from ..messages.records import check_side_data
 from .known_errors import KnownErrors
-from .reported import MOST_COUNTED
+from .reported import is_count
 from .sampling import numbered
 
 ANSWER_SECONDS = 600.0
@@ -257,10 +257,7 @@ def label_totals(population: Population) -> list[int]:
 def _label_counts(given: Given) -> list[int]:
     """Return a client's counts of labels, if they are counts."""
     own = given.profile.get(keys.LABEL_COUNTS)
-    if not isinstance(own, list):
-        return []
-    possible = all(isinstance(n, int) and 0 <= n <= MOST_COUNTED for n in own)
-    return own if possible else []
+    return own if isinstance(own, list) and all(map(is_count, own)) else []
 
 
 def _given(reply: Message) -> Given:

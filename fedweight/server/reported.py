@@ -57,6 +57,17 @@ log = logging.getLogger("fedweight")
 OWN_METRICS = 32
 
 
+def is_count(value: Any, most: float = MOST_COUNTED) -> bool:
+    """Tell whether what a client counts is a whole number that it may be.
+
+    Examples
+    --------
+    >>> is_count(3), is_count(-1), is_count(2.0), is_count(3, most=2)
+    (True, False, False, False)
+    """
+    return isinstance(value, int) and 0 <= value <= most
+
+
 class AcceptedReply(NamedTuple):
     """A reply that is fit to be used; ``known`` and ``own`` are its metrics, sorted."""
 

@@ -29,7 +29,7 @@ from ..core.rng import Purpose, generator
 from ..core.texts import clients_called
 from ..messages import keys
 from ..server.phase import Given, Population, Question
-from ..server.reported import MOST_COUNTED
+from ..server.reported import is_count
 from .base import WeightingStrategy
 from .checks import LARGEST_VALUE
 from .round import Round, Selection
@@ -97,8 +97,8 @@ class FedCollab(WeightingStrategy):
         widths = {
             client: answer.metrics["inputs"]
             for client, answer in first.items()
-            if _is_count(answer.metrics.get(keys.NUM_EXAMPLES))
-            and _is_count(answer.metrics.get("inputs"), MOST_INPUTS)
+            if is_count(answer.metrics.get(keys.NUM_EXAMPLES))
+            and is_count(answer.metrics.get("inputs"), MOST_INPUTS)
         }
         if not widths:
             raise ConfigurationError(
@@ -208,11 +208,6 @@ class FedCollab(WeightingStrategy):
             "sizes": np.array([min(sizes[c] for c in pair) for pair in pairs]),
         }
         return Question(told, arrays)
-
-
-def _is_count(value: Any, most: float = MOST_COUNTED) -> bool:
-    """Tell whether what a client counts is a whole number that it may be."""
-    return isinstance(value, int) and 0 <= value <= most
 
 
 def _mean_of(both: Sequence[tuple[Given, int]]) -> npt.NDArray[np.float32]:
