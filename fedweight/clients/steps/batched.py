@@ -1,6 +1,6 @@
 """Local training of a chunk of clients at once.
 
-The same step as in :mod:`fedweight.clients.training`, batched over clients with
+The same step as in :mod:`fedweight.clients.steps.loop`, batched over clients with
 ``torch.vmap`` and traced once to plain tensor operations, so that Python's share does
 not grow with the clients. Clients of different sizes share a chunk: a step that is
 not full is padded and masked, and a client that is done is set aside.
