@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import logging
@@ -235,7 +236,10 @@ def _drop_output() -> None:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from .studies.runner import run
+    from .core.lazy import kept_imports
+
+    with kept_imports():
+        from .studies.runner import run
 
     _show_warnings()
     result = run(
@@ -284,7 +288,10 @@ def _tell(given: argparse.Namespace, result: Run) -> int:
 
 
 def _resume(given: argparse.Namespace) -> int:
-    from .studies.runner import resume
+    from .core.lazy import kept_imports
+
+    with kept_imports():
+        from .studies.runner import resume
 
     _show_warnings()
     result = resume(given.folder, progress=_progress(given))
@@ -441,17 +448,18 @@ def _no_nan(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def console() -> None:
-    """Run the command line as a program; after a signal, end at once.
+    """Run the command line as a program, and end at once.
 
     By then everything is written and no worker is left; taking PyTorch and Ray apart
     piece by piece would only keep the user waiting for another second.
     """
     status = main()
-    if status > SIGNALLED:
+    if status <= SIGNALLED:
+        atexit._run_exitfuncs()
+    if sys.stdout is not None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,8 @@ class CohortTrainer:
         list of LocalResult
             In the order of the clients.
         """
-        alike = {(c.instructions.round, c.instructions.mu) for c in clients}
+        told = {id(c.instructions): c.instructions for c in clients}.values()
+        alike = {(one.round, one.mu) for one in told}
         batched = batched and len(alike) == 1 and self._optimizer_batches()
         kind = self._kind_if_batched(clients, cancelled) if batched else None
         tasks = self._training_tasks(clients)
@@ -235,11 +236,16 @@ class CohortTrainer:
         results = [LocalResult(model, math.nan, math.nan, 0) for model in begun]
         if not some:
             return results
-        rates = [clients[k].instructions.learning_rate_in(self.settings) for k in some]
+        told = [clients[k].instructions for k in some]
+        # Most clients share their instructions, so each is asked once.
+        rates = {
+            key: one.learning_rate_in(self.settings)
+            for key, one in {id(one): one for one in told}.items()
+        }
         trained = self._trainer(clients[0].instructions, least).train(
             start,
             [tasks[k] for k in some],
-            learning_rate=rates,
+            learning_rate=[rates[id(one)] for one in told],
             cancelled=cancelled,
         )
         for k, result in zip(some, trained, strict=True):

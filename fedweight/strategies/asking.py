@@ -79,9 +79,10 @@ def train_messages(
     for k, (client, node, part) in enumerate(chosen):
         arrival = arrivals.get(client)
         now.asked[node] = Asked(client, part is not None, asks[k], which[k], arrival)
-        told: dict[str, Any] = {
-            name: column[k] for name, column in columns.items() if column[k] is not None
-        }
+        told: dict[str, Any] = {}
+        for name, column in columns.items():
+            if column[k] is not None:
+                told[name] = column[k]
         if part is not None:
             told[keys.LOCAL_EPOCHS] = part
         if arrival is not None and arrival.round != round:

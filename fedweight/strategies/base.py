@@ -407,6 +407,16 @@ class WeightingStrategy(Strategy):
         return type(self).prepare is not WeightingStrategy.prepare
 
     @property
+    def admits(self) -> bool:
+        """Whether the method looks at each reply."""
+        return type(self).admit is not WeightingStrategy.admit
+
+    @property
+    def screens(self) -> bool:
+        """Whether the method compares replies with each other."""
+        return type(self).screen is not WeightingStrategy.screen
+
+    @property
     def models(self) -> list[FlatModel]:
         """The global models, where the method keeps several; else none."""
         now = self._now

@@ -172,6 +172,8 @@ def asked_names(
                 f"{type(strategy).__name__}.ask gave {shown(odd[0])} for '{name}'. "
                 "Give True or False, one for all or a list of one for each client."
             )
+    if not columns:
+        return [()] * len(selection.clients)
     return [
         tuple(name for name, column in columns.items() if column[k])
         for k in range(len(selection.clients))

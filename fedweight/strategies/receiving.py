@@ -98,6 +98,7 @@ def sort(
     asks: dict[int, tuple[str, ...]] = {}
     answered: set[int] = set()
     found, models = read(strategy, now, replies)
+    looks = strategy.admits
     arrived = models is None  # As messages, perhaps from another machine.
     for client, sent, reply in found:
         entry = now.entry(client, "ok")
@@ -111,7 +112,7 @@ def sort(
             if reply.model is not None or reply.summed:
                 entry.bytes_up = nbytes
             sent = sent or Asked(client, False, strategy.request)
-            accepted[client] = _admit(strategy, round, sent, reply, entry)
+            accepted[client] = _admit(strategy, round, sent, reply, entry, looks)
             entries[client] = entry
             if sent.asks:
                 asks[client] = sent.asks
@@ -123,7 +124,7 @@ def sort(
             entry.status, entry.reason = "rejected", reason_of(error)
         if entry.reason == keys.NO_EXAMPLES:
             now.leave_out({client})
-    odd = of_another_kind({c: accepted[c].reply for c in asks}, asks)
+    odd = of_another_kind({c: accepted[c].reply for c in asks}, asks) if asks else {}
     for client in odd:
         del accepted[client]
     odd |= _screened(strategy, now, accepted)
@@ -157,8 +158,9 @@ def _admit(
     sent: Asked,
     reply: Reply,
     entry: ClientRecord,
+    looks: bool,
 ) -> AcceptedReply:
-    """Check a reply, and record what it reports.
+    """Check a reply, and record what it reports; the method has a look, if it does.
 
     Raises
     ------
@@ -173,10 +175,12 @@ def _admit(
     check_trained(size, known)
     check_model(reply, strategy.arrayrecord_key)
     check_asked(reply, sent.asks)
-    # What nobody asked for is not looked at.
-    reply.profile = {n: reply.profile[n] for n in sent.asks if n in reply.profile}
-    _look_at(strategy, Report(sent.client, reply.metrics, reply.profile))
-    check_profile(reply)
+    if reply.profile:  # What nobody asked for is not looked at.
+        reply.profile = {n: reply.profile[n] for n in sent.asks if n in reply.profile}
+    if looks:
+        _look_at(strategy, Report(sent.client, reply.metrics, reply.profile))
+    if reply.profile:
+        check_profile(reply)
     if not strategy.keeps(round, sent.client, sent.straggler):
         raise Unfit("dropped", keys.STRAGGLER)
     return AcceptedReply(sent.client, reply, size, known, own)
@@ -200,6 +204,8 @@ def _screened(
     strategy: WeightingStrategy, now: Now, accepted: Mapping[int, AcceptedReply]
 ) -> Mapping[int, str]:
     """Let the method look at all replies; those that it names are rejected."""
+    if not strategy.screens:
+        return {}
     reports = [
         Report(client, one.reply.metrics, one.reply.profile)
         for client, one in accepted.items()

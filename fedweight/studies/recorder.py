@@ -29,7 +29,7 @@ from ..core.records import NOTHING
 from ..core.texts import NAME_LENGTH, plain
 from ..data import notes
 from ..messages.arrays import flatten
-from ..messages.grids import KnowsWhoCame, name_of, number_of
+from ..messages.grids import connected, name_of, number_of
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
 from ..server.wrapped import with_inner
@@ -308,8 +308,9 @@ class Recorder:
 
     def _write_connected(self) -> None:
         """Write down which clients were there, where they come and go."""
-        if isinstance(self.grid, KnowsWhoCame) and self._environment:
-            self._environment["data"]["connected"] = sorted(self.grid.connected)
+        came = connected(self.grid)
+        if came is not None and self._environment:
+            self._environment["data"]["connected"] = sorted(came)
             self._write_environment()
 
     def _write_model(self) -> None:

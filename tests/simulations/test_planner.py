@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.clients.steps import batched
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
 from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import planner
 from fedweight.simulations.allocator import keep_freed_memory
+from fedweight.simulations.local import LocalGrid
 from fedweight.simulations.plan import Plan
 
 
@@ -116,6 +118,36 @@ def test_the_speed_is_of_real_training(kit, monkeypatch):
     app, arrays = kit
     assert planner._speed(app, arrays, [0, 1, 2], 5, Plan(1)) > 0
     assert planner._speed(app, arrays, [0, 1, 2, 3], 5, Plan(2)) > 0
+
+
+def test_tracing_is_over_before_the_measurement_begins(kit, monkeypatch):
+    app, arrays = kit
+    app = TrainingApp(
+        app.model,
+        app.data,
+        num_classes=2,
+        settings=TrainingSettings(batch_size=4, epochs=2 * batched.SEVERAL),
+    )
+    sent, traced = [], []
+    send, several, trace = (
+        LocalGrid.send_and_receive,
+        batched.several,
+        batched.ChunkStep.trace,
+    )
+    monkeypatch.setattr(
+        LocalGrid, "send_and_receive", lambda *a: sent.append(0) or send(*a)
+    )
+    monkeypatch.setattr(
+        batched, "several", lambda *a: traced.append(len(sent)) or several(*a)
+    )
+    monkeypatch.setattr(
+        batched.ChunkStep,
+        "trace",
+        lambda *a, **k: traced.append(len(sent)) or trace(*a, **k),
+    )
+    planner._speed(app, arrays, [0, 1, 2, 3], 5, Plan(2))
+    assert len(traced) >= 2
+    assert max(traced) <= planner.WARM_UPS < len(sent)
 
 
 @pytest.mark.parametrize(("text", "plan"), [("loop", Plan(1)), ("batched-7", Plan(7))])

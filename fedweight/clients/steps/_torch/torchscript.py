@@ -66,6 +66,8 @@ def _scripted(
 
 def _identical(one: Tensor, other: Tensor) -> bool:
     """Tell whether two tensors have the same values, of which some may be NaN."""
+    if one is other:  # Only read: perhaps the examples of all clients.
+        return True
     return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
