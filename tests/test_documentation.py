@@ -37,6 +37,7 @@ from fedweight.data import ClientData, DataSet, Examples, FederatedData
 from fedweight.data.fetch import BY_HAND, SOURCES
 from fedweight.data.lazy import dirichlet_sampled
 from fedweight.data.partitions import PARTITIONS
+from fedweight.data.skews import attribute_skew
 from fedweight.messages import keys
 from fedweight.messages.arrays import FlatRecord
 from fedweight.server.admission import FAR_LONGER
@@ -245,6 +246,15 @@ TOY = DataSet(
 )
 
 
+PEOPLE = DataSet(
+    "people",
+    Examples(TOY.train.x, LABELS, {"sex": LABELS % 2}),
+    TOY.test,
+    4,
+    attribute_names={"sex": ("female", "male")},
+)
+
+
 def of_a_partition(function: Any) -> Callable[..., Any]:
     return lambda **o: function(LABELS, 5, np.random.default_rng(0), **o)
 
@@ -270,6 +280,12 @@ TAKERS: dict[str, tuple[Any, Callable[..., Any]]] = {
         name: (PARTITIONS.resolve(name), of_a_partition(PARTITIONS.resolve(name)))
         for name in ("dirichlet", "quantity")
     },
+    "attribute": (
+        attribute_skew,
+        lambda **o: attribute_skew(
+            PEOPLE, 5, np.random.default_rng(0), **{"attribute": "sex", **o}
+        ),
+    ),
     "dirichlet-sampled": (
         dirichlet_sampled,
         lambda **o: dirichlet_sampled(LABELS, 5, 0, **o),

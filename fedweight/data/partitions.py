@@ -39,6 +39,7 @@ Parts = list[Indices]
 PARTITIONS = Registry(
     "partition",
     {
+        "attribute": "fedweight.data.skews:attribute_skew",
         "classes": "fedweight.data.partitions:classes",
         "dirichlet": "fedweight.data.partitions:dirichlet",
         "dirichlet-sampled": "fedweight.data.lazy:dirichlet_sampled",
@@ -109,7 +110,7 @@ def partition(
         groups = _groups(numbers[rows], natural_choice(dataset, num_clients))
         return [rows[group] for group in groups]
     subject: Any = dataset.train.y[rows]
-    if name not in PARTITIONS.entries:
+    if name not in PARTITIONS.entries or positional[0] == "dataset":
         subject = _subset(dataset, rows)
     by_client = positional[2:] == ["seed"]
     if name in PARTITIONS.entries and not by_client:
