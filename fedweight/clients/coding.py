@@ -31,7 +31,11 @@ class Coding:
     num_groups: Mapping[str, int] = field(default_factory=dict)
 
     def facts(
-        self, objective: Objective, examples: Examples, totals: Sequence[int] | None
+        self,
+        objective: Objective,
+        examples: Examples,
+        totals: Sequence[int] | None,
+        round: int,
     ) -> dict[str, Tensor]:
         """Return what an objective wants to know of a client with some examples.
 
@@ -43,6 +47,8 @@ class Coding:
             The client's training data.
         totals : Sequence[int], optional
             How many examples of each class all clients have, if the server told.
+        round : int
+            The number of the round, from 1.
 
         Raises
         ------
@@ -64,6 +70,8 @@ class Coding:
         groups = self.groups(objective, examples)
         if groups is not None:
             facts["groups"] = _counts(groups, self.num_groups[objective.group])
+        if "round" in objective.wants:
+            facts["round"] = torch.tensor(float(round))
         return facts
 
     def groups(

@@ -289,7 +289,7 @@ class CohortTrainer:
         totals: Any = client.instructions.told.get(keys.CLASS_TOTALS)
         carry, kept = read_state(client.context.state, self.owner)
         return Known(
-            self.coding.facts(self.objective, train, totals),
+            self.coding.facts(self.objective, train, totals, client.instructions.round),
             carry,
             kept,
             self.coding.groups(self.objective, train),

@@ -14,6 +14,7 @@ seeded for each client (:func:`own_streams`).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,6 +152,46 @@ def uniform(seed: Tensor, step: Tensor | int, layer: int, shape: torch.Size) -> 
     key = _mix(_mix(seed + _signed(0x9E3779B97F4A7C15) * turn) + layer)
     bits = _mix(key + _signed(0x9E3779B97F4A7C15) * (place + 1))
     return (_shift(bits, 40).to(torch.float32) / (1 << 24)).reshape(shape)
+
+
+# A gamma-distributed number is found in no more tries; all fail less often than once
+# in 1e10. Each takes three uniform numbers, and the result one more.
+TRIES = 8
+GAMMA_UNIFORMS = 3 * TRIES + 1
+
+
+def log_gamma(shape: Tensor, uniforms: Tensor) -> Tensor:
+    """Return logarithms of gamma-distributed numbers, made of uniform ones.
+
+    Always by the same operations, so that it can be batched: all tries are made, and
+    the first that holds is taken.
+
+    Parameters
+    ----------
+    shape : Tensor
+        ``[n]``: the distributions' shapes, 0 or more; 0 gives ``-inf``.
+    uniforms : Tensor
+        ``[n, GAMMA_UNIFORMS]``, in [0, 1).
+
+    References
+    ----------
+    G. Marsaglia and W. W. Tsang, "A Simple Method for Generating Gamma Variables", ACM
+    Transactions on Mathematical Software, 2000, with the power of a uniform number that
+    they note for shapes below 1, here for all. Normal numbers by G. E. P. Box and M. E.
+    Muller, 1958.
+    """
+    own = (1 - uniforms).to(shape.dtype)  # Above 0, for the logarithms.
+    radius, turn, accept = own[:, 1:].reshape(-1, 3, TRIES).unbind(1)
+    normal = (-2 * radius.log()).sqrt() * (2 * math.pi * turn).cos()
+    d = (shape + 2 / 3)[:, None]  # The shape is one more than wanted, less a third.
+    v = (1 + normal / (9 * d).sqrt()) ** 3
+    log_v = v.clamp(min=1e-30).log()
+    holds = (v > 0) & (accept.log() < normal**2 / 2 + d - d * v + d * log_v)
+    number = torch.arange(TRIES, device=shape.device)
+    first = torch.where(holds, number, TRIES).amin(1)
+    found = torch.where(number == first[:, None], log_v, 0).sum(1)  # 0 is the mode.
+    power = own[:, 0].log() / torch.where(shape > 0, shape, 1)
+    return torch.where(shape > 0, d[:, 0].log() + found + power, -torch.inf)
 
 
 def _signed(value: int) -> int:

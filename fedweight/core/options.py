@@ -38,7 +38,7 @@ from .annotations import (
     strict,
 )
 from .errors import ConfigurationError, FedweightError, closest
-from .registry import signature_of
+from .registry import Registry, check_callable, make, signature_of
 from .settings import kebab, toml_value
 from .texts import shown
 
@@ -57,6 +57,67 @@ class InFile:
     """Marks, in ``Annotated``, that a simulation file has another default."""
 
     default: Any
+
+
+@dataclass(frozen=True)
+class ByName:
+    """Marks, in ``Annotated``, an object that a file picks by its name.
+
+    A file has the name, or a table of ``name`` and options, such as ``inner = {name =
+    "focal", gamma = 1.0}``.
+
+    Parameters
+    ----------
+    registry : Registry
+        The names, beside ``"module:attribute"``.
+    """
+
+    registry: Registry
+
+    @property
+    def allowed(self) -> str:
+        """What fits, in words."""
+        return f"the name of one ({self.registry.kind}), or a table with 'name' in it"
+
+    def table(self, where: str, value: Any) -> dict[str, Any]:
+        """Return what a file says of an object, with all defaults.
+
+        Raises
+        ------
+        ConfigurationError
+            If there is no such name, or an option is unknown, missing or does not fit.
+        """
+        table = {"name": value} if isinstance(value, str) else value
+        if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+            raise ConfigurationError(
+                f"{where} must be {self.allowed}, got {shown(value)}."
+            )
+        try:
+            chosen = self.registry.resolve(table["name"])
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{where}: {error}") from None
+        what = f"{where} '{table['name']}'"
+        check_callable(what, chosen, "Class(**options)", 0)
+        options = {k: o.in_file for k, o in options_of(chosen).items() if not o.given}
+        given = {key: v for key, v in table.items() if key != "name"}
+        own = resolve_options(where, options, given, {"name"})
+        return {"name": table["name"], **own}
+
+    def made(self, where: str, value: str | Mapping[str, Any]) -> Any:
+        """Return the object that a name, or a table, stands for."""
+        name, *options = self.table(where, value).items()
+        arguments = {key.replace("-", "_"): v for key, v in options}
+        chosen = self.registry.resolve(name[1])
+        return make(f"{where} '{name[1]}'", lambda: chosen(**arguments))
+
+    def written(self, made: Any) -> dict[str, Any]:
+        """Return what a file says of an object that was made of its options."""
+        options = options_of(type(made))
+        values = {
+            n: o.written(getattr(made, n)) for n, o in options.items() if not o.given
+        }
+        own = {kebab(n): value for n, value in values.items() if value is not None}
+        return {"name": self.registry.name_of(type(made)), **own}
 
 
 # A count that no run reaches in a lifetime can only be a mistake.
@@ -105,7 +166,20 @@ class Option:
         for mark in metadata(self.annotation):
             if isinstance(mark, InFile):
                 return dataclasses.replace(self, default=mark.default)
+        if self.by_name is not None and not self.required:
+            return dataclasses.replace(self, default=self.written(self.default))
         return self
+
+    @property
+    def by_name(self) -> ByName | None:
+        """How a file picks it, where it is an object."""
+        marks = metadata(self.annotation)
+        return next((mark for mark in marks if isinstance(mark, ByName)), None)
+
+    def written(self, value: Any) -> Any:
+        """Return a value as a simulation file has it."""
+        named = self.by_name is not None and not isinstance(value, str | Mapping)
+        return self.by_name.written(value) if self.by_name and named else value
 
     @property
     def meaning(self) -> str:
@@ -121,7 +195,7 @@ class Option:
     @cached_property
     def allowed(self) -> str:
         """What fits, in words, such as "a number in [0, 1)"."""
-        return described(self.annotation)
+        return self.by_name.allowed if self.by_name else described(self.annotation)
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
@@ -136,6 +210,9 @@ class Option:
 
     def json_schema(self) -> dict[str, Any]:
         """Return what fits as JSON schema; anything where it cannot say that."""
+        if self.by_name:
+            named = {"type": "object", "required": ["name"]}
+            return {"anyOf": [{"type": "string"}, named]}
         try:
             return self.adapter.json_schema()
         except PydanticUserError:
@@ -171,6 +248,8 @@ class Option:
         """
         if bare(self.annotation) is Any:
             return value
+        if self.by_name and isinstance(value, str | Mapping):
+            value = self.by_name.made(where, value)
         given = value.item() if isinstance(value, np.generic) else value
         with contextlib.suppress(ValidationError, TypeError):
             return self.adapter.validate_python(given)
@@ -219,9 +298,9 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
         if "__init__" in vars(base)
     ]
     options: dict[str, Option] = {}
-    for make in makers:
+    for init in makers:
         options.pop(ANY, None)
-        _, *inherited = _parameters(make).items()  # the first is self
+        _, *inherited = _parameters(init).items()  # the first is self
         options |= {name: o for name, o in inherited if name not in options}
         if ANY not in options:
             break
@@ -485,7 +564,10 @@ def resolve_options(
         if value is inspect.Parameter.empty:
             raise ConfigurationError(f"{where} needs the key '{key}'.")
         if written is not None:
-            value = option.checked(f"{where}.{key}", value)
+            if option.by_name:
+                value = option.by_name.table(f"{where}.{key}", value)
+            else:
+                value = option.checked(f"{where}.{key}", value)
             resolved[key] = toml_value(f"{where}.{key}", value)
         elif _is_toml(value):
             resolved[key] = toml_value(f"{where}.{key}", value)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .checks import check_widths
+from .heads import Head, Scale, make_head
 
 
 class Softmax(nn.Module):
@@ -32,7 +33,7 @@ class Softmax(nn.Module):
 
 
 class MLP(nn.Module):
-    """Multilayer perceptron with ReLU on the flattened input; option hidden.
+    """Multilayer perceptron with ReLU on the flattened input; options hidden, head.
 
     Parameters
     ----------
@@ -42,6 +43,11 @@ class MLP(nn.Module):
         C.
     hidden : int or sequence of int
         The width of each hidden layer; an empty sequence is softmax regression.
+    head : {"linear", "cosine"}
+        The last layer: linear, or cosines of features and the classes' weights, as for
+        the objective ``ldam``.
+    scale : float
+        Above 0: what the cosines are multiplied by.
     """
 
     def __init__(
@@ -50,6 +56,8 @@ class MLP(nn.Module):
         num_classes: int,
         *,
         hidden: int | Sequence[int] = (128,),
+        head: Head = "linear",
+        scale: Scale = 30.0,
     ) -> None:
         super().__init__()
         widths = [hidden] if isinstance(hidden, int) else list(hidden)
@@ -59,7 +67,8 @@ class MLP(nn.Module):
         for width in widths:
             layers += [nn.Linear(size, width), nn.ReLU()]
             size = width
-        self.layers = nn.Sequential(*layers, nn.Linear(size, num_classes))
+        last = make_head(head, size, num_classes, scale)
+        self.layers = nn.Sequential(*layers, last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[n, C]``."""

@@ -13,10 +13,11 @@ from ..core.errors import ConfigurationError
 from ..core.options import validated
 from ..core.texts import shown
 from .checks import check_widths, image_shape
+from .heads import Head, Scale, make_head
 
 
 class CNN(nn.Module):
-    """Small LeNet-like convolutional network; options channels, hidden.
+    """Small LeNet-like convolutional network; options channels, hidden, head.
 
     Parameters
     ----------
@@ -28,6 +29,11 @@ class CNN(nn.Module):
         How many filters (5 by 5) each convolution has; 2 by 2 pooling follows each.
     hidden : int
         The width of the hidden layer.
+    head : {"linear", "cosine"}
+        The last layer: linear, or cosines of features and the classes' weights, as for
+        the objective ``ldam``.
+    scale : float
+        Above 0: what the cosines are multiplied by.
 
     References
     ----------
@@ -43,6 +49,8 @@ class CNN(nn.Module):
         *,
         channels: Sequence[int] = (8, 16),
         hidden: Annotated[int, Ge(1)] = 64,
+        head: Head = "linear",
+        scale: Scale = 30.0,
     ) -> None:
         super().__init__()
         inputs, height, width = image_shape("cnn", input_shape, least=4)
@@ -63,7 +71,7 @@ class CNN(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(second * (height // 4) * (width // 4), hidden),
             nn.ReLU(),
-            nn.Linear(hidden, num_classes),
+            make_head(head, hidden, num_classes, scale),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,6 +97,11 @@ class ResNet18GN(nn.Module):
     width : int
         Channels of the first stage, 64 in the paper; later stages have 2, 4, 8 times
         as many.
+    head : {"linear", "cosine"}
+        The last layer: linear, or cosines of features and the classes' weights, as for
+        the objective ``ldam``.
+    scale : float
+        Above 0: what the cosines are multiplied by.
 
     References
     ----------
@@ -109,6 +122,8 @@ class ResNet18GN(nn.Module):
         *,
         groups: Annotated[int, Ge(1)] = 2,
         width: Annotated[int, Ge(1)] = 64,
+        head: Head = "linear",
+        scale: Scale = 30.0,
     ) -> None:
         super().__init__()
         inputs, _, _ = image_shape("resnet18-gn", input_shape, least=8)
@@ -129,7 +144,7 @@ class ResNet18GN(nn.Module):
                 blocks.append(_ResidualBlock(size, outputs, stride, groups))
                 size = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(size, num_classes)
+        self.classifier = make_head(head, size, num_classes, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[n, C]``."""

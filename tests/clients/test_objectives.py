@@ -27,10 +27,15 @@ from fedweight.clients.objectives import (
     Proximal,
 )
 from fedweight.clients.objectives.balanced_softmax import BalancedSoftmax
+from fedweight.clients.objectives.class_balanced import ClassBalanced
+from fedweight.clients.objectives.dynamic import Dynamic
+from fedweight.clients.objectives.fair_error_bound import FairErrorBound
 from fedweight.clients.objectives.fedlc import FedLC
 from fedweight.clients.objectives.focal import Focal
 from fedweight.clients.objectives.group_dro import GroupDRO
+from fedweight.clients.objectives.ldam import LDAM
 from fedweight.clients.objectives.ldr import ALDR, LDR
+from fedweight.clients.objectives.noisy_labels import DWS, RENT
 from fedweight.clients.objectives.sam import SAM
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
@@ -258,11 +263,27 @@ class Masks(Objective):
         return torch.where(places % 2 == 0, parameters, facts.received)
 
 
+ROUND = 7
+
 GOALS = {
     "plain": Plain(),
     "proximal": Proximal(0.5),
     "focal": Focal(),
     "balanced": BalancedSoftmax(),
+    "class-balanced": ClassBalanced(),
+    "class-balanced-own": ClassBalanced(counts="own"),
+    "ldam": LDAM(scale=2.0),
+    "ldam-reweighted": LDAM(scale=2.0, counts="own", reweight_from=ROUND),
+    "linupper": Dynamic(),
+    "mid": Dynamic("mid", 0.3),
+    "extremes": Dynamic("extremes", start=ROUND),
+    "upper": Dynamic("upper", start=ROUND + 1),
+    "rent": RENT(start=ROUND),
+    "rent-later": RENT(start=ROUND + 1),
+    "dws": DWS(start=1, flip=0.2, concentration=5.0),
+    "fair-error-bound": FairErrorBound("site"),
+    "sam-rent": SAM(0.05, RENT(start=1)),
+    "sam-ldam": SAM(0.05, LDAM(scale=2.0)),
     "balanced-own": BalancedSoftmax(counts="own"),
     "fedlc": FedLC(),
     "ldr": LDR(),
@@ -295,7 +316,7 @@ def tasks_of(goal, sizes, epochs=2):
             rng.integers(0, CLASSES, n),
             {"site": rng.integers(0, GROUPS, n)},
         )
-        facts = CODING.facts(goal, examples, [50, 20, 9])
+        facts = CODING.facts(goal, examples, [50, 20, 9], ROUND)
         groups = CODING.groups(goal, examples)
         tasks.append(Task(examples, epochs, k, k + 9, Known(facts, groups=groups)))
     return tasks

@@ -49,7 +49,7 @@ def start(folder: Path, objective: Any) -> Run:
 @pytest.mark.parametrize("plan", ["loop", "batched-2"])
 def test_every_objective_runs_on_clients(tmp_path: Path, name: str, plan: str) -> None:
     own = {"objective.name": name}
-    if name == "group-dro":
+    if name in ("group-dro", "fair-error-bound"):
         own["objective.group"] = "site"
     settings = {**QUICK, **own, "engine.plan": plan}
     made = run(settings=settings, dataset=points(), out=tmp_path, report=False)

@@ -12,22 +12,33 @@ if TYPE_CHECKING:
     from ...strategies.fedprox import Proximal
     from .balanced_softmax import BalancedSoftmax
     from .base import Around, Batch, Facts, Loss, Model, Objective
+    from .class_balanced import ClassBalanced
+    from .dynamic import Dynamic
+    from .fair_error_bound import FairErrorBound
     from .fedlc import FedLC
     from .focal import Focal
     from .group_dro import GroupDRO
+    from .ldam import LDAM
     from .ldr import ALDR, LDR
+    from .noisy_labels import DWS, RENT
     from .plain import Plain
     from .sam import SAM
 
 __all__ = [
     "ALDR",
+    "DWS",
+    "LDAM",
     "LDR",
     "OBJECTIVES",
+    "RENT",
     "SAM",
     "Around",
     "BalancedSoftmax",
     "Batch",
+    "ClassBalanced",
+    "Dynamic",
     "Facts",
+    "FairErrorBound",
     "FedLC",
     "Focal",
     "GroupDRO",
@@ -50,9 +61,15 @@ __getattr__, __dir__ = lazy_exports(
         "Objective": ".base",
         "Plain": ".plain",
         "BalancedSoftmax": ".balanced_softmax",
+        "ClassBalanced": ".class_balanced",
+        "Dynamic": ".dynamic",
+        "FairErrorBound": ".fair_error_bound",
         "FedLC": ".fedlc",
         "Focal": ".focal",
         "GroupDRO": ".group_dro",
+        "LDAM": ".ldam",
+        "DWS": ".noisy_labels",
+        "RENT": ".noisy_labels",
         "ALDR": ".ldr",
         "LDR": ".ldr",
         "SAM": ".sam",
@@ -68,10 +85,18 @@ OBJECTIVES = Registry(
         "balanced-softmax": (
             "fedweight.clients.objectives.balanced_softmax:BalancedSoftmax"
         ),
+        "class-balanced": "fedweight.clients.objectives.class_balanced:ClassBalanced",
+        "ldam": "fedweight.clients.objectives.ldam:LDAM",
         "fedlc": "fedweight.clients.objectives.fedlc:FedLC",
         "focal": "fedweight.clients.objectives.focal:Focal",
         "ldr": "fedweight.clients.objectives.ldr:LDR",
         "aldr": "fedweight.clients.objectives.ldr:ALDR",
+        "dynamic": "fedweight.clients.objectives.dynamic:Dynamic",
+        "rent": "fedweight.clients.objectives.noisy_labels:RENT",
+        "dws": "fedweight.clients.objectives.noisy_labels:DWS",
+        "fair-error-bound": (
+            "fedweight.clients.objectives.fair_error_bound:FairErrorBound"
+        ),
         "group-dro": "fedweight.clients.objectives.group_dro:GroupDRO",
         "sam": "fedweight.clients.objectives.sam:SAM",
     },

@@ -26,7 +26,8 @@ class BalancedSoftmax(Objective):
     Parameters
     ----------
     tau : float
-        0 or more; 0 is the cross-entropy, 1 the balanced softmax.
+        0 or more; 0 is the cross-entropy, 1 the balanced softmax. This is logit
+        adjustment in training, at any value.
     counts : {"all", "own"}
         Whose examples of each class ``n_c`` counts. Of all clients, the model is
         balanced over a federation in which some classes are rare; the clients tell

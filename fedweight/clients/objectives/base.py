@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...core.errors import ConfigurationError
-from ..noise import uniform
+from ...core.options import ByName
+from ..noise import GAMMA_UNIFORMS, log_gamma, uniform
+from . import OBJECTIVES
 
-Fact = Literal["class-counts", "class-totals", "groups"]
+Fact = Literal["class-counts", "class-totals", "groups", "round"]
 
 _NOTHING: Mapping[str, Tensor] = {}
 
@@ -50,8 +52,26 @@ class Batch:
         """Let the next random numbers be the first ones of the step again."""
         self._drawn = 0
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Average a value of each example, ``[n]``, over the real examples."""
+    def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Average a value of each example, ``[n]``, over the real examples.
+
+        Parameters
+        ----------
+        values : Tensor
+            ``[n]``.
+        weights : Tensor, optional
+            ``[n]``, 0 or more: how much each example counts. They are scaled to a mean
+            of 1 over the real examples, so that a step is no longer and no shorter for
+            them. Where all are 0 the mean is 0.
+        """
+        if weights is not None:
+            if self.mask is not None:
+                weights = torch.where(self.mask > 0, weights, 0)
+            # Chosen, not multiplied: 0 times infinity is not 0.
+            values = torch.where(weights > 0, values, 0)
+            total = weights.sum()
+            share = weights / torch.where(total > 0, total, 1)
+            return (share * values).sum()
         if self.mask is None:
             return values.mean()
         # Chosen, not multiplied: 0 times infinity is not 0.
@@ -73,6 +93,19 @@ class Batch:
         key = torch.as_tensor(key, device=self.x.device)
         # Layers of the model that draw noise have the numbers from 1.
         return uniform(key, step, -self._drawn, torch.Size(shape))
+
+    def log_gamma(self, shape: Tensor) -> Tensor:
+        """Return logarithms of gamma-distributed random numbers, ``[n]``.
+
+        Of small shapes the numbers themselves would be 0. For random shares that sum
+        to one (Dirichlet's), take the softmax; see :meth:`uniform`.
+
+        Parameters
+        ----------
+        shape : Tensor
+            ``[n]``: the distributions' shapes, 0 or more; 0 gives ``-inf``.
+        """
+        return log_gamma(shape, self.uniform(len(shape), GAMMA_UNIFORMS))
 
 
 class Loss(NamedTuple):
@@ -155,6 +188,11 @@ class Facts:
         """How many training examples of each group the client has, ``[G]``, float."""
         return self._wanted("groups")
 
+    @property
+    def round(self) -> Tensor:
+        """The number of the round, from 1, 0-d, float."""
+        return self._wanted("round")
+
     def _wanted(self, name: Fact) -> Tensor:
         if name not in self._known:
             raise ConfigurationError(
@@ -178,7 +216,7 @@ class Objective:
     ----------
     wants : frozenset of str
         What it reads of ``facts`` and ``batch``: ``"class-counts"``,
-        ``"class-totals"``, ``"groups"``.
+        ``"class-totals"``, ``"groups"``, ``"round"``.
     group : str
         The attribute of the examples that groups them, where it wants ``"groups"``.
     per_example : Mapping[str, float]
@@ -192,6 +230,25 @@ class Objective:
 
     def begin(self, facts: Facts) -> Mapping[str, Tensor]:
         """Return what the client carries before its first step in its first round."""
+        return {}
+
+    def look(
+        self, predict: Callable[[], Tensor], labels: Tensor, facts: Facts
+    ) -> Mapping[str, Tensor]:
+        """Return what changes of what a client carries, before a round's first step.
+
+        Called for one client at a time, on the CPU, so it may ask for values.
+
+        Parameters
+        ----------
+        predict : Callable[[], Tensor]
+            Returns the received model's logits, ``[n, C]``, on all of the client's
+            training examples, in evaluation mode. It costs a pass over them.
+        labels : Tensor
+            Their labels, ``[n]``, int64.
+        facts : Facts
+            With what is carried from earlier rounds, or what ``begin`` returned.
+        """
         return {}
 
     def example_losses(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
@@ -267,6 +324,10 @@ class Objective:
         return parameters
 
 
+# A field that a file gives by name, such as the objective that SAM is around.
+NamedObjective = Annotated[Objective, ByName(OBJECTIVES)]
+
+
 class Around(Objective):
     """An objective that changes something of another one, and leaves all else to it.
 
@@ -296,6 +357,12 @@ class Around(Objective):
     def begin(self, facts: Facts) -> Mapping[str, Tensor]:
         """Return what the other one carries."""
         return self.inner.begin(facts)
+
+    def look(
+        self, predict: Callable[[], Tensor], labels: Tensor, facts: Facts
+    ) -> Mapping[str, Tensor]:
+        """Return what the other one carries from there on."""
+        return self.inner.look(predict, labels, facts)
 
     def example_losses(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
         """Return the other one's losses."""

@@ -56,6 +56,36 @@ def check_loss(
         _check_kept(f"{name}: what it keeps of each example", found.state, state)
 
 
+def check_carry(
+    objective: Objective, by: str, found: Any, carry: Mapping[str, Tensor]
+) -> None:
+    """Refuse what is no part of what a client carries.
+
+    Parameters
+    ----------
+    objective : Objective
+        Whose it is.
+    by : str
+        The method that returned it.
+    found : Mapping[str, Tensor]
+        What it returned.
+    carry : Mapping[str, Tensor]
+        What was carried before.
+
+    Raises
+    ------
+    ClientError
+        With what was returned and what is to be.
+    """
+    name = f"objective {type(objective).__name__}"
+    tensors = isinstance(found, Mapping) and all(
+        isinstance(value, Tensor) for value in found.values()
+    )
+    if not tensors:
+        raise ClientError(f"{name}: {by} must return tensors by name.")
+    _check_kept(f"{name}: what it carries", found, carry)
+
+
 def check_gradient(
     objective: Objective, gradient: Any, parameters: Tensor, calls: int
 ) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -30,6 +32,7 @@ from .carried import Carried
 from .feeding import Feeder, Gathering
 from .inputs import StepInputs, StepNames, views
 from .memory import ChunkMemory, ChunkState, TrainedRows
+from .predictions import predictions
 from .rates import LearningRates, Rates
 from .schedule import Schedule
 from .step import ChunkStep, Step, TracedStep
@@ -164,7 +167,7 @@ class BatchedTrainer:
         The arguments are those of :meth:`train`.
         """
         rates = LearningRates.of(self.settings, learning_rate, len(tasks))
-        carried = Carried.of(self.objective, tasks, start.parameters, self.device)
+        carried = self._carried(start, tasks)
         if not self._replays:
             state = ChunkState.of(start, tasks, rates.first, carried, self.device)
             return self._run(state, tasks, rates, cancelled)
@@ -179,6 +182,18 @@ class BatchedTrainer:
         tasks: Sequence[Task],
         learning_rate: float,
         carried: Carried,
+    def _carried(self, start: FlatModel, tasks: Sequence[Task]) -> Carried:
+        """Return what the objective knows of some clients, and what they carry."""
+        one_at_a_time = defines(self.objective, "look")
+        with STREAMS.alone() if one_at_a_time else nullcontext():
+            return Carried.of(
+                self.objective,
+                tasks,
+                start.parameters,
+                self.device,
+                partial(predictions, self.module, start),
+            )
+
     ) -> ChunkMemory:
         """Return the memory of chunks of so many clients, ready to begin."""
         key = len(tasks), carried.shapes

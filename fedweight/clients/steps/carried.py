@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ...core.errors import ClientError
-from ..objectives.base import Facts, Objective, tracks
+from ...core.layout import as_tensor
+from ...data.examples import Examples
+from ..objectives.base import Facts, Objective, defines, tracks
+from ..objectives.checks import check_carry
 from .task import Task
 
 Named = Mapping[str, Tensor]
+Predict = Callable[[Examples], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Carried:
         tasks: Sequence[Task],
         received: Tensor,
         device: torch.device,
+        predict: Predict,
     ) -> Self:
         """Lay out what some clients know and carry.
 
@@ -53,11 +59,13 @@ class Carried:
             ``[P]``: the parameters of the global model.
         device : torch.device
             Where it is put.
+        predict : Callable[[Examples], Tensor]
+            Returns the global model's logits, for an objective that looks at them.
         """
         if not tracks(objective):
             return cls()
         of_clients = [facts_of(task, received) for task in tasks]
-        carries = [carry_of(objective, task, received) for task in tasks]
+        carries = [carry_of(objective, task, received, predict) for task in tasks]
         kept = {}
         for name, value in objective.per_example.items():
             longest = max(len(task.examples) for task in tasks)
@@ -89,7 +97,9 @@ def facts_of(task: Task, received: Tensor) -> Named:
     return {name: value.to(received.dtype) for name, value in task.known.facts.items()}
 
 
-def carry_of(objective: Objective, task: Task, received: Tensor) -> Named:
+def carry_of(
+    objective: Objective, task: Task, received: Tensor, predict: Predict
+) -> Named:
     """Return what a client carries into a round.
 
     Parameters
@@ -100,17 +110,25 @@ def carry_of(objective: Objective, task: Task, received: Tensor) -> Named:
         The client's.
     received : Tensor
         ``[P]``: the parameters of the global model.
+    predict : Callable[[Examples], Tensor]
+        Returns the global model's logits on some examples, ``[n, C]``.
     """
-    if task.known.carry is not None:
-        return task.known.carry
-    begun = objective.begin(Facts(received, facts_of(task, received)))
-    for name, value in begun.items():
-        if not isinstance(value, Tensor):
-            raise ClientError(
-                f"objective {type(objective).__name__}: begin returned "
-                f"{type(value).__name__} for '{name}'. Return tensors by name."
-            )
-    return begun
+    carry = task.known.carry
+    if carry is None:
+        carry = objective.begin(Facts(received, facts_of(task, received)))
+        for name, value in carry.items():
+            if not isinstance(value, Tensor):
+                raise ClientError(
+                    f"objective {type(objective).__name__}: begin returned "
+                    f"{type(value).__name__} for '{name}'. Return tensors by name."
+                )
+    if defines(objective, "look"):
+        facts = Facts(received, facts_of(task, received), carry)
+        labels = as_tensor(task.examples.y)
+        found = objective.look(partial(predict, task.examples), labels, facts)
+        check_carry(objective, "look", found, carry)
+        carry = {**carry, **found}
+    return carry
 
 
 def kept_of(name: str, value: float, task: Task) -> Tensor | float:

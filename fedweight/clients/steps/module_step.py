@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..noise import LocalTraining, Streams
 from ..objectives.base import Batch, Facts, Loss, Objective, defines
 from ..objectives.checks import check_gradient, check_loss
 from .carried import carry_of, facts_of, kept_of
+from .predictions import predictions
 from .task import Task
 
 
@@ -24,7 +26,7 @@ class ModuleStep:
     Parameters
     ----------
     module : FlatModule
-        Loaded with the global model.
+        Loaded with what the client trains.
     start : FlatModel
         The global model as received.
     task : Task
@@ -61,10 +63,11 @@ class ModuleStep:
         self.received = start.parameters.to(device)
         facts = facts_of(task, start.parameters)
         self.facts = {name: value.to(device) for name, value in facts.items()}
-        self.carry = {
-            name: value.to(device)
-            for name, value in carry_of(objective, task, start.parameters).items()
-        }
+        predict = partial(predictions, module, start)
+        carried = carry_of(objective, task, start.parameters, predict)
+        self.carry = {name: value.to(device) for name, value in carried.items()}
+        if defines(objective, "look"):
+            module.load(start if task.own is None else task.own)
         like = module.parameters.new_empty(len(task.examples))
         self.kept = {
             name: torch.as_tensor(kept_of(name, value, task)).to(like).expand_as(like)
