@@ -14,9 +14,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from ..clients.objectives.base import Around, Facts, Objective
+from ..clients.objectives.base import Around, Facts, NamedObjective
 from ..clients.objectives.plain import Plain
-from ..core.options import GIVEN, checked_fields
+from ..core.options import checked_fields
 from ..messages import keys
 from .base import Told
 from .fedavg import FedAvg
@@ -68,11 +68,12 @@ class Proximal(Around):
         before momentum does, as a term of the loss would. From
         :attr:`~fedweight.clients.TrainingSettings.diverging_mu` on SGD diverges.
     inner : Objective
-        The other objective; :class:`Plain` by default.
+        The other objective, also by its name, or as a table of ``name`` and options:
+        ``inner = {name = "focal", gamma = 1.0}``.
     """
 
     mu: Annotated[float, Field(ge=0)] = 0.01
-    inner: Annotated[Objective, GIVEN] = field(default_factory=Plain)
+    inner: NamedObjective = field(default_factory=Plain)
 
     def penalty_gradient(self, parameters: Tensor, facts: Facts) -> Tensor | None:
         """Return ``mu * (w - w_t)``, and what the inner objective adds."""

@@ -13,6 +13,7 @@ from typing import Any
 from ..clients.settings import TrainingSettings
 from ..core.errors import ConfigurationError
 from ..core.options import options_of
+from ..core.registry import Registry
 from ..core.settings import kebab, parse_setting
 from ..core.texts import shown
 from .tables import PICKS, SCHEMA
@@ -102,13 +103,16 @@ def _table_of(table: str, given: Any) -> dict[str, Any]:
     if table not in PICKS:
         return _options(table, given, type(given))
     if not _is_made(given):
-        return {"name": _name(table, given)}
-    return {"name": _name(table, type(given)), **_options(table, given, type(given))}
+        return {"name": _name(table, given, PICKS[table].registry)}
+    name = _name(table, type(given), PICKS[table].registry)
+    return {"name": name, **_options(table, given, type(given))}
 
 
 def _options(table: str, made: Any, cls: type) -> dict[str, Any]:
     """Return the options of a made object, as a file may say them."""
     if not is_dataclass(cls):
+        if all({"__init__", "__new__"}.isdisjoint(vars(c)) for c in cls.__mro__[:-1]):
+            return {}  # It takes nothing.
         raise ConfigurationError(
             f"{table}: {shown(made)} does not say what it was made with. Give the "
             f"class, and its options as '{table}.option', or a dictionary of keys."
@@ -120,7 +124,11 @@ def _options(table: str, made: Any, cls: type) -> dict[str, Any]:
         if option is None or not one.init:
             continue
         value = getattr(made, one.name)
-        if not option.given:
+        if option.by_name:
+            named = _name(table, type(value), option.by_name.registry)
+            own = _options(table, value, type(value))
+            found[kebab(one.name)] = {"name": named, **own}
+        elif not option.given:
             if value is not None:
                 found[kebab(one.name)] = value
             elif option.in_file.default is not None:
@@ -150,10 +158,10 @@ def _content(value: Any, default: Any) -> bool:
     return hasattr(value, "__dict__") and vars(value) == vars(default)
 
 
-def _name(table: str, given: Any) -> str:
+def _name(table: str, given: Any, registry: Registry) -> str:
     """Return the name of a class or a function, as a file has it."""
     path = f"{given.__module__}:{given.__qualname__}"
-    for name, known in PICKS[table].registry.entries.items():
+    for name, known in registry.entries.items():
         if known == path:
             return name
     if "." in given.__qualname__:

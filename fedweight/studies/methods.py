@@ -146,8 +146,8 @@ def _chosen(key: str, given: Any) -> list[Method]:
 
 
 def _parts(text: str) -> list[str]:
-    """Split at commas, but not those of a list."""
-    parts = re.findall(r"(?:[^,\[]|\[[^\]]*\]?)+", text)
+    """Split at commas, but not those of a list or a table."""
+    parts = re.findall(r"(?:[^,\[{]|\[[^\]]*\]?|\{[^}]*\}?)+", text)
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -177,11 +177,20 @@ def _labelled(
     name = str(settings[f"{table}.name"])
     options = options_in_file(table, name)
     if whole:  # A made object has its class's defaults, not those of a file.
-        options = options_of(PICKS[table].registry.resolve(name))
+        made = options_of(PICKS[table].registry.resolve(name))
+        options = {k: o.in_file if o.by_name else o for k, o in made.items()}
     known = {kebab(k): o for k, o in options.items()}
     words = [plain(name.rsplit(":", 1)[-1].lower(), NAME_LENGTH)]
     for dotted, value in settings.items():
         key = kebab(dotted.removeprefix(f"{table}."))
         if key != "name" and not (key in known and known[key].default == value):
-            words.append(f"{key}={plain(value, NAME_LENGTH)}")
+            words.append(f"{key}={plain(_short(value), NAME_LENGTH)}")
     return Method(":".join(words), settings, whole)
+
+
+def _short(value: Any) -> Any:
+    """Return a table as ``name(option=value)``; what is none is returned as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    own = ",".join(f"{k}={_short(v)}" for k, v in value.items() if k != "name")
+    return f"{value.get('name', '')}({own})" if own else value.get("name", "")

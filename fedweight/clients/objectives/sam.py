@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from ...core.options import GIVEN, checked_fields
-from .base import Around, Facts, Objective
+from ...core.options import checked_fields
+from .base import Around, Facts, NamedObjective
 from .plain import Plain
 
 
@@ -33,11 +33,12 @@ class SAM(Around):
     rho : float
         0 or more; at 0 this is the other objective, at twice the cost.
     inner : Objective
-        The other objective; :class:`Plain` by default.
+        The other objective, also by its name, or as a table of ``name`` and options:
+        ``inner = {name = "focal", gamma = 1.0}``.
     """
 
     rho: Annotated[float, Field(ge=0)] = 0.05
-    inner: Annotated[Objective, GIVEN] = field(default_factory=Plain)
+    inner: NamedObjective = field(default_factory=Plain)
 
     def gradient(
         self,
