@@ -84,6 +84,9 @@ class TrainingApp(ClientApp):
     personal : Personal, optional
         What clients train for themselves, and keep; see
         :mod:`fedweight.clients.personal`.
+    trace : bool
+        Whether the training step of many clients at once is traced. Without, it stands
+        on PyTorch's public functions alone, and is slower.
     mods : list, optional
         Flower client mods, applied to every message.
 
@@ -115,6 +118,7 @@ class TrainingApp(ClientApp):
         queries: Mapping[str, Query] | None = None,
         num_groups: Mapping[str, int] | None = None,
         personal: Personal | None = None,
+        trace: bool = True,
         mods: list[Any] | None = None,
     ) -> None:
         super().__init__(mods=mods)
@@ -138,7 +142,14 @@ class TrainingApp(ClientApp):
 
         def trainer_of(goal: Objective, **own: Any) -> CohortTrainer:
             trials = Trials(
-                modules.architecture, data, goal, self.settings, device, sizes, coding
+                modules.architecture,
+                data,
+                goal,
+                self.settings,
+                device,
+                sizes,
+                coding,
+                traced=trace,
             )
             return CohortTrainer(
                 modules, trials, goal, self.settings, seed, coding, **own

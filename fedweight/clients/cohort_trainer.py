@@ -317,6 +317,7 @@ class CohortTrainer:
                     self._objective(instructions),
                     self.settings,
                     least=least,
+                    traced=self.trials.traced,
                 )
             self._trainers[key] = trainer
             return trainer

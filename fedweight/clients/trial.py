@@ -54,6 +54,8 @@ class Trials:
         How many examples clients have.
     coding : Coding
         How classes and groups are coded.
+    traced : bool
+        Whether steps of many clients at once are traced.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Trials:
         device: str,
         sizes: Sequence[int] | npt.NDArray[np.int64] | None,
         coding: Coding,
+        *,
+        traced: bool = True,
     ) -> None:
         self.make = make
         self.data = data
@@ -73,6 +77,7 @@ class Trials:
         self.device = device
         self.sizes = sizes
         self.coding = coding
+        self.traced = traced
         self._kind: Kind | None = None
         self._found: dict[tuple[str, Kind], Any] = {}
         self._lock = threading.Lock()
@@ -141,6 +146,7 @@ class Trials:
                 self.settings.batch_size,
                 cancelled,
                 self.coding,
+                traced=self.traced,
             )
 
         failed = "no trial with the first clients' examples succeeded"

@@ -220,6 +220,8 @@ def try_batched(
     batch_size: int,
     cancelled: Callable[[], bool] = lambda: False,
     coding: Coding = _NO_CODES,
+    *,
+    traced: bool = True,
 ) -> str:
     """Return why clients must not train at once; empty where it gives the same.
 
@@ -231,6 +233,8 @@ def try_batched(
         What :func:`try_alone` found; the other parameters are its, too.
     batch_size : int
         How many examples a batch has.
+    traced : bool
+        Whether the step of many clients at once is traced.
     """
     if findings.draws:
         return (
@@ -254,12 +258,12 @@ def try_batched(
     )
     with own_streams(SEED, torch.device(device)):
         try:
-            return run(double=True)
+            return run(double=True, traced=traced)
         except Exception as error:
             if cancelled():
                 raise
             log.debug("a trial in double precision failed: %s", error)
-            return run(double=False)
+            return run(double=False, traced=traced)
 
 
 def _compare(
@@ -273,6 +277,7 @@ def _compare(
     coding: Coding,
     *,
     double: bool,
+    traced: bool,
 ) -> str:
     """Train a few clients alone and at once; return what is different, if anything."""
 
@@ -296,7 +301,9 @@ def _compare(
         least=least,
         cancelled=cancelled,
     )
-    trainer = BatchedTrainer(built(), objective, settings, least=least, compiled=False)
+    trainer = BatchedTrainer(
+        built(), objective, settings, least=least, compiled=False, traced=traced
+    )
 
     def task(k: int, n: int, epochs: int) -> Task:
         return _task(some.take(slice(n)), epochs, SEED + k, objective, coding)

@@ -114,6 +114,7 @@ class Components:
             probes={n: f for one in methods for n, f in one.probes.items()},
             queries={n: f for one in methods for n, f in one.queries.items()},
             personal=self.personal(),
+            trace=self.configuration["engine"]["trace"],
             num_groups={
                 name: len(codes) for name, codes in self.data.attribute_names.items()
             },
@@ -174,6 +175,7 @@ class Components:
         training = self.configuration["training"]
         share = self.configuration["strategy"].get("fraction-train") or 1.0
         cohort = max(1, int(self.data.num_clients * share))
+        traced = self.configuration["engine"]["trace"]
         schedule = self.schedule()
         if isinstance(schedule, Buffered):
             cohort = min(cohort, schedule.buffer_size)
@@ -203,6 +205,7 @@ class Components:
                 "examples": int(np.median(sizes)),
                 "device": self.device,
                 **machine(),
+                **({} if traced else {"traced": traced}),
             },
         )
 

@@ -238,6 +238,13 @@ class Engine:
         Field(description="how clients train: auto, loop or batched-N (N at once)"),
     ] = "auto"
     device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N")] = "auto"
+    trace: Annotated[
+        bool,
+        Field(
+            description="whether the step of many clients at once is traced; without, "
+            "it is slower and stands on PyTorch's public functions alone"
+        ),
+    ] = True
 
 
 def _table(cls: type, **defaults: Any) -> dict[str, Option]:

@@ -62,6 +62,7 @@ def test_with_all_of_them_clients_train_at_once(results, caplog):
         "torch._functorch.eager_transforms._undo_create_differentiable",
         "torch._functorch.eager_transforms._wrap_all_tensors",
         "torch._functorch.eager_transforms.grad_increment_nesting",
+        "torch._ops.OpOverload",
         "torch._ops.OpOverload.decompose",
         "torch.func.functional_call",
     ],
@@ -77,6 +78,20 @@ def test_without_what_batching_needs_clients_train_one_after_another(
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.startswith("model Sequential trains one client after another: ")
     assert name.rsplit(".", 1)[-1] in warning
+    assert torch.equal(found, expected)
+
+
+def test_without_the_schemas_of_operations_clients_train_one_after_another(
+    results, caplog, monkeypatch
+):
+    def gone(self):
+        raise AttributeError("_schema")
+
+    made = property(gone, lambda self, value: None)
+    monkeypatch.setattr(torch._ops.OpOverload, "_schema", made, raising=False)
+    found, expected = results()
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("model Sequential trains one client after another: ")
     assert torch.equal(found, expected)
 
 
@@ -142,6 +157,10 @@ def breaks_inside(*_, **__):
     yield
 
 
+def keeps_inputs(module, examples, check_trace=True):
+    """It takes no other option, as ``_store_inputs``."""
+
+
 def wrong(module, examples, **_):
     """A trace that does something else, as a broken TorchScript might."""
 
@@ -158,6 +177,7 @@ def wrong(module, examples, **_):
     [
         ("trace", None, "runs in Python"),
         ("trace", breaks, "runs in Python: not today"),
+        ("trace", keeps_inputs, "runs in Python: keeps_inputs() got an unexpected"),
         ("trace", wrong, "a training step as TorchScript gave other values"),
         ("optimized_execution", None, "runs in Python"),
         ("optimized_execution", breaks, "runs in Python: not today"),

@@ -35,7 +35,7 @@ from .memory import ChunkMemory, ChunkState, TrainedRows
 from .predictions import predictions
 from .rates import LearningRates, Rates
 from .schedule import Schedule
-from .step import ChunkStep, Step, TracedStep
+from .step import ChunkStep, MadeStep, Step
 from .task import LocalResult, Task, groups_of
 
 # So many steps are made in one call, where what a call costs shows: a step has few
@@ -67,6 +67,9 @@ class BatchedTrainer:
         2 for a model that cannot train on one example; see :func:`.loop.train`.
     compiled : bool
         Whether steps may leave the interpreter, as TorchScript and CUDA graphs do.
+    traced : bool
+        Whether steps are traced; else they are made by ``torch.func`` every time, in
+        one thread at a time, and stay in the interpreter.
     """
 
     def __init__(
@@ -77,12 +80,15 @@ class BatchedTrainer:
         *,
         least: int = 1,
         compiled: bool = True,
+        traced: bool = True,
     ) -> None:
         self.module = module
         self.objective = objective
         self.settings = settings
         self.least = least
         self.device = module.parameters.device
+        self.traced = traced
+        compiled = compiled and traced
         self._replays = compiled and self.device.type == "cuda"
         # A CUDA graph is without Python in any case.
         self._step = ChunkStep(
@@ -93,7 +99,7 @@ class BatchedTrainer:
         self._descends = settings.descends and not settings.rate_schedule.over_steps
         self._changes_after = defines(objective, "after_step")
         self._least = 1  # Fewer examples in a step make the model raise.
-        self._steps: dict[tuple[Any, ...], TracedStep] = {}
+        self._steps: dict[tuple[Any, ...], MadeStep] = {}
         self._several: dict[tuple[Any, ...], Step | None] = {}
         # By the number of clients of a chunk, and the shapes of what they carry.
         self._memories: dict[tuple[Any, ...], ChunkMemory] = {}
@@ -176,12 +182,6 @@ class BatchedTrainer:
             trained = self._run(memory.state, tasks, rates, cancelled, memory)
             return copy.deepcopy(trained)
 
-    def _memory(
-        self,
-        start: FlatModel,
-        tasks: Sequence[Task],
-        learning_rate: float,
-        carried: Carried,
     def _carried(self, start: FlatModel, tasks: Sequence[Task]) -> Carried:
         """Return what the objective knows of some clients, and what they carry."""
         one_at_a_time = defines(self.objective, "look")
@@ -194,6 +194,12 @@ class BatchedTrainer:
                 partial(predictions, self.module, start),
             )
 
+    def _memory(
+        self,
+        start: FlatModel,
+        tasks: Sequence[Task],
+        learning_rate: float,
+        carried: Carried,
     ) -> ChunkMemory:
         """Return the memory of chunks of so many clients, ready to begin."""
         key = len(tasks), carried.shapes
@@ -238,7 +244,7 @@ class BatchedTrainer:
         allocate = None if memory is None else memory.examples
         feed = self._feeder.feed(tasks, plan, allocate)
         gathering = None
-        if isinstance(feed, Gathering) and descends and memory is None:
+        if isinstance(feed, Gathering) and descends and memory is None and self.traced:
             gathering = None if self._changes_after else feed
         state = StepInputs(
             parameters,
@@ -256,7 +262,8 @@ class BatchedTrainer:
         tensors = tuple(chain(*state))
         kept = tuple(values.shape for values in state.kept)
         step = 0
-        with torch.no_grad(), plain_execution():
+        execution = plain_execution() if self.traced else nullcontext()
+        with torch.no_grad(), execution:
             while step < plan.total:
                 if cancelled():
                     raise ClientError("training was cancelled")
@@ -331,13 +338,14 @@ class BatchedTrainer:
         names: StepNames,
         *,
         descends: bool,
-    ) -> TracedStep:
-        """Trace the step for these shapes, if nobody has meanwhile."""
+    ) -> MadeStep:
+        """Make the step for these shapes, if nobody has meanwhile."""
         # PyTorch traces one function at a time in a process.
         with STREAMS.alone():
             traced = self._steps.get(key)
             if traced is None:
-                traced = self._step.trace(inputs, names, descends=descends)
+                make = self._step.trace if self.traced else self._step.eager
+                traced = make(inputs, names, descends=descends)
                 self._least = max(self._least, traced.least)
                 self._steps[key] = traced
         return traced

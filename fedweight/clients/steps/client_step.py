@@ -5,7 +5,7 @@ Written for one client, and batched over clients with ``torch.vmap``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from ...core.module import FlatModule
 from ..noise import LocalTraining
 from ..objectives.base import Batch, Facts, Objective
 from ..objectives.checks import check_gradient, check_loss
-from ._torch.differentiation import grad
 from .cross_entropy import OfLabels
 from .inputs import split
 
@@ -73,11 +72,16 @@ class ClientStep:
         The architecture.
     objective : Objective
         What is minimised on a batch.
+    grad : Callable
+        Returns a function's gradients; see :func:`._torch.differentiation.grad`.
     """
 
-    def __init__(self, module: FlatModule, objective: Objective) -> None:
+    def __init__(
+        self, module: FlatModule, objective: Objective, grad: Callable[..., Any]
+    ) -> None:
         self.module = module
         self.objective = objective
+        self.grad = grad
         entries = module.layout.entries
         self.parameters = list(module.layout.parameters)
         self.frozen = [e for e in entries if e.kind == "frozen"]
@@ -88,8 +92,8 @@ class ClientStep:
         self, found: Found, parameters: list[Tensor], row: Tensor, *others: Any
     ) -> tuple[list[Tensor], Besides]:
         """Return one client's gradients of the loss, and the rest."""
-        of_loss = grad(partial(self._loss, found), found.with_gradient)
-        return of_loss(parameters, *others)
+        of_loss = self.grad(partial(self._loss, found), found.with_gradient)
+        return of_loss(parameters, *others)  # type: ignore[no-any-return]
 
     def of_objective(
         self,
@@ -115,7 +119,7 @@ class ClientStep:
             if first:  # Its buffers stay.
                 state = ([t.clone() for t in spare[0]], [t.clone() for t in spare[1]])
                 told = Found()
-            of_loss = grad(partial(self._loss, told), told.with_gradient)
+            of_loss = self.grad(partial(self._loss, told), told.with_gradient)
             one = torch.ones_like(scale)
             gradients, besides = of_loss(
                 split(parameters, self.parameters),

@@ -1,4 +1,4 @@
-"""One step of a chunk of clients, batched with ``torch.vmap`` and traced."""
+"""One step of a chunk of clients, batched with ``torch.vmap``, traced or as it is."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch import Tensor
 from torch.func import vmap
 
 from ...core.module import FlatModule
+from ..noise import STREAMS
 from ..objectives.base import Objective, defines
-from ._torch.differentiation import plain_attention
+from ._torch.differentiation import grad, plain_attention
 from ._torch.recording import Recorder
 from ._torch.rewriting import drop_idle, drop_unused, fuse_descent
 from ._torch.torchscript import without_python
 from .client_step import Besides, ClientStep, Found
+from .gradients import plain_grad, public_grad
 from .inputs import SHARED, StepInputs, StepNames, facts_of_client, views
 
 Step = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class TracedStep:
+class MadeStep:
     """A step for inputs of some shapes.
 
     Attributes
@@ -65,13 +67,13 @@ class ChunkStep:
         self.module = module
         self.objective = objective
         self.compiled = compiled
-        self.client = ClientStep(module, objective)
+        self.client = ClientStep(module, objective, grad)
         # Whether a step uses another gradient than that of the loss and the penalty.
         self._own_gradient = defines(objective, "gradient")
 
     def trace(
         self, inputs: StepInputs, names: StepNames, *, descends: bool
-    ) -> TracedStep:
+    ) -> MadeStep:
         """Record the step's tensor operations, for inputs of these shapes.
 
         Parameters
@@ -91,42 +93,15 @@ class ChunkStep:
         def step(*tensors: Tensor) -> list[Tensor]:
             left = iter(tensors)
             given = StepInputs(*([next(left) for _ in part] for part in inputs))
-            losses, correct, rate = given.sums
-            batch = dict(zip(names.batch, given.batch, strict=True))
-            # vmap's BatchNorm changes running statistics only where they lie together.
-            together = [
-                buffer.contiguous() if k in moving else buffer
-                for k, buffer in enumerate(given.buffers)
-            ]
-            scale = rate if descends else torch.ones_like(rate)
-            gradients, besides = self._of_clients(
-                given, together, names, batch, scale, found
+            return self._do(
+                given,
+                names,
+                found,
+                moving,
+                moved,
+                recorder.has_changed,
+                descends=descends,
             )
-            if any(map(recorder.has_changed, given.parameters)):
-                raise RuntimeError("the model changes its parameters itself")
-            for k, value in zip(found.assigned, besides.assigned, strict=True):
-                [*together, *given.counters][k].copy_(value)
-            for k in sorted(moving):
-                if recorder.has_changed(together[k]):
-                    given.buffers[k].copy_(together[k])
-                else:
-                    moving.remove(k)
-            self._count(besides, batch, losses, correct)
-            penalties: Sequence[Any] = [None] * len(self.client.parameters)
-            if not self._own_gradient and self._is_penalised(given, names):
-                penalties = views(self._penalties(given, names), self.client.parameters)
-            self._carry(given, names, batch, besides)
-            of = dict(zip(found.with_gradient, gradients, strict=True))
-            if not descends:
-                sums = [_sum(of.get(k), p) for k, p in enumerate(penalties)]
-                moved[:] = [k for k, g in enumerate(sums) if g is not None]
-                return [g for g in sums if g is not None]
-            for parameter, penalty in zip(given.parameters, penalties, strict=True):
-                if penalty is not None:
-                    parameter.sub_(penalty * rate)
-            for k, gradient in of.items():
-                given.parameters[k].sub_(gradient)
-            return [losses]
 
         # Tracing runs the step, which changes tensors in place: on a copy, with the
         # same strides, as the trace depends on them, and views of the same rows.
@@ -144,7 +119,47 @@ class ChunkStep:
         run = traced.forward
         if self.compiled:
             run = without_python(traced, [*chain(*copies)])
-        return TracedStep(run, moved, found.least)
+        return MadeStep(run, moved, found.least)
+
+    def eager(
+        self, inputs: StepInputs, names: StepNames, *, descends: bool
+    ) -> MadeStep:
+        """Return a step that PyTorch's public functions make anew every time.
+
+        It is slower than a traced one, and stands on nothing that PyTorch keeps to
+        itself or has announced to drop. The arguments are those of :meth:`trace`.
+        """
+        self.module.train()
+        # What the loss depends on, torch.func does not tell: seen on one client.
+        first = self._of_first(inputs, names)
+        client = ClientStep(self.module, self.objective, public_grad(first))
+        moved: list[int] = []
+
+        def step(*tensors: Tensor) -> list[Tensor]:
+            left = iter(tensors)
+            given = StepInputs(*([next(left) for _ in part] for part in inputs))
+            before = [parameter._version for parameter in given.parameters]
+            of_parameters = dict(zip(map(id, given.parameters), before, strict=True))
+
+            def has_changed(tensor: Tensor) -> bool:
+                # Of a buffer it does not matter: it is copied where it already is.
+                return tensor._version != of_parameters.get(id(tensor), -1)
+
+            every = set(range(len(client.buffers)))
+            # The choice of kernels is that of all threads.
+            with STREAMS.alone(), plain_attention():
+                return self._do(
+                    given,
+                    names,
+                    Found(),
+                    every,
+                    moved,
+                    has_changed,
+                    descends=descends,
+                    client=client,
+                )
+
+        return MadeStep(step, moved, first.least)
 
     def change_after(self, given: StepInputs, names: StepNames) -> None:
         """Change the parameters after a step, as the objective says."""
@@ -158,6 +173,81 @@ class ChunkStep:
 
     # Parts of a step.
 
+    def _do(
+        self,
+        given: StepInputs,
+        names: StepNames,
+        found: Found,
+        moving: set[int],
+        moved: list[int],
+        has_changed: Callable[[Tensor], bool],
+        *,
+        descends: bool,
+        client: ClientStep | None = None,
+    ) -> list[Tensor]:
+        """Do a step.
+
+        Parameters
+        ----------
+        given : StepInputs
+            What it starts from, and changes.
+        names : StepNames
+            What they are called.
+        found : Found
+            Is told what the model does.
+        moving : set of int
+            The buffers that the model may change; those that it does not are removed.
+        moved : list of int
+            Is told of which parameters there are gradients.
+        has_changed : Callable
+            Tells whether a tensor has been changed in the step.
+        descends : bool
+            Whether the step is ``w - rate * gradient``, with one rate.
+        client : ClientStep, optional
+            Finds each client's gradients.
+
+        Returns
+        -------
+        list of Tensor
+            The gradients, where the step does not descend.
+        """
+        losses, correct, rate = given.sums
+        batch = dict(zip(names.batch, given.batch, strict=True))
+        # vmap's BatchNorm changes running statistics only where they lie together.
+        together = [
+            buffer.contiguous() if k in moving else buffer
+            for k, buffer in enumerate(given.buffers)
+        ]
+        scale = rate if descends else torch.ones_like(rate)
+        gradients, besides = self._of_clients(
+            given, together, names, batch, scale, found, client or self.client
+        )
+        if any(map(has_changed, given.parameters)):
+            raise RuntimeError("the model changes its parameters itself")
+        for k, value in zip(found.assigned, besides.assigned, strict=True):
+            [*together, *given.counters][k].copy_(value)
+        for k in sorted(moving):
+            if has_changed(together[k]):
+                given.buffers[k].copy_(together[k])
+            else:
+                moving.remove(k)
+        self._count(besides, batch, losses, correct)
+        penalties: Sequence[Any] = [None] * len(self.client.parameters)
+        if not self._own_gradient and self._is_penalised(given, names):
+            penalties = views(self._penalties(given, names), self.client.parameters)
+        self._carry(given, names, batch, besides)
+        of = dict(zip(found.with_gradient, gradients, strict=True))
+        if not descends:
+            sums = [_sum(of.get(k), p) for k, p in enumerate(penalties)]
+            moved[:] = [k for k, g in enumerate(sums) if g is not None]
+            return [g for g in sums if g is not None]
+        for parameter, penalty in zip(given.parameters, penalties, strict=True):
+            if penalty is not None:
+                parameter.sub_(penalty * rate)
+        for k, gradient in of.items():
+            given.parameters[k].sub_(gradient)
+        return [losses]
+
     def _of_clients(
         self,
         given: StepInputs,
@@ -166,6 +256,7 @@ class ChunkStep:
         batch: Mapping[str, Tensor],
         scale: Tensor,
         found: Found,
+        step: ClientStep,
     ) -> tuple[list[Tensor], Besides]:
         """Return every client's gradients, and the rest, ``[C, ...]`` each.
 
@@ -175,21 +266,13 @@ class ChunkStep:
             The buffers; changed in place.
         scale : Tensor
             0-d: what the gradients are multiplied by.
+        step : ClientStep
+            Finds those of one client.
         """
-        own = {name: batch[name] for name in batch if name not in ("counts", "ids")}
-        client = {
-            "facts": dict(zip(names.facts, given.facts, strict=True)),
-            "carry": dict(zip(names.carry, given.carry, strict=True)),
-            "kept": {
-                name: values.gather(1, batch["ids"])
-                for name, values in zip(names.kept, given.kept, strict=True)
-            },
-        }
+        own, client = _of_objective(given, names, batch)
         rows, received = given.ends
         along = {name: None if name in SHARED else 0 for name in own}
-        of_client = (
-            self.client.of_objective if self._own_gradient else self.client.of_loss
-        )
+        of_client = step.of_objective if self._own_gradient else step.of_loss
         batched: Callable[..., Any] = vmap(
             partial(of_client, found),
             in_dims=(0, 0, None, 0, 0, None, None, along, 0),
@@ -205,6 +288,27 @@ class ChunkStep:
             own,
             client,
         )
+
+    def _of_first(self, given: StepInputs, names: StepNames) -> Found:
+        """Return what a step of the first client finds out; it changes nothing."""
+        found, step = Found(), ClientStep(self.module, self.objective, plain_grad)
+        of_client = step.of_objective if self._own_gradient else step.of_loss
+        batch = dict(zip(names.batch, given.batch, strict=True))
+        own, client = _of_objective(given, names, batch)
+        rows, received = given.ends
+        of_client(
+            found,
+            [t[0].clone() for t in given.parameters],
+            rows[0].clone(),
+            given.frozen,
+            [t[0].clone() for t in given.buffers],
+            [t[0].clone() for t in given.counters],
+            received,
+            torch.ones_like(given.sums[2]),
+            {name: t if name in SHARED else t[0] for name, t in own.items()},
+            {part: {n: t[0] for n, t in some.items()} for part, some in client.items()},
+        )
+        return found
 
     def _is_penalised(self, given: StepInputs, names: StepNames) -> bool:
         """Tell whether there is a penalty on the parameters."""
@@ -257,6 +361,20 @@ class ChunkStep:
                     last = values.shape[1] - 1
                     places = torch.where(batch["mask"] > 0, places, last)
                 values.scatter_(1, places, besides.kept[name].to(values.dtype))
+
+
+def _of_objective(
+    given: StepInputs, names: StepNames, batch: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Return what an objective sees of a batch, and of each client, by name."""
+    own = {name: batch[name] for name in batch if name not in ("counts", "ids")}
+    kept = {
+        name: values.gather(1, batch["ids"])
+        for name, values in zip(names.kept, given.kept, strict=True)
+    }
+    facts = dict(zip(names.facts, given.facts, strict=True))
+    carry = dict(zip(names.carry, given.carry, strict=True))
+    return own, {"facts": facts, "carry": carry, "kept": kept}
 
 
 def _sum(gradient: Tensor | None, penalty: Tensor | None) -> Tensor | None:
