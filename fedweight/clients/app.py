@@ -211,6 +211,13 @@ class TrainingApp(ClientApp):
         return kind is None or not self._trials.alone(kind, first).draws
 
     @property
+    def kept_tables(self) -> Mapping[str, Sequence[str]]:
+        """The tables of the store that clients read, by the type of a message."""
+        train = ["objective"] if self._trainer.carries else []
+        own = ["personal"] if self._work.personal is not None else []
+        return {"train": train + own, "evaluate": own}
+
+    @property
     def answers_cohorts(self) -> bool:
         """Whether :meth:`answer` may be used instead of sending messages.
 

@@ -1,40 +1,229 @@
-"""What a client's objective takes along from round to round, in the client's state."""
+"""What clients keep from round to round: personal models, and what objectives carry.
+
+In a simulation it lies in the engine's store, which a client's context brings along; on
+a device each client has it in its Flower context.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
-from ..core.layout import as_tensor
+from ..core.client_store import ClientRows
+from ..core.errors import ClientError
+from ..core.layout import FlatModel, Layout, as_tensor
+from .client_tasks import ClientTask
 from .steps.task import LocalResult
 
-# Whose state it is: that of local training, or of the personal model's.
+# Whose it is: that of local training, or of the personal model's.
 Owner = Literal["objective", "personal"]
 
+# What of a model is kept: not what is frozen, which all have in common.
+PARAMETERS, BUFFERS, INTEGERS = "parameters", "buffers", "integer "
 
-def read_state(
-    state: RecordDict, owner: Owner
-) -> tuple[dict[str, Tensor] | None, dict[str, Tensor]]:
-    """Return what a client carries, and keeps of its examples, from earlier rounds."""
-    carry, kept = f"{owner}.carry", f"{owner}.kept"
-    return (
-        _arrays(state, carry) if carry in state else None,
-        _arrays(state, kept) if kept in state else {},
-    )
+# How names of what is carried begin, and of what is kept of each example.
+CARRY, KEPT = "carry ", "kept "
+
+Named = Mapping[str, Tensor]
 
 
-def write_state(state: RecordDict, owner: Owner, result: LocalResult) -> None:
-    """Put what a client takes along into its state."""
-    parts = {f"{owner}.carry": result.carry, f"{owner}.kept": result.kept}
-    for name, values in parts.items():
-        if values:
-            state[name] = ArrayRecord(
-                {part: Array(value.numpy()) for part, value in values.items()}
+class KeepsRows(Protocol):
+    """Where clients keep something; see :class:`fedweight.core.client_store`."""
+
+    def read(
+        self,
+        table: str,
+        clients: npt.NDArray[np.int64],
+        beginning: tuple[str, ...] = ("",),
+    ) -> ClientRows:
+        """Return what some clients keep."""
+        ...
+
+    def write(self, table: str, rows: ClientRows) -> None:
+        """Let clients keep something."""
+        ...
+
+
+class OwnStates:
+    """Where clients on devices keep something: each in its Flower context.
+
+    Parameters
+    ----------
+    states : Mapping[int, RecordDict]
+        The contexts' state, by the client's number.
+    """
+
+    def __init__(self, states: Mapping[int, RecordDict]) -> None:
+        self.states = states
+
+    def read(
+        self,
+        table: str,
+        clients: npt.NDArray[np.int64],
+        beginning: tuple[str, ...] = ("",),
+    ) -> ClientRows:
+        """Return what those of some clients keep who keep something."""
+        has = [c for c in clients.tolist() if table in self.states[c]]
+        records: list[Any] = [self.states[c][table] for c in has]
+        parts: dict[str, list[npt.NDArray[Any]]] = {}
+        for record in records:
+            for name, array in record.items():
+                if name.startswith(beginning):
+                    parts.setdefault(name, []).append(array.numpy())
+        items = {n: arrays for n, arrays in parts.items() if n.startswith(KEPT)}
+        return ClientRows(
+            np.array(has, np.int64),
+            {n: np.stack(arrays) for n, arrays in parts.items() if n not in items},
+            {n: np.concatenate(arrays) for n, arrays in items.items()},
+            np.array([len(a) for a in next(iter(items.values()), [])], np.int64),
+        )
+
+    def write(self, table: str, rows: ClientRows) -> None:
+        """Let clients keep something, in place of what they have kept before."""
+        ends = rows.ends
+        for k, client in enumerate(rows.clients.tolist()):
+            own = slice(int(ends[k] - rows.lengths[k]), int(ends[k]))
+            arrays = {name: values[k] for name, values in rows.arrays.items()}
+            arrays |= {name: values[own] for name, values in rows.items.items()}
+            self.states[client][table] = ArrayRecord(
+                {name: Array(np.array(values)) for name, values in arrays.items()}
             )
 
 
-def _arrays(state: RecordDict, name: str) -> dict[str, Tensor]:
-    record: Any = state[name]
-    return {part: as_tensor(array.numpy()) for part, array in record.items()}
+def keeper_of(clients: Sequence[ClientTask]) -> KeepsRows:
+    """Return where some clients keep something."""
+    store: KeepsRows | None = getattr(clients[0].context, "store", None)
+    if store is not None:
+        return store
+    return OwnStates({client.number: client.context.state for client in clients})
+
+
+def read_carried(
+    clients: Sequence[ClientTask], owner: Owner
+) -> dict[int, tuple[Named | None, Named]]:
+    """Return what clients carry, and keep of their examples, from earlier rounds.
+
+    By the client's number, of those who do. What is carried is ``None`` where that is
+    nothing.
+    """
+    rows = keeper_of(clients).read(owner, _numbers(clients), (CARRY, KEPT))
+    carries = {
+        name.removeprefix(CARRY): as_tensor(values)
+        for name, values in rows.arrays.items()
+    }
+    kept = {
+        name.removeprefix(KEPT): np.split(values, rows.ends[:-1])
+        for name, values in rows.items.items()
+    }
+    return {
+        client: (
+            {name: values[k] for name, values in carries.items()} or None,
+            {name: as_tensor(parts[k]) for name, parts in kept.items()},
+        )
+        for k, client in enumerate(rows.clients.tolist())
+    }
+
+
+def read_models(
+    clients: Sequence[ClientTask], layout: Layout, frozen: Tensor
+) -> dict[int, FlatModel]:
+    """Return personal models by the client's number, of those who have one.
+
+    Parameters
+    ----------
+    clients : Sequence[ClientTask]
+        Whose.
+    layout : Layout
+        The models'.
+    frozen : Tensor
+        ``[F]``: the values that all models have in common.
+    """
+    beginning = (PARAMETERS, BUFFERS, INTEGERS)
+    rows = keeper_of(clients).read("personal", _numbers(clients), beginning)
+    if not len(rows.clients):
+        return {}
+    parameters = as_tensor(rows.arrays[PARAMETERS])
+    buffers = as_tensor(rows.arrays[BUFFERS])
+    sizes = parameters.shape[1], buffers.shape[1]
+    if sizes != (layout.num_parameters, layout.num_buffers):
+        raise ClientError(
+            f"its personal model has {sizes[0]} parameters and {sizes[1]} values in "
+            f"buffers, and the model has {layout.num_parameters} and "
+            f"{layout.num_buffers}. The model must stay the same over the rounds."
+        )
+    integers = {
+        name.removeprefix(INTEGERS): values
+        for name, values in rows.arrays.items()
+        if name.startswith(INTEGERS)
+    }
+    return {
+        client: FlatModel(
+            layout,
+            parameters[k],
+            buffers[k],
+            {name: np.asarray(values[k]) for name, values in integers.items()},
+            frozen,
+        )
+        for k, client in enumerate(rows.clients.tolist())
+    }
+
+
+def write_results(
+    clients: Sequence[ClientTask],
+    results: Sequence[LocalResult],
+    owner: Owner,
+    *,
+    models: bool = False,
+) -> None:
+    """Let clients who trained take along what they carry, and their models if wanted.
+
+    Raises
+    ------
+    ClientError
+        If clients carry different things.
+    """
+    pairs = zip(clients, results, strict=True)
+    trained = [(client, result) for client, result in pairs if result.num_steps]
+    if not trained:
+        return
+    own, made = zip(*trained, strict=True)
+    arrays = {CARRY + n: v for n, v in _joined([r.carry for r in made]).items()}
+    if models:
+        arrays[PARAMETERS] = torch.stack([r.model.parameters for r in made]).numpy()
+        arrays[BUFFERS] = torch.stack([r.model.buffers for r in made]).numpy()
+        for name in made[0].model.integers:
+            values = [np.asarray(r.model.integers[name]) for r in made]
+            arrays[INTEGERS + name] = np.stack(values)
+    items = _joined([r.kept for r in made], torch.cat)
+    if arrays or items:
+        lengths = [len(next(iter(r.kept.values()), ())) for r in made]
+        rows = ClientRows(
+            _numbers(own),
+            arrays,
+            {KEPT + name: values for name, values in items.items()},
+            np.array(lengths, np.int64),
+        )
+        keeper_of(own).write(owner, rows)
+
+
+def _joined(parts: Sequence[Named], join: Any = torch.stack) -> dict[str, Any]:
+    """Return what several clients carry as arrays, by name."""
+    try:
+        if any(part.keys() != parts[0].keys() for part in parts):
+            raise RuntimeError(f"{sorted({n for part in parts for n in part})}")
+        return {name: join([p[name] for p in parts]).numpy() for name in parts[0]}
+    except RuntimeError as error:
+        raise ClientError(
+            "objective: clients carry different things from round to round; names and "
+            f"shapes must be the same for all: {error}"
+        ) from error
+
+
+def _numbers(clients: Sequence[ClientTask]) -> npt.NDArray[np.int64]:
+    return np.array([client.number for client in clients], np.int64)

@@ -19,12 +19,12 @@ from ..core.module import FlatModule
 from ..core.rng import Purpose, key_table
 from ..messages import keys
 from ..messages.dispatch import Cohort
-from .client_state import Owner, read_state
+from .client_state import Named, Owner, read_carried
 from .client_tasks import ClientTask, Instructions, client_number
 from .coding import Coding
 from .modules import Modules
 from .objectives import OBJECTIVES, Objective
-from .objectives.base import tracks
+from .objectives.base import defines, tracks
 from .optimizers import OPTIMIZERS
 from .samples import Kind, kind_of
 from .settings import TrainingSettings
@@ -63,12 +63,14 @@ class CohortTrainer:
     purposes : tuple of Purpose
         Of the streams of the examples' order and of the noise in the model.
     owner : {"objective", "personal"}
-        Whose part of a client's state is read.
+        Whose part of what a client keeps is read.
 
     Attributes
     ----------
     tracks : bool
         Whether the objective wants to know, carry or keep anything.
+    carries : bool
+        Whether clients take anything along to their next round.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class CohortTrainer:
         self.seed = seed
         self.coding = coding
         self.tracks = tracks(objective)
+        self.carries = bool(objective.per_example) or defines(objective, "begin")
         self.purposes = list(purposes)
         self.owner = owner
         self._warned: set[str] = set()
@@ -278,16 +281,19 @@ class CohortTrainer:
         ]
         if not self.tracks:
             return tasks
+        carried = read_carried(clients, self.owner) if self.carries else {}
+        nothing: tuple[Named | None, Named] = None, {}
         return [
-            replace(task, known=self._known(client))
+            replace(
+                task, known=self._known(client, *carried.get(client.number, nothing))
+            )
             for task, client in zip(tasks, clients, strict=True)
         ]
 
-    def _known(self, client: ClientTask) -> Known:
+    def _known(self, client: ClientTask, carry: Named | None, kept: Named) -> Known:
         """Return what the objective wants to know of a client, and has kept."""
         train = client.data.train
         totals: Any = client.instructions.told.get(keys.CLASS_TOTALS)
-        carry, kept = read_state(client.context.state, self.owner)
         return Known(
             self.coding.facts(self.objective, train, totals, client.instructions.round),
             carry,

@@ -18,7 +18,7 @@ from ..messages import keys
 from ..messages.arrays import flatten
 from ..messages.dispatch import Reply
 from ..messages.records import NUMBERS, as_measured
-from .client_state import write_state
+from .client_state import write_results
 from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
 from .evaluation import evaluate, evaluate_each
@@ -119,13 +119,13 @@ class LocalWork:
                     batched=batched,
                     cancelled=cancelled,
                 )
-        # Only now, when nothing can fail any more, do the clients' states change.
+        # Only now, when nothing can fail any more, does what clients keep change.
+        if self.trainer.carries:
+            write_results(clients, results, "objective")
+        if own is not None:
+            write_results(clients, own, "personal", models=True)
         for view in probed:
             view.commit()
-        for client, result in pairs if self.trainer.tracks else ():
-            write_state(client.context.state, "objective", result)
-        if self.personal is not None and own is not None:
-            self.personal.commit(clients, own)
         return replies
 
     def _probe(
@@ -187,7 +187,7 @@ class LocalWork:
             measured = evaluate_each(module, model, parts, apart=apart)
             of_own: list[dict[str, float]] = [{} for _ in clients]
             if self.personal is not None:
-                of_own = self.personal.evaluate(module, clients)
+                of_own = self.personal.evaluate(module, model, clients)
         return [
             Reply(
                 client.node,

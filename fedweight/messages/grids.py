@@ -6,6 +6,9 @@ Ours know all of it; of others a server asks here, and takes what Flower gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from ..core.client_store import ClientStore
 
 
 def number_of(grid: object) -> Callable[[int], int]:
@@ -41,3 +44,12 @@ def connected(grid: object) -> set[int] | None:
     """Return all clients that were ever there; ``None`` where none come and go."""
     there: set[int] | None = getattr(grid, "connected", None)
     return there
+
+
+def staged(grid: object) -> AbstractContextManager[Callable[[], None]]:
+    """Stage what clients keep in a ``with`` block, where the grid has it.
+
+    It is dropped at the end unless the function is called that the block yields.
+    """
+    store: ClientStore | None = getattr(grid, "store", None)
+    return nullcontext(lambda: None) if store is None else store.staged()

@@ -1,4 +1,6 @@
-"""What a stopped run goes on from: one file, with all that is carried between rounds.
+"""What a stopped run goes on from: all that is carried between rounds, in one file.
+
+But for what clients keep: that lies beside it (:mod:`fedweight.core.client_store`).
 
 It holds tensors and a text, and nothing that is executed when it is read.
 """
@@ -23,7 +25,7 @@ from ..core.state import pack, unpack
 from ..messages.arrays import view
 from .wrapped import inner_strategies
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 class Carries(Protocol):

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from ..core.errors import ConfigurationError
+from ..messages.grids import staged
 from .schedules import Clock, Schedule
 
 
@@ -156,10 +157,13 @@ def _round(
     """Train and aggregate, then evaluate the new global model."""
     number, arrays = state.round + 1, state.arrays
     messages = strategy.configure_train(number, arrays, state.train_config, grid)
-    replies = grid.send_and_receive(messages, timeout=timeout)
-    aggregated, trained = strategy.aggregate_train(number, replies)
-    if aggregated is not None:
-        arrays = aggregated
+    # What clients keep of a round that fails is dropped with it.
+    with staged(grid) as keep:
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        aggregated, trained = strategy.aggregate_train(number, replies)
+        if aggregated is not None:
+            arrays = aggregated
+            keep()
     messages = strategy.configure_evaluate(number, arrays, state.evaluate_config, grid)
     replies = grid.send_and_receive(messages, timeout=timeout)
     evaluated = strategy.aggregate_evaluate(number, replies)

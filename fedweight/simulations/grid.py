@@ -24,6 +24,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from ..core.client_store import ClientStore
 from ..core.errors import EngineError, check_range, describe_failure
 from ..messages import _flower
 from ..messages.dispatch import Cohort
@@ -48,6 +49,8 @@ class SimulationGrid(Grid):
         True: all clients are there from the start, waiting for more is in vain.
     sums_models : bool
         True: where a cohort allows it, local models are added up as they come.
+    store : ClientStore
+        What clients keep for our own app, such as personal models.
     """
 
     complete = True
@@ -57,6 +60,7 @@ class SimulationGrid(Grid):
     def __init__(self, num_clients: int) -> None:
         check_range("num_clients", num_clients, 1)
         self.num_clients = num_clients
+        self.store = ClientStore()
         self._run = _flower.empty_run(0)
         self._ids = (f"message-{n}" for n in itertools.count(1))
 
@@ -74,8 +78,13 @@ class SimulationGrid(Grid):
         """Return how many examples some clients have, where the app knows."""
         return sizes_of(self.client_app, clients)
 
+    def tables_of(self, message_type: str) -> Sequence[str]:
+        """Return for which purposes clients read what they keep, as the app says."""
+        of: Mapping[str, Sequence[str]] = getattr(self.client_app, "kept_tables", {})
+        return of.get(message_type, ())
+
     def client_states(self) -> dict[int, RecordDict]:
-        """Return what clients keep between rounds, by number, of those that do."""
+        """Return what clients keep in their contexts, by number, of those that do."""
         raise NotImplementedError
 
     def restore_clients(self, states: Mapping[int, RecordDict]) -> None:
@@ -144,15 +153,34 @@ def answers_cohort(
     )
 
 
-def make_context(client: int, num_clients: int, run_config: RunConfig) -> Context:
+class SimulatedContext(Context):
+    """The Flower context of a simulated client.
+
+    Attributes
+    ----------
+    store : ClientStore, optional
+        Where our own app puts what the client keeps.
+    """
+
+    store: ClientStore | None = None
+
+
+def make_context(
+    client: int,
+    num_clients: int,
+    run_config: RunConfig,
+    store: ClientStore | None = None,
+) -> Context:
     """Return a client's Flower context before its first message."""
-    return Context(
+    context = SimulatedContext(
         run_id=0,
         node_id=FIRST_NODE + client,
         node_config={"partition-id": client, "num-partitions": num_clients},
         state=RecordDict(),
         run_config=dict(run_config),
     )
+    context.store = store
+    return context
 
 
 def usable_plan(

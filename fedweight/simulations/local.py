@@ -88,7 +88,7 @@ class LocalGrid(SimulationGrid):
         """Return a client's context, which keeps its state between messages."""
         if client not in self.contexts:
             self.contexts[client] = make_context(
-                client, self.num_clients, self.run_config
+                client, self.num_clients, self.run_config, self.store
             )
         return self.contexts[client]
 
@@ -149,6 +149,7 @@ class LocalGrid(SimulationGrid):
                 gathered.add(answers)
         for answers in self._do(jobs, deadline):
             gathered.add(answers)
+            self.store.relieve()
         if len(self.contexts) > IDLE_CONTEXTS:
             kept = {k: c for k, c in self.contexts.items() if len(c.state)}
             self.contexts = kept
@@ -177,7 +178,9 @@ class LocalGrid(SimulationGrid):
             self.threads = num_cores() if self._safe and slow else 1
         different = len({m.metadata.dst_node_id for m in messages}) == len(messages)
         # A client's state allows one message at a time.
-        yield from self._do(jobs, deadline, threads=None if different else 1)
+        for reply in self._do(jobs, deadline, threads=None if different else 1):
+            yield reply
+            self.store.relieve()
 
     def _execute(self, message: Message) -> Message:
         context = self._context_of(message.metadata.dst_node_id)

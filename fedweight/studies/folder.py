@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.client_store import is_file_name
 from ..core.errors import ConfigurationError, DataError, OutputError
 from ..core.paths import clean_path
 from ..core.texts import listed, plain
@@ -29,7 +30,7 @@ if sys.platform != "win32":
 
 log = logging.getLogger("fedweight")
 
-# All that a run writes.
+# All that a run writes, besides the files of a client store while it goes on.
 FILES = (
     "config.toml",
     "environment.json",
@@ -159,7 +160,11 @@ def _check_content(folder: Path, overwrite: bool) -> list[str]:
 def _check_is_run(folder: Path, names: Sequence[str]) -> None:
     """Refuse to remove anything but a run."""
     ours = {*FILES, *(f".{name}.part" for name in FILES)}
-    others = [n for n in names if n not in ours or (folder / n).is_dir()]
+    others = [
+        n
+        for n in names
+        if (n not in ours and not is_file_name(n)) or (folder / n).is_dir()
+    ]
     if not others and set(FILES).isdisjoint(names):
         return  # It ended before its first file was whole.
     try:

@@ -90,6 +90,7 @@ class Keeper:
         due = every and state.round % every == 0
         if due or (minutes and passed >= minutes):
             write_whole(self.path, checkpoint.write(self._content(state)))
+            self.grid.store.release()
             self._written = time.monotonic()
 
     def _content(self, state: ServerState) -> dict[str, Any]:
@@ -103,6 +104,7 @@ class Keeper:
             "schedule": state.schedule,
             "strategy": carried_by(self.strategy),
             "clients": {c: plain_records(records) for c, records in clients.items()},
+            "store": self.grid.store.secure(),
             **{name: other.state for name, other in self.others.items()},
         }
 
@@ -132,7 +134,10 @@ def go_on(
     others: Mapping[str, Remembers],
     initial: FlatRecord,
 ) -> ServerState:
-    """Put everything back as it was when a checkpoint was written."""
+    """Put everything back as it was when a checkpoint was written.
+
+    But for the grid's store: that goes on with files of its own.
+    """
     give_back(strategy, content["strategy"])
     grid.restore_clients(
         {client: records_of(kept) for client, kept in content["clients"].items()}

@@ -356,21 +356,30 @@ def _simulated(
             nonlocal folder
             # The clients' engine is there: nothing is left that could be refused.
             folder = stack.enter_context(take)
+            assert isinstance(grid, SimulationGrid)
+            if checkpoint is None:
+                grid.store.keep_in(folder)
+            else:
+                grid.store.restore(folder, checkpoint["store"])
             recorder = Recorder(folder, components, strategy, told, began)
-            with recorder.recording(
-                {"plan": str(plan)}, preface=preface, anew=checkpoint is None
-            ):
-                serve(
-                    grid,
-                    components,
-                    strategy,
-                    initial,
-                    recorder,
-                    checkpoint,
-                    callbacks,
-                )
-            # Only now, with the model written, is there nothing to go on with.
-            (folder / KEPT).unlink(missing_ok=True)
+            try:
+                with recorder.recording(
+                    {"plan": str(plan)}, preface=preface, anew=checkpoint is None
+                ):
+                    serve(
+                        grid,
+                        components,
+                        strategy,
+                        initial,
+                        recorder,
+                        checkpoint,
+                        callbacks,
+                    )
+                # Only now, with the model written, is there nothing to go on with.
+                (folder / KEPT).unlink(missing_ok=True)
+            finally:
+                if not (folder / KEPT).exists():
+                    grid.store.clear()
 
         try:
             with quiet_flower(), telling(progress) as told:

@@ -161,6 +161,54 @@ def folder(stopped: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+DITTO = {**QUICK, "objective.name": "aldr", "personal.name": "ditto"}
+
+
+@pytest.fixture(scope="module")
+def stopped_ditto(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run whose clients keep something, as ``stopped``."""
+    folder = tmp_path_factory.mktemp("ditto") / "run"
+
+    def stop(progress: Any) -> None:
+        if progress.round == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(settings=DITTO, out=folder, report=False, progress=stop)
+    return folder
+
+
+def test_what_clients_keep_lies_beside_the_checkpoint(
+    stopped_ditto: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(stopped_ditto, tmp_path / "run"))
+    files = sorted(folder.glob("client-store-*"))
+    assert [path.name.rpartition("-")[0] for path in files] == [
+        *["client-store-objective"] * 2,
+        *["client-store-personal"] * 2,
+    ]
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        with pytest.raises(DataError, match=f"{path.name} has been altered"):
+            resume(folder, report=False)
+        path.write_bytes(whole)
+    assert resume(folder, report=False).complete
+    assert not list(folder.glob("client-store-*"))
+
+
+def test_a_run_with_what_clients_keep_may_be_overwritten(
+    stopped_ditto: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(stopped_ditto, tmp_path / "run"))
+    settings = {**QUICK, "run.rounds": 1}
+    run(settings=settings, out=folder, report=False, overwrite=True)
+    assert not list(folder.glob("client-store-*"))
+    (folder / "client-store-personal-2.rows").touch()
+    with pytest.raises(ConfigurationError, match="nothing else"):
+        run(settings=settings, out=folder, report=False, overwrite=True)
+
+
 def refused(folder: Path, said: str) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises((ConfigurationError, DataError), match=said) as caught:

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.check_serialize import inspect_serializability
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ...core.client_store import ClientRows
 from ...core.errors import EngineError
 from ..grid import RunConfig
 from .jobs import Job
@@ -29,6 +30,7 @@ class Sent(NamedTuple):
     answers: list[Answer]
     rows: list[Any]  # references to the models, for each share that keeps them
     states: list[Any]  # references, for each client that keeps one
+    written: Mapping[str, ClientRows]  # what clients keep in the store
 
 
 class Actors:
@@ -102,36 +104,44 @@ class Actors:
         for slot, place in zip(slots, places, strict=True):
             self.places[slot] = place
 
-    def send(self, worker: Any, jobs: Sequence[Job], known: Mapping[int, Any]) -> Sent:
+    def send(
+        self,
+        worker: Any,
+        jobs: Sequence[Job],
+        known: Mapping[int, Any],
+        kept: Mapping[str, ClientRows] | None,
+    ) -> Sent:
         """Send a list to a worker; wait for the answers.
 
-        ``known`` are references to the states that clients have.
+        ``known`` are references to the states that clients have, ``kept`` is what they
+        have in the store.
         """
         arrays: dict[int, Any] = {}
         for job in jobs:
             arrays |= job.arrays
         clients = [client for job in jobs for client in job.clients]
         states = {client: known[client] for client in clients if client in known}
-        kept = sum(job.share is not None and job.share.keeps_rows for job in jobs)
-        sent = worker.run.options(num_returns=1 + kept).remote(
+        shares = sum(job.share is not None and job.share.keeps_rows for job in jobs)
+        sent = worker.run.options(num_returns=1 + shares).remote(
             [(job.clients, job.share or job.payloads) for job in jobs],
             list(arrays),
             list(states),
+            kept,
             *arrays.values(),
             *states.values(),
         )
-        first, *rows = sent if kept else [sent]
+        first, *rows = sent if shares else [sent]
         # The only place where what clients reply comes into this process. Vectors stay
         # in shared memory, and last as long as somebody looks at them.
-        answers: list[Answer] = ray.get(first)
+        answers, written = cast("tuple[list[Answer], Any]", ray.get(first))
         count = sum(sum(answer.has_state) for answer in answers)
         if not count:
-            return Sent(answers, rows, [])
+            return Sent(answers, rows, [], written)
         # Only now it is known how many there are. As results of a task they are this
         # process's own, and stay when the worker ends.
         done, *references = worker.states.options(num_returns=1 + count).remote()
         ray.get(done)  # Raises whatever went wrong.
-        return Sent(answers, rows, references)
+        return Sent(answers, rows, references, written)
 
     def on(self, place: str) -> list[Any]:
         """Return the workers on a Ray node."""

@@ -26,6 +26,7 @@ import ray
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from ...core.client_store import ClientStore
 from ...core.errors import ConfigurationError, EngineError, check_range
 from ...core.signals import own_handlers
 from ...core.threads import one_thread
@@ -128,8 +129,11 @@ class RayGrid(SimulationGrid):
         check_range("num_clients", num_clients, 1)
         # What a trial finds out here, and its warning, is not needed from each worker.
         usable_plan(self.plan, client_app, num_clients, run_config or {})
-        self._pool.load(client_app, num_clients, dict(run_config or {}))
+        self.store = ClientStore()
         self.client_app = client_app
+        self._pool.load(
+            client_app, num_clients, dict(run_config or {}), self.store, self.tables_of
+        )
         self.num_clients = num_clients
         self.run_config = dict(run_config or {})
 
@@ -172,6 +176,7 @@ class RayGrid(SimulationGrid):
             self._pool.wait(pushed, deadline)
         finally:
             replies = self._pool.finish(pushed, batch)
+        self.store.relieve()
         return replies
 
     def _answer(self, parts: Sequence[Cohort], deadline: float | None) -> list[Replies]:
@@ -184,6 +189,7 @@ class RayGrid(SimulationGrid):
                     if shard is not None:
                         models.add(shard, answers.replies)
                     gathered.add(answers)
+                    self.store.relieve()
                 replies.append(gathered.replies(models))
         return replies
 

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
+from ...core.client_store import ClientRows, ClientStore
 from ...core.errors import EngineError
 from ...core.local_models import ModelSum
 from ...messages import _flower
@@ -74,8 +76,19 @@ class Pool:
 
     # What the grid calls.
 
-    def load(self, app: ClientApp, num_clients: int, run_config: RunConfig) -> None:
-        """Send an app to the workers and wait until they have it."""
+    def load(
+        self,
+        app: ClientApp,
+        num_clients: int,
+        run_config: RunConfig,
+        store: ClientStore,
+        tables_of: Callable[[str], Sequence[str]],
+    ) -> None:
+        """Send an app to the workers and wait until they have it.
+
+        What clients keep is in ``store``, for the purposes that ``tables_of`` returns
+        of a type of message.
+        """
         with self._lock:
             self._check()
             self._queue.give_up()
@@ -83,6 +96,7 @@ class Pool:
                 self._answers.wait()
                 self._check()
             self._forget()
+            self._store, self._tables_of = store, tables_of
             slots = self.actors.slots
         self.actors.load(slots, app, num_clients, run_config)
         for thread in self._threads:
@@ -234,8 +248,9 @@ class Pool:
 
     def _handle(self, slot: int, jobs: list[Job]) -> None:
         worker, place = self.actors.handles[slot], self.actors.places[slot]
+        kept = self._rows_of(jobs)
         try:
-            sent = self.actors.send(worker, jobs, self._states)
+            sent = self.actors.send(worker, jobs, self._states, kept)
         except Exception as error:
             if self._closed:
                 return
@@ -248,6 +263,17 @@ class Pool:
         else:
             self._settle(jobs, partial(self._accept, jobs, sent, place))
 
+    def _rows_of(self, jobs: Sequence[Job]) -> dict[str, ClientRows] | None:
+        """Return what a list's clients keep and read; ``None`` where they never do."""
+        clients: dict[str, list[int]] = {}
+        for job in jobs:
+            for table in self._tables_of(job.kind):
+                clients.setdefault(table, []).extend(job.clients)
+        return {
+            table: self._store.read(table, np.unique(some))
+            for table, some in clients.items()
+        } or None
+
     def _settle(self, jobs: list[Job], outcome: Callable[[], None]) -> None:
         """Note how a list ended, and let what waited for its clients go on."""
         with self._lock:
@@ -258,6 +284,8 @@ class Pool:
 
     def _accept(self, jobs: list[Job], sent: Sent, place: str) -> None:
         states, rows = iter(sent.states), iter(sent.rows)
+        for table, written in sent.written.items():
+            self._store.write(table, written)
         self._queue.paces.learn(jobs, [answer.seconds for answer in sent.answers])
         for job, answer in zip(jobs, sent.answers, strict=True):
             for client, has_state in zip(job.clients, answer.has_state, strict=True):

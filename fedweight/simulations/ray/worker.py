@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from ...core.client_store import ClientRows, ClientStore
 from ...core.layout import FlatModel, Integers, Layout, as_tensor
 from ...core.local_models import ModelSum
 from ...core.rows import Rows
@@ -158,6 +159,7 @@ class Worker:
         jobs: Sequence[tuple[Sequence[int], Share | Sequence[bytes]]],
         arrays: Sequence[int],
         states: Sequence[int],
+        kept: Mapping[str, ClientRows] | None,
         *values: Any,
     ) -> Any:
         """Handle the jobs of a list.
@@ -168,15 +170,19 @@ class Worker:
             Clients, and their share of a cohort or their messages.
         arrays, states : Sequence[int]
             Numbers of array records, and clients.
+        kept : Mapping[str, ClientRows], optional
+            What clients have in the store; nothing where they never have.
         *values
             The array records, and then the clients' states: Ray resolves references
             only as arguments.
 
         Returns
         -------
-        list[Answer], or a tuple of it and the models of each share that keeps them
-            As separate results, which Ray leaves on this node.
+        tuple
+            Answers, and what clients have written. Where shares keep models a tuple of
+            this and those of each: separate results, which Ray leaves on this node.
         """
+        store = None if kept is None else ClientStore.of(kept)
         records = dict(zip(arrays, values, strict=False))
         state_of = dict(zip(states, values[len(arrays) :], strict=True))
         self._kept = []
@@ -186,7 +192,7 @@ class Worker:
             began = time.perf_counter()
             contexts = {}
             for client in clients:
-                context = make_context(client, self.num_clients, self.run_config)
+                context = make_context(client, self.num_clients, self.run_config, store)
                 if client in state_of:
                     context.state = state_of[client]
                 contexts[context.node_id] = context
@@ -204,12 +210,13 @@ class Worker:
                     execute(self.app, _message(payload, records), context)
                     for payload in work
                 ]
-            kept = [context.state for context in contexts.values()]
-            self._kept += [state for state in kept if len(state)]
-            has_state = [len(state) > 0 for state in kept]
+            of_clients = [context.state for context in contexts.values()]
+            self._kept += [state for state in of_clients if len(state)]
+            has_state = [len(state) > 0 for state in of_clients]
             seconds = time.perf_counter() - began
             answers.append(Answer(replies, seconds, has_state, total, side))
-        return (answers, *models) if models else answers
+        first = answers, {} if store is None else store.written()
+        return (first, *models) if models else first
 
     def _answer(
         self,
