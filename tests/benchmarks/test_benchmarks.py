@@ -194,6 +194,20 @@ def test_scale_measures_a_cohort_of_registered_clients(tmp_path):
     assert row["microseconds_per_update"] > 0
 
 
+def test_personal_models_of_registered_clients(tmp_path):
+    arguments = ["--registered", "500", "--a-round", "20", "--rounds", "4"]
+    arguments += ["--checkpoint-rounds", "1"]
+    (row,) = run("client_store", *arguments, file=tmp_path / "rows.json")
+    assert (row["registered"], row["cohort"], row["rounds"]) == (500, 20, 4)
+    assert row["model_mb"] == pytest.approx(0.0314)
+    assert row["store_mb"] >= 20 * row["model_mb"]
+    assert row["store_mb_per_update"] <= 1.01 * row["model_mb"]
+    assert 0 < row["checkpoint_mb"] < 0.2
+    assert len(row["measurements"]) == 4
+    if sys.platform == "linux":
+        assert row["peak_mb"] > 50
+
+
 def test_startup_counts_from_the_start_of_the_process(tmp_path):
     arguments = ["--work", "S2", "--engines", "floor", "--repetitions", "1"]
     (row,) = run("startup", *arguments, file=tmp_path / "rows.json")
