@@ -1,4 +1,4 @@
-"""Thirty runs that are killed at random moments, each of forty rounds.
+"""Thirty-five runs that are killed at random moments, each of forty rounds.
 
 pytest -m slow tests/studies/test_kills.py
 """
@@ -37,6 +37,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "schedule.concurrency": 5,
     },
     "Flower's FedAdam in its DP wrapper": {"strategy.name": "own_private:Private"},
+    "Ditto with ALDR": {
+        "strategy.name": "fedavg",
+        "strategy.fraction-train": 0.5,
+        "objective.name": "aldr",
+        "personal.name": "ditto",
+        "engine.plan": "batched-2",
+    },
 }
 KILLS = [
     *((method, "local", kill) for method in METHODS for kill in range(3)),
