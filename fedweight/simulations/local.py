@@ -78,6 +78,8 @@ class LocalGrid(SimulationGrid):
         self.threads = threads if self._safe else 1
         self.plan = plan or Plan()
         self.contexts: dict[int, Context] = {}
+        reads = self.tables_of("train") or self.tables_of("evaluate")
+        self._lent = self.store if reads else None
         self._replies: dict[str, Message] = {}
         self._pool: ThreadPoolExecutor | None = None
         keep_freed_memory()
@@ -88,7 +90,7 @@ class LocalGrid(SimulationGrid):
         """Return a client's context, which keeps its state between messages."""
         if client not in self.contexts:
             self.contexts[client] = make_context(
-                client, self.num_clients, self.run_config, self.store
+                client, self.num_clients, self.run_config, self._lent
             )
         return self.contexts[client]
 

@@ -37,7 +37,7 @@ from ..strategies import RoundRecord, WeightingStrategy
 from .callbacks import BEST, BEST_MODELS
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .components import Components
-from .folder import Table, write_whole
+from .folder import Table, rows_of, write_whole
 from .listener import Listener
 from .progress import Progress, Report
 from .records import ErrorLog, client_row, round_row, tested_columns
@@ -79,7 +79,8 @@ class Recorder:
         self.errors = ErrorLog(folder / "errors.log")
         self.timings = Table(folder / "timings.csv", ("round", "seconds", "elapsed"))
         self.partition: Table | None = None
-        self._described: set[int] = set()
+        # Whether partition.csv has a client.
+        self._described = np.zeros(components.data.num_clients, bool)
         self._module: FlatModule | None = None
         self._arrays: ArrayRecord | None = None
         self._tested = False  # the model of the last round
@@ -149,7 +150,6 @@ class Recorder:
         return {
             "tables": {name: table.state for name, table in tables},
             "errors": self.errors.state,
-            "described": sorted(self._described),
             "own-metrics": [] if self.listener is None else self.listener.own_metrics,
             "elapsed": time.perf_counter() - self._began,
         }
@@ -159,7 +159,9 @@ class Recorder:
         for name, table in self._tables().items():
             table.restore(state["tables"][name])
         self.errors.restore(state["errors"])
-        self._described = set(state["described"])
+        if self.partition is not None:
+            rows = rows_of(self.partition.path)[1:]
+            self._described[[int(row[0]) for row in rows]] = True
         if self.listener is not None:
             self.listener.own_metrics = state["own-metrics"]
         self._last = time.perf_counter()
@@ -212,8 +214,8 @@ class Recorder:
         # A reply may claim to be from a client that there is not.
         data = self.components.data
         there_are = range(data.num_clients)
-        new = [c for c in clients if c in there_are and c not in self._described]
-        self._described.update(new)
+        new = [c for c in clients if c in there_are and not self._described[c]]
+        self._described[new] = True
         rows = []
         for client in new:
             train, held_out = data.labels(client)

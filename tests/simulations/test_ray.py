@@ -182,9 +182,9 @@ def test_few_tasks_a_round(
     lists: list[int] = []
     send = ray_grid._pool.actors.send
 
-    def counting(worker: Any, jobs: Any, known: Any) -> Any:
+    def counting(worker: Any, jobs: Any, *known: Any) -> Any:
         lists.append(len(jobs))
-        return send(worker, jobs, known)
+        return send(worker, jobs, *known)
 
     ray_grid.load(app_of(echo), 200)
     monkeypatch.setattr(ray_grid._pool.actors, "send", counting)
@@ -206,9 +206,9 @@ def test_slow_clients_begin_first(
     first: list[list[int]] = []
     send = ray_grid._pool.actors.send
 
-    def noting(worker: Any, jobs: Any, known: Any) -> Any:
+    def noting(worker: Any, jobs: Any, *known: Any) -> Any:
         first.append([c for job in jobs for c in job.clients])
-        return send(worker, jobs, known)
+        return send(worker, jobs, *known)
 
     monkeypatch.setattr(ray_grid._pool.actors, "send", noting)
     ray_grid.send_and_receive(messages)
