@@ -17,6 +17,8 @@ PYTHON ?=
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# On all cores; ARGS="-n 0" runs the tests in one process, as a debugger needs it.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 # Flower's telemetry and update check and Ray's usage report stay off.
 export FLWR_TELEMETRY_ENABLED := 0
@@ -40,10 +42,10 @@ run: $(VENV)/.installed
 	$(BIN)/fedweight run simulations/quickstart.toml $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -65,8 +65,19 @@ def _no_browser() -> str | None:
 _NEEDS = {"gpu": _no_gpu, "ray": _no_ray, "browser": _no_browser}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Skip, with the reason, what this machine cannot run.
+
+    Where tests run side by side, those that start Ray or Flower's processes run one
+    after another: they share a Ray, and each of them takes all cores.
+    """
+    side_by_side = config.pluginmanager.hasplugin("xdist")
+    for item in items if side_by_side else ():
+        if any(map(item.get_closest_marker, ("ray", "deploy"))):
+            item.add_marker(pytest.mark.xdist_group("processes"))
     for marker, missing in _NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (reason := missing()):
