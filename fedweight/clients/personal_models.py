@@ -58,12 +58,14 @@ class PersonalModels:
         cancelled : Callable[[], bool]
             Tells whether to stop.
         """
+        # Most clients share their instructions.
+        shared = {id(c.instructions): c.instructions for c in clients}
+        own_epochs = {
+            key: replace(one, epochs=self.method.epochs, mu=None)
+            for key, one in shared.items()
+        }
         told = [
-            client._replace(
-                instructions=replace(
-                    client.instructions, epochs=self.method.epochs, mu=None
-                )
-            )
+            client._replace(instructions=own_epochs[id(client.instructions)])
             for client in clients
         ]
         own = [result.model for result in trained]

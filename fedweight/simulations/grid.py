@@ -78,10 +78,12 @@ class SimulationGrid(Grid):
         """Return how many examples some clients have, where the app knows."""
         return sizes_of(self.client_app, clients)
 
-    def tables_of(self, message_type: str) -> Sequence[str]:
-        """Return for which purposes clients read what they keep, as the app says."""
-        of: Mapping[str, Sequence[str]] = getattr(self.client_app, "kept_tables", {})
-        return of.get(message_type, ())
+    @property
+    def kept_tables(self) -> Mapping[str, Sequence[str]]:
+        """The tables of the store that clients read, by the type of a message."""
+        tables: Mapping[str, Sequence[str]]
+        tables = getattr(self.client_app, "kept_tables", {})
+        return tables
 
     def client_states(self) -> dict[int, RecordDict]:
         """Return what clients keep in their contexts, by number, of those that do."""

@@ -78,8 +78,7 @@ class LocalGrid(SimulationGrid):
         self.threads = threads if self._safe else 1
         self.plan = plan or Plan()
         self.contexts: dict[int, Context] = {}
-        reads = self.tables_of("train") or self.tables_of("evaluate")
-        self._lent = self.store if reads else None
+        self._lent = self.store if any(self.kept_tables.values()) else None
         self._replies: dict[str, Message] = {}
         self._pool: ThreadPoolExecutor | None = None
         keep_freed_memory()

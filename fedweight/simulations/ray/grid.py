@@ -132,7 +132,11 @@ class RayGrid(SimulationGrid):
         self.store = ClientStore()
         self.client_app = client_app
         self._pool.load(
-            client_app, num_clients, dict(run_config or {}), self.store, self.tables_of
+            client_app,
+            num_clients,
+            dict(run_config or {}),
+            self.store,
+            self.kept_tables,
         )
         self.num_clients = num_clients
         self.run_config = dict(run_config or {})

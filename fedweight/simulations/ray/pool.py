@@ -82,12 +82,12 @@ class Pool:
         num_clients: int,
         run_config: RunConfig,
         store: ClientStore,
-        tables_of: Callable[[str], Sequence[str]],
+        tables: Mapping[str, Sequence[str]],
     ) -> None:
         """Send an app to the workers and wait until they have it.
 
-        What clients keep is in ``store``, for the purposes that ``tables_of`` returns
-        of a type of message.
+        What clients keep is in ``store``; they read ``tables`` of it by a message's
+        type.
         """
         with self._lock:
             self._check()
@@ -96,7 +96,7 @@ class Pool:
                 self._answers.wait()
                 self._check()
             self._forget()
-            self._store, self._tables_of = store, tables_of
+            self._store, self._tables = store, dict(tables)
             slots = self.actors.slots
         self.actors.load(slots, app, num_clients, run_config)
         for thread in self._threads:
@@ -267,7 +267,7 @@ class Pool:
         """Return what a list's clients keep and read; ``None`` where they never do."""
         clients: dict[str, list[int]] = {}
         for job in jobs:
-            for table in self._tables_of(job.kind):
+            for table in self._tables.get(job.kind, ()):
                 clients.setdefault(table, []).extend(job.clients)
         return {
             table: self._store.read(table, np.unique(some))
