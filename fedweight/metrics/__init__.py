@@ -1,5 +1,14 @@
-"""How well clients are served: summaries over clients."""
+"""What is measured: sums over examples, and how well clients are served.
 
+A task says what a model's outputs mean; :class:`Statistics` adds up what is measured of
+them. The summaries over clients are of one value a client.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.lazy import lazy_exports
 from .spread import (
     best10,
     client_spread,
@@ -14,7 +23,15 @@ from .spread import (
     worst10,
 )
 
+if TYPE_CHECKING:
+    from .additive import Statistics, Sums
+    from .tasks import TASKS, LearningTask, task_named
+
 __all__ = [
+    "TASKS",
+    "LearningTask",
+    "Statistics",
+    "Sums",
     "best10",
     "client_spread",
     "deviation",
@@ -23,7 +40,19 @@ __all__ = [
     "jain",
     "mean",
     "minimum",
+    "task_named",
     "uniform_cosine",
     "variance",
     "worst10",
 ]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Statistics": ".additive",
+        "Sums": ".additive",
+        "TASKS": ".tasks",
+        "LearningTask": ".tasks",
+        "task_named": ".tasks",
+    },
+)

@@ -1,0 +1,387 @@
+"""Additive statistics: sums over examples, of which every measure is made.
+
+What a client, a group or the whole federation achieves is one function of such sums,
+and those of the whole are the sum of the parts'. A mean of the clients' F1, AUC or R2
+is not that of all their examples; what is made of the sum of their counts is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..core.errors import AggregationError, ConfigurationError, closest
+from ..core.texts import listed, shown
+from .measures import MEASURES, Array
+from .parts import PARTS, Seen, is_count
+from .tasks import LearningTask
+
+# A client's statistics are at most so many numbers, and what they count no more than
+# a float64 tells apart.
+MOST_NUMBERS = 1_000_000
+MOST_COUNTED = 2.0**53
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What was added up for C clients, part by part.
+
+    Attributes
+    ----------
+    parts : Mapping[str, ndarray]
+        ``[C, ...]`` each: int64 where something was counted, else float64.
+    """
+
+    parts: Mapping[str, Array]
+
+    def __len__(self) -> int:
+        """Return C."""
+        return len(self.parts["examples"])
+
+    def __getitem__(self, name: str) -> Array:
+        """Return a part, ``[C, ...]``."""
+        return self.parts[name]
+
+    def __add__(self, other: Sums) -> Sums:
+        """Add those of other examples of the same clients."""
+        return Sums({name: part + other[name] for name, part in self.parts.items()})
+
+    @classmethod
+    def joined(cls, several: Sequence[Sums]) -> Sums:
+        """Return those of several clients, one after another."""
+        names = several[0].parts
+        return cls({n: np.concatenate([one[n] for one in several]) for n in names})
+
+    def without(self, places: Collection[int]) -> Sums:
+        """Return the same with nothing added up for some of the clients."""
+        kept = np.ones(len(self), bool)
+        kept[list(places)] = False
+        parts = self.parts.items()
+        return Sums({n: p * kept.reshape(-1, *[1] * (p.ndim - 1)) for n, p in parts})
+
+    def total(self) -> Sums:
+        """Return what all clients have together, C = 1.
+
+        The same bits in whatever order the clients stand: counts are whole, and other
+        sums are rounded once (J. R. Shewchuk, "Adaptive Precision Floating-Point
+        Arithmetic and Fast Robust Geometric Predicates", 1997; ``math.fsum``).
+        """
+        return Sums({name: _total(part)[None] for name, part in self.parts.items()})
+
+
+def _total(part: Array) -> Array:
+    if part.dtype == np.int64:
+        return np.asarray(part.sum(0))
+    columns = part.reshape(len(part), -1).T.tolist()
+    return np.array([_exact(column) for column in columns]).reshape(part.shape[1:])
+
+
+def _exact(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # Beyond a float, or infinity less infinity.
+        return math.nan
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is added up to evaluate a model of a task.
+
+    Parameters
+    ----------
+    task : LearningTask
+        What the outputs mean.
+    num_classes : int
+        C, classes or labels; 0 where there are none.
+    metrics : sequence of str, optional
+        What is measured besides the loss and, where there is one, the accuracy: of what
+        the task offers. By default what the task measures.
+
+    Raises
+    ------
+    ConfigurationError
+        If a task does not offer a measure, or a client's sums would be more than
+        :data:`MOST_NUMBERS` numbers.
+
+    Examples
+    --------
+    >>> from fedweight.metrics import task_named
+    >>> statistics = Statistics(task_named("regression"))
+    >>> outputs, targets = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2, 5])
+    >>> sums = statistics.of(outputs, targets, sizes=[1, 2])
+    >>> statistics.result(sums)["loss"].tolist()
+    [0.0, 2.0]
+    >>> statistics.result(sums.total())["rmse"].round(4).tolist()
+    [1.1547]
+    """
+
+    task: LearningTask
+    num_classes: int = 0
+    metrics: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check what is asked for."""
+        metrics = self.task.metrics if self.metrics is None else self.metrics
+        object.__setattr__(self, "metrics", tuple(dict.fromkeys(metrics)))
+        for name in self.extra:
+            if name not in self.task.offered:
+                raise ConfigurationError(
+                    f"metrics: {self.task.name} has no {shown(name)}."
+                    f"{closest(str(name), self.task.offered)} It has "
+                    f"{listed(self.task.offered, most=9)}."
+                )
+        if self.num_numbers > MOST_NUMBERS:
+            raise ConfigurationError(
+                f"metrics: {listed(self.extra, most=9)} of {self.num_classes:,} "
+                f"classes takes {self.num_numbers:,} numbers of each client; at most "
+                f"{MOST_NUMBERS:,} are sent. Leave out those that take the most."
+            )
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """What is measured besides the loss and the accuracy."""
+        assert self.metrics is not None
+        return tuple(self.metrics)
+
+    @property
+    def besides(self) -> tuple[str, ...]:
+        """The numbers among them, with the error of those that have one."""
+        error = ("auc-error",) if "auc" in self.extra else ()
+        return tuple(name for name in (*self.extra, *error) if name != "confusion")
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """All that is measured, by name."""
+        usual = ("loss", "accuracy") if self.task.counts_hits else ("loss",)
+        return tuple(dict.fromkeys((*usual, *self.extra, *self.besides)))
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """What is added up: the shape of each part, of one client, by name."""
+        names = [name for one in self.measures for name in MEASURES[one].parts]
+        return {
+            name: PARTS[name].shape(self.num_classes)
+            for name in dict.fromkeys(["examples", *names])
+        }
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers :meth:`rows` makes of a client's sums."""
+        return sum(math.prod(shape) for shape in self.parts.values())
+
+    def zero(self, clients: int = 1) -> Sums:
+        """Return the sums of clients without examples."""
+        return Sums(
+            {
+                name: np.zeros(
+                    (clients, *shape), np.int64 if is_count(name) else np.float64
+                )
+                for name, shape in self.parts.items()
+            }
+        )
+
+    def of(
+        self, outputs: Tensor, targets: Tensor, sizes: Sequence[int] | None = None
+    ) -> Sums:
+        """Add up what a model makes of some examples.
+
+        Parameters
+        ----------
+        outputs : Tensor
+            The model's, ``[n, ...]``.
+        targets : Tensor
+            What is right, ``[n, ...]``, as the task has it.
+        sizes : sequence of int, optional
+            How many of the examples each client has, in their order; by default they
+            are all of one.
+        """
+        adding = self.begin([len(targets)] if sizes is None else sizes)
+        adding.add(outputs, targets)
+        return adding.sums()
+
+    def begin(self, sizes: Sequence[int]) -> Adding:
+        """Begin to add up, batch by batch, the examples of clients of some sizes."""
+        return Adding(self, np.asarray(sizes, np.int64))
+
+    def result(self, sums: Sums) -> dict[str, Array]:
+        """Return what is measured of each client, ``[C]`` each, by name.
+
+        NaN where there are no examples, or a measure is not defined for those.
+        """
+        with np.errstate(all="ignore"):
+            return {name: MEASURES[name].result(sums) for name in self.measures}
+
+    def rows(self, sums: Sums) -> npt.NDArray[np.float64]:
+        """Return each client's sums in a row, ``[C, num_numbers]``."""
+        several = [sums[name].reshape(len(sums), -1) for name in self.parts]
+        return np.concatenate(several, axis=1, dtype=np.float64)
+
+    def read(self, rows: Iterable[Any]) -> tuple[Sums, dict[int, str]]:
+        """Return sums of what clients say that theirs are, and who says the impossible.
+
+        Parameters
+        ----------
+        rows : iterable of list
+            What :meth:`rows` makes, a list a client.
+
+        Returns
+        -------
+        tuple
+            Sums of all, with zeros for those that are not believed; and by their place
+            why not.
+        """
+        several = list(rows)
+        size = self.num_numbers
+        table, odd = np.zeros((len(several), size)), dict[int, str]()
+        for place, row in enumerate(several):
+            try:
+                table[place] = _numbers(row, size)
+            except AggregationError as error:
+                odd[place] = str(error)
+        pieces = self._pieces(table)
+        for name, piece in pieces.items():
+            if is_count(name):  # Not beyond what a float counts.
+                bad = (piece != np.rint(piece)) | (np.abs(piece) > MOST_COUNTED)
+                self._tell(odd, name, bad.reshape(len(piece), -1).any(1))
+        table[list(odd)] = 0
+        sums = self._split(table)
+        for name in self.parts:
+            self._tell(odd, name, PARTS[name].impossible(sums, self.task))
+        table[list(odd)] = 0
+        return self._split(table), odd
+
+    @staticmethod
+    def _tell(odd: dict[int, str], name: str, bad: npt.NDArray[np.bool_]) -> None:
+        for place in np.flatnonzero(bad).tolist():
+            odd.setdefault(place, f"its statistics have impossible '{name}'")
+
+    def _split(self, table: npt.NDArray[np.float64]) -> Sums:
+        pieces = self._pieces(table).items()
+        return Sums({n: p.astype(np.int64) if is_count(n) else p for n, p in pieces})
+
+    def _pieces(self, table: npt.NDArray[np.float64]) -> dict[str, Array]:
+        """Return views of the columns of each part, ``[C, ...]``."""
+        ends = np.cumsum([math.prod(shape) for shape in self.parts.values()])[:-1]
+        return {
+            name: piece.reshape(len(table), *shape)
+            for (name, shape), piece in zip(
+                self.parts.items(), np.split(table, ends, axis=1), strict=True
+            )
+        }
+
+
+def _numbers(row: Any, size: int) -> npt.NDArray[np.float64]:
+    if not isinstance(row, list) or len(row) != size:
+        raise AggregationError(
+            f"its statistics must be a list of {size} numbers, got {shown(row)}"
+        )
+    try:
+        values = np.array(row, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        values = np.full(size, np.nan)
+    if not np.isfinite(values).all() or np.abs(values).max(initial=0) > 1e300:
+        raise AggregationError(
+            f"its statistics must be finite numbers, got {shown(row)}"
+        )
+    return values
+
+
+@dataclass
+class Adding:
+    """Sums of some clients' examples, as batches of them come in the clients' order."""
+
+    statistics: Statistics
+    sizes: npt.NDArray[np.int64]
+    _seen: int = 0
+    _counts: dict[str, Array] = field(default_factory=dict)
+    _values: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing."""
+        for name in self.statistics.parts:
+            if name == "examples":
+                continue
+            if is_count(name):
+                shape = (len(self.sizes), *self.statistics.parts[name])
+                self._counts[name] = np.zeros(shape, np.int64)
+            else:
+                self._values[name] = []
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add the next examples."""
+        task, num_classes = self.statistics.task, self.statistics.num_classes
+        seen = Seen(task, outputs, targets, num_classes)
+        for name, values in self._values.items():
+            values.append(PARTS[name].of(seen))
+        if self._counts and len(targets):
+            owners = self._owners[self._seen : self._seen + len(targets)]
+            first, last = int(owners[0]), int(owners[-1])
+            seen.owners = torch.from_numpy(owners - first).to(outputs.device)
+            seen.clients = last - first + 1
+            for name, counts in self._counts.items():
+                found = PARTS[name].of(seen).cpu().numpy()
+                counts[first : last + 1] += found.reshape(-1, *counts.shape[1:])
+        self._seen += len(targets)
+
+    @cached_property
+    def _owners(self) -> npt.NDArray[np.int64]:
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    def sums(self) -> Sums:
+        """Return what was added up."""
+        if self._seen != int(self.sizes.sum()):
+            raise ConfigurationError(
+                f"sizes: {int(self.sizes.sum())} examples were announced, and "
+                f"{self._seen} came."
+            )
+        found: dict[str, Array] = {"examples": self.sizes, **self._counts}
+        if self._seen:
+            several = [
+                torch.cat(v).double().cpu().numpy() for v in self._values.values()
+            ]
+            sums = segment_sums(np.stack(several), self.sizes)
+        else:
+            sums = np.zeros((len(self._values), len(self.sizes)))
+        found |= dict(zip(self._values, sums, strict=True))
+        return Sums({name: found[name] for name in self.statistics.parts})
+
+
+def segment_sums(
+    values: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return the sum of each client's values, which follow one another.
+
+    A client's is what ``numpy.sum`` of its values alone is, to the bit.
+
+    Parameters
+    ----------
+    values : ndarray
+        ``[m, n]``: m values of each of n examples.
+    sizes : ndarray
+        ``[C]``: how many of the examples each client has.
+
+    Returns
+    -------
+    ndarray
+        ``[m, C]``.
+
+    Examples
+    --------
+    >>> segment_sums(np.array([[1.0, 2.0, 3.0]]), np.array([2, 0, 1]))
+    array([[3., 0., 3.]])
+    """
+    sums = np.zeros((len(values), len(sizes)))
+    starts = np.cumsum(sizes) - sizes
+    for size in np.unique(sizes).tolist():
+        alike = np.flatnonzero(sizes == size)
+        rows = starts[alike, None] + np.arange(size)
+        sums[:, alike] = values[:, rows].sum(2)
+    return sums

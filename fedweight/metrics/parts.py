@@ -1,0 +1,232 @@
+"""The parts that are added up over examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..core.errors import DataError
+from .tasks import LearningTask, MultiLabel
+
+if TYPE_CHECKING:
+    from .additive import Sums
+
+Array = npt.NDArray[Any]
+Flags = npt.NDArray[np.bool_]
+Impossible = Callable[["Sums", LearningTask], Flags]
+
+# Log-odds are counted in so many bins: equal ones of asinh(8 s), where s is limited to
+# SPAN; so they are fine where scores are near each other, and reach to 1e-7 and beyond.
+BINS = 256
+FINENESS = 8.0
+SPAN = 16.0
+
+
+@dataclass
+class Seen:
+    """A batch of examples, as parts look at it.
+
+    Attributes
+    ----------
+    task : LearningTask
+        What the outputs mean.
+    outputs, targets : Tensor
+        ``[n, ...]``.
+    num_classes : int
+        C.
+    owners : Tensor, optional
+        ``[n]``: whose each example is, from 0.
+    clients : int
+        How many owners there are.
+    """
+
+    task: LearningTask
+    outputs: Tensor
+    targets: Tensor
+    num_classes: int
+    owners: Tensor | None = None
+    clients: int = 1
+
+    @cached_property
+    def truth(self) -> Tensor:
+        """The true class of each decision, ``[m]``, or labels ``[n, L]`` of 0 and 1."""
+        targets, labels = self.targets, isinstance(self.task, MultiLabel)
+        most = 1 if labels else self.num_classes - 1
+        low, high = float(targets.min()), float(targets.max())
+        if not 0 <= low <= high <= most:
+            raise DataError(
+                f"targets: they reach from {low:g} to {high:g}, but {self.task.name} "
+                f"has 0 to {most}."
+            )
+        return targets.long() if labels else targets.flatten()
+
+    @cached_property
+    def decided(self) -> Tensor:
+        """What the model decides, as :attr:`truth`."""
+        decided = self.task.decided(self.outputs)
+        labels = isinstance(self.task, MultiLabel)
+        return decided.long() if labels else decided.flatten()
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """By decision, C times its owner: where the owner's counts begin, ``[m]``."""
+        assert self.owners is not None
+        each = self.targets[0].numel() if self.targets.ndim > 1 else 1
+        return self.owners.repeat_interleave(each) * self.num_classes
+
+    def count(self, places: Tensor, size: int) -> Tensor:
+        """Count how often each of ``size`` places of an owner occurs, ``[C, size]``."""
+        found = torch.bincount(places.flatten(), minlength=self.clients * size)
+        return found.view(self.clients, size)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is added up.
+
+    Attributes
+    ----------
+    of : Callable[[Seen], Tensor]
+        Counts ``[C, ...]`` of a batch; or the value of each example, ``[n]``.
+    shape : Callable[[int], tuple of int]
+        The shape of one client's, from the number of classes.
+    impossible : Callable[[Sums, LearningTask], ndarray]
+        Which clients' cannot be, ``[C]``.
+    counts : bool
+        Whether it is counted.
+    """
+
+    of: Callable[[Seen], Tensor]
+    impossible: Impossible
+    shape: Callable[[int], tuple[int, ...]] = lambda num_classes: ()
+    counts: bool = False
+
+
+def _labels_of(seen: Seen) -> Tensor:
+    """Return, by class, how often it is true, decided on, and both: ``[C, 3, K]``."""
+    truth, decided = seen.truth, seen.decided
+    if truth.ndim == 2:
+        assert seen.owners is not None
+        each = torch.stack([truth, decided, truth * decided], 1)
+        zeros = each.new_zeros(seen.clients, *each.shape[1:])
+        return zeros.index_add_(0, seen.owners, each)
+    right = truth == decided
+    several = (truth, decided, truth[right])
+    places = (seen.codes, seen.codes, seen.codes[right])
+    counts = [
+        seen.count(place + code, seen.num_classes)
+        for place, code in zip(places, several, strict=True)
+    ]
+    return torch.stack(counts, 1)
+
+
+def _confusion_of(seen: Seen) -> Tensor:
+    """Return how often class j was decided on where i is true, ``[C, K, K]``."""
+    places = (seen.codes + seen.truth) * seen.num_classes + seen.decided
+    return seen.count(places, seen.num_classes**2)
+
+
+def _scores_of(seen: Seen) -> Tensor:
+    """Count the log-odds of each class by bin, of others and its own examples.
+
+    ``[C, K, 2, BINS]``; log-odds are ``log p - log (1 - p)``.
+    """
+    outputs, truth = seen.outputs.double(), seen.truth
+    if truth.ndim == 2:
+        odds, positive = outputs, truth
+    else:
+        log_p = outputs.log_softmax(1)
+        odds = log_p - (-torch.expm1(log_p)).log()
+        classes = torch.arange(seen.num_classes, device=truth.device)
+        positive = (truth[:, None] == classes).long()
+    limit = float(np.arcsinh(FINENESS * SPAN))
+    scaled = torch.asinh(FINENESS * odds.nan_to_num(0.0).clamp(-SPAN, SPAN)) / limit
+    bins = ((scaled + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+    assert seen.owners is not None
+    width = odds.shape[1]
+    columns = seen.owners[:, None] * width + torch.arange(width, device=truth.device)
+    return seen.count((columns * 2 + positive) * BINS + bins, width * 2 * BINS)
+
+
+def _negative(name: str) -> Impossible:
+    def impossible(sums: Sums, task: LearningTask) -> Flags:
+        return _any(sums[name] < 0)
+
+    return impossible
+
+
+def _too_many_hits(sums: Sums, task: LearningTask) -> Flags:
+    return _any((sums["hits"] < 0) | (sums["hits"] > sums["examples"]))
+
+
+def _odd_labels(sums: Sums, task: LearningTask) -> Flags:
+    counts = sums["labels"]
+    true, decided, both = counts[:, 0], counts[:, 1], counts[:, 2]
+    odd: Flags = _any(counts < 0) | _any(both > np.minimum(true, decided))
+    if isinstance(task, MultiLabel):
+        return odd | _any(np.maximum(true, decided) > sums["examples"][:, None])
+    totals = true.sum(1)
+    odd |= _any(totals != decided.sum(1))
+    return odd | _any(totals != sums["examples"]) if task.has_classes else odd
+
+
+def _odd_confusion(sums: Sums, task: LearningTask) -> Flags:
+    counts = sums["confusion"]
+    total = counts.reshape(len(counts), -1).sum(1)
+    odd = _any(counts < 0)
+    return odd | _any(total != sums["examples"]) if task.has_classes else odd
+
+
+def _odd_scores(sums: Sums, task: LearningTask) -> Flags:
+    counts = sums["scores"]
+    return _any(counts < 0) | _any(counts.sum((2, 3)) != sums["examples"][:, None])
+
+
+def _odd_squares(sums: Sums, task: LearningTask) -> Flags:
+    """Tell where squares are less than their numbers' sum allows (A.-L. Cauchy)."""
+    squares, total, n = sums["squared-targets"], sums["targets"], sums["examples"]
+    with np.errstate(all="ignore"):
+        least = total**2 / np.maximum(n, 1)
+    return _any((squares < 0) | (squares < (1 - 1e-9) * least))
+
+
+def _nothing(sums: Sums, task: LearningTask) -> Flags:
+    return np.zeros(len(sums), bool)
+
+
+def _any(flags: npt.NDArray[np.bool_]) -> Flags:
+    """Tell of each client whether any of its values is flagged."""
+    return np.asarray(flags.reshape(len(flags), -1).any(1))
+
+
+# By name.
+PARTS: Mapping[str, Part] = {
+    "examples": Part(lambda seen: seen.targets, _negative("examples"), counts=True),
+    "loss": Part(
+        lambda seen: seen.task.example_losses(seen.outputs, seen.targets), _nothing
+    ),
+    "squared-error": Part(
+        lambda seen: (seen.outputs[:, 0].double() - seen.targets.double()) ** 2,
+        _negative("squared-error"),
+    ),
+    "hits": Part(
+        lambda seen: seen.task.example_hits(seen.outputs, seen.targets), _too_many_hits
+    ),
+    "targets": Part(lambda seen: seen.targets.double(), _nothing),
+    "squared-targets": Part(lambda seen: seen.targets.double() ** 2, _odd_squares),
+    "labels": Part(_labels_of, _odd_labels, lambda k: (3, k), counts=True),
+    "confusion": Part(_confusion_of, _odd_confusion, lambda k: (k, k), counts=True),
+    "scores": Part(_scores_of, _odd_scores, lambda k: (k, 2, BINS), counts=True),
+}
+
+
+def is_count(name: str) -> bool:
+    """Tell whether a part is counted, and so exact."""
+    return PARTS[name].counts
