@@ -327,6 +327,7 @@ def _own_client_app(message: Message, context: Context) -> ClientApp:
 
     run_config = _frozen(context)
     configuration = _configuration(run_config)
+    _check_task(configuration)
     own = client_data(configuration, context, None, _schema(message))
     name = str(context.node_config["data-path"])
     dataset = check(DataSet(name, own.train, own.held_out, _num_classes(run_config)))
@@ -391,8 +392,8 @@ def _configuration(run_config: Frozen) -> Configuration:
 @lru_cache(maxsize=2)
 def _shared_components(run_config: Frozen, num_clients: int | None) -> Components:
     """Divide the configuration's data among the nodes, alike on every side."""
+    from .studies.components import prepare
     from .studies.configuration import Configuration
-    from .studies.runner import prepare
 
     configuration = _configuration(run_config)
     if num_clients is not None:
@@ -400,6 +401,16 @@ def _shared_components(run_config: Frozen, num_clients: int | None) -> Component
         partition = {**configuration["partition"], "clients": num_clients}
         configuration = Configuration({**configuration.tables, "partition": partition})
     return prepare(configuration, num_clients=num_clients)
+
+
+def _check_task(configuration: Configuration) -> None:
+    """Refuse another task where nodes have files of their own, which have classes."""
+    task = configuration["data"].get("task", "classification")
+    if task != "classification":
+        raise ConfigurationError(
+            f"data.task is '{task}', but {NUM_CLASSES} is above 0: nodes that have "
+            "files of their own train on classes. Set data.task = 'classification'."
+        )
 
 
 def _server_components(run_config: Frozen) -> Components:
@@ -418,6 +429,7 @@ def _server_components(run_config: Frozen) -> Components:
     from .studies.components import Components
 
     configuration = _configuration(run_config)
+    _check_task(configuration)
     data, seed = configuration["data"], configuration.seed("partition")
     if data["name"] not in ("csv", "npz") or not data["path"]:
         raise ConfigurationError(

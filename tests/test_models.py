@@ -160,9 +160,10 @@ def test_errors_say_what_is_wrong_and_what_is_allowed(name, shape, options, mess
         models.build(name, shape, 10, **options)
 
 
-def test_one_class_is_refused():
+def test_a_model_without_outputs_is_refused():
     with pytest.raises(ConfigurationError, match="num_classes must be in"):
-        models.build("mlp", (4,), 1)
+        models.build("mlp", (4,), 0)
+    assert models.build("mlp", (4,), 1)(torch.zeros(3, 4)).shape == (3, 1)
 
 
 def test_a_numpy_shape_is_taken():

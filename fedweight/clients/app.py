@@ -22,9 +22,11 @@ from ..core.errors import ClientError, closest, describe_failure
 from ..core.rng import Purpose
 from ..core.texts import shown
 from ..data.federated import ClientData
+from ..data.targets import CLASSIFICATION
 from ..messages import keys
 from ..messages.arrays import arrays_of
 from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
+from ..metrics import Statistics, task_named
 from .client_tasks import ClientTask, Instructions, client_number, config_of
 from .coding import Coding
 from .cohort_trainer import CohortTrainer
@@ -37,13 +39,14 @@ from .probes import Probe, check_named
 from .queries import Answer, ClientQuery, Query
 from .registries import PROBES, QUERIES
 from .settings import TrainingSettings
+from .task_objectives import for_task
 from .trial import Trials
 
 log = logging.getLogger("fedweight")
 
 
 class TrainingApp(ClientApp):
-    """A ClientApp that trains a PyTorch classifier on a client's own data.
+    """A ClientApp that trains a PyTorch model on a client's own data.
 
     It answers ``train``, ``evaluate`` and ``query.ask`` messages, with the records and
     metrics that :mod:`fedweight.messages.keys` names; and ``query.label_counts``, which
@@ -56,12 +59,18 @@ class TrainingApp(ClientApp):
     data : Callable[[Context], ClientData]
         Returns the data of the client that a Flower context stands for.
     objective : Objective
-        What local training minimises; plain cross-entropy by default. A server that
-        tells ``proximal-mu`` (FedProx, ours or Flower's) adds the proximal term.
+        What local training minimises; by default the task's loss, such as plain
+        cross-entropy. A server that tells ``proximal-mu`` (FedProx, ours or Flower's)
+        adds the proximal term.
     settings : TrainingSettings
         Epochs, batches and optimiser.
     num_classes : int
-        C, the length of ``label-counts``.
+        C, the length of ``label-counts``; 0 where numbers are predicted.
+    task : str
+        What is predicted: one of :data:`fedweight.metrics.TASKS`.
+    metrics : Sequence[str], optional
+        What is measured in evaluation besides loss and accuracy; by default what the
+        task measures.
     seed : int
         The run's seed; it orders the examples.
     device : str
@@ -107,7 +116,9 @@ class TrainingApp(ClientApp):
         model: Callable[[], nn.Module],
         data: Callable[[Context], ClientData],
         *,
-        num_classes: int,
+        num_classes: int = 0,
+        task: str = CLASSIFICATION,
+        metrics: Sequence[str] | None = None,
         objective: Objective | None = None,
         settings: TrainingSettings | None = None,
         seed: int = 0,
@@ -133,12 +144,14 @@ class TrainingApp(ClientApp):
         self.model = model
         self.data = data
         self.num_classes = num_classes
-        self.objective = objective or Plain()
+        statistics = Statistics(task_named(task), num_classes, metrics)
+        self.task = statistics.task
+        self.objective = for_task(objective or Plain(), self.task)
         self.settings = settings or TrainingSettings()
         self.seed = seed
         self.device = device
         modules = Modules(model, device)
-        coding = Coding(num_classes, dict(num_groups or {}))
+        coding = Coding(num_classes, dict(num_groups or {}), self.task)
 
         def trainer_of(goal: Objective, **own: Any) -> CohortTrainer:
             trials = Trials(
@@ -164,13 +177,13 @@ class TrainingApp(ClientApp):
                 purposes=(Purpose.PERSONAL_SHUFFLE, Purpose.PERSONAL_DROPOUT),
                 owner="personal",
             )
-            own = PersonalModels(personal, trainer)
+            own = PersonalModels(personal, trainer, statistics)
         self._work = LocalWork(
             modules,
             self._trials,
             self._trainer,
             self.settings,
-            num_classes,
+            statistics,
             self.probes,
             own,
         )
@@ -367,7 +380,7 @@ class TrainingApp(ClientApp):
             number,
             config_of(message.content),
             arrays_of(message.content),
-            self.data(context).cast(np.float32, f"client {number}"),
+            self.data(context).cast(np.float32, f"client {number}", self.task.name),
             self.num_classes,
             self.seed,
         )

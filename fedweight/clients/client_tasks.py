@@ -72,8 +72,8 @@ class ClientTask(NamedTuple):
     context: Context
     data: ClientData
 
-    def cast(self, dtype: np.dtype[Any]) -> ClientTask:
-        """Return the same with data in the model's types."""
-        if self.data.train.fits(dtype) and self.data.held_out.fits(dtype):
+    def cast(self, dtype: np.dtype[Any], task: str) -> ClientTask:
+        """Return the same with data in the types of the model and its task."""
+        if self.data.train.fits(dtype, task) and self.data.held_out.fits(dtype, task):
             return self
-        return self._replace(data=self.data.cast(dtype, f"client {self.number}"))
+        return self._replace(data=self.data.cast(dtype, f"client {self.number}", task))

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..core.errors import ClientError
 from ..data.examples import Examples
+from ..data.targets import CLASSIFICATION
+from ..metrics import TASKS, LearningTask
 from .objectives.base import Objective
 
 
 @dataclass(frozen=True)
 class Coding:
-    """How many classes and groups there are.
+    """How many classes and groups there are, and what is predicted.
 
     Attributes
     ----------
@@ -25,10 +27,13 @@ class Coding:
         C; labels are codes ``0 .. C - 1``.
     num_groups : Mapping[str, int]
         By attribute of the examples, how many groups its codes name.
+    task : LearningTask
+        What is predicted.
     """
 
     num_classes: int = 0
     num_groups: Mapping[str, int] = field(default_factory=dict)
+    task: LearningTask = TASKS[CLASSIFICATION]
 
     def facts(
         self,

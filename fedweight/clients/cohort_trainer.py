@@ -257,7 +257,7 @@ class CohortTrainer:
 
     def _training_tasks(self, clients: Sequence[ClientTask]) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
-        for client in clients:
+        for client in clients if self.coding.task.has_classes else ():
             labels = client.data.train.y
             least = np.minimum.reduce(labels) if len(labels) else 0
             if least < 0:

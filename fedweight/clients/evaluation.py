@@ -1,94 +1,102 @@
-"""A model's loss and accuracy on clients' examples."""
+"""What a model achieves on clients' examples, added up."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.layout import FlatModel, as_tensor
 from ..core.module import FlatModule
 from ..data.examples import Examples
+from ..metrics import TASKS, Statistics, Sums
 from .noise import own_streams, watched
 
 EVALUATION_BATCH = 1024
 
+CLASSIFIED = Statistics(TASKS["classification"])
+
 
 def evaluate(
-    module: FlatModule, model: FlatModel, examples: Examples
-) -> tuple[float, float]:
-    """Return a model's mean cross-entropy and accuracy on some examples.
+    module: FlatModule,
+    model: FlatModel,
+    examples: Examples,
+    statistics: Statistics = CLASSIFIED,
+) -> dict[str, float]:
+    """Return what is measured of a model on some examples, by name.
 
-    Both are NaN where there are no examples.
+    ``loss``, their mean, and what else the statistics measure: ``accuracy`` by default.
+    NaN where there are no examples.
     """
-    return evaluate_each(module, model, [examples])[0]
+    measured = statistics.result(sums_of_each(module, model, [examples], statistics))
+    return {n: float(values[0]) for n, values in measured.items() if values.ndim == 1}
 
 
-def evaluate_each(
+def sums_of_each(
     module: FlatModule,
     model: FlatModel,
     parts: Sequence[Examples],
+    statistics: Statistics = CLASSIFIED,
     *,
     apart: bool = False,
-) -> list[tuple[float, float]]:
-    """Return one model's loss and accuracy on each client's examples.
+) -> Sums:
+    """Return what is added up of one model on each client's examples.
 
     The examples of all go through the model together, so that small clients do not
-    cost a call each; see :func:`evaluate`. They do not where ``apart`` says so, nor
-    where the model turns out to draw random numbers: then each client's are its own.
+    cost a call each. They do not where ``apart`` says so, nor where the model turns out
+    to draw random numbers: then each client's are their own.
     """
     if not any(len(part) for part in parts):
-        return [(math.nan, math.nan)] * len(parts)
+        return statistics.zero(len(parts))
     if apart and len(parts) > 1:
-        return [evaluate(module, model, part) for part in parts]
-    run = partial(_evaluate_each, module, model)
+        each = [sums_of_each(module, model, [part], statistics) for part in parts]
+        return Sums.joined(each)
+    run = partial(_sums_of_each, module, model, statistics)
     device = module.parameters.device
-    results, draws = watched(partial(run, parts), device)
+    result, draws = watched(partial(run, parts), device)
     if draws:
-        results = []
+        several = []
         for part in parts:
             with own_streams(0, device):
-                results += run([part])
-    return results
+                several.append(run([part]))
+        return Sums.joined(several)
+    return result
 
 
 @torch.no_grad()
-def _evaluate_each(
-    module: FlatModule, model: FlatModel, parts: Sequence[Examples]
-) -> list[tuple[float, float]]:
-    """Do the work of :func:`evaluate_each`, on the streams as they are."""
+def _sums_of_each(
+    module: FlatModule,
+    model: FlatModel,
+    statistics: Statistics,
+    parts: Sequence[Examples],
+) -> Sums:
+    """Do the work of :func:`sums_of_each`, on the streams as they are."""
+    adding = statistics.begin([len(part) for part in parts])
     some = [part for part in parts if len(part)]
     if not some:
-        return [(math.nan, math.nan)] * len(parts)
+        return adding.sums()
     module.load(model)
     module.train(False)
     device = module.parameters.device
     x = [as_tensor(part.x) for part in some]
     y = torch.cat([as_tensor(part.y) for part in some]).to(device)
-    losses, correct = [], []
     for first, batch in _batches(x, EVALUATION_BATCH):
-        labels = y[first : first + len(batch)]
-        logits = module.module(batch.to(device))
-        losses.append(F.cross_entropy(logits, labels, reduction="none"))
-        correct.append(logits.argmax(1) == labels)
-    loss = torch.cat(losses).double().cpu().numpy()
-    hits = torch.cat(correct).cpu().numpy()
-    ends = np.cumsum([len(part) for part in parts])
-    results = []
-    for part, end in zip(parts, ends, strict=True):
-        own = slice(end - len(part), end)
-        known = len(part) > 0
-        results.append(
-            (float(loss[own].mean()), float(hits[own].mean()))
-            if known
-            else (math.nan, math.nan)
-        )
-    return results
+        outputs = module.module(batch.to(device))
+        adding.add(outputs, y[first : first + len(batch)])
+    return adding.sums()
+
+
+@torch.no_grad()
+def outputs_of(module: FlatModule, examples: Examples) -> Tensor:
+    """Return what a model makes of some examples, ``[n, ...]``."""
+    module.train(False)
+    device = module.parameters.device
+    x = [as_tensor(examples.x)]
+    with own_streams(0, device):
+        each = [module.module(b.to(device)) for _, b in _batches(x, EVALUATION_BATCH)]
+    return torch.cat(each).cpu()
 
 
 def _batches(parts: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:

@@ -18,10 +18,11 @@ from ..messages import keys
 from ..messages.arrays import flatten
 from ..messages.dispatch import Reply
 from ..messages.records import NUMBERS, as_measured
+from ..metrics import Statistics
 from .client_state import write_results
 from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
-from .evaluation import evaluate, evaluate_each
+from .evaluation import evaluate, sums_of_each
 from .modules import Modules
 from .personal_models import PersonalModels
 from .probes import ClientRound, Probe
@@ -48,8 +49,8 @@ class LocalWork:
         Who trains.
     settings : TrainingSettings
         What it trains with.
-    num_classes : int
-        C.
+    statistics : Statistics
+        The task, C, and what is measured of the global model.
     probes : Mapping[str, Probe]
         What may be asked for by these names, besides what is registered.
     personal : PersonalModels, optional
@@ -62,7 +63,7 @@ class LocalWork:
         trials: Trials,
         trainer: CohortTrainer,
         settings: TrainingSettings,
-        num_classes: int,
+        statistics: Statistics,
         probes: Mapping[str, Probe],
         personal: PersonalModels | None = None,
     ) -> None:
@@ -70,9 +71,12 @@ class LocalWork:
         self.trials = trials
         self.trainer = trainer
         self.settings = settings
-        self.num_classes = num_classes
+        self.statistics = statistics
+        self.task = statistics.task
         self.probes = probes
         self.personal = personal
+        # Loss and accuracy, if there is one: what every client reports.
+        self._usual = Statistics(self.task, statistics.num_classes, ())
 
     def train(
         self,
@@ -85,12 +89,13 @@ class LocalWork:
         """Train some clients from the same global model."""
         with self.modules.lend() as module:
             dtype = _dtype(module)
-            clients = [client.cast(dtype) for client in clients]
+            clients = [client.cast(dtype, self.task.name) for client in clients]
             start = flatten(record, module.layout, **RECEIVED)
             results = self.trainer.train(
                 module, start, clients, batched=batched, cancelled=cancelled
             )
             pairs = list(zip(clients, results, strict=True))
+            hits = self.task.counts_hits
             replies = [
                 Reply(
                     client.node,
@@ -98,7 +103,7 @@ class LocalWork:
                     {
                         keys.NUM_EXAMPLES: len(client.data.train),
                         keys.TRAIN_LOSS: result.loss,
-                        keys.TRAIN_ACCURACY: result.accuracy,
+                        **({keys.TRAIN_ACCURACY: result.accuracy} if hits else {}),
                         keys.NUM_STEPS: result.num_steps,
                     },
                 )
@@ -143,13 +148,13 @@ class LocalWork:
             instructions.round,
             instructions.told,
             client.data,
-            self.num_classes,
+            self.statistics.num_classes,
             start,
             result.model,
             result.num_steps,
             self.settings,
             instructions.learning_rate_in(self.settings),
-            partial(evaluate, module),
+            partial(evaluate, module, statistics=self._usual),
             client.context.state,
         )
         measured: dict[str, Any] = {}
@@ -180,26 +185,23 @@ class LocalWork:
         """Evaluate the global model on some clients' held-out data."""
         with self.modules.lend() as module:
             dtype = _dtype(module)
-            clients = [client.cast(dtype) for client in clients]
+            clients = [client.cast(dtype, self.task.name) for client in clients]
             parts = [client.data.held_out for client in clients]
             apart = len(clients) > 1 and self._mixes_examples(clients)
             model = flatten(record, module.layout, **RECEIVED)
-            measured = evaluate_each(module, model, parts, apart=apart)
+            sums = sums_of_each(module, model, parts, self.statistics, apart=apart)
             of_own: list[dict[str, float]] = [{} for _ in clients]
             if self.personal is not None:
                 of_own = self.personal.evaluate(module, model, clients)
+        result = self._usual.result(sums)
+        columns: dict[str, list[Any]] = {keys.NUM_EXAMPLES: list(map(len, parts))}
+        columns |= {name: values.tolist() for name, values in result.items()}
+        if self.statistics.extra:
+            columns[keys.STATISTICS] = self.statistics.rows(sums).tolist()
         return [
-            Reply(
-                client.node,
-                metrics={
-                    keys.NUM_EXAMPLES: len(part),
-                    keys.LOSS: loss,
-                    keys.ACCURACY: accuracy,
-                    **own,
-                },
-            )
-            for client, part, (loss, accuracy), own in zip(
-                clients, parts, measured, of_own, strict=True
+            Reply(client.node, metrics={**dict(zip(columns, row, strict=True)), **own})
+            for client, row, own in zip(
+                clients, zip(*columns.values(), strict=True), of_own, strict=True
             )
         ]
 

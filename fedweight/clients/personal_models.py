@@ -8,12 +8,19 @@ from dataclasses import replace
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
 from ..messages import keys
+from ..metrics import Statistics
 from .client_state import read_models
 from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
 from .evaluation import evaluate
 from .personal.base import Personal
 from .steps.task import LocalResult
+
+# What is reported of a personal model, by what it is called of the global one.
+PERSONAL = {
+    keys.LOSS: keys.PERSONAL_LOSS,
+    keys.ACCURACY: keys.PERSONAL_ACCURACY,
+}
 
 
 class PersonalModels:
@@ -25,11 +32,16 @@ class PersonalModels:
         What is minimised, and from where on.
     trainer : CohortTrainer
         Trains with the method's objective and streams of its own.
+    statistics : Statistics
+        What is measured of them.
     """
 
-    def __init__(self, method: Personal, trainer: CohortTrainer) -> None:
+    def __init__(
+        self, method: Personal, trainer: CohortTrainer, statistics: Statistics
+    ) -> None:
         self.method = method
         self.trainer = trainer
+        self.statistics = statistics
 
     def train(
         self,
@@ -89,7 +101,9 @@ class PersonalModels:
             model = models.get(client.number)
             measured: dict[str, float] = {}
             if model is not None:
-                loss, accuracy = evaluate(module, model, client.data.held_out)
-                measured = {keys.PERSONAL_LOSS: loss, keys.PERSONAL_ACCURACY: accuracy}
+                own = evaluate(module, model, client.data.held_out, self.statistics)
+                measured = {
+                    key: own[name] for name, key in PERSONAL.items() if name in own
+                }
             found.append(measured)
         return found

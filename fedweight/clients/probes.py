@@ -7,6 +7,7 @@ never one that a message brings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -35,11 +36,33 @@ REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_ST
 EVALUATED = (keys.LOSS, keys.ACCURACY)
 
 
+# What of it only examples that have a class can be asked.
+OF_CLASSES = frozenset(
+    {
+        keys.LABEL_COUNTS,
+        keys.ACCURACY_BEFORE,
+        keys.ACCURACY_AFTER,
+        keys.HELD_OUT_ACCURACY_BEFORE,
+        keys.HELD_OUT_ACCURACY_AFTER,
+        keys.MINUS_ERROR,
+    }
+)
+
+
 class Evaluation(NamedTuple):
-    """A model's mean cross-entropy and accuracy; both NaN without examples."""
+    """A model's mean loss and accuracy; both NaN without examples.
+
+    The loss is the task's, such as cross-entropy; the accuracy is NaN where a
+    prediction is not simply right or wrong.
+    """
 
     loss: float
     accuracy: float
+
+    @classmethod
+    def of(cls, measured: Mapping[str, float]) -> Evaluation:
+        """Take them from all that was measured."""
+        return cls(measured["loss"], measured.get("accuracy", math.nan))
 
 
 @dataclass
@@ -58,7 +81,7 @@ class ClientRound:
         The client's examples: ``data.train`` and ``data.held_out``, each with arrays
         ``x`` and ``y``.
     num_classes : int
-        C.
+        C; 0 where numbers are predicted.
     received, trained : FlatModel
         The global model as received, and the local model; to be read only.
     num_steps : int
@@ -79,7 +102,7 @@ class ClientRound:
     num_steps: int
     settings: TrainingSettings
     learning_rate: float
-    _evaluate: Callable[[FlatModel, Examples], tuple[float, float]]
+    _evaluate: Callable[[FlatModel, Examples], Mapping[str, float]]
     _state: RecordDict
     _known: dict[tuple[int, Part], Evaluation] = field(default_factory=dict)
     _new: dict[str, ArrayRecord | MetricRecord] = field(default_factory=dict)
@@ -87,11 +110,11 @@ class ClientRound:
     def evaluate(self, model: FlatModel, part: Part = "train") -> Evaluation:
         """Return a model's loss and accuracy on a part of the client's data."""
         if model is not self.received and model is not self.trained:
-            return Evaluation(*self._evaluate(model, self.part(part)))
+            return Evaluation.of(self._evaluate(model, self.part(part)))
         key = id(model), part
         if key not in self._known:
             found = self._evaluate(model, self.part(part))
-            self._known[key] = Evaluation(*found)
+            self._known[key] = Evaluation.of(found)
         return self._known[key]
 
     def part(self, name: Part) -> Examples:

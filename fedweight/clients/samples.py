@@ -123,7 +123,9 @@ def _distinct(examples: Examples) -> Examples:
     """Return a few examples with labels and finite values, no two of them equal."""
     some = examples.take(slice(16 * ROWS))
     values = some.x.reshape(len(some), -1)
-    good = (some.y >= 0) & np.isfinite(values).all(1)
+    targets = some.y.reshape(len(some), -1)
+    known = np.isfinite(targets) if targets.dtype.kind == "f" else targets >= 0
+    good = known.all(1) & np.isfinite(values).all(1)
     rows = np.flatnonzero(good)
     if values.size:
         _, first = np.unique(values[rows], axis=0, return_index=True)

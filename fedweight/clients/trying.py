@@ -167,7 +167,10 @@ def _task(
     examples: Examples, epochs: int, key: int, objective: Objective, coding: Coding
 ) -> Task:
     """Return a client's task, as if all clients had twice its examples together."""
-    totals = (2 * np.bincount(examples.y, minlength=coding.num_classes)).tolist()
+    totals: list[int] = []
+    if coding.task.has_classes:
+        counts = np.bincount(examples.y, minlength=coding.num_classes)
+        totals = (2 * counts).tolist()
     return Task(
         examples,
         epochs,

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import DataError
-from .examples import Array, DataSet, Examples
+from .examples import DataSet, Examples
+from .targets import Array
 
 # The split belongs to the data set, so it does not move with the run's seed: scores
 # of different seeds are measured on the same test images.

@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..core.errors import DataError
+from ..core.errors import DataError, check_choice
 from ..core.texts import shown
-
-Array = npt.NDArray[Any]
-Indices = npt.NDArray[np.int64]
-
-INT64 = np.dtype(np.int64)
+from .targets import (
+    CLASSIFICATION,
+    INT64,
+    TARGETS,
+    Array,
+    Indices,
+    as_labels,
+    as_whole,
+)
 
 # The tables of a run have a column for each class: more than a reader, or a browser,
 # could make anything of.
@@ -40,7 +44,8 @@ class Examples:
         Shape ``[n, ...]``. Images are float32 ``[n, c, h, w]``, tables float32
         ``[n, d]``, texts int64 token numbers ``[n, T]``.
     y : ndarray
-        Shape ``[n]``, int64: the class of each example, from 0.
+        What is to be predicted: shape ``[n]``, int64, the class of each example, from
+        0; or ``[n]``, floating, a number of each (:mod:`fedweight.data.targets`).
     attributes : Mapping[str, ndarray]
         Side data, one row an example, such as a sensitive attribute. A model never
         sees it.
@@ -94,22 +99,27 @@ class Examples:
             {name: column[indices] for name, column in self.attributes.items()},
         )
 
-    def fits(self, dtype: np.dtype[Any]) -> bool:
+    def fits(self, dtype: np.dtype[Any], task: str = CLASSIFICATION) -> bool:
         """Tell quickly whether :meth:`cast` has nothing to do; if not, it looks."""
-        x, y = self.x, self.y
+        x, y, targets = self.x, self.y, TARGETS[task]
         return (
             (x.dtype == dtype or x.dtype == INT64)
-            and y.dtype == INT64
-            and y.ndim == 1
+            and y.dtype == (INT64 if targets.whole else dtype)
+            and y.ndim == targets.ndim
             and x.flags.c_contiguous
             and y.flags.c_contiguous
         )
 
-    def cast(self, dtype: npt.DTypeLike = np.float32, where: str = "data") -> Examples:
+    def cast(
+        self,
+        dtype: npt.DTypeLike = np.float32,
+        where: str = "data",
+        task: str = CLASSIFICATION,
+    ) -> Examples:
         """Return the examples as a model of some dtype can train on them.
 
-        Labels become int64, floating inputs ``dtype``, whole ones int64, which are
-        tokens. What fits already is not copied.
+        Labels become int64, numbers to predict and floating inputs ``dtype``, whole
+        inputs int64, which are tokens. What fits already is not copied.
 
         Parameters
         ----------
@@ -117,6 +127,8 @@ class Examples:
             What the model's weights are.
         where : str
             How a message calls the examples.
+        task : str
+            Which targets they have: one of :data:`~fedweight.data.targets.TARGETS`.
 
         Raises
         ------
@@ -129,18 +141,19 @@ class Examples:
         >>> examples.x.dtype, examples.y.dtype
         (dtype('float32'), dtype('int64'))
         """
-        x, y = self.x, self.y
+        x, y, targets = self.x, self.y, TARGETS[task]
         if x.dtype not in (dtype, np.int64) or min(x.strides) < 0:
             x = as_inputs(f"{where}: inputs are", x, dtype)
-        if y.dtype != np.int64 or y.ndim != 1 or y.strides[0] < 0:
-            y = as_labels(f"{where}: labels are", y)
+        wanted = np.int64 if targets.whole else dtype
+        if y.dtype != wanted or y.ndim != targets.ndim or min(y.strides) < 0:
+            y = targets.cast(f"{where}: {targets.name} are", y, wanted)
         same = x is self.x and y is self.y
         return self if same else Examples(x, y, self.attributes)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A classification data set.
+    """A data set, and what is to be predicted of it.
 
     Attributes
     ----------
@@ -149,7 +162,7 @@ class DataSet:
     train, test : Examples
         The test examples are for measuring only; no choice may depend on them.
     num_classes : int
-        C; labels lie in ``0 .. C - 1``.
+        C; labels lie in ``0 .. C - 1``. 0 where numbers are predicted.
     natural_clients : ndarray, optional
         Shape ``[len(train)]``, int64: to which real client (a person, a hospital, a
         role) each training example belongs.
@@ -167,12 +180,14 @@ class DataSet:
         The name of each feature of a table, or nothing.
     notes : tuple of str
         What a user should know of these data, a line each.
+    task : str
+        What is predicted: one of :data:`~fedweight.data.targets.TARGETS`.
     """
 
     name: str
     train: Examples
     test: Examples
-    num_classes: int
+    num_classes: int = 0
     natural_clients: Array | None = None
     class_names: tuple[str, ...] = ()
     attribute_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -180,6 +195,7 @@ class DataSet:
     natural_sizes: Array | None = None
     feature_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    task: str = CLASSIFICATION
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -201,11 +217,17 @@ def check(dataset: DataSet) -> DataSet:
         not classes ``0 .. C - 1``, or training and test differ in shape.
     """
     dataset, what = cast(dataset), f"data '{dataset.name}'"
-    num_classes = dataset.num_classes
-    if not isinstance(num_classes, numbers.Integral) or num_classes < 1:
+    num_classes, targets = dataset.num_classes, TARGETS[dataset.task]
+    least = 1 if targets.classes else 0
+    if not isinstance(num_classes, numbers.Integral) or num_classes < least:
         raise DataError(
             f"{what}: num_classes must be a whole number from 1, got "
             f"{shown(num_classes)}."
+        )
+    if num_classes and not targets.classes:
+        raise DataError(
+            f"{what}: {dataset.task} has no classes, but num_classes is {num_classes}. "
+            "Leave it out."
         )
     if num_classes > MOST_CLASSES:
         raise DataError(
@@ -233,6 +255,8 @@ def check(dataset: DataSet) -> DataSet:
                 f"{what}, {part}: example {bad} holds NaN or infinity. Fill "
                 "in or drop such values first."
             )
+        if not targets.classes:
+            continue
         if len(y) and not (y.min() >= 0 and y.max() < num_classes):
             raise DataError(
                 f"{what}, {part}: labels reach from {y.min()} to {y.max()}, "
@@ -250,10 +274,14 @@ def check(dataset: DataSet) -> DataSet:
 
 def cast(dataset: DataSet) -> DataSet:
     """Return a data set in the types that training takes; see :func:`check`."""
-    what = f"data '{dataset.name}'"
+    what, task = f"data '{dataset.name}'", dataset.task
+    check_choice(f"{what}: task", task, TARGETS)
     train, test = dataset.train, dataset.test
-    train = train.cast(where=f"{what}, train")
-    test = test.cast(where=f"{what}, test") if len(test) else train.take(slice(0, 0))
+    train = train.cast(where=f"{what}, train", task=task)
+    if len(test):
+        test = test.cast(where=f"{what}, test", task=task)
+    else:
+        test = train.take(slice(0, 0))
     if train is not dataset.train or test is not dataset.test:
         dataset = replace(dataset, train=train, test=test)
     return _numbered(dataset)
@@ -396,58 +424,13 @@ def as_inputs(where: str, x: Array, dtype: npt.DTypeLike = np.float32) -> Array:
             "them first: x.astype(numpy.float32) / 255."
         )
     if kind in "iu":
-        return np.ascontiguousarray(_whole(where, x))
+        return np.ascontiguousarray(as_whole(where, x))
     if kind in "UOS":
         raise DataError(
             f"{where} {x.dtype}, such as {shown(x.flat[0] if x.size else '')}. Give "
             "numbers: pandas.get_dummies makes them of categories."
         )
     raise DataError(f"{where} {x.dtype}. Give float32, or int64 for tokens.")
-
-
-def as_labels(where: str, y: Array) -> Indices:
-    """Return labels as int64 ``[n]`` where they are whole numbers, or say what to give.
-
-    Parameters
-    ----------
-    where : str
-        How a message begins, such as ``"own.npz: 'y' is"``.
-    y : ndarray
-        Shape ``[n]`` or ``[n, 1]``.
-    """
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim != 1:
-        remedy = "Give class numbers from 0, of shape [n]"
-        if y.ndim == 2 and y.dtype.kind in "biuf" and (y.sum(1) == 1).all():
-            remedy += ": y.argmax(axis=1)"
-        raise DataError(f"{where} {y.dtype} of shape {list(y.shape)}. {remedy}.")
-    kind = y.dtype.kind
-    if kind == "f":
-        if not (np.isfinite(y).all() and (y == np.round(y)).all()):
-            raise DataError(
-                f"{where} {y.dtype} and no whole numbers. Give integer classes from 0; "
-                "to predict a quantity (regression) is not offered."
-            )
-        if len(y) and np.abs(y).max() >= 2**53:
-            raise DataError(f"{where} {y.dtype} up to {np.abs(y).max():g}. {_CLASSES}")
-    elif kind in "UOS":
-        raise DataError(
-            f"{where} {y.dtype}, such as {shown(y[0] if len(y) else '')}. Give integer "
-            "classes from 0: numpy.unique(y, return_inverse=True)[1]."
-        )
-    elif kind not in "biu":
-        raise DataError(f"{where} {y.dtype}. {_CLASSES}")
-    return np.ascontiguousarray(_whole(where, y))
-
-
-_CLASSES = "Give integer classes from 0."
-
-
-def _whole(where: str, values: Array) -> Indices:
-    if values.dtype == np.uint64 and values.size and values.max() >= 2**63:
-        raise DataError(f"{where} uint64 up to {values.max()}. Give int64.")
-    return values.astype(np.int64, copy=False)
 
 
 def channels_last(shape: tuple[int, ...]) -> bool:

@@ -18,6 +18,7 @@ from .lazy import LazyParts
 from .partitions import natural_choice
 from .partitions import partition as divide
 from .schema import Schema
+from .targets import CLASSIFICATION, TARGETS
 
 Indices = npt.NDArray[np.int64]
 
@@ -32,13 +33,15 @@ class ClientData:
     train: Examples
     held_out: Examples
 
-    def cast(self, dtype: npt.DTypeLike, where: str = "data") -> ClientData:
+    def cast(
+        self, dtype: npt.DTypeLike, where: str = "data", task: str = CLASSIFICATION
+    ) -> ClientData:
         """Return the same in a model's types; see :meth:`Examples.cast`."""
         train, held_out = self.train, self.held_out
         if len(train):
-            train = train.cast(dtype, where)
+            train = train.cast(dtype, where, task)
         if len(held_out):
-            held_out = held_out.cast(dtype, where)
+            held_out = held_out.cast(dtype, where, task)
         return ClientData(train, held_out)
 
 
@@ -76,7 +79,9 @@ class FederatedData:
     name : str
         The data set's name.
     num_clients, num_classes : int
-        K and C.
+        K and C; C is 0 where numbers are predicted.
+    task : str
+        As in :class:`~fedweight.data.DataSet`.
     input_shape : tuple of int
         The shape of one example.
     class_names : tuple of str
@@ -114,6 +119,7 @@ class FederatedData:
         self.name = dataset.name
         self.num_clients = len(partition)
         self.num_classes = dataset.num_classes
+        self.task = dataset.task
         self.input_shape = dataset.input_shape
         self.class_names = dataset.class_names
         self.attribute_names = dataset.attribute_names
@@ -144,7 +150,7 @@ class FederatedData:
         The arrays are views, or copies where the partition is computed lazily.
         """
         train, held_out = map(self._clients.examples.take, self._rows(i))
-        if self.is_lazy:
+        if self.is_lazy and TARGETS[self.task].classes:
             # Who asks for their data often wants to know their labels next.
             if len(self._lately) >= LATELY:
                 self._lately.clear()
@@ -168,13 +174,39 @@ class FederatedData:
         -------
         tuple of ndarray
             Both of shape ``[C]``, int64.
+
+        Raises
+        ------
+        DataError
+            If examples have no class, but a number to predict.
         """
+        if not TARGETS[self.task].classes:
+            raise DataError(
+                f"data '{self.name}': the examples have no classes to count, but a "
+                f"number to predict ({self.task})."
+            )
         counts = self._lately.pop(i, None)
         if counts is None:
             train, held_out = self._rows(i)
             y = self._clients.examples.y
             counts = self._count(y[train]), self._count(y[held_out])
         return counts
+
+    def described(self, i: int) -> tuple[int, int, Indices]:
+        """Return how much client ``i`` trains on and holds out, and of which classes.
+
+        Returns
+        -------
+        tuple
+            The two numbers of examples, and how many of each class are trained on,
+            ``[C]``; none where there are no classes.
+        """
+        if TARGETS[self.task].classes:
+            train, held_out = self.labels(i)
+            return int(train.sum()), int(held_out.sum()), train
+        y = self._clients.examples.y
+        of_train, of_held_out = (len(y[rows]) for rows in self._rows(i))
+        return of_train, of_held_out, np.empty(0, np.int64)
 
     def _rows(self, i: int) -> tuple[Any, Any]:
         if not 0 <= i < self.num_clients:
@@ -383,7 +415,10 @@ def load_client(
 
 
 def _proxy_rows(dataset: DataSet, fraction: float, seed: int) -> Indices:
-    return take_proxy(dataset.train.y, fraction, generator(seed, Purpose.PROXY))
+    y = dataset.train.y
+    if not TARGETS[dataset.task].classes:
+        y = np.zeros(len(y), np.int64)  # As if all were of one class.
+    return take_proxy(y, fraction, generator(seed, Purpose.PROXY))
 
 
 def _check_partition(partition: Sequence[Indices], free: npt.NDArray[np.bool_]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from ..core.options import check_options, validated
 from ..core.paths import clean_path, readable_file
 from ..core.rng import Purpose, generator
 from ..core.texts import listed, shown
-from .examples import DataSet, Examples, as_inputs, as_labels, check, name_clients
+from .examples import DataSet, Examples, as_inputs, check, name_clients
 from .schema import NUMBER, TEXT, Schema
 from .tables import (
     FEW_CLASSES,
@@ -34,6 +34,7 @@ from .tables import (
     read_table,
     text_fault,
 )
+from .targets import CLASSIFICATION, TARGETS, as_labels, as_numbers
 
 NPZ_ARRAYS = ("x", "y", "x_test", "y_test", "client")
 
@@ -46,8 +47,13 @@ FEW_EMPTY_CLASSES = 100
 # From so many rows on, whole numbers that are all different are said to name the rows.
 MANY_ROWS = 100
 
+# Numbers to predict whose spread is so many times 1, or less than one of so many parts
+# of it, make steps of usual learning rates far too long or too short.
+FAR_FROM_ONE = 100
+
 Array = npt.NDArray[Any]
 Label = str | int | float | bool
+Task = Literal["classification", "regression"]
 
 
 @validated
@@ -55,6 +61,7 @@ def load_csv(
     path: Path | None = None,
     seed: int = 0,
     *,
+    task: Task = "classification",
     label: str | None = None,
     classes: Sequence[Label] | None = None,
     client: str | None = None,
@@ -76,8 +83,10 @@ def load_csv(
         The file.
     seed : int
         Draws the test rows, where there is no test file.
+    task : {"classification", "regression"}
+        Whether the label is a class or a number to predict, which stays as it is.
     label : str, optional
-        The column with the class; by default the last.
+        The column with the class, or the number; by default the last.
     classes : sequence, optional
         The labels in the order of their numbers; by default sorted. Labels that look
         like quantities or like names of rows are refused unless they stand here, or
@@ -104,7 +113,7 @@ def load_csv(
     """
     source = read_source(path, label, client, sensitive, sensitive_features, reading)
     extra = None if test is None else read_test(source, test, reading)
-    for fault in faults(source, extra, classes):
+    for fault in faults(source, extra, classes, task):
         raise DataError(fault)
     frame, path = source.table.frame, source.table.path
     if extra is not None:
@@ -117,7 +126,8 @@ def load_csv(
             f"{path} has {len(frame)} rows, and test-fraction = {test_fraction:g} "
             "leaves none to train on. Lower it."
         )
-    if classes is None:
+    has_classes = TARGETS[task].classes
+    if classes is None and has_classes:
         classes = values_of(train[source.label], tested[source.label])
     names = {
         column: tuple(map(str, values_of(train[column], tested[column])))
@@ -128,7 +138,11 @@ def load_csv(
     train_part, test_part = (
         Examples(
             encoder(part),
-            _codes(path, part[source.label], classes),
+            _codes(path, part[source.label], classes)
+            if classes is not None
+            else as_numbers(
+                f"{path}: '{source.label}' is", part[source.label].to_numpy()
+            ),
             {c: _attribute(path, part[c], names.get(c)) for c in source.sensitive},
         )
         for part in (train, tested)
@@ -144,14 +158,15 @@ def load_csv(
         name=path.stem,
         train=train_part,
         test=test_part,
-        num_classes=len(classes),
+        num_classes=len(classes or ()),
         natural_clients=natural,
-        class_names=tuple(str(value) for value in classes),
+        class_names=tuple(str(value) for value in classes or ()),
         attribute_names=names,
         natural_names=natural_names,
         natural_sizes=sizes,
         feature_names=encoder.names,
-        notes=tuple(remarks(source)),
+        notes=tuple(remarks(source, task)),
+        task=task,
     )
 
 
@@ -160,6 +175,7 @@ def load_npz(
     path: Path | None = None,
     seed: int = 0,
     *,
+    task: Task = "classification",
     num_classes: int | None = None,
     test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.2,
 ) -> DataSet:
@@ -169,11 +185,13 @@ def load_npz(
     ----------
     path : Path
         The file. ``x`` is ``[n, ...]`` (floating, or integers for tokens), ``y`` is
-        ``[n]`` with classes from 0. Images are ``[n, c, h, w]``; scale them yourself.
-        ``client``, ``[n]``, says to which client an example belongs: a number or a
-        name. A file that would have to be unpickled is refused.
+        ``[n]`` with classes from 0, or with numbers to predict. Images are ``[n, c, h,
+        w]``; scale them yourself. ``client``, ``[n]``, says to which client an example
+        belongs: a number or a name. A file that would have to be unpickled is refused.
     seed : int
         Draws the test examples, where there is no ``x_test``.
+    task : {"classification", "regression"}
+        Whether ``y`` has classes or numbers to predict.
     num_classes : int, optional
         C; by default one more than the largest label, unless that leaves most classes
         without an example.
@@ -183,7 +201,7 @@ def load_npz(
     """
     path = readable_file(path, "npz")
     arrays = _read_arrays(path)
-    train = _examples(path, arrays, "x", "y")
+    train = _examples(path, arrays, "x", "y", task)
     natural, sizes = None, None
     names: tuple[str, ...] = ()
     if "client" in arrays:
@@ -191,27 +209,22 @@ def load_npz(
         names, natural = name_clients(arrays["client"], f"{path}: 'client'")
         sizes = np.bincount(natural)
     if "x_test" in arrays:
-        test = _examples(path, arrays, "x_test", "y_test")
+        test = _examples(path, arrays, "x_test", "y_test", task)
     else:
         rows, test_rows = _split(len(train), test_fraction, seed)
         train, test = train.take(rows), train.take(test_rows)
         natural = None if natural is None else natural[rows]
-    labels = np.unique(np.concatenate([train.y, test.y]))
-    if len(labels) == 1 and num_classes in (None, 1):
-        raise DataError(
-            f"{path}: 'y' has one value only, {labels[0]}. There must be two classes "
-            "or more to tell apart; where others have them, set num-classes."
-        )
-    if num_classes is None:
-        num_classes = _count_classes(path, labels)
+    if TARGETS[task].classes:
+        num_classes = _count_classes(path, train.y, test.y, num_classes)
     return DataSet(
         name=path.stem,
         train=train,
         test=test,
-        num_classes=num_classes,
+        num_classes=num_classes or 0,
         natural_clients=natural,
         natural_names=names,
         natural_sizes=sizes,
+        task=task,
     )
 
 
@@ -383,7 +396,10 @@ def read_test(source: Source, test: str | Path, reading: Mapping[str, Any]) -> T
 
 
 def faults(
-    source: Source, test: Table | None, classes: Sequence[Label] | None
+    source: Source,
+    test: Table | None,
+    classes: Sequence[Label] | None,
+    task: str = CLASSIFICATION,
 ) -> Iterator[str]:
     """Yield what would make a model learn something else than is meant, a line each."""
     table = source.table
@@ -412,9 +428,38 @@ def faults(
         if fault:
             yield fault
     labels = [file.frame[source.label] for file in tables]
-    fault = _label_fault(table, labels, classes)
+    if TARGETS[task].classes:
+        fault = _label_fault(table, labels, classes)
+    else:
+        fault = _target_fault(table, labels, classes)
     if fault:
         yield fault
+
+
+def _target_fault(
+    table: Table, parts: Sequence[pd.Series[Any]], classes: Sequence[Label] | None
+) -> str | None:
+    """Return what is wrong with a column of numbers to predict, or ``None``."""
+    what, name = f"{table.path}: the label '{parts[0].name}'", parts[0].name
+    if classes is not None:
+        return (
+            f"{what} is a number to predict, and classes lists names of some. Leave "
+            "classes out, or set task = 'classification'."
+        )
+    for part in parts:
+        if name in table.categories or not is_numeric(part):
+            fault = None
+            if name not in table.categories:
+                fault = text_fault(table, part, feature=False)
+            return fault or (
+                f"{what} has texts such as {shown(part.iloc[0])}, and is to be "
+                "predicted as a number. Name another column with label (by default "
+                "the last), or set task = 'classification'."
+            )
+    values = pd.concat(list(parts)).to_numpy(np.float64)
+    if (values == values[0]).all():
+        return f"{what} has one value only, {values[0]:g}: nothing is left to predict."
+    return None
 
 
 def _digits_fault(table: Table, values: pd.Series[Any]) -> str | None:
@@ -484,9 +529,9 @@ def _label_fault(
     if numeric:
         return (
             f"{what} {len(values):,} different numbers in {rows:,} rows, from "
-            f"{values[0]} to {values[-1]}. To predict a quantity (regression) is not "
-            "offered; name another column with label (by default the last), or make "
-            f"classes of this one. {insist}"
+            f"{values[0]} to {values[-1]}. To predict them as numbers set task = "
+            "'regression'; else name another column with label (by default the last), "
+            f"or make classes of this one. {insist}"
         )
     return (
         f"{what} {len(values):,} different texts in {rows:,} rows, such as "
@@ -495,7 +540,7 @@ def _label_fault(
     )
 
 
-def remarks(source: Source) -> list[str]:
+def remarks(source: Source, task: str = CLASSIFICATION) -> list[str]:
     """Return what a user should know of a file that is no reason to refuse it."""
     table = source.table
     lines = []
@@ -505,15 +550,17 @@ def remarks(source: Source) -> list[str]:
             f"{len(table) + table.dropped_rows:,} rows, which miss a value "
             "(drop-missing)"
         )
-    labels = table.frame[source.label]
-    if source.label not in table.categories and pd.api.types.is_integer_dtype(labels):
+    labels, has_classes = table.frame[source.label], TARGETS[task].classes
+    if not has_classes:
+        lines += _scale_remark(table, labels)
+    elif source.label not in table.categories and pd.api.types.is_integer_dtype(labels):
         least, most, different = labels.min(), labels.max(), labels.nunique()
         numbered = most - least + 1 == different and least in (0, 1)
         if different > FEW_CLASSES and not numbered:
             lines.append(
                 f"{table.path.name}: the label '{source.label}' has {different:,} "
                 f"different whole numbers from {least} to {most}, each a class of its "
-                "own; to predict a quantity (regression) is not offered"
+                "own; to predict them as numbers set task = 'regression'"
             )
     named = [*source.features, *source.sensitive, source.label, source.client]
     for column in dict.fromkeys(name for name in named if name is not None):
@@ -530,6 +577,18 @@ def remarks(source: Source) -> list[str]:
                 f"a number of the row is; if it is one, leave it out: drop = ['{name}']"
             )
     return lines
+
+
+def _scale_remark(table: Table, targets: pd.Series[Any]) -> list[str]:
+    """Say of numbers to predict that they are far from a spread of 1."""
+    spread = float(targets.to_numpy(np.float64).std())
+    if 1 / FAR_FROM_ONE <= spread <= FAR_FROM_ONE:
+        return []
+    return [
+        f"{table.path.name}: '{targets.name}' has a standard deviation of "
+        f"{spread:.3g}; squared errors of such numbers make steps of usual learning "
+        "rates far too long or too short: divide them first"
+    ]
 
 
 def _capitals(values: pd.Series[Any]) -> tuple[str, str] | None:
@@ -732,16 +791,26 @@ def _read_arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def _examples(path: Path, arrays: Mapping[str, Array], x: str, y: str) -> Examples:
+def _examples(
+    path: Path, arrays: Mapping[str, Array], x: str, y: str, task: str = CLASSIFICATION
+) -> Examples:
     inputs, labels = arrays[x], arrays[y]
     if inputs.ndim < 2:
         raise DataError(f"{path}: '{x}' has shape {inputs.shape}, expected [n, ...].")
-    labels = as_labels(f"{path}: '{y}' is", np.atleast_1d(labels))
+    labels = TARGETS[task].cast(f"{path}: '{y}' is", np.atleast_1d(labels), np.float32)
     _same_length(path, x, inputs, y, labels)
     return Examples(as_inputs(f"{path}: '{x}' is", inputs), labels)
 
 
-def _count_classes(path: Path, labels: Array) -> int:
+def _count_classes(path: Path, train: Array, test: Array, told: int | None) -> int:
+    labels = np.unique(np.concatenate([train, test]))
+    if len(labels) == 1 and told in (None, 1):
+        raise DataError(
+            f"{path}: 'y' has one value only, {labels[0]}. There must be two classes "
+            "or more to tell apart; where others have them, set num-classes."
+        )
+    if told is not None:
+        return told
     largest, occur = int(labels.max(initial=0)), len(labels)
     empty = largest + 1 - occur
     if empty > max(FEW_EMPTY_CLASSES, EMPTY_CLASSES * occur):

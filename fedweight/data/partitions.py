@@ -28,6 +28,7 @@ from ..core.rng import Purpose, generator
 from ..core.texts import shown
 from .examples import DataSet
 from .lazy import LazyParts
+from .targets import TARGETS
 
 # Where each example is with one client, so many clients for each example are enough:
 # all but a few of them would be empty.
@@ -50,6 +51,9 @@ PARTITIONS = Registry(
         "shards": "fedweight.data.partitions:shards",
     },
 )
+
+# Those that divide examples by their classes.
+BY_CLASS = frozenset({"classes", "dirichlet", "dirichlet-sampled", "niid2", "shards"})
 
 
 def partition(
@@ -109,6 +113,13 @@ def partition(
         numbers, _ = _natural(dataset)
         groups = _groups(numbers[rows], natural_choice(dataset, num_clients))
         return [rows[group] for group in groups]
+    if name in BY_CLASS and not TARGETS[dataset.task].classes:
+        others = sorted(PARTITIONS.entries.keys() - BY_CLASS)
+        raise ConfigurationError(
+            f"{what} divides examples by their classes, and those of data "
+            f"'{dataset.name}' have none ({dataset.task}). Take one of "
+            f"{', '.join(others)}."
+        )
     subject: Any = dataset.train.y[rows]
     if name not in PARTITIONS.entries or positional[0] == "dataset":
         subject = _subset(dataset, rows)

@@ -93,6 +93,7 @@ def load(
         natural_clients=np.repeat(np.arange(len(roles)), [len(y) for _, y in train]),
         class_names=("other", *VOCABULARY),
         natural_names=tuple(roles),
+        task="next-token",
     )
 
 

@@ -32,9 +32,11 @@ TRAIN_LOSS: Final = "train-loss"
 TRAIN_ACCURACY: Final = "train-accuracy"
 NUM_STEPS: Final = "num-steps"
 
-# What every reply to an evaluate message reports, besides num-examples.
+# What every reply to an evaluate message reports, besides num-examples: the accuracy
+# where there is one, and the sums of fedweight.metrics where more is measured.
 LOSS: Final = "loss"
 ACCURACY: Final = "accuracy"
+STATISTICS: Final = "statistics"
 
 # Besides, where clients have personal models.
 PERSONAL_LOSS: Final = "personal-loss"

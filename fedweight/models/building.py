@@ -43,7 +43,7 @@ def build(
     input_shape : sequence of int
         The shape of one example, such as ``(1, 28, 28)``.
     num_classes : int
-        C, how many logits the model gives; 2 or more.
+        C, how many logits the model gives; 1 where it predicts a number.
     seed : int, optional
         The same seed gives the same weights, and the global random numbers of PyTorch
         are left as they were. Without it the weights come from the global ones.
@@ -59,7 +59,7 @@ def build(
     model, what = MODELS.resolve(name), f"model '{name}'"
     check_callable(what, model, "function(input_shape, num_classes, **options)", 2)
     options = check_options(what, model, options, list(options_of(model))[:2])
-    check_range("num_classes", num_classes, 2)
+    check_range("num_classes", num_classes, 1)
     if name in MODELS.entries:
         _check_size(what, model, tuple(input_shape), num_classes, options)
     with contextlib.nullcontext() if seed is None else _seeded(seed):

@@ -11,7 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from ..core.records import NOTHING, ClientRecord
 from ..core.texts import NAME_LENGTH, listed, plain
 from ..messages import keys
 from ..messages.dispatch import Reply
+
+if TYPE_CHECKING:
+    from ..metrics import Statistics
 
 # A client that claims to have more examples, or to have made more steps, is not
 # believed. What is recorded as a whole number fits into 64 bits.
@@ -226,6 +229,40 @@ def _means_of_known(
     # What is too large to be added up is weighed first.
     means[large] = (values[large] * (p[large] / totals[large, None])).sum(1)
     return means
+
+
+def measured(
+    statistics: Statistics, reported: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, float], dict[str, list[float]], dict[int, str]]:
+    """Return what clients' sums say: of all of them together, and of each.
+
+    Parameters
+    ----------
+    statistics : Statistics
+        What they added up.
+    reported : Sequence[Mapping[str, Any]]
+        The metrics of each client's reply.
+
+    Returns
+    -------
+    tuple
+        What is measured of all, without what is not known; of each client, a list a
+        measure; and by the place of a client whose sums cannot be why they cannot. It
+        counts for nothing.
+    """
+    sums, odd = statistics.read([m.get(keys.STATISTICS) for m in reported])
+    sizes = [as_number(metrics.get(keys.NUM_EXAMPLES)) for metrics in reported]
+    for place, size in enumerate(sizes):
+        if place not in odd and sums["examples"][place] != size:
+            odd[place] = "its statistics are not of as many examples as it says"
+    sums = sums.without(odd)
+    of_all, each = statistics.result(sums.total()), statistics.result(sums)
+    known = {name: float(of_all[name][0]) for name in statistics.besides}
+    return (
+        {name: value for name, value in known.items() if math.isfinite(value)},
+        {name: each[name].tolist() for name in statistics.besides},
+        odd,
+    )
 
 
 def recorded_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

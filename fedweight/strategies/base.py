@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 from torch import Tensor
 
-from ..clients.probes import Probe, check_named
+from ..clients.probes import OF_CLASSES, Probe, check_named
 from ..clients.queries import Query
 from ..clients.registries import PROBES, QUERIES
 from ..core.errors import ConfigurationError
@@ -113,6 +113,10 @@ class WeightingStrategy(Strategy):
     class_totals : bool
         Whether all clients are asked before the first round how many examples of each
         class they have, and then told the sum, as some local objectives want.
+    statistics : Statistics, optional
+        What clients add up of their held-out examples, besides loss and accuracy: the
+        round's measures are those of the sum over all of them. See
+        :class:`fedweight.metrics.Statistics`.
 
     Notes
     -----
@@ -163,6 +167,7 @@ class WeightingStrategy(Strategy):
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
     threads: Annotated[Annotated[int, Field(ge=1)] | None, GIVEN] = None
     class_totals: Annotated[bool, GIVEN] = False
+    statistics: Annotated[Any, GIVEN] = None
 
     _now: Now = field(init=False)
 
@@ -381,6 +386,14 @@ class WeightingStrategy(Strategy):
     def keeps(self, round: int, client: int, straggler: bool) -> bool:
         """Return whether a client's good reply takes part in the aggregation."""
         return True
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether it needs examples that have a class, and not a number to predict.
+
+        By default where it asks for something that only those have.
+        """
+        return not OF_CLASSES.isdisjoint(self.request)
 
     @property
     def weighs_by_size(self) -> bool:

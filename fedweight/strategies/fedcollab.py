@@ -85,6 +85,11 @@ class FedCollab(WeightingStrategy):
     evaluate_every: Annotated[int, Field(ge=1)] = 10
     patience: Annotated[int, Field(ge=1)] = 10
 
+    @property
+    def of_classes(self) -> bool:
+        """True: clients are told apart by their examples' classes."""
+        return True
+
     def begin(self) -> dict[str, Any]:
         """Know no coalition: then all are together."""
         return {"coalitions": {}, "distances": None}

@@ -135,6 +135,11 @@ class FedLAW(WeightingStrategy):
         held = _Held(self.model, self.proxy, self.device)
         object.__setattr__(self, "_held", held)
 
+    @property
+    def of_classes(self) -> bool:
+        """True: what it learns on the proxy set is a cross-entropy."""
+        return True
+
     def aggregate(self, round: Round) -> Tensor:
         """Return ``gamma * sum_k lambda_k w_k``."""
         self._begin(round)

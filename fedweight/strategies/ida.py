@@ -69,6 +69,11 @@ class IDA(WeightingStrategy):
     per_tensor: bool = False
     epsilon: Annotated[float, Field(ge=0)] = 1e-8
 
+    @property
+    def of_classes(self) -> bool:
+        """Whether accuracies count."""
+        return self.intrac
+
     def ask(self, selection: Selection) -> Mapping[str, bool | Sequence[bool]]:
         """Ask for the training accuracy where it counts."""
         return {keys.ACCURACY_AFTER: self.intrac}

@@ -25,6 +25,7 @@ from ..server.reported import (
     LARGE,
     AcceptedReply,
     mean_metrics,
+    measured,
     recorded_metrics,
     sort_metrics,
 )
@@ -428,6 +429,18 @@ def mean_evaluation(
             evaluated = ClientRecord(client, "evaluated", own_metrics=own)
             with_own.append((entry, evaluated))
     record.clients.sort(key=lambda c: c.client)
+    whole: dict[str, float] = {}
+    if strategy.statistics is not None and accepted:
+        whole, each, odd = measured(
+            strategy.statistics, [one.reply.metrics for one in accepted]
+        )
+        for place, one in enumerate(accepted):
+            entry = entries[one.client]
+            entry.metrics |= {f"evaluate-{n}": v[place] for n, v in each.items()}
+            if place in odd:
+                note = f"evaluation: {odd[place]}"
+                entry.reason = f"{entry.reason}; {note}" if entry.reason else note
+                bad.append(now.entry(one.client, "failed", note))
     now.errors.tell(number, bad)
     chosen = now.own_metrics.limit(evaluated for _, evaluated in with_own)
     for entry, evaluated in with_own:
@@ -438,4 +451,5 @@ def mean_evaluation(
         return None
     result = _metrics(strategy, accepted, chosen, strategy.evaluate_metrics_aggr_fn)
     record.metrics |= recorded_metrics(result, "evaluate-")
-    return result
+    record.metrics |= {f"evaluate-{name}": value for name, value in whole.items()}
+    return MetricRecord({**result, **whole}) if whole else result

@@ -16,6 +16,7 @@ from ..core.errors import AggregationError, ConfigurationError, closest
 from ..core.layout import FlatModel
 from ..core.texts import clients_called, listed, shown
 from ..core.updates import Updates
+from ..metrics.measures import MEASURES
 from .weights import size_weights
 
 # What every reply reports, and what a strategy may request besides.
@@ -30,6 +31,7 @@ TAKEN = frozenset(
         *("round", "client", "name", "status", "reason", "bytes-down", "bytes-up"),
         *("asked", "ok", "rejected", "failed", "missing", "dropped", "evaluated"),
         *("examples", "steps", "held-out-examples", "loss", "accuracy"),
+        *MEASURES,
         *("staleness", "round-seconds"),
         *("model", "effective-clients", TIMES_MEDIAN, *REPORTED, *REQUESTED),
     }

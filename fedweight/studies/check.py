@@ -21,6 +21,7 @@ from ..core.options import options_of, resolve_options
 from ..core.paths import clean_path, readable_file
 from ..core.settings import kebab, parse_setting, toml_value
 from ..core.texts import listed
+from ..data import DataSet, Examples, FederatedData
 from ..data.examples import name_clients
 from ..data.files import (
     Source,
@@ -34,6 +35,7 @@ from ..data.files import (
 )
 from ..data.schema import Schema
 from ..data.tables import Reading, is_numeric
+from ..data.targets import CLASSIFICATION, TARGETS
 from .folder import write_whole
 
 # So many columns and classes are printed; as JSON there are all of them.
@@ -53,7 +55,8 @@ class Checked:
     Attributes
     ----------
     facts : dict
-        Ready for JSON: ``file``, ``kind``, ``rows``, ``columns``, ``classes``,
+        Ready for JSON: ``file``, ``kind``, ``rows``, ``columns``, ``classes`` (or
+        ``target``, where numbers are predicted),
         ``clients``, ``groups``, ``features``, as far as they are known.
     notes : list of str
         What a user should know, but no run refuses.
@@ -87,6 +90,12 @@ class Checked:
             label = f"label '{facts['label']}'" if facts.get("label") else "labels"
             shares = [f"{name}: {count:,}" for name, count in counts.items()]
             yield f"{label}: {len(counts):,} classes; {listed(shares, PRINTED)}"
+        if "target" in facts:
+            target = facts["target"]
+            yield (
+                f"{facts.get('label', 'y')}: numbers from {target['from']:g} to "
+                f"{target['to']:g}, mean {target['mean']:.3g}, std {target['std']:.3g}"
+            )
         if "inputs" in facts:
             yield f"inputs of a model: {facts['inputs']}"
         if "clients" in facts:
@@ -204,7 +213,8 @@ def _check_csv(file: Path, given: Mapping[str, Any]) -> Checked:
     checked.facts["kind"] = "CSV"
     test, reading = options.get("test"), _reading(options)
     extra = None if test is None else read_test(source, test, reading)
-    checked.refused += faults(source, extra, options.get("classes"))
+    told = options.get("classes"), options.get("task", CLASSIFICATION)
+    checked.refused += faults(source, extra, *told)
     if not checked.refused:
         _finish(checked, "csv", file, options)
     return checked
@@ -231,10 +241,7 @@ def _finish(
     facts = checked.facts
     facts.setdefault("rows", sum(len(part) for part in parts))
     facts.setdefault("test_rows", len(dataset.test))
-    labels = np.concatenate([part.y for part in parts])
-    counts = np.bincount(labels, minlength=dataset.num_classes)
-    names = dataset.class_names or map(str, range(dataset.num_classes))
-    facts["classes"] = dict(zip(names, counts.tolist(), strict=True))
+    facts |= _predicted(dataset, parts)
     shape = ", ".join(map(str, dataset.input_shape))
     facts["inputs"] = f"[{shape}] of {dataset.train.x.dtype}"
     if dataset.natural_clients is not None and "clients" not in facts:
@@ -243,6 +250,21 @@ def _finish(
             sizes = np.bincount(dataset.natural_clients)
         facts["clients"] = _sizes(sizes, dataset.natural_names)
     checked.notes += data.notes(federated)
+
+
+def _predicted(
+    dataset: DataSet | FederatedData, parts: Sequence[Examples]
+) -> dict[str, Any]:
+    """Return how many examples are of each class, or how numbers to predict lie."""
+    y = np.concatenate([part.y for part in parts])
+    if TARGETS[dataset.task].classes:
+        counts = np.bincount(y, minlength=dataset.num_classes)
+        names = dataset.class_names or map(str, range(dataset.num_classes))
+        return {"classes": dict(zip(names, counts.tolist(), strict=True))}
+    numbers = y.astype(np.float64)
+    target = {"from": numbers.min(), "to": numbers.max(), "mean": numbers.mean()}
+    target["std"] = numbers.std()
+    return {"target": {name: float(value) for name, value in target.items()}}
 
 
 def _check_site(
@@ -260,6 +282,12 @@ def _check_site(
         options = _options(load_csv, given)
         if known is not None and known.label:
             options.setdefault("label", known.label)
+        if options.get("task", CLASSIFICATION) != CLASSIFICATION:
+            checked.refused.append(
+                f"data.task is '{options['task']}': nodes that have files of their own "
+                "train on classes. Set data.task = 'classification'."
+            )
+            return checked
         checked.facts = _described(_source(file, options))
         checked.facts["kind"] = "CSV of one site"
         taken = options_of(load_one_csv)
@@ -417,8 +445,9 @@ def _check_simulation(
 ) -> Checked:
     """Make a run ready, but for its folder and its measuring, and say what it is."""
     from ..messages.arrays import layout_of
+    from .components import prepare
     from .configuration import Configuration
-    from .runner import make_ready, prepare
+    from .runner import make_ready
 
     configuration = Configuration.read(file, settings)
     table = configuration["data"]
@@ -434,13 +463,10 @@ def _check_simulation(
         checked.refused.append(str(error))
         return checked
     federated = components.data
-    names = federated.class_names or map(str, range(federated.num_classes))
     parts = [federated.examples, federated.test]
     if not federated.is_lazy:  # Those are drawn from a set that has the proxy in it.
         parts.append(federated.proxy)
-    labels = np.concatenate([part.y for part in parts])
-    counts = np.bincount(labels, minlength=federated.num_classes)
-    facts["classes"] = dict(zip(names, counts.tolist(), strict=True))
+    facts |= _predicted(federated, parts)
     facts["inputs"] = f"[{', '.join(map(str, federated.input_shape))}]"
     facts["clients"] = _sizes(federated.sizes, federated.names)
     facts["run"] = {

@@ -1,5 +1,14 @@
 """The columns of ``rounds.csv`` and ``clients.csv``."""
 
+from ..metrics.measures import MEASURES
+
+# What may be measured besides loss and accuracy: there where it is.
+_MEASURES = {
+    name: name.replace("-", "_")
+    for name in MEASURES
+    if name not in ("loss", "accuracy", "confusion")
+}
+
 ROUND_COLUMNS = (
     "round",
     "status",
@@ -15,8 +24,10 @@ ROUND_COLUMNS = (
     "train_accuracy",
     "evaluate_loss",
     "evaluate_accuracy",
+    *(f"evaluate_{column}" for column in _MEASURES.values()),
     "test_loss",
     "test_accuracy",
+    *(f"test_{column}" for column in _MEASURES.values()),
     "client_accuracy_mean",
     "client_accuracy_std",
     "client_accuracy_worst10",
@@ -39,8 +50,25 @@ CLIENT_COLUMNS = (
     "held_out_examples",
     "loss",
     "accuracy",
+    *_MEASURES.values(),
     "bytes_down",
     "bytes_up",
+)
+
+# Those that are there only where something brings them; of accuracies, where a
+# prediction is not simply right or wrong.
+OPTIONAL = frozenset(
+    {
+        "name",
+        *(
+            f"{what}{c}"
+            for c in _MEASURES.values()
+            for what in ("", "evaluate_", "test_")
+        ),
+    }
+)
+ACCURACIES = frozenset(
+    column for column in (*ROUND_COLUMNS, *CLIENT_COLUMNS) if "accuracy" in column
 )
 
 # A client's metrics whose column is not simply the name in snake_case.
@@ -52,6 +80,7 @@ CLIENT_NAMES = {
     "evaluate-accuracy": "accuracy",
     "evaluate-personal-loss": "personal_loss",
     "evaluate-personal-accuracy": "personal_accuracy",
+    **{f"evaluate-{name}": column for name, column in _MEASURES.items()},
 }
 
 COUNTS = {"examples", "steps", "held_out_examples"}

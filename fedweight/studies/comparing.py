@@ -21,14 +21,14 @@ from ..core.threads import num_cores
 from ..data import DataSet
 from .cells import Cell, Ended, LastData, run_here, run_side_by_side, what_is_there
 from .comparison import METRICS, PLAN, Comparison, Row, write_comparison
-from .components import Components
+from .components import Components, prepare
 from .configuration import Configuration
 from .folder import check_repeats, write_whole
 from .given import as_settings, of_main, setting_map, whole_tables
 from .methods import Method, methods_of, seeds_of
 from .progress import watched
 from .result import Run
-from .runner import make_ready, name_of_own, preface_of, prepare
+from .runner import make_ready, name_of_own, preface_of
 
 Told = Callable[[Ended], None] | bool | None
 

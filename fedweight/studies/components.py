@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +23,19 @@ from ..core.errors import ConfigurationError, check_choice
 from ..core.layout import Layout
 from ..core.options import options_of
 from ..core.registry import make
-from ..data import ClientData, FederatedData, Schema, load_client
+from ..data import (
+    ClientData,
+    DataSet,
+    FederatedData,
+    Schema,
+    federate,
+    load,
+    load_client,
+)
+from ..data import check as check_data
 from ..data.files import load_one_csv
 from ..messages.arrays import FlatRecord
+from ..metrics import LearningTask, Statistics, task_named
 from ..server.schedules import SCHEDULES, Buffered, Schedule, make_schedule
 from ..server.wrapped import with_inner
 from ..simulations import Plan
@@ -73,10 +83,20 @@ class Components:
         return models.build(
             self.configuration["model"]["name"],
             self.data.input_shape,
-            self.data.num_classes,
+            self.task.width(self.data.num_classes),
             seed=self.configuration.seed("model"),
             **self.configuration.options("model"),
         )
+
+    @property
+    def task(self) -> LearningTask:
+        """What is predicted."""
+        return task_named(self.data.task)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What is measured of the global model."""
+        return Statistics(self.task, self.data.num_classes)
 
     def client_data(self, context: Context) -> ClientData:
         """Return a client's data: its part of a simulation, or its own file."""
@@ -102,6 +122,8 @@ class Components:
             self.make_model,
             self.client_data,
             num_classes=self.data.num_classes,
+            task=self.data.task,
+            metrics=self.statistics.extra,
             objective=self.objective(),
             settings=TrainingSettings.of_keys(
                 {key.replace("-", "_"): value for key, value in training.items()},
@@ -233,10 +255,13 @@ class Components:
                 ),
             ),
             "device": self.device,
-            "num_classes": self.data.num_classes,
             "local_learning_rate": self.configuration["training"]["learning-rate"],
             "class_totals": "class-totals" in self.objective().wants,
         }
+        if self.data.num_classes:
+            ours["num_classes"] = self.data.num_classes
+        if self.statistics.extra:
+            ours["statistics"] = self.statistics
         if self.configuration["engine"]["threads"]:
             ours["threads"] = self.configuration["engine"]["threads"]
         if ours["server_optimizer"] and "server_optimizer" not in takes:
@@ -260,6 +285,43 @@ class Components:
                 "the arguments that are not its own."
             )
         return made
+
+
+def prepare(
+    configuration: Configuration,
+    dataset: DataSet | None = None,
+    num_clients: int | None = None,
+) -> Components:
+    """Load and divide the data of a configuration.
+
+    Parameters
+    ----------
+    configuration : Configuration
+        What to run.
+    dataset : DataSet, optional
+        Data of your own instead of the configuration's.
+    num_clients : int, optional
+        How many clients there really are, where something else decides that.
+    """
+    data = configuration["data"]
+    seed = configuration.seed("partition")
+    if dataset is None:
+        dataset = load(
+            data["name"], data["path"] or None, seed, **configuration.options("data")
+        )
+    else:
+        dataset = check_data(dataset)
+    partition = configuration["partition"]
+    federated = federate(
+        dataset,
+        partition["name"],
+        num_clients or partition["clients"] or None,
+        held_out=data["held-out"],
+        proxy=data["proxy"],
+        seed=seed,
+        **configuration.options("partition"),
+    )
+    return Components(configuration, federated)
 
 
 def has_our_loop(strategy: Strategy) -> bool:

@@ -40,6 +40,7 @@ def check_feasible(
     Where the run is not ``simulated``, who takes part is not known before.
     """
     for one in with_inner(strategy):
+        _check_task(components, one)
         _check_stragglers(components, one)
         _check_request(one, client_app)
         _check_proximal(one, client_app)
@@ -53,6 +54,18 @@ def check_feasible(
     if simulated:
         check_local(**engine_arguments(components.configuration), table="engine")
         check_engine(components.engine())
+
+
+def _check_task(components: Components, strategy: Strategy) -> None:
+    """Refuse a strategy that needs examples of classes, where numbers are predicted."""
+    if components.task.has_classes:
+        return
+    if getattr(strategy, "of_classes", False):
+        raise ConfigurationError(
+            f"{type(strategy).__name__} needs examples that have a class, and those of "
+            f"data '{components.data.name}' have none ({components.task.name}). Choose "
+            "another strategy, such as 'fedavg'."
+        )
 
 
 def _check_stragglers(components: Components, strategy: Strategy) -> None:
@@ -193,6 +206,8 @@ def _not_measured(
     """Return why no round will have a metric, and what to do; empty if it will."""
     if not has_our_loop(strategy):
         return f"{own_loop(components.configuration)}, which ends when it wants", ""
+    if "accuracy" in metric and not components.task.counts_hits:
+        return f"{components.task.name} has no accuracy", "Choose evaluate-loss, or "
     trains = metric.startswith("train-")
     share = "fraction_train" if trains else "fraction_evaluate"
     if any(getattr(one, share, 1.0) == 0 for one in with_inner(strategy)):
@@ -238,11 +253,12 @@ def _check_model(components: Components) -> None:
             f"model.name: '{name}' cannot take an example of data '{data}', "
             f"{takes}: {type(error).__name__}: {reason}{hint}."
         ) from None
-    if shape != [len(x), components.data.num_classes]:
+    width = components.task.width(components.data.num_classes)
+    if shape != [len(x), width]:
+        what = "a logit for each class" if components.task.has_classes else "a number"
         raise ConfigurationError(
             f"model.name: '{name}' gives shape {shape} for {len(x)} examples of "
-            f"data '{data}'; it must be [{len(x)}, {components.data.num_classes}], a "
-            "logit for each class."
+            f"data '{data}'; it must be [{len(x)}, {width}], {what}."
         )
 
 

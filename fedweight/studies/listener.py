@@ -11,8 +11,9 @@ from ..core.records import Status
 from ..core.texts import TRACEBACK_LENGTH, own_name, plain_lines
 from ..messages._flower import NO_REPLY, reason_of
 from ..messages.arrays import FlatRecord
+from ..metrics import Statistics
 from ..server.known_errors import KnownErrors
-from ..server.reported import OwnMetrics, sort_metrics
+from ..server.reported import OwnMetrics, measured, sort_metrics
 from ..strategies import ClientRecord, RoundRecord
 
 
@@ -41,6 +42,7 @@ class Listener:
         self._asked: list[Message] = []
         self._errors = KnownErrors()
         self._own_metrics = OwnMetrics()
+        self.measured: dict[str, float] = {}  # Of the last evaluation, of all clients.
 
     @property
     def own_metrics(self) -> list[str]:
@@ -77,6 +79,29 @@ class Listener:
             return result
 
         return hearing
+
+    def measures(self, statistics: Statistics, aggregate: Callable[..., Any]) -> Any:
+        """Return ``aggregate_evaluate`` that notes what all clients' sums say."""
+
+        def measuring(server_round: int, replies: Iterable[Message]) -> Any:
+            answers = list(replies)
+            reported = [
+                {
+                    name: value
+                    for record in records.values()
+                    for name, value in record.items()
+                }
+                for records in (
+                    answer.content.metric_records
+                    for answer in answers
+                    if not answer.has_error()
+                )
+            ]
+            of_all, _, _ = measured(statistics, reported)
+            self.measured = {f"evaluate-{name}": of_all[name] for name in of_all}
+            return aggregate(server_round, answers)
+
+        return measuring
 
     def _entries(self, answers: Sequence[Message]) -> list[ClientRecord]:
         asked = {m.metadata.dst_node_id: m.metadata.message_id for m in self._asked}

@@ -35,7 +35,7 @@ from ..server.reported import recorded_metrics
 from ..server.wrapped import with_inner
 from ..strategies import RoundRecord, WeightingStrategy
 from .callbacks import BEST, BEST_MODELS
-from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
+from .columns import ACCURACIES, CLIENT_COLUMNS, OPTIONAL, ROUND_COLUMNS
 from .components import Components
 from .folder import Table, rows_of, write_whole
 from .listener import Listener
@@ -74,8 +74,10 @@ class Recorder:
         self.components = components
         self.strategy = strategy
         self.progress = progress
-        self.rounds = Table(folder / "rounds.csv", ROUND_COLUMNS)
-        self.clients = Table(folder / "clients.csv", CLIENT_COLUMNS, ["name"])
+        hits = components.task.counts_hits
+        optional = OPTIONAL if hits else OPTIONAL | ACCURACIES
+        self.rounds = Table(folder / "rounds.csv", ROUND_COLUMNS, optional)
+        self.clients = Table(folder / "clients.csv", CLIENT_COLUMNS, optional)
         self.errors = ErrorLog(folder / "errors.log")
         self.timings = Table(folder / "timings.csv", ("round", "seconds", "elapsed"))
         self.partition: Table | None = None
@@ -100,6 +102,11 @@ class Recorder:
         self.listener = listener
         strategy.configure_train = listener.asks(strategy.configure_train)  # type: ignore[method-assign]
         strategy.aggregate_train = listener.hears(strategy.aggregate_train)  # type: ignore[method-assign]
+        statistics = self.components.statistics
+        if statistics.extra:
+            strategy.aggregate_evaluate = listener.measures(  # type: ignore[method-assign]
+                statistics, strategy.aggregate_evaluate
+            )
 
     def _client_of(self, node: int) -> int:
         return number_of(self.grid)(node)
@@ -218,15 +225,15 @@ class Recorder:
         self._described[new] = True
         rows = []
         for client in new:
-            train, held_out = data.labels(client)
+            train, held_out, counts = data.described(client)
             name = {"name": plain(data.name_of(client), NAME_LENGTH)}
             rows.append(
                 {
                     "client": client,
                     **(name if data.names else {}),
-                    "train_examples": int(train.sum()),
-                    "held_out_examples": int(held_out.sum()),
-                    **{f"label_{c}": n for c, n in enumerate(train.tolist())},
+                    "train_examples": train,
+                    "held_out_examples": held_out,
+                    **{f"label_{c}": n for c, n in enumerate(counts.tolist())},
                 }
             )
         self.partition.append(rows)
@@ -257,12 +264,14 @@ class Recorder:
             record = RoundRecord(number)
         if self.listener is not None:  # It has heard the clients, not the strategy.
             known = {n: v for n, v in measured.items() if not n.startswith("own-")}
-            record.metrics = {**record.metrics, **known}
+            record.metrics = {**record.metrics, **known, **self.listener.measured}
+            self.listener.measured = {}
         self.clients.append(client_row(number, c) for c in record.clients)
         self.errors.add(record)
         if self.components.data.is_lazy:
             self._write_partition(c.client for c in record.clients)
-        self.rounds.append([round_row(record, test)])
+        hits = self.components.task.counts_hits
+        self.rounds.append([round_row(record, test, accuracies=hits)])
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.timings.append(
@@ -378,8 +387,8 @@ class Recorder:
     def _evaluate(self, arrays: ArrayRecord) -> dict[str, float]:
         module = self._ready_module()
         model = flatten(arrays, module.layout)
-        loss, accuracy = evaluate(module, model, self.components.data.test)
-        return {"loss": loss, "accuracy": accuracy}
+        data, statistics = self.components.data, self.components.statistics
+        return evaluate(module, model, data.test, statistics)
 
 
 def environment_of(components: Components) -> dict[str, Any]:
@@ -403,12 +412,15 @@ def environment_of(components: Components) -> dict[str, Any]:
         "engine": {"name": name, "device": components.device},
         "data": {
             "name": components.data.name,
+            "task": components.data.task,
             "clients": components.data.num_clients,
             "classes": components.data.num_classes,
             "class_names": list(components.data.class_names),
             "input_shape": list(components.data.input_shape),
             "test_examples": len(test),
-            "largest_test_class": _largest_share(test.y),
+            "largest_test_class": (
+                _largest_share(test.y) if components.task.has_classes else None
+            ),
         },
         "model": {
             "parameters": Layout.of_module(components.make_model()).num_parameters

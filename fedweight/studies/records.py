@@ -53,8 +53,20 @@ def client_row(number: int, record: ClientRecord) -> Row:
     }
 
 
-def round_row(record: RoundRecord, test: dict[str, float]) -> Row:
-    """Return a round's row; ``test`` is what the server measured, or empty."""
+def round_row(
+    record: RoundRecord, test: dict[str, float], *, accuracies: bool = True
+) -> Row:
+    """Return a round's row.
+
+    Parameters
+    ----------
+    record : RoundRecord
+        Of the round.
+    test : dict[str, float]
+        What the server measured, or empty.
+    accuracies : bool
+        Whether predictions are right or wrong.
+    """
     statuses: list[str] = [c.status for c in record.clients]
     spread = client_spread(
         c.metrics.get("evaluate-accuracy", math.nan) for c in record.clients
@@ -72,7 +84,7 @@ def round_row(record: RoundRecord, test: dict[str, float]) -> Row:
         "asked": sum(status != "evaluated" for status in statuses),
         **{status: statuses.count(status) for status in counted},
         **tested_columns(test),
-        **{f"client_accuracy_{name}": value for name, value in spread.items()},
+        **{f"client_accuracy_{n}": v for n, v in spread.items() if accuracies},
         "bytes_down": sum(c.bytes_down for c in record.clients),
         "bytes_up": sum(c.bytes_up for c in record.clients),
     }
@@ -80,7 +92,7 @@ def round_row(record: RoundRecord, test: dict[str, float]) -> Row:
 
 def tested_columns(test: Mapping[str, float]) -> Row:
     """Return what the server measured by the columns of a round's row."""
-    return {f"test_{name}": value for name, value in test.items()}
+    return {f"test_{snake_case(name)}": value for name, value in test.items()}
 
 
 @lru_cache(maxsize=4096)

@@ -19,8 +19,7 @@ from ..core.module import FlatModule
 from ..core.signals import interruptible
 from ..core.texts import listed, shown
 from ..core.threads import one_thread
-from ..data import DataSet, federate, load
-from ..data import check as check_data
+from ..data import DataSet
 from ..messages import keys
 from ..messages.arrays import FlatRecord
 from ..server import loop
@@ -28,7 +27,13 @@ from ..server.checkpoint import not_carried
 from ..server.loop import ServerState
 from ..simulations import Plan, SimulationGrid, simulate
 from .callbacks import BestModel, EarlyStopping, OwnCallbacks, checked_callbacks
-from .components import Components, engine_arguments, has_our_loop, own_loop
+from .components import (
+    Components,
+    engine_arguments,
+    has_our_loop,
+    own_loop,
+    prepare,
+)
 from .configuration import Configuration
 from .feasibility import check_feasible
 from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
@@ -45,43 +50,6 @@ GIVEN_IN_PYTHON = cannot_repeat(
     "its data were given in Python",
     "give them again: fedweight.run(file, dataset=...)",
 )
-
-
-def prepare(
-    configuration: Configuration,
-    dataset: DataSet | None = None,
-    num_clients: int | None = None,
-) -> Components:
-    """Load and divide the data of a configuration.
-
-    Parameters
-    ----------
-    configuration : Configuration
-        What to run.
-    dataset : DataSet, optional
-        Data of your own instead of the configuration's.
-    num_clients : int, optional
-        How many clients there really are, where something else decides that.
-    """
-    data = configuration["data"]
-    seed = configuration.seed("partition")
-    if dataset is None:
-        dataset = load(
-            data["name"], data["path"] or None, seed, **configuration.options("data")
-        )
-    else:
-        dataset = check_data(dataset)
-    partition = configuration["partition"]
-    federated = federate(
-        dataset,
-        partition["name"],
-        num_clients or partition["clients"] or None,
-        held_out=data["held-out"],
-        proxy=data["proxy"],
-        seed=seed,
-        **configuration.options("partition"),
-    )
-    return Components(configuration, federated)
 
 
 def preface_of(settings: Mapping[str, Any], dataset: DataSet | None) -> str:

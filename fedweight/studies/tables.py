@@ -328,7 +328,7 @@ PICKS: dict[str, Pick] = {
                 *("arrayrecord_key", "configrecord_key", "weighted_by_key"),
                 *("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"),
                 *("buffers", "frozen", "device", "model", "num_classes", "proxy"),
-                *("seed", "server_optimizer", "threads"),
+                *("seed", "server_optimizer", "statistics", "threads"),
             }
         ),
     ),

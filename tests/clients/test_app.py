@@ -69,7 +69,7 @@ def test_an_evaluate_reply_measures_the_held_out_part(kit):
     reply = kit.app()(message, kit.context(1))
     module = FlatModule(kit.linear())
     part = kit.client_of(kit.context(1)).held_out
-    loss, accuracy = evaluate(module, module.save(), part)
+    loss, accuracy = evaluate(module, module.save(), part).values()
     assert set(reply.content) == {"metrics"}
     assert dict(reply.content["metrics"]) == {
         "num-examples": 6,
@@ -102,8 +102,11 @@ def test_loss_before_and_accuracy_after_are_of_the_models_they_say(kit):
     metrics = kit.app()(asked, kit.context(1)).content["metrics"]
     part = kit.client_of(kit.context(1)).train
     module = FlatModule(kit.linear())
-    assert metrics["loss-before"] == evaluate(module, module.save(), part)[0]
-    assert metrics["accuracy-after"] == evaluate(module, directly(kit).model, part)[1]
+    assert metrics["loss-before"] == evaluate(module, module.save(), part)["loss"]
+    assert (
+        metrics["accuracy-after"]
+        == evaluate(module, directly(kit).model, part)["accuracy"]
+    )
     assert metrics["train-loss"] == directly(kit).loss
 
 

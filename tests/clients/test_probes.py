@@ -46,7 +46,7 @@ def test_loss_and_accuracy_are_measured_before_and_after(kit: Any, name: str) ->
         from fedweight.messages.arrays import flatten
 
         model = flatten(record, module.layout)
-    loss, accuracy = evaluate(module, model, examples)
+    loss, accuracy = evaluate(module, model, examples).values()
     expected = loss if what == "loss" else accuracy
     assert reply.content["metrics"][name] == expected
 
@@ -58,9 +58,11 @@ def test_a_model_is_evaluated_once_for_all_who_ask(
 
     seen = []
 
-    def counted(module: FlatModule, model: FlatModel, examples: Any) -> Any:
+    def counted(
+        module: FlatModule, model: FlatModel, examples: Any, statistics: Any
+    ) -> Any:
         seen.append(model)
-        return evaluate(module, model, examples)
+        return evaluate(module, model, examples, statistics)
 
     monkeypatch.setattr(module, "evaluate", counted)
     kit.app()(kit.message(kit.start(), request=list(EVALUATIONS)), kit.context())

@@ -14,10 +14,11 @@ from torch import nn
 
 from fedweight.clients import Batch, Objective, TrainingSettings, objective
 from fedweight.clients.evaluation import (
+    CLASSIFIED,
     EVALUATION_BATCH,
     _batches,
     evaluate,
-    evaluate_each,
+    sums_of_each,
 )
 from fedweight.clients.objectives import Facts, Plain, Proximal
 from fedweight.clients.steps.loop import train
@@ -338,7 +339,7 @@ def test_the_learning_rate_decays_by_the_round():
 def test_evaluate_is_the_mean_over_all_examples(kit):
     part = kit.examples(2500)  # more than one batch, the last one smaller
     module = FlatModule(kit.linear())
-    loss, accuracy = evaluate(module, module.save(), part)
+    loss, accuracy = evaluate(module, module.save(), part).values()
     x, y = torch.from_numpy(part.x), torch.from_numpy(part.y)
     with torch.no_grad():
         outputs = kit.linear()(x)
@@ -351,8 +352,8 @@ def test_evaluate_uses_running_statistics_and_no_dropout(kit):
     model = module.save()
     model.buffers = torch.arange(1.0, 11.0)
     part = kit.examples(50)
-    loss, _ = evaluate(module, model, part)
-    assert evaluate(module, model, part)[0] == loss
+    loss = evaluate(module, model, part)["loss"]
+    assert evaluate(module, model, part)["loss"] == loss
     plain = kit.batch_norm()
     plain[1].running_mean.copy_(model.buffers[:5])
     plain[1].running_var.copy_(model.buffers[5:])
@@ -365,7 +366,8 @@ def test_evaluate_uses_running_statistics_and_no_dropout(kit):
 
 def test_evaluate_nothing_is_nan(kit):
     module = FlatModule(kit.linear())
-    assert all(map(np.isnan, evaluate(module, module.save(), kit.examples(0))))
+    measured = evaluate(module, module.save(), kit.examples(0))
+    assert all(map(np.isnan, measured.values()))
 
 
 def test_training_stops_at_the_next_step_once_cancelled(kit):
@@ -429,17 +431,20 @@ def test_evaluating_several_clients_at_once_is_evaluating_each(kit, sizes):
     module = FlatModule(kit.batch_norm())
     model = module.save()
     parts = [kit.examples(n, seed=k) for k, n in enumerate(sizes)]
-    at_once = evaluate_each(module, model, parts)
+    at_once = CLASSIFIED.result(sums_of_each(module, model, parts))
     one_by_one = [evaluate(module, model, part) for part in parts]
-    np.testing.assert_allclose(at_once, one_by_one, rtol=0, atol=1e-6)
-    assert [np.isnan(loss) for loss, _ in at_once] == [n == 0 for n in sizes]
+    for name in ("loss", "accuracy"):
+        each = [measured[name] for measured in one_by_one]
+        np.testing.assert_allclose(at_once[name], each, rtol=0, atol=1e-6)
+    assert np.isnan(at_once["loss"]).tolist() == [n == 0 for n in sizes]
 
 
 def test_evaluating_nothing_for_anybody_is_nan(kit):
     module = FlatModule(kit.linear())
     nothing = [kit.examples(0)] * 2
-    assert np.isnan(evaluate_each(module, module.save(), nothing)).all()
-    assert evaluate_each(module, module.save(), []) == []
+    sums = sums_of_each(module, module.save(), nothing)
+    assert np.isnan(CLASSIFIED.result(sums)["loss"]).all()
+    assert len(sums_of_each(module, module.save(), [])) == 0
 
 
 def test_the_model_is_called_once_for_many_small_clients(kit):
@@ -451,9 +456,9 @@ def test_the_model_is_called_once_for_many_small_clients(kit):
             return super().forward(x)
 
     module = FlatModule(Counts(4, 3))
-    evaluate_each(module, module.save(), [kit.examples(5)] * 30)
+    sums_of_each(module, module.save(), [kit.examples(5)] * 30)
     assert calls == [150]
-    evaluate_each(module, module.save(), [kit.examples(400)] * 3)
+    sums_of_each(module, module.save(), [kit.examples(400)] * 3)
     assert calls[1:] == [EVALUATION_BATCH, 1200 - EVALUATION_BATCH]
 
 

@@ -11,7 +11,8 @@ from fedweight import data
 from fedweight.core.errors import DataError
 from fedweight.core.layout import as_tensor
 from fedweight.data import ClientData, DataSet, Examples
-from fedweight.data.examples import as_labels, channels_last, name_clients
+from fedweight.data.examples import channels_last, name_clients
+from fedweight.data.targets import as_labels
 
 X = np.arange(12, dtype=np.float32).reshape(6, 2)
 Y = np.array([0, 1, 0, 1, 2, 2])
@@ -84,8 +85,8 @@ def test_flags_are_numbers_and_whole_numbers_tokens():
         (X.astype("datetime64[s]"), Y, "inputs are datetime64"),
         (X.astype(np.float64) * 1e300, Y, "beyond what float32 holds. Divide"),
         (X + np.nan, Y, "example 0 holds NaN"),
-        (X, Y + 0.5, r"regression\) is not offered"),
-        (X, Y * np.nan, r"regression\) is not offered"),
+        (X, Y + 0.5, "set task = 'regression'"),
+        (X, Y * np.nan, "set task = 'regression'"),
         (X, np.eye(3)[Y], r"y.argmax\(axis=1\)"),
         (X, np.zeros((6, 2)), "of shape .6, 2.. Give class numbers"),
         (X, list("abcabc"), r"such as 'a'.*numpy.unique\(y, return_inverse=True\)"),

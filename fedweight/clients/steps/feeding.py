@@ -22,8 +22,8 @@ from .task import Task
 
 log = logging.getLogger("fedweight")
 
-# Returns examples of a size, to fill, like a tensor of them.
-Allocate = Callable[[Sequence[int], Tensor], tuple[Tensor, Tensor]]
+# Returns examples of a size, to fill, like some of them.
+Allocate = Callable[[Sequence[int], tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 # Data stay on a GPU if they take no more than this share of what is free there.
 SHARE_OF_DATA = 0.5
@@ -38,7 +38,7 @@ class Gathering:
     data : tuple[Tensor, Tensor]
         All examples, x and y.
     batch : tuple[Tensor, Tensor]
-        ``[C, B, ...]`` and ``[C, B]``, filled anew for each step.
+        ``[C, B, ...]`` each, filled anew for each step.
     rows : Tensor
         ``[total, C, B]``: which examples.
     """
@@ -79,7 +79,7 @@ class Feeder:
     def feed(
         self, tasks: Sequence[Task], plan: Schedule, allocate: Allocate | None = None
     ) -> Callable[[int], Sequence[Tensor]]:
-        """Return what gives each step its batch, ``[C, width, ...]``, ``[C, width]``.
+        """Return what gives each step its batch, x and y, ``[C, width, ...]`` each.
 
         What is gathered on the device lies in what ``allocate`` gives; by default in
         buffers of this thread.
@@ -89,9 +89,10 @@ class Feeder:
         data = None if shared is None else self._resident(shared)
         if shared is not None and data is not None:
             rows = torch.from_numpy(plan.rows(tasks, shared.first)).to(self.device)
-            return Gathering(data, allocate(rows.shape[1:], data[0]), rows)
+            return Gathering(data, allocate(rows.shape[1:], data), rows)
         size = (len(tasks), int(plan.per_epoch.max()), plan.width)
-        x_all, y_all = self._buffers_for(size, as_tensor(tasks[0].examples.x))
+        own = tasks[0].examples
+        x_all, y_all = self._buffers_for(size, (as_tensor(own.x), as_tensor(own.y)))
 
         def shuffled(step: int) -> tuple[Tensor, Tensor]:
             plan.fill(tasks, step, x_all, y_all)
@@ -122,8 +123,10 @@ class Feeder:
             self._on_device[place] = (shared, values)
         return self._on_device[place][1]
 
-    def _buffers_for(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this thread's ``x [*size, ...]`` and ``y [*size]``, to fill."""
+    def _buffers_for(
+        self, size: Sequence[int], like: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return this thread's ``x [*size, ...]`` and ``y [*size, ...]``, to fill."""
         key = kind_of_buffer(size, like)
         if getattr(self._own, "key", None) != key:
             self._own.examples = allocate_examples(size, like)

@@ -22,6 +22,7 @@ from ..noise import own_streams, watched
 from ..objectives.base import Batch, Objective
 from ..optimizers import Foreign, clip_factor
 from ..settings import TrainingSettings
+from .hits import hits_of
 from .module_optimizers import FlatOptimizer, ForeignOptimizer
 from .module_step import ModuleStep
 from .task import LocalResult, Task, groups_of
@@ -133,6 +134,8 @@ def run_steps(
     sizes: list[int] = []
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
+    hits: list[Tensor] = []
+    many = y.ndim > 1  # Of outputs, such as one a pixel, there would be too many.
     parts = batches(n, settings.batch_size, least)
     changes, total = settings.rate_schedule.over_steps, len(parts) * task.epochs
     module.train()
@@ -156,16 +159,21 @@ def run_steps(
             client.change_after()
             losses.append(loss.value.detach())
             sizes.append(len(batch.y))
-            outputs.append(loss.outputs.detach())
-            labels.append(batch.y)
+            if many:
+                hits.append(hits_of(loss.outputs.detach(), batch.y))
+            else:
+                outputs.append(loss.outputs.detach())
+                labels.append(batch.y)
     # One look at the device for all steps.
     means = zip(torch.stack(losses).tolist(), sizes, strict=True)
-    correct = torch.cat(outputs).argmax(1) == torch.cat(labels)
+    if not many:
+        hits = [hits_of(torch.cat(outputs), torch.cat(labels))]
+    correct = torch.cat(hits).sum()
     seen = n * task.epochs
     return LocalResult(
         module.save(start),
         loss=sum(loss * size for loss, size in means) / seen,
-        accuracy=int(correct.count_nonzero()) / seen,
+        accuracy=float(correct) / seen,
         num_steps=len(losses),
         carry={name: value.cpu() for name, value in client.carry.items()},
         kept={name: value.cpu() for name, value in client.kept.items()},

@@ -133,8 +133,10 @@ class ChunkMemory:
     _batches: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
     _steps: dict[tuple[int, int, bool], Replayed] = field(default_factory=dict)
 
-    def examples(self, size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``x [*size, ...]`` and ``y [*size]``, to fill."""
+    def examples(
+        self, size: Sequence[int], like: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``x [*size, ...]`` and ``y [*size, ...]``, to fill."""
         key = kind_of_buffer(size, like)
         if key not in self._examples:
             self._examples[key] = allocate_examples(size, like)
@@ -191,12 +193,15 @@ def _on(
     return model.parameters.to(device), model.buffers.to(device), integers
 
 
-def kind_of_buffer(size: Sequence[int], like: Tensor) -> tuple[Any, ...]:
+def kind_of_buffer(size: Sequence[int], like: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
     """Return what :func:`allocate_examples` depends on, but for the device."""
-    return tuple(size), like.shape[1:], like.dtype
+    x, y = like
+    return tuple(size), x.shape[1:], x.dtype, y.shape[1:], y.dtype
 
 
-def allocate_examples(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``x [*size, ...]`` and ``y [*size]``, where ``like`` is."""
-    x = torch.zeros((*size, *like.shape[1:]), dtype=like.dtype, device=like.device)
-    return x, torch.zeros(tuple(size), dtype=torch.int64, device=like.device)
+def allocate_examples(
+    size: Sequence[int], like: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return ``x [*size, ...]`` and ``y [*size, ...]``, where those of ``like`` are."""
+    x, y = (t.new_zeros((*size, *t.shape[1:])) for t in like)
+    return x, y

@@ -22,6 +22,7 @@ from ._torch.rewriting import drop_idle, drop_unused, fuse_descent
 from ._torch.torchscript import without_python
 from .client_step import Besides, ClientStep, Found
 from .gradients import plain_grad, public_grad
+from .hits import hits_of
 from .inputs import SHARED, StepInputs, StepNames, facts_of_client, views
 
 Step = Callable[..., Any]
@@ -335,7 +336,7 @@ class ChunkStep:
     ) -> None:
         """Add the clients' losses and hits to what they were so far."""
         loss, counts = besides.loss, batch["counts"]
-        hits = besides.outputs.argmax(-1) == batch["y"]
+        hits = hits_of(besides.outputs, batch["y"], ahead=1)
         if "mask" in batch:
             hits = hits * batch["mask"]
             # A client that has ended counts no more, whatever its loss is now.

@@ -79,8 +79,9 @@ class LocalResult(NamedTuple):
     """What local training made.
 
     ``loss`` and ``accuracy`` are means over the examples as training met them; NaN
-    for a client without data, whose model is the received one. ``carry`` and ``kept``
-    are what it takes along to its next round.
+    for a client without data, whose model is the received one. Where numbers are
+    predicted the accuracy means nothing. ``carry`` and ``kept`` are what it takes along
+    to its next round.
     """
 
     model: FlatModel

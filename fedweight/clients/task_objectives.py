@@ -1,0 +1,59 @@
+"""What local training minimises where a task is not classification."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core.errors import ConfigurationError
+from ..metrics import LearningTask
+from .objectives import OBJECTIVES
+from .objectives.base import Around, Batch, Facts, Objective
+from .objectives.plain import Plain
+
+
+@dataclass(frozen=True, eq=False)
+class TaskLoss(Objective):
+    """The mean of a task's own loss, such as the squared error.
+
+    Parameters
+    ----------
+    task : LearningTask
+        What is predicted.
+    """
+
+    task: LearningTask
+
+    def example_losses(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
+        """Return the task's loss of each example."""
+        return self.task.example_losses(outputs, batch.y)
+
+
+def for_task(objective: Objective, task: LearningTask) -> Objective:
+    """Return an objective as it is minimised for a task.
+
+    Plain training minimises the task's loss, also inside another objective, such as a
+    proximal one. One of the user's own is taken as it is.
+
+    Raises
+    ------
+    ConfigurationError
+        If the objective is one of examples that have a class, and these have none.
+    """
+    if task.has_classes:
+        return objective
+    if type(objective) is Plain:
+        return TaskLoss(task)
+    if isinstance(objective, Around):
+        changed = copy.copy(objective)
+        object.__setattr__(changed, "inner", for_task(objective.inner, task))
+        return changed
+    name = OBJECTIVES.name_of(type(objective))
+    if name in OBJECTIVES.entries:
+        raise ConfigurationError(
+            f"objective '{name}' is for examples that have a class, and {task.name} "
+            "has none. Choose 'plain', 'proximal', 'sam', or one of your own."
+        )
+    return objective
