@@ -213,7 +213,7 @@ def test_catalogue_describes_every_partition():
     lines = data.partition_catalogue()
     assert set(lines) == {
         *("iid", "dirichlet", "dirichlet-sampled", "niid2", "shards"),
-        *("classes", "quantity", "natural"),
+        *("classes", "quantity", "attribute", "natural"),
     }
     assert all(len(line) > 20 for line in lines.values())
 
