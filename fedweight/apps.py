@@ -27,7 +27,9 @@ from .core.texts import NAME_LENGTH, plain, shown
 from .messages import keys
 
 if TYPE_CHECKING:
+    from .core.layout import Base
     from .data import Schema
+    from .messages.bases import BaseSender
     from .studies.components import Components
     from .studies.configuration import Configuration
 
@@ -120,6 +122,7 @@ class NumberedGrid(Grid):
         self._numbers: dict[int, int] = {}
         self._names: dict[int, str] = {}
         self._told: set[tuple[int, str]] = set()
+        self._sender: BaseSender | None = None
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes that are connected, and ask new ones who they are."""
@@ -127,6 +130,8 @@ class NumberedGrid(Grid):
         new = sorted(node for node in nodes if node not in self.identities)
         if new:
             self._ask(new)
+        if self._sender is not None:
+            self._sender.send(nodes)
         numbers: dict[int, int] = {}
         taken: set[int] = set()
         connected = set(nodes)
@@ -193,6 +198,15 @@ class NumberedGrid(Grid):
             self._told.add((node, what))
             log.warning("node %d %s", node, what)
 
+    def bring(self, base: Base) -> None:
+        """Send a model's frozen tensors, from now on, to nodes that lack them."""
+        from .messages.bases import BaseSender
+
+        self._sender = BaseSender(base, self.grid, ANSWER_SECONDS)
+
+    def _watched(self, replies: Iterable[Message]) -> Iterable[Message]:
+        return replies if self._sender is None else self._sender.watched(replies)
+
     # The rest of a grid, as it is.
 
     def set_run(self, run: Any) -> None:
@@ -214,13 +228,13 @@ class NumberedGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pass on."""
-        return self.grid.pull_messages(message_ids)
+        return self._watched(self.grid.pull_messages(message_ids))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Pass on."""
-        return self.grid.send_and_receive(messages, timeout=timeout)
+        return self._watched(self.grid.send_and_receive(messages, timeout=timeout))
 
 
 def _number(identity: ConfigRecord) -> int | None:
@@ -299,6 +313,7 @@ client_app.train()(_handle)
 client_app.evaluate()(_handle)
 client_app.query("ask")(_handle)
 client_app.query("label_counts")(_handle)
+client_app.query(keys.BASE)(_handle)
 
 
 @client_app.query(IDENTITY)

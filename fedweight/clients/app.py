@@ -27,6 +27,7 @@ from ..messages import keys
 from ..messages.arrays import arrays_of
 from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
 from ..metrics import Statistics, task_named
+from .bases import take_base
 from .client_tasks import ClientTask, Instructions, client_number, config_of
 from .coding import Coding
 from .cohort_trainer import CohortTrainer
@@ -50,7 +51,8 @@ class TrainingApp(ClientApp):
 
     It answers ``train``, ``evaluate`` and ``query.ask`` messages, with the records and
     metrics that :mod:`fedweight.messages.keys` names; and ``query.label_counts``, which
-    is the query of that name.
+    is the query of that name. A model that comes without frozen tensors goes back
+    without them: the client builds them, or gets them once, with ``query.base``.
 
     Parameters
     ----------
@@ -178,6 +180,7 @@ class TrainingApp(ClientApp):
                 owner="personal",
             )
             own = PersonalModels(personal, trainer, statistics)
+        self._modules = modules
         self._work = LocalWork(
             modules,
             self._trials,
@@ -191,6 +194,7 @@ class TrainingApp(ClientApp):
         self.train()(self._train)
         self.evaluate()(self._evaluate)
         self.query("ask")(self._query)
+        self.query(keys.BASE)(self._take_base)
         self.query("label_counts")(partial(self._query, name=keys.LABEL_COUNTS))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -390,6 +394,10 @@ class TrainingApp(ClientApp):
                 f"query '{name}' must return an Answer, got {shown(answer)}"
             )
         return answer.message(message)
+
+    def _take_base(self, message: Message, context: Context) -> Message:
+        """Say whether the client has the server's frozen tensors, or take them."""
+        return take_base(self._modules.base, message, context.state)
 
     def _query_called(self, name: str) -> Query:
         """Return a query of the app's own, or one that is registered."""

@@ -15,10 +15,11 @@ from ..core.layout import FlatModel
 from ..core.module import FlatModule
 from ..core.texts import shown
 from ..messages import keys
-from ..messages.arrays import flatten
+from ..messages.arrays import complete, leaves_out_base
 from ..messages.dispatch import Reply
 from ..messages.records import NUMBERS, as_measured
 from ..metrics import Statistics
+from .bases import base_of
 from .client_state import write_results
 from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
@@ -90,16 +91,17 @@ class LocalWork:
         with self.modules.lend() as module:
             dtype = _dtype(module)
             clients = [client.cast(dtype, self.task.name) for client in clients]
-            start = flatten(record, module.layout, **RECEIVED)
+            start = self._received(record, module, clients)
             results = self.trainer.train(
                 module, start, clients, batched=batched, cancelled=cancelled
             )
+            part = leaves_out_base(record, module.layout)
             pairs = list(zip(clients, results, strict=True))
             hits = self.task.counts_hits
             replies = [
                 Reply(
                     client.node,
-                    result.model,
+                    result.model.travelling() if part else result.model,
                     {
                         keys.NUM_EXAMPLES: len(client.data.train),
                         keys.TRAIN_LOSS: result.loss,
@@ -132,6 +134,16 @@ class LocalWork:
         for view in probed:
             view.commit()
         return replies
+
+    def _received(
+        self, record: ArrayRecord, module: FlatModule, clients: Sequence[ClientTask]
+    ) -> FlatModel:
+        """Read the global model; what it leaves out the clients have."""
+        base = self.modules.base
+        if leaves_out_base(record, module.layout):
+            first = clients[0]
+            base = base_of(base, first.instructions.told, first.context.state)
+        return complete(record, base, **RECEIVED)
 
     def _probe(
         self,
@@ -188,7 +200,7 @@ class LocalWork:
             clients = [client.cast(dtype, self.task.name) for client in clients]
             parts = [client.data.held_out for client in clients]
             apart = len(clients) > 1 and self._mixes_examples(clients)
-            model = flatten(record, module.layout, **RECEIVED)
+            model = self._received(record, module, clients)
             sums = sums_of_each(module, model, parts, self.statistics, apart=apart)
             of_own: list[dict[str, float]] = [{} for _ in clients]
             if self.personal is not None:

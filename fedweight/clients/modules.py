@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.layout import Base
 from ..core.module import FlatModule
 from .noise import own_streams
 
 # What is not taken along to another process.
-OF_A_PROCESS = {"_idle", "_building", "_built"}
+OF_A_PROCESS = {"_idle", "_building", "_built", "_base"}
 
 
 class Modules:
@@ -40,6 +41,7 @@ class Modules:
         """Start without modules: each process makes its own."""
         self._idle: queue.SimpleQueue[FlatModule] = queue.SimpleQueue()
         self._building = threading.Lock()
+        self._base: Base | None = None
         self._built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,7 +71,19 @@ class Modules:
             own_streams(0, torch.device(self.device)),
             torch.inference_mode(False),  # It will be written to outside of it.
         ):
-            return FlatModule(self.architecture(), self.device)
+            module = FlatModule(self.architecture(), self.device)
+            if self._base is None:  # Later ones are built alike.
+                self._base = module.copy_base()
+            return module
+
+    @property
+    def base(self) -> Base:
+        """What of the model no round changes, as it was built."""
+        if self._base is None:
+            with self.lend():
+                pass
+        assert self._base is not None
+        return self._base
 
     def architecture(self) -> nn.Module:
         """Build the model; what it has of an earlier one is copied.

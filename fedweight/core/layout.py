@@ -6,6 +6,7 @@ a state dict needs live in a :class:`Layout`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import (
     Callable,
@@ -15,6 +16,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -25,10 +27,15 @@ from torch import Tensor, nn
 from .errors import AggregationError, ConfigurationError
 from .texts import listed
 
-Kind = Literal["parameter", "frozen", "buffer", "integer"]
+Kind = Literal["parameter", "frozen", "buffer", "integer", "tied"]
+
+NOTHING_TIED: Mapping[str, str] = MappingProxyType({})
 
 # Integer tensors by name.
 Integers = dict[str, npt.NDArray[Any]]
+
+# Kinds of tensors that need not travel.
+STAYING = ("frozen", "tied")
 
 # Dtypes of weights that are not trained, by how their names begin.
 UNFIT = ("bfloat16", "float16", "float8", "float4", "complex")
@@ -38,7 +45,8 @@ UNFIT = ("bfloat16", "float16", "float8", "float4", "complex")
 class Entry:
     """One named tensor of a model and where its values lie.
 
-    ``start:stop`` counts in the vector of its kind; it is empty for integers.
+    ``start:stop`` counts in the vector of its kind; it is empty for integers, and for
+    another name of the tensor ``of``.
     """
 
     name: str
@@ -47,6 +55,7 @@ class Entry:
     kind: Kind
     start: int
     stop: int
+    of: str = ""
 
 
 @lru_cache(maxsize=64)
@@ -55,13 +64,31 @@ def _shared(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
     return entries
 
 
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Return, by name, which other name a tensor of a module has before it."""
+    first: dict[int, str] = {}
+    kinds = module.named_parameters, module.named_buffers
+    kept = module.state_dict()
+    named = [
+        (name, tensor)
+        for of in kinds
+        for name, tensor in of(remove_duplicate=False)
+        if name in kept
+    ]
+    return {
+        name: before
+        for name, tensor in named
+        if (before := first.setdefault(id(tensor), name)) != name
+    }
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names, shapes and places of a model's tensors, in state-dict order.
 
     Floating tensors that are trained are *parameters*; those that never change are
     *frozen*; those that change without being trained (running statistics) are
-    *buffers*; everything else is *integer*.
+    *buffers*; everything else is *integer*. A further name of one of them is *tied*.
     """
 
     entries: tuple[Entry, ...]
@@ -76,8 +103,12 @@ class Layout:
         shapes: Mapping[str, tuple[tuple[int, ...], str]],
         buffers: Collection[str],
         frozen: Collection[str] = (),
+        tied: Mapping[str, str] = NOTHING_TIED,
     ) -> Self:
-        """Lay out tensors given as ``name -> (shape, dtype)``."""
+        """Lay out tensors given as ``name -> (shape, dtype)``.
+
+        ``tied`` has, by name, what a tensor is another name of.
+        """
         entries = []
         ends: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
         for name, (shape, dtype) in shapes.items():
@@ -88,10 +119,13 @@ class Layout:
                 kind = "buffer"
             elif name in frozen:
                 kind = "frozen"
+            of = tied.get(name, "")
+            kind = "tied" if of else kind
             start = ends[kind]
-            if kind != "integer":
+            if kind not in ("integer", "tied"):
                 ends[kind] += int(np.prod(shape, dtype=np.int64))
-            entries.append(Entry(name, tuple(shape), dtype, kind, start, ends[kind]))
+            place = start, ends[kind]
+            entries.append(Entry(name, tuple(shape), dtype, kind, *place, of))
         return cls(tuple(entries))
 
     @classmethod
@@ -99,6 +133,7 @@ class Layout:
         """Lay out a module's state dict."""
         buffers = {name for name, _ in module.named_buffers()}
         frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
+        tied = _tied(module)
         shapes = {
             name: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
             for name, t in module.state_dict().items()
@@ -114,7 +149,17 @@ class Layout:
                 "optimisers do not take. Keep the weights in float32 or float64, and "
                 "use autocast to compute in less."
             )
-        return cls.of(shapes, buffers, frozen)
+        return cls.of(shapes, buffers, frozen, tied)
+
+    @cached_property
+    def travelling(self) -> Layout:
+        """The tensors that a round changes, each once: neither frozen nor tied ones.
+
+        The vectors of parameters and buffers mean the same in both. It is this layout
+        itself where there are no others.
+        """
+        entries = tuple(e for e in self.entries if e.kind not in STAYING)
+        return self if len(entries) == len(self.entries) else Layout(entries)
 
     @cached_property
     def parameters(self) -> tuple[Entry, ...]:
@@ -149,6 +194,12 @@ class Layout:
         """The buffers that hold variances, which no value below 0 may enter."""
         buffers = (e for e in self.entries if e.kind == "buffer")
         return tuple(e for e in buffers if e.name.rsplit(".", 1)[-1] == "running_var")
+
+    @cached_property
+    def firsts(self) -> dict[str, Entry]:
+        """The tensors that others are tied to, by name."""
+        names = {e.of for e in self.entries if e.of}
+        return {e.name: e for e in self.entries if e.name in names}
 
     @cached_property
     def num_bytes(self) -> int:
@@ -244,7 +295,7 @@ class FlatModel:
                 )
             if e.kind == "integer":
                 integers[e.name] = np.array(values)
-            else:
+            elif e.kind != "tied":  # It is what its first name says.
                 with np.errstate(over="ignore"):  # infinity is found by whoever checks
                     vectors[e.kind][e.start : e.stop] = values.reshape(-1)
         parameters, frozen, buffers = map(torch.from_numpy, vectors.values())
@@ -255,12 +306,14 @@ class FlatModel:
         vectors = {
             kind: vector.detach().cpu().numpy() for kind, vector in self._vectors()
         }
-        for e in self.layout.entries:
+        firsts = self.layout.firsts
+        for named in self.layout.entries:
+            e = firsts[named.of] if named.of else named
             if e.kind == "integer":
-                yield e.name, self.integers[e.name]
+                yield named.name, self.integers[e.name]
             else:
                 values = vectors[e.kind][e.start : e.stop].reshape(e.shape)
-                yield e.name, values.astype(e.dtype, copy=False)
+                yield named.name, values.astype(e.dtype, copy=False)
 
     def _vectors(self) -> tuple[tuple[Kind, Tensor], ...]:
         return (
@@ -287,8 +340,22 @@ class FlatModel:
         """Return the same model with other parameters, of the layout's dtype."""
         return replace(self, parameters=parameters.to(self.layout.dtype))
 
+    def travelling(self) -> FlatModel:
+        """Return the part of it that a round changes; see :attr:`Layout.travelling`."""
+        layout = self.layout.travelling
+        if layout is self.layout:
+            return self
+        return replace(self, layout=layout, frozen=self.frozen.new_empty(0))
+
+    @property
+    def base(self) -> Base:
+        """The other part of it, which no round changes."""
+        return Base(self.layout, self.frozen)
+
     def laid_out(self, layout: Layout) -> FlatModel:
         """Return the same model in another layout of the same tensors.
+
+        Frozen and tied ones may be left out.
 
         Raises
         ------
@@ -297,7 +364,52 @@ class FlatModel:
         """
         if self.layout is layout or self.layout == layout:
             return self
+        if self.layout.travelling == layout:
+            return self.travelling()
         return FlatModel.of_arrays(dict(self.named_arrays()), layout)
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """What of a model no round changes: frozen values, and names of tied tensors.
+
+    Attributes
+    ----------
+    layout : Layout
+        The whole model's.
+    frozen : Tensor
+        Shape ``[F]``.
+    """
+
+    layout: Layout
+    frozen: Tensor
+
+    def complete(self, model: FlatModel) -> FlatModel:
+        """Return the whole model of which one has the part that travels."""
+        return replace(model, layout=self.layout, frozen=self.frozen)
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells it from any other: 64 hexadecimal digits of SHA-256.
+
+        It is empty for a model of which all travels.
+        """
+        staying = [e for e in self.layout.entries if e.kind in STAYING]
+        if not staying:
+            return ""
+        found = hashlib.sha256()
+        for e in staying:
+            found.update(repr((e.name, e.shape, e.dtype, e.kind, e.of)).encode())
+        values = self.frozen.detach().cpu().numpy()
+        found.update(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
+        return found.hexdigest()
+
+    @property
+    def alone(self) -> FlatModel:
+        """The frozen tensors as a model of their own."""
+        frozen = tuple(e for e in self.layout.entries if e.kind == "frozen")
+        none = self.frozen.new_empty(0)
+        return FlatModel(Layout(frozen), none, none, frozen=self.frozen)
 
 
 def _flat_model(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ClientError, ConfigurationError
-from .layout import FlatModel, Layout
+from .layout import Base, FlatModel, Layout
 
 
 class FlatModule:
@@ -61,12 +61,9 @@ class FlatModule:
             "buffer": self.buffers,
         }
         for e in self.layout.entries:
-            tensor = tensors.get(e.name)
-            if tensor is None:
-                raise ConfigurationError(
-                    f"model: '{e.name}' is tied to another parameter. Tied weights "
-                    "are not supported: give the model one of the two."
-                )
+            if e.kind == "tied":
+                continue
+            tensor = tensors[e.name]
             if e.kind == "integer":
                 self._integers[e.name] = tensor
                 continue
@@ -138,6 +135,10 @@ class FlatModule:
             {n: t.detach().cpu().numpy().copy() for n, t in self._integers.items()},
             frozen,
         )
+
+    def copy_base(self) -> Base:
+        """Copy out what no round changes, to the CPU."""
+        return Base(self.layout, self.frozen.to("cpu", copy=True))
 
     def _check_frozen(self, loaded: Tensor) -> None:
         """Raise ``ClientError`` if a frozen value is not the one that was loaded."""

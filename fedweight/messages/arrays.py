@@ -20,7 +20,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from ..core.errors import AggregationError
-from ..core.layout import FlatModel, Layout
+from ..core.layout import STAYING, Base, FlatModel, Layout
 
 # How BatchNorm and its kin name the running statistics in a state dict. A record
 # that came by wire does not say what is trained, so the names have to.
@@ -140,6 +140,47 @@ def flatten(
         return flat
     arrays = {name: view(array) for name, array in record.items()}
     return FlatModel.of_arrays(arrays, layout, given=given, expected=expected)
+
+
+def complete(
+    record: ArrayRecord,
+    base: Base,
+    *,
+    given: str = "the record",
+    expected: str = "the model",
+) -> FlatModel:
+    """Read a record's arrays into a whole model.
+
+    Parameters
+    ----------
+    record : ArrayRecord
+        Has the names and shapes of the whole model, or of the part that travels.
+    base : Base
+        What is taken where the record leaves it out.
+    given, expected : str
+        What an error calls the two.
+
+    Raises
+    ------
+    AggregationError
+        As :func:`flatten` does.
+    """
+    layout = base.layout
+    if not leaves_out_base(record, layout):
+        return flatten(record, layout, given=given, expected=expected)
+    part = flatten(record, layout.travelling, given=given, expected=expected)
+    return base.complete(part)
+
+
+def leaves_out_base(record: ArrayRecord, layout: Layout) -> bool:
+    """Tell whether a record has only the part of a model that travels."""
+    part = layout.travelling
+    if part is layout:
+        return False
+    flat = record.flat if isinstance(record, FlatRecord) else None
+    if flat is not None:
+        return flat.layout == part
+    return not any(e.name in record for e in layout.entries if e.kind in STAYING)
 
 
 _MAKING = threading.Lock()

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from ..core.client_store import ClientStore
+
+if TYPE_CHECKING:
+    from ..core.layout import Base
 
 
 def number_of(grid: object) -> Callable[[int], int]:
@@ -53,3 +57,10 @@ def staged(grid: object) -> AbstractContextManager[Callable[[], None]]:
     """
     store: ClientStore | None = getattr(grid, "store", None)
     return nullcontext(lambda: None) if store is None else store.staged()
+
+
+def bring_base(grid: object, base: Base) -> None:
+    """Have clients sent what no round changes of a model, where they may lack it."""
+    bring = getattr(grid, "bring", None)
+    if bring is not None:
+        bring(base)

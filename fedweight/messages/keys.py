@@ -22,9 +22,10 @@ LEARNING_RATE: Final = "learning-rate"
 CLASS_TOTALS: Final = "class-totals"
 COEFFICIENT: Final = "coefficient"
 SCHEMA: Final = "schema"
+BASE: Final = "base"
 
 # What of it no strategy tells otherwise.
-OF_THE_SERVER: Final = (ROUND, REQUEST, QUERY, SCHEMA)
+OF_THE_SERVER: Final = (ROUND, REQUEST, QUERY, SCHEMA, BASE)
 
 # What every reply to a train message reports.
 NUM_EXAMPLES: Final = "num-examples"
@@ -58,3 +59,6 @@ NORMALISER: Final = "normaliser"
 # Why a client is dropped, where that is nobody's fault.
 NO_EXAMPLES: Final = "it has no examples"
 STRAGGLER: Final = "straggler"
+
+# How the reason begins of a client that has another frozen base than the server tells.
+OTHER_BASE: Final = "its frozen tensors are not the server's"

@@ -27,7 +27,7 @@ class ServerState:
     Attributes
     ----------
     arrays : ArrayRecord
-        The global model.
+        The global model; of one with frozen or tied tensors the part that travels.
     round : int
         How many rounds are over.
     train_config, evaluate_config : ConfigRecord

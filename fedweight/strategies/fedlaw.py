@@ -250,14 +250,17 @@ class FedLAW(WeightingStrategy):
     def _begin(self, round: Round) -> None:
         """Load the global model; its parameters are overwritten, its buffers used."""
         ours, theirs = self._held.module.layout, round.model.layout
-        if ours != theirs:
+        model = round.model
+        if theirs == ours.travelling:
+            model = self._held.base.complete(model)
+        elif ours != theirs:
             pairs = zip_longest(ours.entries, theirs.entries)
             mine, other = next(pair for pair in pairs if pair[0] != pair[1])
             raise ConfigurationError(
                 "model: FedLAW was given another model than the clients train. It has "
                 f"{_describe(mine)} where theirs has {_describe(other)}."
             )
-        self._held.module.load(round.model)
+        self._held.module.load(model)
         self._held.module.train()
         self._held.seed = torch_seed(self.seed, Purpose.SERVER, round.number)
         self._held.step = 0
@@ -287,6 +290,8 @@ class _Held:
     ----------
     module : FlatModule
         The model, overwritten at every step.
+    base : Base
+        What of it no round changes.
     x, y : Tensor
         The proxy set, where it is evaluated.
     least : int
@@ -298,6 +303,7 @@ class _Held:
     def __init__(self, model: nn.Module, proxy: Proxy, device: str) -> None:
         self.seed = self.step = 0
         self.module = FlatModule(copy.deepcopy(model), device)
+        self.base = self.module.copy_base()
         self.x = _tensor(proxy.x).to(device)
         self.y = _tensor(proxy.y).to(device, torch.int64)
         if self.x.is_floating_point():

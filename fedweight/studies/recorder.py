@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ..clients.evaluation import evaluate
 from ..core.errors import OutputError
-from ..core.layout import Layout
+from ..core.layout import Base, Layout
 from ..core.module import FlatModule
 from ..core.records import NOTHING
 from ..core.texts import NAME_LENGTH, plain
 from ..data import notes
-from ..messages.arrays import flatten
+from ..messages.arrays import FlatRecord, complete
 from ..messages.grids import connected, name_of, number_of
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
@@ -84,6 +84,7 @@ class Recorder:
         # Whether partition.csv has a client.
         self._described = np.zeros(components.data.num_clients, bool)
         self._module: FlatModule | None = None
+        self._base: Base | None = None
         self._arrays: ArrayRecord | None = None
         self._tested = False  # the model of the last round
         self._began = self._last = time.perf_counter() if began is None else began
@@ -336,7 +337,7 @@ class Recorder:
         self, path: Path, arrays: ArrayRecord, about: dict[str, str] | None = None
     ) -> None:
         """Write a model, and in its file's metadata what is said about it."""
-        state = flatten(arrays, self._ready_module().layout).state_dict()
+        state = complete(arrays, self.base).state_dict()
         write_whole(path, safetensors_bytes(state, about))
 
     def _several_models(self) -> dict[str, Tensor]:
@@ -347,7 +348,9 @@ class Recorder:
         return {
             f"{which}/{name}": tensor
             for which, model in enumerate(models)
-            for name, tensor in model.state_dict().items()
+            for name, tensor in complete(FlatRecord(model), self.base)
+            .state_dict()
+            .items()
         }
 
     def write_best(self, number: int, arrays: ArrayRecord) -> None:
@@ -375,7 +378,15 @@ class Recorder:
         if self._module is None:
             components = self.components
             self._module = FlatModule(components.make_model(), components.device)
+            self._base = self._module.copy_base()
         return self._module
+
+    @property
+    def base(self) -> Base:
+        """What of the model no round changes."""
+        self._ready_module()
+        assert self._base is not None
+        return self._base
 
     def _test(self, number: int, arrays: ArrayRecord) -> dict[str, float]:
         table = self.components.configuration["run"]
@@ -386,7 +397,7 @@ class Recorder:
 
     def _evaluate(self, arrays: ArrayRecord) -> dict[str, float]:
         module = self._ready_module()
-        model = flatten(arrays, module.layout)
+        model = complete(arrays, self.base)
         data, statistics = self.components.data, self.components.statistics
         return evaluate(module, model, data.test, statistics)
 

@@ -15,17 +15,21 @@ from flwr.serverapp.strategy import Strategy
 
 from ..clients import TrainingApp
 from ..core.errors import ConfigurationError, DataError
+from ..core.layout import FlatModel
 from ..core.module import FlatModule
 from ..core.signals import interruptible
 from ..core.texts import listed, shown
 from ..core.threads import one_thread
 from ..data import DataSet
 from ..messages import keys
-from ..messages.arrays import FlatRecord
+from ..messages.arrays import FlatRecord, leaves_out_base
+from ..messages.grids import bring_base
 from ..server import loop
 from ..server.checkpoint import not_carried
 from ..server.loop import ServerState
+from ..server.wrapped import with_inner
 from ..simulations import Plan, SimulationGrid, simulate
+from ..strategies import WeightingStrategy
 from .callbacks import BestModel, EarlyStopping, OwnCallbacks, checked_callbacks
 from .components import (
     Components,
@@ -84,7 +88,7 @@ def make_ready(
     Plan.parse(components.configuration["engine"]["plan"])
     strategy = components.strategy()
     client_app = components.client_app()
-    initial = FlatRecord(FlatModule(components.make_model()).save())
+    initial = FlatRecord(_what_travels(components, strategy))
     check_feasible(components, strategy, client_app, simulated=simulated)
     if callbacks and not has_our_loop(strategy):
         raise ConfigurationError(
@@ -92,6 +96,23 @@ def make_ready(
             "them out."
         )
     return strategy, client_app, initial
+
+
+def _what_travels(components: Components, strategy: Strategy) -> FlatModel:
+    """Return the initial model, without what no round changes.
+
+    A strategy that is not ours may want all of it.
+    """
+    whole = FlatModule(components.make_model()).save()
+    if any(isinstance(one, WeightingStrategy) for one in with_inner(strategy)):
+        return whole.travelling()
+    if whole.travelling() is not whole:
+        log.info(
+            "the whole model travels, frozen and tied tensors too: %s is not derived "
+            "from fedweight.strategies.WeightingStrategy",
+            type(strategy).__name__,
+        )
+    return whole
 
 
 def run(
@@ -407,6 +428,9 @@ def serve(
     recorder.grid = grid
     schema = components.schema
     told = {} if schema is None else {keys.SCHEMA: schema.write()}
+    if leaves_out_base(initial, recorder.base.layout):
+        told[keys.BASE] = recorder.base.digest
+        bring_base(grid, recorder.base)
     epochs = configuration["training"]["epochs"]
     table = configuration["run"]
     rounds, timeout = table["rounds"], table["timeout"] or None

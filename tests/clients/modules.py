@@ -444,6 +444,7 @@ SORTS = {
     ),
     # Parameters.
     "frozen layer": Sort(frozen),
+    "tied weights": Sort(tied),
     "unused layer": Sort(Unused),
     "layer used now and then": Sort(lambda: Unused(sometimes=True), at_once=LOOKS),
     "double": Sort(lambda: _table(lambda: nn.Tanh())().double(), double=True),
@@ -512,7 +513,6 @@ def _wider(self: Any, z: Tensor) -> Tensor:
 # What is refused, and what the reason says.
 KEEPS = "must be a parameter or a buffer"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "tied": (tied, "'2.weight' is tied to another parameter"),
     "bfloat16": (lambda: nn.Linear(6, 4).bfloat16(), "'weight' is bfloat16"),
     "half": (lambda: nn.Linear(6, 4).half(), "'weight' is float16"),
     "complex": (

@@ -2,6 +2,7 @@ import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from io import BytesIO
 from unittest import mock
 
@@ -15,9 +16,16 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from fedweight.core.errors import AggregationError, ClientError, ConfigurationError
-from fedweight.core.layout import FlatModel, Layout, as_tensor
+from fedweight.core.layout import Base, FlatModel, Layout, as_tensor
 from fedweight.core.module import FlatModule
-from fedweight.messages.arrays import FlatRecord, flatten, layout_of, view
+from fedweight.messages.arrays import (
+    FlatRecord,
+    complete,
+    flatten,
+    layout_of,
+    leaves_out_base,
+    view,
+)
 
 
 def net():
@@ -384,11 +392,88 @@ def test_a_model_without_dimensions():
     assert flat.module.scale.shape == ()
 
 
-def test_tied_weights_are_refused():
+def tied():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].weight = module[0].weight
-    with pytest.raises(ConfigurationError, match=r"'1.weight' is tied"):
-        FlatModule(module)
+    module[0].bias.requires_grad_(False)
+    return module
+
+
+def test_tied_tensors_are_one_place_in_the_vector():
+    module = tied()
+    flat = FlatModule(module)
+    kinds = {e.name: (e.kind, e.of) for e in flat.layout.entries}
+    assert kinds["1.weight"] == ("tied", "0.weight")
+    assert flat.layout.num_parameters == 6
+    flat.parameters.copy_(torch.arange(6.0))
+    assert module[1].weight.tolist() == [[0, 1], [2, 3]]
+    whole = flat.save()
+    assert list(whole.state_dict()) == list(module.state_dict())
+    other = tied()
+    other.load_state_dict(whole.state_dict())
+    assert other[0].weight.tolist() == other[1].weight.tolist() == [[0, 1], [2, 3]]
+    again = FlatModel.of_arrays(dict(whole.named_arrays()), flat.layout)
+    assert torch.equal(again.parameters, whole.parameters)
+
+
+def test_what_travels_is_what_a_round_changes():
+    whole = FlatModule(tied()).save()
+    part = whole.travelling()
+    assert list(FlatRecord(part)) == ["0.weight", "1.bias"]
+    assert part.layout.num_bytes == 6 * 4
+    assert part.parameters is whole.parameters
+    assert part.travelling() is part
+    back = complete(FlatRecord(part), whole.base)
+    assert back.layout is whole.layout
+    assert back.frozen is whole.frozen
+    assert whole.laid_out(part.layout).layout == part.layout
+    # Whoever writes it as an ordinary record, and whoever sends all of it.
+    for record in (FlatRecord(part).plain(), FlatRecord(whole).plain()):
+        back = complete(record, whole.base)
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_of_a_model_that_is_trained_whole_all_travels():
+    whole = FlatModule(net()).save()
+    assert whole.travelling() is whole
+    assert whole.layout.travelling is whole.layout
+    assert whole.base.digest == ""
+    record = FlatRecord(whole)
+    assert not leaves_out_base(record, whole.layout)
+    assert complete(record, whole.base) is whole
+
+
+def test_a_part_that_does_not_fit_is_named():
+    whole = FlatModule(tied()).save()
+    part = dict(FlatRecord(whole.travelling()).items())
+    del part["1.bias"]
+    with pytest.raises(AggregationError, match=r"missing '1\.bias'"):
+        complete(ArrayRecord(part), whole.base)
+    part = dict(FlatRecord(whole).items())
+    del part["1.bias"]
+    with pytest.raises(AggregationError, match=r"missing '1\.bias'"):
+        complete(ArrayRecord(part), whole.base)
+
+
+def test_a_base_is_told_from_any_other_by_its_digest():
+    base = FlatModule(tied()).copy_base()
+    assert base.digest == Base(base.layout, base.frozen.clone()).digest
+    assert len(base.digest) == 64
+    moved = torch.nextafter(base.frozen, torch.tensor(9.0))
+    assert Base(base.layout, moved).digest != base.digest
+    module = tied()
+    module[0].bias.requires_grad_(True)
+    module[1].bias.requires_grad_(False)
+    assert FlatModule(module).copy_base().digest != base.digest
+    # By the values' bytes, and what they are called: the same on every machine.
+    layout = Layout.of(
+        {"w": ((2,), "float32"), "b": ((1,), "float32")}, (), frozen=["w"]
+    )
+    text = repr(("w", (2,), "float32", "frozen", "")).encode()
+    expected = sha256(text + np.array([1, 2], "<f4").tobytes()).hexdigest()
+    assert Base(layout, torch.tensor([1.0, 2.0])).digest == expected
+    assert list(FlatRecord(base.alone)) == ["0.bias"]
 
 
 def test_mixed_and_unfit_dtypes_are_refused():

@@ -13,7 +13,7 @@ from torch import nn
 from fedweight.clients import TrainingApp, TrainingSettings
 from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
-from fedweight.messages.arrays import FlatRecord
+from fedweight.messages.arrays import FlatRecord, complete
 from fedweight.simulations import Plan
 from fedweight.simulations.local import LocalGrid
 from fedweight.strategies import STRATEGIES, strategy_class
@@ -78,12 +78,18 @@ def run(strategy, grid=LocalGrid, told=True, chunk=1, rounds=3, model=network):
     settings = TrainingSettings(batch_size=4, learning_rate=0.1, weight_decay=0.01)
     app = TrainingApp(model, client_data, num_classes=CLASSES, settings=settings)
     grid = grid(app, CLIENTS, plan=Plan(chunk))
-    if told:
-        start = FlatRecord(FlatModule(model()).save())
+    whole = FlatModule(model()).save()
+    if told == "part":
+        start = FlatRecord(whole.travelling())
+    elif told:
+        start = FlatRecord(whole)
     else:
         start = ArrayRecord(model().state_dict())
     result = strategy.start(grid, start, num_rounds=rounds, train_config=ConfigRecord())
     assert [record.status for record in strategy.history] == ["ok"] * rounds
+    if told == "part":
+        assert not {*FROZEN} & {*result.arrays}
+        return dict(complete(result.arrays, whole.base).named_arrays())
     return {name: array.numpy() for name, array in result.arrays.items()}
 
 
@@ -98,9 +104,23 @@ def assert_kept(arrays, others_moved=True):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("chunk", [1, 5])
 @pytest.mark.parametrize("grid", [LocalGrid, Foreign])
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("told", [True, False, "part"])
 def test_frozen_tensors_keep_their_bits(name, chunk, grid, told):
     assert_kept(run(build(name), grid, told, chunk))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("grid", [LocalGrid, Foreign])
+def test_it_makes_no_difference_whether_they_travel(name, grid):
+    with_them, without = build(name), build(name)
+    found = run(without, grid, "part", 5)
+    for tensor, values in run(with_them, grid, True, 5).items():
+        np.testing.assert_array_equal(found[tensor], values)
+    frozen = 4 * (6 * FEATURES + 6 + CLASSES)
+    for k, one in enumerate(without.history):
+        for mine, other in zip(one.clients, with_them.history[k].clients, strict=True):
+            assert other.bytes_up - mine.bytes_up == frozen
+            assert other.bytes_down - mine.bytes_down == frozen
 
 
 @pytest.mark.parametrize("name", METHODS)
