@@ -663,3 +663,12 @@ def is_of(run: dict[str, Any], row: Row) -> bool:
         if engine != "floor" and not found["agrees"]:
             return False
     return True
+
+
+def test_the_options_of_lora_are_those_of_its_page() -> None:
+    rows = table("docs/adapters.md", "key")
+    options = options_in_file("model", "lora", key="adapters")
+    assert [names(row["key"])[0] for row in rows] == list(options)
+    for row, rule in zip(rows, options.values(), strict=True):
+        said = json.loads(names(row["default"])[0])
+        assert said == json.loads(json.dumps(rule.default))

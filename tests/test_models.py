@@ -25,12 +25,14 @@ CASES = [
     ("resnet18-gn", (5, 16, 16), 3, {"width": 8, "groups": 4}),
     ("char-gru", (6,), 20, {"hidden": 8}),
     ("char-gru", (6,), 20, {"vocabulary": 30, "embedding": 4, "hidden": 8}),
+    ("char-transformer", (6,), 20, {"width": 8, "heads": 2, "depth": 1}),
+    ("char-transformer", (6,), 20, {"vocabulary": 30, "width": 6, "heads": 3}),
 ]
 
 
 def inputs(name, shape, seed=0):
     stream = torch.Generator().manual_seed(seed)
-    if name == "char-gru":
+    if name.startswith("char-"):
         return torch.randint(0, 20, (4, *shape), generator=stream)
     return torch.randn(4, *shape, generator=stream)
 
@@ -106,6 +108,35 @@ def test_char_gru_computes_what_the_gru_of_torch_computes():
     torch.testing.assert_close(model(x), model.classifier(states[:, -1]))
 
 
+def test_char_transformer_computes_what_the_encoder_of_torch_computes():
+    model = models.build("char-transformer", (6,), 20, seed=0, width=8, heads=2)
+    reference = nn.TransformerEncoderLayer(
+        8, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True
+    )
+    x = inputs("char-transformer", (6,))
+    states = model.embedding(x) + model.places
+    for block in model.blocks:
+        parts = (block.query, block.key, block.value)
+        layers = {
+            "self_attn.out_proj": block.output,
+            "linear1": block.widen,
+            "linear2": block.narrow,
+            "norm1": block.norm_attention,
+            "norm2": block.norm_layers,
+        }
+        state = {
+            f"{theirs}.{name}": tensor
+            for theirs, ours in layers.items()
+            for name, tensor in ours.state_dict().items()
+        }
+        state["self_attn.in_proj_weight"] = torch.cat([p.weight for p in parts])
+        state["self_attn.in_proj_bias"] = torch.cat([p.bias for p in parts])
+        reference.load_state_dict(state)
+        states = reference(states)
+    expected = model.classifier(model.norm(states[:, -1]))
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_an_mlp_without_hidden_layers_is_softmax_regression():
     model = models.build("mlp", (4,), 3, hidden=[])
     assert sum(p.numel() for p in model.parameters()) == 4 * 3 + 3
@@ -118,7 +149,14 @@ def test_no_model_has_buffers():
 
 def test_catalogue_describes_every_model():
     lines = models.catalogue()
-    assert set(lines) == {"char-gru", "cnn", "mlp", "resnet18-gn", "softmax"}
+    assert set(lines) == {
+        "char-gru",
+        "char-transformer",
+        "cnn",
+        "mlp",
+        "resnet18-gn",
+        "softmax",
+    }
     assert all(len(line) > 20 for line in lines.values())
 
 
@@ -153,6 +191,8 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         ("resnet18-gn", (1, 4, 4), {}, "8 or more"),
         ("resnet18-gn", (1, 8, 8), {"width": 6, "groups": 4}, "groups must divide"),
         ("char-gru", (1, 8, 8), {}, r"texts of shape \(T,\)"),
+        ("char-transformer", (1, 8, 8), {}, r"texts of shape \(T,\)"),
+        ("char-transformer", (6,), {"width": 9}, "heads must divide width"),
     ],
 )
 def test_errors_say_what_is_wrong_and_what_is_allowed(name, shape, options, message):

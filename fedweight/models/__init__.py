@@ -22,6 +22,7 @@ MODELS = Registry(
     "model",
     {
         "char-gru": "fedweight.models.text:CharGRU",
+        "char-transformer": "fedweight.models.text:CharTransformer",
         "cnn": "fedweight.models.vision:CNN",
         "mlp": "fedweight.models.tabular:MLP",
         "resnet18-gn": "fedweight.models.vision:ResNet18GN",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..core.registry import check_callable, make
 from ..core.rng import Purpose, torch_seed
 from ..core.texts import shown
 from . import MODELS
+from .adapters import ADAPTERS
 
 # A matrix of so many values or more is looked at before it is made.
 LARGE = 10**8
@@ -31,6 +32,7 @@ def build(
     num_classes: int,
     *,
     seed: int | None = None,
+    adapters: str = "none",
     **options: Any,
 ) -> nn.Module:
     """Build a model with fresh weights.
@@ -47,8 +49,13 @@ def build(
     seed : int, optional
         The same seed gives the same weights, and the global random numbers of PyTorch
         are left as they were. Without it the weights come from the global ones.
+    adapters : str
+        What is trained in its place: one of
+        :data:`~fedweight.models.adapters.ADAPTERS`, or ``"module:function"`` for one of
+        your own, called as ``function(model, **options)``. The weights of the model
+        are those that it has without.
     **options
-        The model's options, such as ``hidden``.
+        The model's options, such as ``hidden``, and those of the adapters.
 
     Examples
     --------
@@ -58,17 +65,41 @@ def build(
     """
     model, what = MODELS.resolve(name), f"model '{name}'"
     check_callable(what, model, "function(input_shape, num_classes, **options)", 2)
+    adapted, options, own = _adapters(adapters, options, options_of(model))
     options = check_options(what, model, options, list(options_of(model))[:2])
     check_range("num_classes", num_classes, 1)
     if name in MODELS.entries:
         _check_size(what, model, tuple(input_shape), num_classes, options)
     with contextlib.nullcontext() if seed is None else _seeded(seed):
         module = make(what, lambda: model(tuple(input_shape), num_classes, **options))
+        if isinstance(module, nn.Module):
+            module = make(
+                f"model.adapters '{adapters}'", lambda: adapted(module, **own)
+            )
     if not isinstance(module, nn.Module):
         raise ConfigurationError(
             f"model '{name}' gave {type(module).__name__}. Return a torch.nn.Module."
         )
     return module
+
+
+def _adapters(
+    name: str, options: Mapping[str, Any], of_model: Collection[str]
+) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+    """Return what makes adapters, and the options of the model and of the adapters."""
+    what = f"model.adapters '{name}'"
+    function = ADAPTERS.resolve(name)
+    check_callable(what, function, "function(model, **options)", 1)
+    takes = {*list(options_of(function))[1:]}
+    for both in sorted(takes & {*list(of_model)[2:]} & {*options}):
+        raise ConfigurationError(
+            f"model: both the model and {what} take '{both}'. Give the model's another "
+            "name."
+        )
+    own = {key: value for key, value in options.items() if key in takes}
+    left = {key: value for key, value in options.items() if key not in takes}
+    own = check_options(what, function, own, list(options_of(function))[:1])
+    return function, left, own
 
 
 def _check_size(

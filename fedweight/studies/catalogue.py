@@ -32,6 +32,7 @@ KINDS = {
     "data": "data",
     "partitions": "partition",
     "models": "model",
+    "adapters": "model.adapters",
     "server optimisers": "server",
     "schedules": "schedule",
     "local optimisers": "training.optimizer",
@@ -206,25 +207,35 @@ def _with_choices(table: str, keys: dict[str, Any]) -> dict[str, Any]:
     cases: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
     is_own: list[dict[str, Any]] = []
-    for key, pick in FURTHER_PICKS[table].items():
+    for key, pick in picks_of(table).items():
         lines = pick.registry.descriptions()
         own = {"pattern": ":", "description": "your own: 'module:name'"}
         names = [{"const": name, "description": line} for name, line in lines.items()]
         keys[key] |= {"anyOf": [*names, own]}
         is_own.append({"properties": {key: {"pattern": ":"}}, "required": [key]})
-        brings: dict[str, list[str]] = {}
+        default = SCHEMA[table][key].default
+        brings: dict[str, dict[str, dict[str, Any]]] = {}
         for name in sorted(pick.registry.entries):
             for option, (rule, text) in _brought(table, name, key).items():
-                more.setdefault(option, _key_schema(rule, _line(text)))
-                brings.setdefault(option, []).append(name)
-        for option, some in brings.items():
-            named = {"anyOf": [{"enum": some}, {"pattern": ":"}]}
+                schema = _key_schema(rule, _line(text))
+                brings.setdefault(option, {})[name] = schema
+        for option, by_name in brings.items():
+            named = {"anyOf": [{"enum": [*by_name]}, {"pattern": ":"}]}
             fits: dict[str, Any] = {"properties": {key: named}}
-            if SCHEMA[table][key].default not in some:
+            if default not in by_name:
                 fits["required"] = [key]
             cases.append({"if": {"required": [option]}, "then": fits})
-            if len(some) > 1:
-                more[option].pop("default", None)  # Each has its own.
+            first, *others = by_name.values()
+            if not others:
+                more[option] = first
+                continue
+            more[option] = {}
+            for name, schema in by_name.items():  # Each has its own.
+                is_it: dict[str, Any] = {"properties": {key: {"const": name}}}
+                if name != default:
+                    is_it["required"] = [key]
+                then = {"properties": {option: schema}}
+                cases.append({"if": is_it, "then": then})
     listed = {"propertyNames": {"enum": [*keys, *more]}}
     cases.append({"if": {"not": {"anyOf": is_own}}, "then": listed})
     return {"type": "object", "properties": {**keys, **more}, "allOf": cases}

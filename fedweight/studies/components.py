@@ -85,6 +85,7 @@ class Components:
             self.data.input_shape,
             self.task.width(self.data.num_classes),
             seed=self.configuration.seed("model"),
+            adapters=self.configuration["model"]["adapters"],
             **self.configuration.options("model"),
         )
 

@@ -23,6 +23,7 @@ from ..core.settings import kebab
 from ..data import DATA_SETS
 from ..data.partitions import PARTITIONS
 from ..models import MODELS
+from ..models.adapters import ADAPTERS
 from ..server.schedules import SCHEDULES
 from ..strategies import SERVER_OPTIMIZERS, STRATEGIES
 
@@ -155,6 +156,13 @@ class Model:
     """[model]: what is trained."""
 
     name: Annotated[str, Field(description="a model, or 'module:function'")] = "mlp"
+    adapters: Annotated[
+        str,
+        Field(
+            description="what is trained beside a frozen model: lora, or "
+            "'module:function'; 'none' trains the model itself"
+        ),
+    ] = "none"
 
 
 @dataclass(frozen=True)
@@ -338,6 +346,7 @@ PICKS: dict[str, Pick] = {
 
 # What other keys of a table than its name pick, by table and key.
 FURTHER_PICKS: dict[str, dict[str, Pick]] = {
+    "model": {"adapters": Pick(ADAPTERS, "function(model, **options)", 1)},
     "training": {
         "optimizer": Pick(
             OPTIMIZERS, "Class(params, lr, weight_decay, **options)", given=FILLED_IN
