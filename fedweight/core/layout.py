@@ -38,7 +38,11 @@ Integers = dict[str, npt.NDArray[Any]]
 STAYING = ("frozen", "tied")
 
 # Dtypes of weights that are not trained, by how their names begin.
-UNFIT = ("bfloat16", "float16", "float8", "float4", "complex")
+UNFIT = ("float16", "float8", "float4", "complex")
+
+# What is carried as another dtype that holds each of its values exactly, since NumPy
+# does not have it.
+CARRIED_AS = {"bfloat16": "float32"}
 
 
 @dataclass(frozen=True)
@@ -146,9 +150,10 @@ class Layout:
         for name, dtype in unfit:
             raise ConfigurationError(
                 f"model: '{name}' is {dtype}, which Flower's records do not carry or "
-                "optimisers do not take. Keep the weights in float32 or float64, and "
-                "use autocast to compute in less."
+                "optimisers do not take. Keep the weights in float32, float64 or "
+                "bfloat16, or use autocast to compute in less."
             )
+        shapes = {n: (s, CARRIED_AS.get(d, d)) for n, (s, d) in shapes.items()}
         return cls.of(shapes, buffers, frozen, tied)
 
     @cached_property

@@ -36,6 +36,12 @@ class FlatModule:
         Shape ``[F]``; parameters that ask for no gradient.
     buffers : Tensor
         Shape ``[B]``.
+
+    Notes
+    -----
+    A module of bfloat16 trains in that; its models are carried as float32, which holds
+    its values exactly, and rounded to the nearest when they are loaded. Its inputs are
+    cast, and it gives its outputs as float32.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
@@ -44,6 +50,10 @@ class FlatModule:
         self._modes: dict[bool, list[bool]] = {}
         self.layout = Layout.of_module(module)
         dtype = self.layout.dtype
+        if _is_coarse(module):
+            dtype = torch.bfloat16
+            module.register_forward_pre_hook(_cast_inputs)
+            module.register_forward_hook(_cast_outputs)
         sizes = (
             self.layout.num_parameters,
             self.layout.num_frozen,
@@ -124,25 +134,30 @@ class FlatModule:
         """
         self._built.collect()
         if loaded is None:
-            frozen = self.frozen.to("cpu", copy=True)
+            frozen = self._out(self.frozen)
         else:
             frozen = loaded.frozen
             self._check_frozen(frozen)
         return FlatModel(
             self.layout,
-            self.parameters.detach().to("cpu", copy=True),
-            self.buffers.detach().to("cpu", copy=True),
+            self._out(self.parameters),
+            self._out(self.buffers),
             {n: t.detach().cpu().numpy().copy() for n, t in self._integers.items()},
             frozen,
         )
 
     def copy_base(self) -> Base:
         """Copy out what no round changes, to the CPU."""
-        return Base(self.layout, self.frozen.to("cpu", copy=True))
+        return Base(self.layout, self._out(self.frozen))
+
+    def _out(self, values: Tensor) -> Tensor:
+        """Copy a vector out, as models carry it."""
+        return values.detach().to("cpu", self.layout.dtype, copy=True)
 
     def _check_frozen(self, loaded: Tensor) -> None:
         """Raise ``ClientError`` if a frozen value is not the one that was loaded."""
         own = self.frozen.cpu()
+        loaded = loaded.to(own.dtype)
         if torch.equal(own, loaded):
             return
         for e in self.layout.entries:
@@ -153,6 +168,28 @@ class FlatModule:
                     "and nobody but the client would have that. Make it a buffer, with "
                     "'register_buffer'."
                 )
+
+
+def _is_coarse(module: nn.Module) -> bool:
+    """Tell whether a module's weights are bfloat16; those of a mixed one are not."""
+    tensors = (*module.parameters(), *module.buffers())
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    return dtypes == {torch.bfloat16}
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a module its inputs in the dtype that its weights have now."""
+    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in inputs
+    )
+
+
+def _cast_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Give outputs as losses are computed: in float32."""
+    coarse = isinstance(outputs, Tensor) and outputs.dtype == torch.bfloat16
+    return outputs.float() if coarse else outputs
 
 
 class _Built:

@@ -241,7 +241,7 @@ class FedLAW(WeightingStrategy):
         self._held.module.gradients.zero_()
         loss = self._held.cross_entropy(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        g = self._held.module.gradients.cpu()
+        g = self._held.module.gradients.to("cpu", round.model.layout.dtype)
         for place in round.still:
             g[place] = 0.0  # Neither lambda nor gamma moves it.
         inner = round.updates.dot(g)

@@ -513,7 +513,6 @@ def _wider(self: Any, z: Tensor) -> Tensor:
 # What is refused, and what the reason says.
 KEEPS = "must be a parameter or a buffer"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "bfloat16": (lambda: nn.Linear(6, 4).bfloat16(), "'weight' is bfloat16"),
     "half": (lambda: nn.Linear(6, 4).half(), "'weight' is float16"),
     "complex": (
         lambda: nn.Linear(6, 4, dtype=torch.complex64),

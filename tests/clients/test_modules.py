@@ -45,7 +45,7 @@ OPTIMIZERS = {
 }
 
 # What Flower's records cannot carry is refused where the model is built.
-BEFORE_ANY_CLIENT = ("bfloat16", "half", "complex")
+BEFORE_ANY_CLIENT = ("half", "complex")
 
 AT_ONCE = [name for name, sort in SORTS.items() if sort.at_once == ""]
 

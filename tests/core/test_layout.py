@@ -2,6 +2,7 @@ import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
 from unittest import mock
@@ -480,8 +481,36 @@ def test_mixed_and_unfit_dtypes_are_refused():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
     with pytest.raises(ConfigurationError, match="must share one dtype"):
         FlatModule(module)
-    with pytest.raises(ConfigurationError, match="bfloat16"):
-        FlatModule(nn.Linear(2, 2).bfloat16())
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())
+    with pytest.raises(ConfigurationError, match="must share one dtype"):
+        FlatModule(module)
+    with pytest.raises(ConfigurationError, match="float16"):
+        FlatModule(nn.Linear(2, 2).half())
+
+
+def test_bfloat16_is_carried_as_float32_to_the_bit():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).bfloat16()
+    module[0].bias.requires_grad_(False)
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    flat = FlatModule(module)
+    whole = flat.save()
+    assert {e.dtype for e in whole.layout.entries} == {"float32", "int64"}
+    assert whole.parameters.dtype == whole.frozen.dtype == torch.float32
+    assert flat.parameters.dtype == module[0].weight.dtype == torch.bfloat16
+    other = FlatModule(
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).bfloat16()
+    ).module
+    other.load_state_dict(whole.state_dict())
+    for name, tensor in before.items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    # A mean of models need not be bfloat16's: it is rounded to the nearest.
+    flat.load(replace(whole, parameters=whole.parameters * (1 + 2**-12)))
+    assert torch.equal(flat.save().parameters, whole.parameters)
+    outputs = flat.module(torch.ones(2, 3))
+    assert outputs.dtype == torch.float32
+    outputs.sum().backward()
+    assert flat.gradients.dtype == torch.bfloat16
+    assert flat.gradients.any()
 
 
 def half_frozen():
@@ -714,7 +743,7 @@ def test_which_parameters_have_had_a_gradient():
     assert not module.gradients.any()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "complex64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "complex64"])
 def test_weights_of_other_dtypes_are_refused_by_name(dtype):
     layer = nn.Linear(2, 2, dtype=getattr(torch, dtype))
     with pytest.raises(ConfigurationError, match=f"'weight' is {dtype}"):
