@@ -12,6 +12,7 @@ from ..core.errors import ConfigurationError, closest
 from ..core.options import validated
 from ..core.texts import shown
 from .examples import DataSet
+from .targets import TARGETS
 
 Indices = npt.NDArray[np.int64]
 
@@ -69,6 +70,11 @@ def attribute_skew(
     [[0, 5], [0, 5], [5, 0], [5, 0]]
     """
     groups, labels = _groups_of(dataset, attribute), dataset.train.y
+    if skewed == "labels-by-group" and not TARGETS[dataset.task].classes:
+        raise ConfigurationError(
+            f"skewed = 'labels-by-group' goes by the examples' classes, and those of "
+            f"data '{dataset.name}' have none ({dataset.task}). Take 'groups'."
+        )
     if skewed == "labels-by-group":
         groups = (labels - groups) % max(dataset.num_classes, 1)
     order = rng.permutation(len(groups)).astype(np.int64)
