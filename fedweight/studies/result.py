@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from . import plots
 from .summary import SummedRun, last_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from ..data import DataSet
 
 
 class Run(SummedRun):
@@ -81,6 +86,48 @@ class Run(SummedRun):
     def plot_recorded(self) -> Figure:
         """Draw what the method itself recorded of each round."""
         return plots.recorded(self)
+
+    def predictions(
+        self,
+        part: Literal["held-out", "train", "test"] = "held-out",
+        clients: Sequence[int] | None = None,
+        *,
+        model: Mapping[str, Tensor] | None = None,
+        dataset: DataSet | None = None,
+    ) -> pd.DataFrame:
+        """Return what the run's final model predicts, example by example.
+
+        The data are loaded and divided as the run did it, from its ``config.toml``.
+
+        Parameters
+        ----------
+        part : {"held-out", "train", "test"}
+            Which examples: those that clients hold out, those that they train on, or
+            the server's test set.
+        clients : Sequence[int], optional
+            Whose, by number; by default of all clients.
+        model : Mapping[str, Tensor], optional
+            Another model: what :meth:`best_model` or one of :meth:`models` returns.
+        dataset : DataSet, optional
+            The data, where they were given in Python.
+
+        Returns
+        -------
+        DataFrame
+            ``client`` (none for the test set), ``row`` (the example's place among the
+            client's), ``target`` and ``prediction``, and ``score_0``, ``score_1``, ...,
+            the probability of each class, where there are classes.
+
+        Raises
+        ------
+        DataError
+            If the run has no model, or there are no such examples.
+        ConfigurationError
+            If the data were given in Python, and are not given again.
+        """
+        from .predicting import predictions
+
+        return predictions(self, part, clients, model, dataset)
 
     def report(self) -> Path:
         """Write ``report.html`` anew and return its path."""

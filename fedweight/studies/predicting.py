@@ -1,0 +1,110 @@
+"""What a run's model predicts, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..clients.evaluation import outputs_of
+from ..core.errors import DataError, check_choice
+from ..core.module import FlatModule
+from ..core.texts import listed
+from ..data import DataSet
+from ..data.examples import Examples
+from ..metrics import LearningTask
+from .configuration import Configuration
+from .folder import check_repeats
+
+if TYPE_CHECKING:
+    from .components import Components
+    from .reader import RunFolder
+
+Part = Literal["held-out", "train", "test"]
+
+
+def predictions(
+    run: RunFolder,
+    part: Part,
+    clients: Sequence[int] | None,
+    model: Mapping[str, Tensor] | None,
+    dataset: DataSet | None,
+) -> pd.DataFrame:
+    """Return what :meth:`fedweight.Run.predictions` returns."""
+    from .components import prepare
+
+    check_choice("part", part, ("held-out", "train", "test"))
+    config = run.folder / "config.toml"
+    if dataset is None:
+        check_repeats(config)
+    name = None if dataset is None else dataset.name
+    components = prepare(Configuration.read(config, data=name), dataset)
+    module = _with(components, run.model() if model is None else model)
+    task = components.task
+    frames = [
+        _frame(task, client, examples, outputs_of(module, examples))
+        for client, examples in _parts(components, part, clients)
+        if len(examples)
+    ]
+    if not frames:
+        raise DataError(f"{run.folder}: there are no examples of part '{part}'.")
+    return pd.concat(frames, ignore_index=True)
+
+
+def _with(components: Components, model: Mapping[str, Tensor]) -> FlatModule:
+    """Return the run's architecture with a model's values."""
+    module = components.make_model()
+    expected = module.state_dict()
+    odd = [n for n in expected if n not in model or model[n].shape != expected[n].shape]
+    odd += [name for name in model if name not in expected]
+    if odd:
+        raise DataError(
+            f"model: {listed(odd)} is not as the run's own model has it. Give what "
+            "model(), best_model() or one of models() returns."
+        )
+    module.load_state_dict(dict(model))
+    return FlatModule(module, "cpu")
+
+
+def _parts(
+    components: Components, part: Part, clients: Sequence[int] | None
+) -> Iterable[tuple[int | None, Examples]]:
+    data = components.data
+    if part == "test":
+        yield None, data.test
+        return
+    for client in range(data.num_clients) if clients is None else clients:
+        own = data.client(client)
+        yield client, own.held_out if part == "held-out" else own.train
+
+
+def _frame(
+    task: LearningTask, client: int | None, examples: Examples, outputs: Tensor
+) -> pd.DataFrame:
+    """Return a client's examples as rows."""
+    y = torch.from_numpy(np.ascontiguousarray(examples.y))
+    rows = np.arange(len(y))
+    columns: dict[str, Any] = {
+        "client": pd.array([client] * len(y), dtype="Int64"),
+        "row": rows,
+    }
+    decided, scores = task.decided(outputs), task.scores(outputs)
+    if y.ndim == 1:
+        columns |= {"target": y.numpy(), "prediction": decided.numpy()}
+    elif y.ndim == 2:
+        of = {"target": y, "prediction": decided}
+        columns |= {
+            f"{name}_{k}": values[:, k].numpy()
+            for name, values in of.items()
+            for k in range(y.shape[1])
+        }
+    else:
+        hits = task.example_hits(outputs, y)
+        columns |= {"accuracy": hits.numpy()}
+    if scores is not None:
+        columns |= {f"score_{k}": s.numpy() for k, s in enumerate(scores.unbind(1))}
+    return pd.DataFrame(columns)
