@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     BOOTSTRAP = 15
     PERSONAL_SHUFFLE = 16
     PERSONAL_DROPOUT = 17
+    CONTRIBUTION = 18
 
 
 def generator(

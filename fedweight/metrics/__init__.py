@@ -1,4 +1,4 @@
-"""What is measured: sums over examples, and how well clients are served.
+"""What is measured: sums over examples, how clients are served, what each contributes.
 
 A task says what a model's outputs mean; :class:`Statistics` adds up what is measured of
 them. The summaries over clients are of one value a client.
@@ -9,6 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..core.lazy import lazy_exports
+from .contribution import (
+    Contribution,
+    collaborative_fairness,
+    contribution_cost,
+    leave_one_out,
+    shapley,
+)
 from .spread import (
     best10,
     client_spread,
@@ -29,17 +36,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TASKS",
+    "Contribution",
     "LearningTask",
     "Statistics",
     "Sums",
     "best10",
     "client_spread",
+    "collaborative_fairness",
+    "contribution_cost",
     "deviation",
     "entropy",
     "gini",
     "jain",
+    "leave_one_out",
     "mean",
     "minimum",
+    "shapley",
     "task_named",
     "uniform_cosine",
     "variance",

@@ -343,10 +343,10 @@ def client_spread(values: Values) -> dict[str, float]:
 
 def _known(values: Values, sizes: Values | None = None) -> tuple[_Array, _Array | None]:
     """Return the values that there are, sorted, and their sizes."""
-    x = _vector("values", values)
+    x = vector("values", values)
     if sizes is None:
         return np.sort(x[~np.isnan(x)]), None
-    weights = _vector("sizes", sizes)
+    weights = vector("sizes", sizes)
     if len(weights) != len(x):
         raise ConfigurationError(
             f"sizes must be as many as values, {len(x)}, got {len(weights)}. Give one "
@@ -363,7 +363,8 @@ def _known(values: Values, sizes: Values | None = None) -> tuple[_Array, _Array 
     return x[order], weights[order]
 
 
-def _vector(name: str, values: Values) -> _Array:
+def vector(name: str, values: Values) -> _Array:
+    """Return one number a client, checked, as float64."""
     try:
         x = np.asarray(
             values if isinstance(values, np.ndarray) else [*values], np.float64
