@@ -23,7 +23,7 @@ def attribute_skew(
     num_clients: int,
     rng: np.random.Generator,
     *,
-    attribute: str,
+    attribute: str = "",
     skewed: Literal["groups", "labels-by-group"] = "groups",
     strength: Annotated[float, Field(ge=0, le=1)] = 0.5,
 ) -> list[Indices]:
