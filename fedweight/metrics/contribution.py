@@ -87,7 +87,7 @@ def contribution_cost(
     if method == "leave-one-out":
         return clients + 1
     if _is_exact(clients, permutations):
-        return int(2**clients)
+        return 1 << clients
     assert permutations is not None
     return 2 + permutations * (clients - 1)
 
@@ -193,7 +193,7 @@ def shapley(
     8
     """
     everybody = _numbers(clients)
-    if not (isinstance(tolerance, int | float) and 0 <= tolerance < math.inf):
+    if not 0 <= tolerance < math.inf:
         raise ConfigurationError(
             f"tolerance must be a number of 0 or more, got {shown(tolerance)}."
         )
@@ -341,7 +341,7 @@ def _is_exact(clients: int, permutations: int | None) -> bool:
         raise ConfigurationError(
             f"permutations must be a whole number from 1, got {shown(permutations)}."
         )
-    return 2**clients <= 2 + permutations * (clients - 1)
+    return 1 << clients <= 2 + permutations * (clients - 1)
 
 
 def _tell_cost(clients: int, method: Method, permutations: int | None) -> None:
