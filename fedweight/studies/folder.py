@@ -391,14 +391,24 @@ class Table:
         """Columns and number of rows, for :meth:`restore`."""
         return {"columns": list(self.columns), "rows": self._rows}
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse to go on from this state where the file has fewer rows than it.
+
+        Raises
+        ------
+        DataError
+            If it has, or is not there.
+        """
+        there = len(rows_of(self.path)) - 1 if self.path.is_file() else 0
+        if there < state["rows"]:
+            raise DataError(
+                f"{self.path} has {there} rows, and {state['rows']} when the "
+                "checkpoint was written. It has been changed since."
+            )
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where a table ended that had this state; what came later is removed."""
         header, *rows = rows_of(self.path)
-        if len(rows) < state["rows"]:
-            raise DataError(
-                f"{self.path} has {len(rows)} rows, and {state['rows']} when the "
-                "checkpoint was written. It has been changed since."
-            )
         self.columns = list(state["columns"])
         self._known = set(self.columns)
         self._begun, self._rows = True, state["rows"]

@@ -88,6 +88,7 @@ class Recorder:
         self._arrays: ArrayRecord | None = None
         self._tested = False  # the model of the last round
         self._began = self._last = time.perf_counter() if began is None else began
+        self._goes_on = False  # Whether there is something to write more to.
         self._heard: list[RoundRecord] = []
         self._before: list[RoundRecord] = []  # of round 0, as far as it is recorded
         self._environment: dict[str, Any] = {}
@@ -163,9 +164,15 @@ class Recorder:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; what was recorded later is removed."""
+        """Go on from there; what was recorded later is removed.
+
+        Nothing is written where one of the tables is refused.
+        """
+        for name, table in self._tables().items():
+            table.check(state["tables"][name])
         for name, table in self._tables().items():
             table.restore(state["tables"][name])
+        self._goes_on = True
         self.errors.restore(state["errors"])
         if self.partition is not None:
             rows = rows_of(self.partition.path)[1:]
@@ -196,6 +203,7 @@ class Recorder:
             del self._environment["data"]["clients"]
         else:
             self._environment["data"]["notes"] = notes(components.data)
+        self._goes_on = anew
         if anew:
             config = preface + components.configuration.to_toml()
             write_whole(self.folder / "config.toml", config)
@@ -306,6 +314,8 @@ class Recorder:
 
     def _end(self) -> OutputError | None:
         """Write all that is still to be written; return why some of it cannot be."""
+        if not self._goes_on:
+            return None
         tables = (self.rounds, self.clients, self.timings, self.partition)
         jobs = [self._record_before]
         jobs += [table.write for table in tables if table is not None]
