@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from fedweight import run
-from fedweight.clients.objectives import OBJECTIVES
+from fedweight.clients.objectives import OBJECTIVES, noisy_labels
 from fedweight.clients.objectives.group_dro import GroupDRO
+from fedweight.clients.objectives.noisy_labels import RENT
 from fedweight.core.errors import ConfigurationError
 from fedweight.data import DataSet, Examples
 from fedweight.studies.result import Run
@@ -69,6 +70,34 @@ def test_what_clients_carry_changes_the_later_rounds(tmp_path: Path) -> None:
     ]
     assert losses[0][0] == losses[1][0]
     assert losses[0][1:] != losses[1][1:]
+
+
+def test_what_clients_estimate_on_the_way_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    estimate = noisy_labels.transition_matrix
+
+    def counted(likely: Any, labels: Any) -> Any:
+        asked.append(len(labels))
+        return estimate(likely, labels)
+
+    monkeypatch.setattr(noisy_labels, "transition_matrix", counted)
+    losses = []
+    for plan in ("loop", "batched-2"):
+        asked.clear()
+        given = {**QUICK, "run.rounds": 4, "objective": RENT(start=2)}
+        given["partition.name"] = "iid"
+        made = run(
+            settings={**given, "engine.plan": plan, "engine.threads": 1},
+            dataset=points(),
+            out=tmp_path / plan,
+            report=False,
+        )
+        # Once of each client's 60 examples; a trial of the model has fewer.
+        assert sum(n > 40 for n in asked) == 4
+        losses.append(made.rounds["test_loss"].tolist())
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("group", ["", "sight"])

@@ -143,7 +143,11 @@ def kept_of(name: str, value: float, task: Task) -> Tensor | float:
 
 
 def _stacked(parts: Sequence[Named], device: torch.device) -> dict[str, Tensor]:
+    """Return what several clients have, ``[C, ...]`` by name, always in one order.
+
+    A traced step takes tensors by their places, and is used again in later rounds.
+    """
     return {
         name: torch.stack([part[name] for part in parts]).to(device)
-        for name in parts[0]
+        for name in sorted(parts[0])
     }
