@@ -16,7 +16,7 @@ VENV ?= .venv
 PYTHON ?=
 ARGS ?=
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # On all cores; ARGS="-n 0" runs the tests in one process, as a debugger needs it.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
@@ -94,13 +94,18 @@ $(VENV)/.made:
 # the CPU build, and where pip has been pointed at one, the exact version is what
 # finds it; a range would let pip take the newest release instead, on Linux with
 # gigabytes of CUDA libraries. Once it is there, the second line leaves it alone.
+#
+# pip is quiet but for warnings and errors, which it shows whole.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
-	$(PIP) install -c constraints.txt torch==2.13.0
-	$(PIP) install -c constraints.txt -e '.[simulation,test]'
+	@echo "Installing PyTorch into $(VENV) (some hundred megabytes; minutes the first time)"
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@echo "Installing fedweight and what else it needs (a minute or two)"
+	@$(PIP) install -c constraints.txt -e '.[simulation,test]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e '.[simulation,test,dev]'
+	@echo "Installing the tools of make lint and make build (half a minute)"
+	@$(PIP) install -c constraints.txt -e '.[simulation,test,dev]'
 	@touch $@
 
 # ----------------------------------------------------------------------- clean-up

@@ -68,6 +68,7 @@ def main(grid: Grid, context: Context) -> None:
     else:
         components = _shared_components(run_config, _num_partitions(numbered))
 
+    from .core.paths import address
     from .studies.folder import cannot_repeat, new_folder
     from .studies.recorder import Recorder
     from .studies.result import Run
@@ -93,6 +94,7 @@ def main(grid: Grid, context: Context) -> None:
     if summary["stopped"]:
         print(f"stopped early, {summary['stopped']}")
     print(f"results in {folder}", flush=True)
+    print(f"report     {address(folder / 'report.html')}", flush=True)
     for warning in summary["warnings"]:
         print(f"warning: {warning}", flush=True)
     if summary["failed_rounds"]:

@@ -361,10 +361,11 @@ def _schema(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
+    from .core.paths import address
     from .studies.result import Run
 
     path = Run(given.folder).report()
-    print(json.dumps({"report": str(path)}) if given.json else path)
+    print(json.dumps({"report": str(path)}) if given.json else address(path))
     return 0
 
 
@@ -424,6 +425,8 @@ def _print_round(progress: Progress) -> None:
 
 
 def _print_summary(result: Run, summary: dict[str, Any]) -> None:
+    from .core.paths import address
+
     warnings = summary.pop("warnings")
     averaged = summary.pop("test_accuracies_in_mean")
     for name, value in summary.items():
@@ -435,7 +438,7 @@ def _print_summary(result: Run, summary: dict[str, Any]) -> None:
         elif value is not None:
             print(f"{label:<24} {value}")
     print(f"{'results':<24} {result.folder}")
-    print(f"{'report':<24} {result.folder / 'report.html'}")
+    print(f"{'report':<24} {address(result.folder / 'report.html')}")
     for warning in warnings:
         print(f"warning: {warning}")
 

@@ -92,8 +92,9 @@ def test_a_file_is_run_and_its_lines_are_plain_where_nobody_watches(here, capsys
     assert "\x1b" not in err + out
     assert "runs/mine-fedavg-seed0" in out
     assert Run("runs/mine-fedavg-seed0").complete
-    # Its report can be written again.
+    # Its report has an address that one can click, and can be written again.
     report = here / "runs" / "mine-fedavg-seed0" / "report.html"
+    assert out.splitlines()[-1].split() == ["report", report.as_uri()]
     report.unlink()
     assert main(["report", "runs/mine-fedavg-seed0", "--json"]) == 0
     assert Path(json.loads(capsys.readouterr().out)["report"]) == Path(

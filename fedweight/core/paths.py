@@ -62,6 +62,17 @@ def absolute(what: str, path: str | Path, start: Path) -> Path:
         raise ConfigurationError(f"{what}, {shown(str(path))}: {error}") from None
 
 
+def address(path: str | Path) -> str:
+    """Return a file's ``file://`` address, which terminals make a link.
+
+    Examples
+    --------
+    >>> address("/runs/of today/report.html")
+    'file:///runs/of%20today/report.html'
+    """
+    return Path(path).absolute().as_uri()
+
+
 def readable_file(path: str | Path | None, kind: str) -> Path:
     """Return the path of a user's data file that is there to be read.
 
