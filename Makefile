@@ -100,12 +100,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "Installing PyTorch into $(VENV) (some hundred megabytes; minutes the first time)"
 	@$(PIP) install -c constraints.txt torch==2.13.0
 	@echo "Installing fedweight and what else it needs (a minute or two)"
-	@$(PIP) install -c constraints.txt -e '.[simulation,test]'
+	@$(PIP) install -c constraints.txt -e '.[studies,simulation,test]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the tools of make lint and make build (half a minute)"
-	@$(PIP) install -c constraints.txt -e '.[simulation,test,dev]'
+	@$(PIP) install -c constraints.txt -e '.[studies,simulation,test,dev]'
 	@touch $@
 
 # ----------------------------------------------------------------------- clean-up

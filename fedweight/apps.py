@@ -23,6 +23,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from .core.errors import AggregationError, ConfigurationError, check_range
+from .core.extras import require
 from .core.texts import NAME_LENGTH, plain, shown
 from .messages import keys
 
@@ -60,6 +61,7 @@ client_app = ClientApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the strategy on Flower's grid, and write the run's folder."""
+    require("a server that writes a run's folder", "studies")
     run_config = _frozen(context)
     folder = _folder(run_config, context.run_id)
     numbered = grid if hasattr(grid, "client_of") else NumberedGrid(grid)

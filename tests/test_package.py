@@ -2,14 +2,17 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fedweight
+from fedweight.core.extras import EXTRAS
 
 PACKAGE = Path(fedweight.__file__).parent
 ROOT = PACKAGE.parent
@@ -92,6 +95,97 @@ def test_a_look_at_a_run_does_not_wait_for_pytorch():
         "print([m for m in ('torch', 'flwr', 'ray') if m in sys.modules])"
     )
     assert python(code) == "[]"
+
+
+NOT_ON_A_DEVICE = {p for packages in EXTRAS.values() for p in packages}
+
+DEVICE = """
+import sys, tomllib
+absent = {absent!r}
+for package in absent:
+    sys.modules[package] = None  # as if it were not installed
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from fedweight import apps, models
+from fedweight.core.module import FlatModule
+from fedweight.messages import _flower
+from fedweight.messages.arrays import FlatRecord
+
+with open("pyproject.toml", "rb") as file:
+    given = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
+config = {{
+    f"{{table}}.{{key}}": value
+    for table, keys in given.items() if isinstance(keys, dict)
+    for key, value in keys.items()
+}}
+config |= {{"num-classes": 3, "data.name": "npz", "model.name": "softmax"}}
+model = models.build("softmax", (2,), 3, seed=0)
+start = FlatRecord(FlatModule(model).save())
+with _flower.task_identity(run_id=0):
+    context = Context(1, 2, {{"data-path": {site!r}}}, RecordDict(), config)
+    told = ConfigRecord({{"server-round": 1}})
+    content = RecordDict({{"arrays": start, "config": told}})
+    message = Message(content, dst_node_id=2, message_type="train")
+    reply = apps.client_app(message, context)
+[metrics] = reply.content.metric_records.values()
+print(metrics["num-examples"])
+print([name for name in {packages!r} if sys.modules.get(name)])
+"""
+
+
+def write_site(path):
+    rng = np.random.default_rng(0)
+    y = np.arange(50) % 3
+    np.savez(path, x=rng.normal(size=(50, 2)).astype(np.float32), y=y)
+    return str(path)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_device_trains_without_what_runs_and_reports_need(tmp_path, installed):
+    packages = sorted(NOT_ON_A_DEVICE)
+    absent = [] if installed else packages  # If it is there, nobody asks for it.
+    site = write_site(tmp_path / "site.npz")
+    code = DEVICE.format(absent=absent, packages=packages, site=site)
+    assert python(code).splitlines() == ["40", "[]"]
+
+
+def test_the_extras_are_those_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    names = {"scikit-learn": "sklearn"}
+    for extra, packages in EXTRAS.items():
+        declared = [
+            re.match(r"[\w-]+", line)[0]
+            for line in project["optional-dependencies"][extra]
+        ]
+        found = {names.get(name, name) for name in declared} - {"fedweight"}
+        assert found == set(packages), extra
+    base = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    assert not {names.get(name, name) for name in base} & NOT_ON_A_DEVICE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "a run needs pandas, which is not installed. Install fedweight["),
+        (["report", "."], "rounds.csv cannot be read: a run's folder needs pandas"),
+        (["check", "x.csv"], "a CSV file needs pandas"),
+        (
+            ["compare", "--strategies", "fedavg,ida", "--seeds", "0,1"],
+            "a comparison needs pandas",
+        ),
+    ],
+)
+def test_a_missing_extra_is_one_line(tmp_path, arguments, message):
+    (tmp_path / "x.csv").write_text("a,b\n1,0\n2,1\n")
+    for name in ("config.toml", "rounds.csv", "clients.csv", "partition.csv"):
+        (tmp_path / name).write_text("round\n1\n" if name == "rounds.csv" else "")
+    code = (
+        "import sys, os\nsys.modules['pandas'] = None\n"
+        f"os.chdir({str(tmp_path)!r})\nfrom fedweight.cli import main\n"
+        f"sys.stderr = sys.stdout\nprint(main({arguments!r}))"
+    )
+    line, status = python(code).splitlines()
+    assert line.startswith(f"fedweight: {message}")
+    assert status == "2"
 
 
 def test_what_sums_nothing_does_not_wait_for_a_compiler():

@@ -14,9 +14,9 @@ is fastest, and go on in float64.
 
 Numba compiles a kernel at its first use, which takes long, and keeps the machine code
 beside this file or in the user's cache folder; from then on a process loads it. Where
-neither can be written to, each process compiles. Only :mod:`fedweight.core.rows` and
-:mod:`fedweight.core.updates` import this, at the first sum, as Numba takes long to
-import.
+neither can be written to, each process compiles. Only
+:func:`fedweight.core.rows.kernels` imports this, at the first sum, as Numba takes long
+to import; without Numba it takes :mod:`fedweight.core.plain_kernels`.
 """
 
 from __future__ import annotations

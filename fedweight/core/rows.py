@@ -7,9 +7,11 @@ all places.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,11 +19,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .extras import is_installed
 from .threads import map_in_order
 from .vectors import NO_VALUES, empty, plain
 
+log = logging.getLogger("fedweight")
+
 # So many rows are added up before their sum goes on in float64.
 TILE_ROWS = 32
+
+
+@lru_cache(maxsize=1)
+def kernels() -> ModuleType:
+    """Import what sums over rows: compiled, or without Numba by PyTorch and NumPy."""
+    if is_installed("numba"):
+        from . import kernels as compiled
+
+        return compiled
+    from . import plain_kernels
+
+    log.warning(
+        "Numba is not installed: sums over clients take longer, and differ in their "
+        "last bits from those with it. Install fedweight[server]."
+    )
+    return plain_kernels
 
 
 class Block(NamedTuple):
@@ -103,8 +124,7 @@ class Rows:
             One value a column; float64 where the rows are several parts, or more than
             ``TILE_ROWS``.
         """
-        from . import kernels
-
+        compute = kernels().combine
         first = blocks[0].start
         kind = dtype if self.is_one_group else torch.float64
         total = empty(blocks[-1].stop - first, kind)
@@ -113,7 +133,7 @@ class Rows:
         def add(block: Block) -> None:
             start, stop, tensor = block
             here = sums[start - first : stop - first]
-            kernels.combine(here, self._matrix, start, factors[tensor])
+            compute(here, self._matrix, start, factors[tensor])
 
         map_in_order(add, blocks, threads)
         return total
@@ -143,10 +163,8 @@ class Rows:
         Tensor
             Shape ``[blocks, k]``, a block's own sums, float64.
         """
-        from .kernels import dot
-
         sums = np.zeros((len(blocks), self.num_rows))
-        return self._add_up(dot, sums, vector, origin, blocks, dtype, threads)
+        return self._add_up(kernels().dot, sums, vector, origin, blocks, dtype, threads)
 
     def dot_rest(
         self,
@@ -172,12 +190,10 @@ class Rows:
             Shape ``[blocks, 3, k]``: with the update u and the rest ``r = vector - own
             u`` the sums of ``u r``, ``u u`` and ``r r``; a block's own, float64.
         """
-        from .kernels import dot_rest
-
         sums = np.zeros((len(blocks), 3, self.num_rows))
         more = plain(own, dtype).numpy()
         return self._add_up(
-            dot_rest, sums, vector, origin, blocks, dtype, threads, more
+            kernels().dot_rest, sums, vector, origin, blocks, dtype, threads, more
         )
 
     def distances(
@@ -208,11 +224,9 @@ class Rows:
         Tensor
             Shape ``[blocks, k]``, a block's own sums, float64.
         """
-        from .kernels import distances
-
         sums = np.zeros((len(blocks), self.num_rows))
         return self._add_up(
-            distances, sums, point, origin, blocks, dtype, threads, order
+            kernels().distances, sums, point, origin, blocks, dtype, threads, order
         )
 
     def _add_up(

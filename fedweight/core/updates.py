@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_choice
-from .rows import TILE_ROWS, Block, Rows, Sum
+from .rows import TILE_ROWS, Block, Rows, Sum, kernels
 from .threads import map_in_order, num_cores, one_thread
 from .vectors import check_shape, empty, plain
 
@@ -135,8 +135,7 @@ class Updates(ABC):
         Tensor
             Shape ``[P]``.
         """
-        from . import kernels
-
+        compute = kernels()
         weights = weights.to(self.dtype)
         by_tensor = weights[:, None] if weights.ndim == 1 else weights
         sums = by_tensor.double().sum(0).tolist()
@@ -153,11 +152,11 @@ class Updates(ABC):
             else:
                 whole = empty(last - first, torch.float64).zero_().numpy()
                 for answer in answers:
-                    kernels.add(whole, answer)
+                    compute.add(whole, answer)
             # sum_k w_k x_k - (sum_k w_k) x: the rows need no subtraction.
             for start, stop, tensor in span:
                 models, here = whole[start - first : stop - first], slice(start, stop)
-                kernels.subtract(result[here], models, origin[here], sums[tensor])
+                compute.subtract(result[here], models, origin[here], sums[tensor])
 
         self._map(add, self._spans(per_tensor=weights.ndim == 2))
         return total

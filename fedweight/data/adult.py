@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ..core.errors import DataError
+from ..core.extras import Imported
 from .examples import DataSet, Examples
 from .fetch import find_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = Imported("pandas", "studies", "data 'adult'")
 
 COLUMNS = (
     "age",

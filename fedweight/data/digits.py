@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import DataError
+from ..core.extras import require
 from .examples import DataSet, Examples
 from .targets import Array
 
@@ -52,13 +52,10 @@ def _read() -> tuple[Array, Array]:
     Scikit-learn is asked for the file only: nothing else of it is needed, and it takes
     long to import.
     """
+    require("data 'digits'", "studies", "sklearn")
     package = importlib.util.find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise DataError(
-            "data 'digits' comes with scikit-learn, which is not installed. "
-            "Run: pip install scikit-learn"
-        )
-    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    origin = "" if package is None else package.origin or ""
+    file = Path(origin).parent / "datasets" / "data" / "digits.csv.gz"
     if file.exists():
         with gzip.open(file, "rt") as lines:
             table = np.loadtxt(lines, delimiter=",", dtype=np.float64)

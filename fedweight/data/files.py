@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from annotated_types import Ge, Lt
 
 from ..core.errors import DataError, closest
+from ..core.extras import Imported
 from ..core.memory import check_memory
 from ..core.options import check_options, validated
 from ..core.paths import clean_path, readable_file
@@ -35,6 +35,11 @@ from .tables import (
     text_fault,
 )
 from .targets import CLASSIFICATION, TARGETS, as_labels, as_numbers
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = Imported("pandas", "studies", "a CSV file")
 
 NPZ_ARRAYS = ("x", "y", "x_test", "y_test", "client")
 

@@ -14,14 +14,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ..core.errors import ConfigurationError, DataError, check_choice, closest
+from ..core.extras import Imported
 from ..core.texts import NAME_LENGTH, listed, plain, shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = Imported("pandas", "studies", "a CSV file")
 
 Array = npt.NDArray[Any]
 

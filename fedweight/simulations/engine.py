@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from ..core.errors import ConfigurationError, EngineError, check_choice, check_range
+from ..core.extras import is_installed
 from ..core.signals import interruptible
 from ..messages import _flower
 from .grid import RunConfig, SimulationGrid
@@ -187,7 +187,7 @@ def check_local(
 
 def check_engine(engine: str) -> None:
     """Raise :class:`EngineError` if an engine cannot be used here."""
-    if engine == "ray" and importlib.util.find_spec("ray") is None:
+    if engine == "ray" and not is_installed("ray"):
         raise EngineError(
             "the Ray engine needs the package ray, which is not installed. "
             "Install fedweight[simulation], or use engine = 'local'."

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from .. import data
 from ..core.errors import ConfigurationError, DataError, FedweightError
+from ..core.extras import Imported
 from ..core.options import options_of, resolve_options
 from ..core.paths import clean_path, readable_file
 from ..core.settings import kebab, parse_setting, toml_value
@@ -37,6 +37,11 @@ from ..data.schema import Schema
 from ..data.tables import Reading, is_numeric
 from ..data.targets import CLASSIFICATION, TARGETS
 from .folder import write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = Imported("pandas", "studies", "a run's folder")
 
 # So many columns and classes are printed; as JSON there are all of them.
 PRINTED = 40

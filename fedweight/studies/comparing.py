@@ -13,6 +13,7 @@ from typing import Any
 import tomli_w
 
 from ..core.errors import ConfigurationError, DataError, FedweightError
+from ..core.extras import require
 from ..core.options import MOST
 from ..core.paths import clean_path
 from ..core.signals import interruptible
@@ -97,6 +98,7 @@ def compare(
     ... )  # doctest: +SKIP
     >>> found.summary[["strategy", "mean", "verdict"]]  # doctest: +SKIP
     """
+    require("a comparison", "studies")
     study = _Study(file, methods_of(strategies, objectives), seeds_of(seeds))
     study.read(setting_map(settings), dataset, bool(objectives))
     folder = clean_path("--out", out or f"runs/{study.name}-comparison")

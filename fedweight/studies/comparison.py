@@ -12,17 +12,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ..core.errors import DataError
+from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import listed, plain
 from .folder import Table
 from .result import Run
 from .statistics import LEVEL, compare_pairs, pairs_needed, t_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = Imported("pandas", "studies", "a run's folder")
 
 PLAN = "comparison.toml"
 CELLS = "cells.csv"

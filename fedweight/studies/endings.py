@@ -11,13 +11,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
+from ..core.extras import Imported
 from ..core.texts import cause, plain, rounds_listed, without_numbers
 from ..messages import keys
 from .reader import BAD_REPLIES, RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = Imported("pandas", "studies", "a run's folder")
 
 LINE_LENGTH = 400  # characters of a line
 MOST_REASONS = 3  # lines for clients that always failed, each with its reason

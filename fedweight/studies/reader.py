@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from safetensors import SafetensorError, safe_open
 
 from ..core.errors import DataError
+from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import NAME_LENGTH, clients_called, plain
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
 from .folder import whole_rows
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
+else:
+    pd = Imported("pandas", "studies", "a run's folder")
 
 # What makes a folder a run; the rest may be missing where a run was stopped early.
 _REQUIRED = ("config.toml", "rounds.csv")

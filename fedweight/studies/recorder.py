@@ -415,7 +415,7 @@ class Recorder:
 def environment_of(components: Components) -> dict[str, Any]:
     """Return what a run ran on: versions, machine, engine, data."""
     test = components.data.test
-    packages = ("fedweight", "flwr", "torch", "ray", "numpy", "pandas")
+    packages = ("fedweight", "flwr", "torch", "ray", "numpy", "numba", "pandas")
     name = components.engine()
     return {
         "versions": {

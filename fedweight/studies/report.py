@@ -16,17 +16,19 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from ..core.errors import DataError
+from ..core.extras import Imported
 from ..core.texts import plain
 from .folder import write_whole
 from .reader import RunFolder
 from .summary import SummedRun
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:
+    pd = Imported("pandas", "studies", "a run's folder")
 
 _MOST_CLIENTS = 500  # rows of the table of clients
 _MOST_BAD_REPLIES = 200

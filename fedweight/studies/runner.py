@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from ..clients import TrainingApp
 from ..core.errors import ConfigurationError, DataError
+from ..core.extras import require
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
 from ..core.signals import interruptible
@@ -185,6 +186,7 @@ def run(
     ... )  # doctest: +SKIP
     >>> result.rounds["test_accuracy"].plot()  # doctest: +SKIP
     """
+    require("a run", "studies")
     settings = setting_map(settings)
     short = {"strategy": strategy, "engine.name": engine, "run.seed": seed}
     given = {key: value for key, value in short.items() if value is not None}
@@ -293,6 +295,7 @@ def resume(
     ConfigurationError
         If the run is going on, or its data were given in Python.
     """
+    require("a run", "studies")
     before = Run(Path(folder))
     config = before.folder / "config.toml"
     check_repeats(config)

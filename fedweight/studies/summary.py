@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
+from ..core.extras import Imported
 from .endings import ending_of, warnings_of
 from .reader import BAD_REPLIES, RunFolder, table_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = Imported("pandas", "studies", "a run's folder")
 
 
 class SummedRun(RunFolder):

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fedweight.core import kernels
+import pytest
+import torch
+
+from fedweight.core import kernels, plain_kernels, rows
+from fedweight.core.updates import StackedUpdates
 
 CODE = """
 import sys
@@ -82,3 +86,43 @@ def test_who_compiled_a_kernel_does_not_change_a_bit(tmp_path):
     )
     assert list(tmp_path.rglob("*.nbc"))
     assert compiled == loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_without_numba_there_is_the_same_to_rounding(k, dtype, monkeypatch, caplog):
+    stream = torch.Generator().manual_seed(k)
+    # Of one sign: what is added up is not small beside what it is made of.
+    models = torch.rand(k, 9001, generator=stream).to(dtype) + 1
+    origin, vector = torch.rand(2, 9001, generator=stream).to(dtype)
+    weights = torch.rand(k, generator=stream).double()
+
+    def everything():
+        updates = StackedUpdates(models.unbind(), origin)
+        return {
+            "combine": updates.combine(weights),
+            "dot": updates.dot(vector),
+            "dot with a sum": updates.dot(weights=weights),
+            "rest": torch.stack(list(updates.dot_rest(vector, own=weights))),
+            "l1": updates.distances(vector, order=1),
+            "l2": updates.distances(weights=weights),
+            "norms": updates.norms(),
+        }
+
+    rows.kernels.cache_clear()
+    assert rows.kernels() is kernels
+    compiled = everything()
+    rows.kernels.cache_clear()
+    monkeypatch.setattr(rows, "is_installed", lambda package: False)
+    try:
+        assert rows.kernels() is plain_kernels
+        plain = everything()
+    finally:
+        rows.kernels.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "Numba is not installed: sums over clients take longer, and differ in their "
+        "last bits from those with it. Install fedweight[server]."
+    ]
+    rtol = 5e-6 if dtype == torch.float32 else 1e-14
+    for name, values in compiled.items():
+        torch.testing.assert_close(plain[name], values, rtol=rtol, atol=0, msg=name)

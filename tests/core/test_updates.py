@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedweight.core import rows as places
 from fedweight.core import updates as module
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.rows import TILE_ROWS, Rows
@@ -16,6 +17,16 @@ from fedweight.core.updates import StackedUpdates
 # More rows than a tile has, more columns than one has, and a border inside a tensor.
 COLUMNS = 8192
 LARGE = (TILE_ROWS + 5, 2 * COLUMNS + 77)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"], ids=["", "without-numba"])
+def _kernels(request, monkeypatch):
+    """All of it holds with Numba and without."""
+    places.kernels.cache_clear()
+    if request.param == "plain":
+        monkeypatch.setattr(places, "is_installed", lambda package: False)
+    yield
+    places.kernels.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -60,15 +60,20 @@ class Flower:
         }
         self.children: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *command: str) -> None:
-        """Start a process that stays."""
+    def start(self, *command: str, programs: Path = BIN) -> None:
+        """Start a process that stays, of a folder of programs."""
+        environment = self.environment
+        if programs != BIN:
+            path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+            environment = {**environment, "PATH": path}
+            environment.pop("PYTHONPATH", None)
         log = (self.folder / f"{command[0]}-{len(self.children)}.log").open("wb")
         with log:
             self.children.append(
                 subprocess.Popen(
                     command,
-                    executable=BIN / command[0],
-                    env=self.environment,
+                    executable=programs / command[0],
+                    env=environment,
                     cwd=self.folder,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
