@@ -148,6 +148,17 @@ def test_a_device_trains_without_what_runs_and_reports_need(tmp_path, installed)
     assert python(code).splitlines() == ["40", "[]"]
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_a_device_lacks_is_imported_where_it_is_used(path):
+    own = ("fedweight.simulations.ray.", "fedweight.core.kernels")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            needed = name.partition(".")[0] in NOT_ON_A_DEVICE
+            assert not needed or name_of(path).startswith(own), name
+
+
 def test_the_extras_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     names = {"scikit-learn": "sklearn"}

@@ -76,9 +76,15 @@ def _steps(
         if len(weights):
             total = np.empty(len(here))
             _sum(total, matrix, place, weights)
-            v = (total - np.float64(total_weight) * here).astype(dtype)
+            v = _less(total, here, total_weight).astype(dtype)
         for k in range(len(matrix[0])):
             yield k, _row(matrix, k, place, len(o)), o, v
+
+
+def _less(whole: Array, vector: Array, weight: float) -> Array:
+    """Return ``whole - weight * vector`` in float64, alike wherever it is made."""
+    exact = torch.from_numpy(whole).double()
+    return exact.sub(torch.from_numpy(vector).double(), alpha=weight).numpy()
 
 
 def _added(values: Array) -> float:
@@ -141,5 +147,4 @@ def add(total: Array, vector: Array) -> None:
 
 def subtract(total: Array, whole: Array, vector: Array, weight: float) -> None:
     """Set ``total`` to ``whole - weight * vector``, of any dtypes."""
-    exact = torch.from_numpy(whole).double()
-    total[:] = exact.sub(torch.from_numpy(vector).double(), alpha=weight).numpy()
+    total[:] = _less(whole, vector, weight)

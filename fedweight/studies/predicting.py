@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from ..clients.evaluation import outputs_of
 from ..core.errors import DataError, check_choice
+from ..core.extras import Imported
 from ..core.module import FlatModule
 from ..core.texts import listed
 from ..data import DataSet
@@ -21,8 +21,12 @@ from .configuration import Configuration
 from .folder import check_repeats
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .components import Components
     from .reader import RunFolder
+else:
+    pd = Imported("pandas", "studies", "a run's predictions")
 
 Part = Literal["held-out", "train", "test"]
 
