@@ -6,10 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence, Set
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from ..core.errors import ConfigurationError
 from ..core.rng import Purpose, generator
@@ -19,6 +22,30 @@ from ..messages.grids import is_complete, number_of, sizes_of
 log = logging.getLogger("fedweight")
 
 
+class Draw(NamedTuple):
+    """Who may be drawn next, and how many of them.
+
+    Attributes
+    ----------
+    fraction : float
+        Share of the clients that are drawn, in [0, 1], rounded down;
+        ``min_train_nodes`` are drawn at least.
+    chances : Sequence[float] or array or Tensor, optional
+        For each client, in the order of their numbers, 0 or more and finite, and for
+        one of them above 0; their scale does not matter. Clients are drawn one after
+        another without being put back, each time in proportion to the chances of those
+        that are left. One of chance 0 is never drawn, also where fewer are left then.
+        By default all have the same.
+    """
+
+    fraction: float
+    chances: Sequence[float] | npt.NDArray[np.float64] | Tensor | None = None
+
+
+# What says so, of all clients' numbers and of how many of them may have examples.
+Drawing = Callable[[tuple[int, ...], int], Draw]
+
+
 def sample(
     grid: Grid,
     stream: Callable[[], np.random.Generator],
@@ -26,8 +53,11 @@ def sample(
     least: int,
     available: int,
     empty: Set[int] = frozenset(),
+    drawing: Drawing | None = None,
 ) -> tuple[list[tuple[int, int]], int]:
     """Draw ``(client, node)`` pairs, in the order of the clients' numbers.
+
+    ``drawing`` may say another ``fraction``, and how likely each of them is.
 
     With them comes how many clients there are in all, drawn or not, those known to be
     ``empty`` not counted.
@@ -36,14 +66,40 @@ def sample(
         return [], 0
     number = number_of(grid)
     nodes = nodes_there(grid, max(available, least))
-    size = max(int(len(nodes) * fraction), least)
     population = _count(nodes, number, empty)
     if isinstance(nodes, list):
         nodes.sort(key=number)
-    if size < len(nodes):
+    chances = None
+    if drawing is not None:
+        clients = tuple(map(number, nodes))
+        fraction, chances = drawing(clients, population)
+    size = max(int(len(nodes) * fraction), least)
+    if chances is not None:
+        likely = np.asarray(chances, np.float64).copy()
+        likely[[client in empty for client in clients]] = 0.0
+        nodes = [nodes[i] for i in _likely(stream(), likely, size)]
+    elif size < len(nodes):
         chosen = np.sort(stream().choice(len(nodes), size, replace=False))
         nodes = [nodes[i] for i in chosen.tolist()]
     return [(number(node), node) for node in nodes], population
+
+
+def _likely(
+    stream: np.random.Generator, chances: npt.NDArray[np.float64], size: int
+) -> list[int]:
+    """Draw places without putting them back, in proportion to their chances.
+
+    Those with the largest ``log(chance) + Gumbel noise``, a number of the stream for
+    each place: the law of drawing one after another (J. Yellott, "The Relationship
+    between Luce's Choice Axiom, Thurstone's Theory of Comparative Judgment, and the
+    Double Exponential Distribution", Journal of Mathematical Psychology 1977), with
+    which no chance is too small.
+    """
+    noise = stream.gumbel(size=len(chances))
+    possible = np.flatnonzero(chances)
+    rank = np.log(chances[possible]) + noise[possible]
+    first = np.argsort(-rank, kind="stable")[:size]
+    return [int(place) for place in np.sort(possible[first])]
 
 
 def nodes_there(grid: Grid, least: int) -> Sequence[int]:

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
     from ..core.records import ClientRecord, RoundRecord
+    from ..server.sampling import Draw
     from .afl import AFL
     from .base import WeightingStrategy
+    from .fair_incentive import FairIncentive
     from .fedasync import FedAsync
     from .fedau import FedAU
     from .fedavg import FedAvg
@@ -34,6 +36,8 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "STRATEGIES",
     "ClientRecord",
+    "Draw",
+    "FairIncentive",
     "FedAU",
     "FedAsync",
     "FedAvg",
@@ -58,6 +62,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "FedAsync": ".fedasync",
         "AFL": ".afl",
+        "FairIncentive": ".fair_incentive",
         "FedAU": ".fedau",
         "FedAvg": ".fedavg",
         "FedBuff": ".fedbuff",
@@ -74,6 +79,7 @@ __getattr__, __dir__ = lazy_exports(
         "Round": ".round",
         "Selection": ".round",
         "ClientRecord": "..core.records",
+        "Draw": "..server.sampling",
         "RoundRecord": "..core.records",
     },
 )
@@ -93,6 +99,7 @@ STRATEGIES = Registry(
         "afl": "fedweight.strategies.afl:AFL",
         "qfedavg": "fedweight.strategies.qfedavg:QFedAvg",
         "fedau": "fedweight.strategies.fedau:FedAU",
+        "fair-incentive": "fedweight.strategies.fair_incentive:FairIncentive",
         "fednova": "fedweight.strategies.fednova:FedNova",
     },
 )

@@ -21,6 +21,7 @@ from ..messages.dispatch import Cohort
 from ..messages.grids import is_complete, name_of, number_of, sizes_of, sums_models
 from ..server.phase import Population, label_totals
 from ..server.sampling import (
+    Drawing,
     count,
     known_empty,
     nodes_of,
@@ -29,7 +30,7 @@ from ..server.sampling import (
     straggler_epochs,
 )
 from ..server.timetable import Moment, Timetable
-from .checks import asked_names, assigned, told_columns
+from .checks import as_draw, asked_names, assigned, told_columns
 from .now import Asked, GlobalModel, Now
 from .round import Selection
 
@@ -199,6 +200,7 @@ def drawn(
     least: int,
     purpose: Purpose,
     round: int,
+    drawing: Drawing | None = None,
 ) -> list[tuple[int, int]]:
     """Draw ``(client, node)`` pairs, in the order of the clients' numbers."""
     pairs, now.population = sample(
@@ -208,8 +210,18 @@ def drawn(
         least,
         strategy.min_available_nodes,
         now.without_examples,
+        drawing,
     )
     return pairs
+
+
+def _drawing(strategy: WeightingStrategy, now: Now, round: int) -> Drawing | None:
+    """Return what asks the method who is drawn, if it has a say."""
+    if not strategy.draws:
+        return None
+    return lambda clients, population: as_draw(
+        strategy, Selection(round, clients, now.method, population)
+    )
 
 
 def _chosen(
@@ -230,6 +242,7 @@ def _chosen(
             strategy.min_train_nodes,
             Purpose.SAMPLING,
             round,
+            _drawing(strategy, now, round),
         )
     else:
         nodes = nodes_of(grid, [arrival.client for arrival in timetable.arrivals])

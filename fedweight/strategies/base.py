@@ -39,6 +39,7 @@ from ..core.updates import Accumulate, Updates
 from ..messages import keys
 from ..messages.dispatch import Replies
 from ..server.phase import Population
+from ..server.sampling import Draw
 from ..server.schedules import Clock
 from . import asking, making
 from .checks import as_weights
@@ -307,6 +308,27 @@ class WeightingStrategy(Strategy):
         """
         return None
 
+    def draw(self, selection: Selection) -> Draw:
+        """Return how many clients are drawn next, and how likely each of them is.
+
+        By default a share of ``fraction_train``, all as likely as another. It is not
+        asked where ``fraction_train`` is 0: then nobody trains. A buffered schedule,
+        which chooses the clients itself, is refused with a method that has this.
+
+        Parameters
+        ----------
+        selection : Selection
+            All clients that are there, in the order of their numbers; those that are
+            known to have no examples, who are never drawn by chances, included.
+
+        Returns
+        -------
+        Draw
+            ``Draw(fraction)`` or ``Draw(fraction, chances)``. The draw itself is made
+            from the stream that ``seed`` names, as any other.
+        """
+        return Draw(self.fraction_train)
+
     def weights(self, round: Round) -> Tensor | tuple[Tensor, Any]:
         """Return how much each client counts in this round.
 
@@ -420,6 +442,11 @@ class WeightingStrategy(Strategy):
         return type(self).prepare is not WeightingStrategy.prepare
 
     @property
+    def draws(self) -> bool:
+        """Whether the method has a say in who is drawn."""
+        return type(self).draw is not WeightingStrategy.draw
+
+    @property
     def admits(self) -> bool:
         """Whether the method looks at each reply."""
         return type(self).admit is not WeightingStrategy.admit
@@ -444,8 +471,15 @@ class WeightingStrategy(Strategy):
         ------
         ConfigurationError
             If it has updates of older models count less, and the class does not; or if
-            it chooses the clients, and the method keeps several global models.
+            it chooses the clients, and the method keeps several global models or has a
+            say in who is drawn.
         """
+        if clock.schedule.chooses and self.draws:
+            raise ConfigurationError(
+                f"schedule.name: {type(self).__name__} says how likely each client is "
+                f"drawn, but {type(clock.schedule).__name__} chooses the clients "
+                "itself. Choose 'synchronous' or 'deadline'."
+            )
         if clock.schedule.chooses and type(self).assign is not WeightingStrategy.assign:
             raise ConfigurationError(
                 f"schedule.name: {type(self).__name__} keeps several global models, "

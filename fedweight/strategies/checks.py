@@ -14,6 +14,7 @@ from ..core.errors import AggregationError, ConfigurationError
 from ..core.texts import clients_called, shown
 from ..messages import keys
 from ..messages.records import fits_config
+from ..server.sampling import Draw
 from .round import Round, Selection
 
 if TYPE_CHECKING:
@@ -209,6 +210,35 @@ def assigned(strategy: WeightingStrategy, selection: Selection) -> list[int] | N
             f"{MOST_MODELS}, got {shown(which)}."
         )
     return which
+
+
+def as_draw(strategy: WeightingStrategy, selection: Selection) -> Draw:
+    """Return what ``draw`` gives, if it is a share and chances to be drawn by."""
+    given: Any = strategy.draw(selection)
+    name = f"{type(strategy).__name__}.draw"
+    if not isinstance(given, Draw):
+        raise ConfigurationError(
+            f"{name} must return a fedweight.strategies.Draw, got {shown(given)}."
+        )
+    fraction = _scalar(given.fraction)
+    if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+        raise ConfigurationError(
+            f"{name}: the fraction must be a number in [0, 1], got {shown(fraction)}."
+        )
+    if given.chances is None:
+        return Draw(fraction)
+    chances = _column(strategy, "draw", "chances", given.chances, selection)
+    good = [isinstance(one, int | float) and 0 <= one < math.inf for one in chances]
+    if not all(good):
+        raise ConfigurationError(
+            f"{name}: chances must be finite and 0 or more, got "
+            f"{shown(chances[good.index(False)])}."
+        )
+    if not any(chances):
+        raise ConfigurationError(
+            f"{name} gave every client the chance 0. Give some of them more."
+        )
+    return Draw(fraction, chances)
 
 
 def _scalar(value: Any) -> Any:

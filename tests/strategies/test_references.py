@@ -66,6 +66,8 @@ VARIANTS = {
         )
     ],
     "fedbuff": [({}, plain.FedBuff, {})],
+    # While exploring, as here; what it measures then has its own twin in its own tests.
+    "fair-incentive": [({}, plain.FedAvg, {})],
     # In one coalition, as it begins; several are in test_several_models.
     "fedcollab": [({}, plain.FedAvg, {})],
     "fedasync": [

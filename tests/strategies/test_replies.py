@@ -162,7 +162,12 @@ def build(name):
         ),
     }
     needed = {key: inputs[key] for key in cls.needs}
-    quick = {"fedlaw": {"server_epochs": 2}, "ida": {"intrac": True}}
+    quick = {
+        "fedlaw": {"server_epochs": 2},
+        "ida": {"intrac": True},
+        # So that all are drawn once exploring has ended, too.
+        "fair-incentive": {"fraction_train": 1.0},
+    }
     return cls(
         **needed, **quick.get(name, {}), min_train_nodes=1, min_available_nodes=1
     )

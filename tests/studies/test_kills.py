@@ -30,6 +30,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "FedLAW with Adam": {"strategy.name": "fedlaw", "server.name": "adam"},
     "AFL": {"strategy.name": "afl", "strategy.fraction-train": 0.5},
     "FedAU": {"strategy.name": "fedau", "strategy.fraction-train": 0.5},
+    "Fair incentive": {
+        "strategy.name": "fair-incentive",
+        "strategy.explore-at-most": 5,
+        "strategy.beta": 3.0,
+    },
     "FedBuff": {
         "strategy.name": "fedbuff",
         "schedule.name": "buffered",
