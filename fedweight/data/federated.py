@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..core.errors import DataError, check_range
+from ..core.errors import ConfigurationError, DataError, check_range
 from ..core.rng import Purpose, generator
 from .examples import DataSet, Examples, cast
 from .lazy import LazyParts
@@ -333,6 +333,7 @@ def federate(
     held_out: float = 0.2,
     proxy: float = 0.02,
     seed: int = 0,
+    leave_out: Collection[int] = (),
     **options: Any,
 ) -> FederatedData:
     """Divide a data set among clients.
@@ -352,6 +353,9 @@ def federate(
         See :class:`FederatedData`.
     seed : int
         The same seed gives the same clients.
+    leave_out : Collection[int]
+        Clients, from 0 to K - 1, that have no examples; all others have what they have
+        with them.
     **options
         The partition's options, such as ``alpha``.
 
@@ -367,12 +371,45 @@ def federate(
     everybody[_proxy_rows(dataset, proxy, seed)] = False
     rows = np.flatnonzero(everybody)
     parts = divide(dataset, partition, num_clients, seed, rows=rows, **options)
+    parts = _without(parts, leave_out)
     names: tuple[str, ...] = ()
     if partition == "natural":
         names = _natural_names(dataset, natural_choice(dataset, num_clients))
     return FederatedData(
         dataset, parts, held_out=held_out, proxy=proxy, seed=seed, names=names
     )
+
+
+def _without(
+    parts: list[Indices] | LazyParts, clients: Collection[int]
+) -> list[Indices] | LazyParts:
+    """Return a partition in which some clients have no examples."""
+    odd = [client for client in clients if not 0 <= client < len(parts)]
+    if odd:
+        raise ConfigurationError(
+            f"leave_out names client {odd[0]}, but there are clients 0 to "
+            f"{len(parts) - 1}."
+        )
+    if not clients:
+        return parts
+    if isinstance(parts, LazyParts):
+        sizes = np.array(parts.sizes)
+        sizes[[*clients]] = 0
+        return LazyParts(sizes, _Draw(parts.draw, frozenset(clients)), parts.rows)
+    nothing = np.empty(0, np.int64)
+    return [nothing if k in clients else part for k, part in enumerate(parts)]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws what clients have, but nothing for those that are left out."""
+
+    draw: Callable[[int], Indices]
+    left_out: frozenset[int]
+
+    def __call__(self, client: int) -> Indices:
+        nothing = client in self.left_out
+        return np.empty(0, np.int64) if nothing else self.draw(client)
 
 
 def _natural_names(dataset: DataSet, chosen: Indices) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .comparing import compare
     from .comparison import Comparison
     from .configuration import Configuration
+    from .contributing import contribution, contribution_runs
     from .progress import Progress
     from .result import Run
     from .runner import resume, run
@@ -23,6 +24,8 @@ __all__ = [
     "Run",
     "check_file",
     "compare",
+    "contribution",
+    "contribution_runs",
     "resume",
     "run",
 ]
@@ -37,6 +40,8 @@ __getattr__, __dir__ = lazy_exports(
         "Run": ".result",
         "check_file": ".check",
         "compare": ".comparing",
+        "contribution": ".contributing",
+        "contribution_runs": ".contributing",
         "resume": ".runner",
         "run": ".runner",
     },

@@ -320,6 +320,7 @@ def prepare(
         held_out=data["held-out"],
         proxy=data["proxy"],
         seed=seed,
+        leave_out=partition["leave-out"],
         **configuration.options("partition"),
     )
     return Components(configuration, federated)

@@ -6,7 +6,8 @@ do the optimiser and the schedule of the learning rate that [training] picks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -149,6 +150,10 @@ class Partition:
             description="how many clients there are; 0 is all natural ones",
         ),
     ] = 20
+    leave_out: Annotated[
+        Sequence[Annotated[int, Field(ge=0)]],
+        Field(description="numbers of simulated clients that have no examples"),
+    ] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
