@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..core.errors import AggregationError
+from ..core.errors import AggregationError, ConfigurationError
 from ..core.rng import Purpose, generator
 from ..server.sampling import Draw
 from .base import WeightingStrategy
@@ -28,6 +28,10 @@ _Array = npt.NDArray[np.float64]
 
 # A sum of updates is nothing where its square is less than this share of its parts'.
 NOTHING = 1e-12
+
+
+# Of so many clients the contributions in a round take about a minute.
+MOST_EXPLORED = 2000
 
 
 class FairIncentive(WeightingStrategy):
@@ -74,7 +78,8 @@ class FairIncentive(WeightingStrategy):
 
     The sets S of one client and round are the beginnings of one random order of the
     others, so that all of it takes ``K^3`` operations on the Gram matrix of the
-    updates; each is a random set of its size all the same.
+    updates; each is a random set of its size all the same. More than 2000 clients are
+    refused.
 
     A client that was not there to be explored is drawn as one whose ``psi`` is the mean
     of all. In the method the clients that are not drawn go on with the model that they
@@ -102,6 +107,12 @@ class FairIncentive(WeightingStrategy):
     def draw(self, selection: Selection) -> Draw:
         """Draw all while exploring; then some, by what they contribute."""
         if selection.state["exploring"]:
+            if len(selection.clients) > MOST_EXPLORED:
+                raise ConfigurationError(
+                    "FairIncentive holds all clients' updates against each other; at "
+                    f"most {MOST_EXPLORED} clients fit, and there are "
+                    f"{len(selection.clients)}. Choose another strategy, or fewer."
+                )
             return Draw(1.0)
         psi = contributions(selection.state)
         usual = math.fsum(psi.values()) / max(len(psi), 1)

@@ -326,6 +326,14 @@ def test_updates_without_products_fail_the_round(kit):
     assert strategy.state["method"] == strategy.begin()
 
 
+def test_too_many_to_compare_are_refused():
+    strategy = build()
+    several = Selection(1, tuple(range(2001)), strategy.begin())
+    with pytest.raises(ConfigurationError, match="at most 2000 clients"):
+        strategy.draw(several)
+    assert strategy.draw(several._replace(clients=(0,))) == Draw(1.0)
+
+
 def test_while_exploring_it_is_fedavg(kit):
     strategies = build(), FedAvg(min_train_nodes=1, min_available_nodes=1)
     ours, plain = (federation(kit, s, NOISY) for s in strategies)
