@@ -149,7 +149,8 @@ def test_run_config_has_the_keys_and_defaults_of_a_simulation_file() -> None:
         f"{table}.{key}": rule.default
         for table, rules in SCHEMA.items()
         for key, rule in rules.items()
-        if table != "engine" or key == "device"
+        # Flower's run config has no lists; `settings` says such a key.
+        if (table != "engine" or key == "device") and not isinstance(rule.default, list)
     }
     given = flat(APP["config"])
 
