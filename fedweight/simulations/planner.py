@@ -19,8 +19,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from ..core.errors import OutputError
 from ..core.threads import num_cores
 from ..core.version import __version__
+from ..core.writing import write_whole
 from ..messages import _flower, keys
 from ..messages.dispatch import Cohort
 from .grid import FIRST_NODE, usable_plan
@@ -162,11 +164,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, plans: Mapping[str, Any]) -> None:
     """Keep the plans, if there is a place for them."""
-    aside = path.with_suffix(f".{os.getpid()}.part")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, OutputError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(json.dumps(plans, indent=1))
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_whole(path, json.dumps(plans, indent=1), shared=True)

@@ -21,6 +21,7 @@ from ..core.options import options_of, resolve_options
 from ..core.paths import clean_path, readable_file
 from ..core.settings import kebab, parse_setting, toml_value
 from ..core.texts import listed
+from ..core.writing import write_whole
 from ..data import DataSet, Examples, FederatedData
 from ..data.examples import name_clients
 from ..data.files import (
@@ -36,7 +37,6 @@ from ..data.files import (
 from ..data.schema import Schema
 from ..data.tables import Reading, is_numeric
 from ..data.targets import CLASSIFICATION, TARGETS
-from .folder import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

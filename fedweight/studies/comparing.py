@@ -19,12 +19,13 @@ from ..core.paths import clean_path
 from ..core.signals import interruptible
 from ..core.texts import shown
 from ..core.threads import num_cores
+from ..core.writing import write_whole
 from ..data import DataSet
 from .cells import Cell, Ended, LastData, run_here, run_side_by_side, what_is_there
 from .comparison import METRICS, PLAN, Comparison, Row, write_comparison
 from .components import Components, prepare
 from .configuration import Configuration
-from .folder import check_repeats, write_whole
+from .folder import check_repeats
 from .given import as_settings, of_main, setting_map, whole_tables
 from .methods import Method, methods_of, seeds_of
 from .progress import watched

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import errno
 import io
 import logging
 import math
@@ -21,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from ..core.client_store import is_file_name
-from ..core.errors import ConfigurationError, DataError, OutputError
+from ..core.errors import ConfigurationError, DataError
 from ..core.paths import clean_path
 from ..core.texts import listed, plain
+from ..core.writing import cannot_write, write_whole
 
 if sys.platform != "win32":
     import fcntl
@@ -264,39 +264,6 @@ def check_repeats(path: Path) -> None:
         raise ConfigurationError(f"{path}: {said}")
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file aside and rename it, so that nobody ever meets half of it.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written; the file that was there before still is, and nothing
-        is left aside.
-    """
-    aside = path.with_name(f".{path.name}.part")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return OutputError(
-        f"{path} cannot be written: {error.strerror or error}. "
-        f"{'Make room, or name' if full else 'Name'} another folder; what was "
-        "written before is whole."
-    )
-
-
 class Table:
     """A CSV file that grows row by row: what is there already is not written again.
 
@@ -383,7 +350,7 @@ class Table:
             if size is not None:  # Half a row is none.
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, size)
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         self._pending = ""
 
     @property

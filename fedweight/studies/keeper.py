@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 
 from ..core.errors import DataError
+from ..core.writing import write_whole
 from ..messages.arrays import FlatRecord, flatten
 from ..server import checkpoint
 from ..server.checkpoint import (
@@ -25,7 +26,6 @@ from ..server.checkpoint import (
 from ..server.loop import ServerState
 from ..simulations import SimulationGrid
 from .configuration import Configuration
-from .folder import write_whole
 
 NAME = "checkpoint.safetensors"
 

@@ -27,6 +27,7 @@ from ..core.layout import Base, Layout
 from ..core.module import FlatModule
 from ..core.records import NOTHING
 from ..core.texts import NAME_LENGTH, plain
+from ..core.writing import write_whole
 from ..data import notes
 from ..messages.arrays import FlatRecord, complete
 from ..messages.grids import connected, name_of, number_of
@@ -37,7 +38,7 @@ from ..strategies import RoundRecord, WeightingStrategy
 from .callbacks import BEST, BEST_MODELS
 from .columns import ACCURACIES, CLIENT_COLUMNS, OPTIONAL, ROUND_COLUMNS
 from .components import Components
-from .folder import Table, rows_of, write_whole
+from .folder import Table, rows_of
 from .listener import Listener
 from .progress import Progress, Report
 from .records import ErrorLog, client_row, round_row, tested_columns

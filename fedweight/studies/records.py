@@ -23,10 +23,10 @@ from ..core.texts import (
     rounds_listed,
     without_client,
 )
+from ..core.writing import write_whole
 from ..metrics import client_spread
 from ..strategies import ClientRecord, RoundRecord
 from .columns import CLIENT_NAMES, COUNTS
-from .folder import write_whole
 
 Row = dict[str, Any]
 

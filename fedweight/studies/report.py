@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import DataError
 from ..core.extras import Imported
 from ..core.texts import plain
-from .folder import write_whole
+from ..core.writing import write_whole
 from .reader import RunFolder
 from .summary import SummedRun
 

@@ -1,6 +1,5 @@
 import csv
 import math
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from fedweight.studies.folder import (
     check_free,
     new_folder,
     rows_of,
-    write_whole,
 )
 
 
@@ -197,63 +195,7 @@ def test_what_would_be_refused_is_told_before_anything_is_made(tmp_path):
         check_free(folder)
 
 
-# Whole files.
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "a.csv"
-    write_whole(path, "before é\n")
-    assert path.read_bytes() == "before é\n".encode()
-    write_whole(path, b"bytes")
-    assert path.read_bytes() == b"bytes"
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder_module.os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            write_whole(path, "half")
-        with pytest.raises(OSError, match="No space"):
-            write_whole(tmp_path / "new.csv", "half")
-    assert path.read_bytes() == b"bytes"
-    assert not (tmp_path / "new.csv").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]  # Nothing is left aside.
-    write_whole(path, "after")
-    assert path.read_text() == "after"
-
-
-def test_an_interrupt_leaves_nothing_aside(tmp_path, monkeypatch):
-    def stop(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(folder_module.os, "fsync", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "a.csv", "half")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_that_cannot_be_written_is_told_in_one_line(tmp_path):
-    with pytest.raises(OutputError, match="No such file or directory") as caught:
-        write_whole(tmp_path / "no" / "a.csv", "x")
-    assert str(tmp_path / "no" / "a.csv") in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_whoever_reads_while_it_is_written_sees_a_whole_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.csv"
-    write_whole(path, "one\n")
-    seen = []
-    sync = os.fsync
-
-    def look(descriptor):
-        seen.append(path.read_text())
-        sync(descriptor)
-
-    monkeypatch.setattr(folder_module.os, "fsync", look)
-    write_whole(path, "one\ntwo\n")
-    assert seen == ["one\n"]
-    assert path.read_text() == "one\ntwo\n"
+# Tables.
 
 
 def test_a_table_grows_by_rows_and_columns(tmp_path):

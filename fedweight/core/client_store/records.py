@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, OutputError
+from ..errors import DataError
+from ..writing import cannot_write
 
 Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -103,7 +104,7 @@ class Records:
                 file.seek(self.filed * self.dtype.itemsize)
                 file.write(data.data)
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         self._digest.update(data)
         self._memory, self._mapped = np.empty(0, self.dtype), None
         self.filed, self._unsynced = self.count, True
@@ -116,7 +117,7 @@ class Records:
                 with path.open("r+b") as file:
                     os.fsync(file.fileno())
             except OSError as error:
-                raise _cannot_write(path, error) from error
+                raise cannot_write(path, error) from error
             self._unsynced = False
 
     def mark(self) -> tuple[int, int, Any]:
@@ -170,10 +171,3 @@ class Records:
                 ) from error
         if self._digest.hexdigest() != state[1]:
             raise DataError(f"{path} has been altered since it was written.")
-
-
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path} cannot be written: {error.strerror or error}. What was written before "
-        "is whole. Make room, or name another folder."
-    )
