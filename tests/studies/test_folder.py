@@ -329,7 +329,7 @@ def test_a_table_goes_on_from_its_state(tmp_path):
     assert half.path.read_bytes() == whole.path.read_bytes()
     half.path.write_text("a\n0\n")
     with pytest.raises(DataError, match="has 1 rows, and 2 when"):
-        Table(half.path, ["a"]).restore(state)
+        Table(half.path, ["a"]).check(state)
 
 
 values = st.one_of(
