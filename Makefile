@@ -16,7 +16,7 @@ VENV ?= .venv
 PYTHON ?=
 ARGS ?=
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # On all cores; ARGS="-n 0" runs the tests in one process, as a debugger needs it.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
@@ -95,7 +95,7 @@ $(VENV)/.made:
 # finds it; a range would let pip take the newest release instead, on Linux with
 # gigabytes of CUDA libraries. Once it is there, the second line leaves it alone.
 #
-# pip is quiet but for warnings and errors, which it shows whole.
+# pip is quiet but for errors, which it shows whole.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "Installing PyTorch into $(VENV) (some hundred megabytes; minutes the first time)"
 	@$(PIP) install -c constraints.txt torch==2.13.0
