@@ -16,6 +16,7 @@ from ..core.errors import ConfigurationError
 from ..core.paths import clean_path
 from ..core.signals import interruptible
 from ..core.texts import listed
+from ..core.writing import write_whole
 from ..data import DataSet
 from ..metrics.contribution import (
     Contribution,
@@ -27,7 +28,6 @@ from ..metrics.contribution import (
 from .cells import LastData, what_is_there
 from .components import prepare
 from .configuration import Configuration
-from .folder import write_whole
 from .given import as_settings, of_main, setting_map, whole_tables
 from .result import Run
 from .runner import name_of_own, preface_of, resume, run_configured
