@@ -138,6 +138,7 @@ def test_list_shows_every_name_with_a_line(capsys):
         "data",
         "partitions",
         "models",
+        "adapters",
         "server optimisers",
         "schedules",
         "local optimisers",

@@ -1,7 +1,8 @@
 """Adapters: few numbers that are trained beside a model that stays as it is.
 
 Any model with linear layers takes them: ``[model] adapters = "lora"`` beside its name.
-What is not trained is frozen: it does not travel, and no strategy sees it.
+Parameters that are not trained are frozen: they do not travel, and no strategy sees
+them.
 
 References
 ----------
@@ -40,6 +41,16 @@ ADAPTERS = Registry(
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+
+# What, where peft's configuration has it, changes what adapters add.
+PEFT_OTHERWISE = (
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "lora_bias",
+    "rank_pattern",
+    "use_dora",
+    "use_rslora",
+)
 
 
 class LoRALinear(nn.Linear):
@@ -80,6 +91,9 @@ class LoRALinear(nn.Linear):
         self.lora_a = nn.Parameter(weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(weight.new_zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        # In evaluation PyTorch's transformer layers read the weight themselves, and
+        # would miss what is added, unless a layer in them has a hook.
+        self.register_forward_pre_hook(_called)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b``, ``[..., out]``."""
@@ -90,6 +104,10 @@ class LoRALinear(nn.Linear):
     def change(self) -> Tensor:
         """Return what is added to the weight, ``(alpha / r) B A``, ``[out, in]``."""
         return self.alpha / self.rank * (self.lora_b @ self.lora_a).detach()
+
+
+def _called(layer: nn.Module, inputs: Any) -> None:
+    """Do nothing: a layer with a hook is called."""
 
 
 def none(model: nn.Module) -> nn.Module:
@@ -112,8 +130,9 @@ def lora(
     Parameters
     ----------
     model : nn.Module
-        Is changed: its linear layers become :class:`LoRALinear`, and all that it had is
-        frozen. A layer of another class, even one derived from ``nn.Linear``, is none.
+        Is changed: its linear layers become :class:`LoRALinear`, and all parameters
+        that it had are frozen; buffers, such as running statistics, go on as they did.
+        A layer of another class, even one derived from ``nn.Linear``, is none.
     rank : int
         r, the rank of what is added to a weight matrix.
     alpha : float
@@ -149,6 +168,14 @@ def lora(
             f"model.trained: '{min(chosen & inside)}' gets adapters, as model.layers "
             "says. Leave it out of one of the two."
         )
+    for name in sorted(chosen - inside):
+        part = linear[name]
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
+            raise ConfigurationError(
+                f"model.layers: '{name}' has hooks, as torch.nn.utils.weight_norm makes "
+                "some, which a layer with adapters would not have. Leave the layer out, "
+                "or take the hooks away."
+            )
     model.requires_grad_(False)
     made = {
         id(part): LoRALinear(part, rank, alpha)
@@ -253,6 +280,16 @@ def load_peft(model: nn.Module, folder: str | Path) -> None:
         given = load_file(place / PEFT_TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{place} holds no adapters: {error}.") from None
+    if not isinstance(config, dict):
+        raise DataError(
+            f"{place / PEFT_CONFIG} must hold an object, got {shown(config)}."
+        )
+    other = [name for name in PEFT_OTHERWISE if config.get(name)]
+    if other:
+        raise DataError(
+            f"{place / PEFT_CONFIG} has '{other[0]}' as {shown(config[other[0]])}, by "
+            "which adapters add something else than here. They cannot be read."
+        )
     mine = _in_peft(model)
     if {n: t.shape for n, t in given.items()} != {n: t.shape for n, t in mine.items()}:
         odd = sorted(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..clients.evaluation import outputs_of
-from ..core.errors import DataError, check_choice
+from ..core.errors import ConfigurationError, DataError, check_choice
 from ..core.extras import Imported
 from ..core.module import FlatModule
-from ..core.texts import listed
+from ..core.texts import listed, shown
 from ..data import DataSet
 from ..data.examples import Examples
 from ..metrics import LearningTask
@@ -81,6 +81,12 @@ def _parts(
     if part == "test":
         yield None, data.test
         return
+    for client in () if clients is None else clients:
+        if client not in range(data.num_clients):
+            raise ConfigurationError(
+                f"clients must be numbers from 0 to {data.num_clients - 1}, got "
+                f"{shown(client)}."
+            )
     for client in range(data.num_clients) if clients is None else clients:
         own = data.client(client)
         yield client, own.held_out if part == "held-out" else own.train

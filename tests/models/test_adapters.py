@@ -284,3 +284,37 @@ def test_peft_itself_reads_the_files(tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(theirs(x), model(x))
+
+
+def test_transformer_layers_evaluate_with_adapters_too():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    adapted = lora(nn.TransformerEncoder(layer, 2))
+    with torch.no_grad():
+        for name, values in adapted.named_parameters():
+            if name.endswith("lora_b"):
+                values.normal_()
+        x = torch.randn(3, 5, 8)
+        trained, evaluated = adapted.train()(x), adapted.eval()(x)
+    torch.testing.assert_close(evaluated, trained)
+
+
+def test_layers_with_hooks_are_refused():
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ConfigurationError, match=r"model\.layers: '0' has hooks"):
+        lora(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("use_rslora", True), ("alpha_pattern", {"0": 99})]
+)
+def test_files_of_adapters_that_add_something_else_are_refused(tmp_path, key, value):
+    model = lora(nn.Sequential(nn.Linear(2, 2)), rank=1)
+    save_peft(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(DataError, match=f"has '{key}' as"):
+        load_peft(model, tmp_path)
+    path.write_text("[]")
+    with pytest.raises(DataError, match="must hold an object"):
+        load_peft(model, tmp_path)
