@@ -34,7 +34,7 @@ from .cohort_trainer import CohortTrainer
 from .local_work import LocalWork
 from .modules import Modules
 from .objectives import Objective, Plain
-from .personal.base import Personal
+from .personal.base import Personal, objective_of
 from .personal_models import PersonalModels
 from .probes import Probe, check_named
 from .queries import Answer, ClientQuery, Query
@@ -175,7 +175,7 @@ class TrainingApp(ClientApp):
         own = None
         if personal is not None:
             trainer = trainer_of(
-                personal.objective(self.objective),
+                objective_of(personal, self.objective),
                 purposes=(Purpose.PERSONAL_SHUFFLE, Purpose.PERSONAL_DROPOUT),
                 owner="personal",
             )

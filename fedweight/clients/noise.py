@@ -67,18 +67,27 @@ def own_streams(seed: int, device: torch.device) -> Iterator[None]:
     device : torch.device
         Where the client trains. Others are not looked at, which would prepare them.
     """
-    with STREAMS.alone():
-        before = Streams(device)
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        np.random.seed(seed % (1 << 32))  # noqa: NPY002
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            before.put_back()
+    with STREAMS.alone(), seeded(seed, device):
+        yield
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Let the process's random streams begin with a seed, in a ``with`` block.
+
+    The arguments are those of :func:`own_streams`; other threads meet them, too.
+    """
+    before = Streams(device)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        before.put_back()
 
 
 class Streams:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +30,9 @@ Method = Literal["leave-one-out", "shapley"]
 # Without a number of permutations Shapley values are exact, up to so many clients:
 # 1024 sets.
 MOST_EXACT = 10
+
+# Sums of values up to here do not overflow.
+LARGEST = 1e150
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,7 @@ def contribution_cost(
     1902
     """
     check_choice("method", method, ["leave-one-out", "shapley"])
-    if type(clients) is not int or clients < 1:
-        raise ConfigurationError(
-            f"clients must be a whole number from 1, got {shown(clients)}."
-        )
+    clients = _whole("clients", clients, 1)
     if method == "leave-one-out":
         return clients + 1
     if _is_exact(clients, permutations):
@@ -193,14 +194,14 @@ def shapley(
     8
     """
     everybody = _numbers(clients)
-    if not 0 <= tolerance < math.inf:
+    number: Any = tolerance
+    if not isinstance(number, int | float) or not 0 <= number < math.inf:
         raise ConfigurationError(
             f"tolerance must be a number of 0 or more, got {shown(tolerance)}."
         )
-    if type(seed) is not int or seed < 0:
-        raise ConfigurationError(
-            f"seed must be a whole number from 0, got {shown(seed)}."
-        )
+    seed = _whole("seed", seed, 0)
+    if permutations is not None:
+        permutations = _whole("permutations", permutations, 1)
     _tell_cost(len(everybody), "shapley", permutations)
     worth = _Worth(value)
     if _is_exact(len(everybody), permutations):
@@ -297,12 +298,12 @@ class _Worth:
             given = self.value(some)
             try:
                 worth = float(given)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 worth = math.nan
-            if not math.isfinite(worth):
+            if not abs(worth) <= LARGEST:
                 raise ConfigurationError(
                     f"the value of clients {shown(sorted(some))} must be a finite "
-                    f"number, got {shown(given)}."
+                    f"number of at most {LARGEST:g}, got {shown(given)}."
                 )
             self.known[some] = worth
         return self.known[some]
@@ -337,10 +338,7 @@ def _is_exact(clients: int, permutations: int | None) -> bool:
                 "sets. 'fedweight.metrics.contribution_cost' says what a number costs."
             )
         return True
-    if type(permutations) is not int or permutations < 1:
-        raise ConfigurationError(
-            f"permutations must be a whole number from 1, got {shown(permutations)}."
-        )
+    permutations = _whole("permutations", permutations, 1)
     return 1 << clients <= 2 + permutations * (clients - 1)
 
 
@@ -350,10 +348,24 @@ def _tell_cost(clients: int, method: Method, permutations: int | None) -> None:
 
 
 def _numbers(clients: Iterable[int]) -> list[int]:
-    numbers = sorted(clients)
+    given: Any = clients
+    try:
+        numbers = sorted(map(operator.index, given))
+    except TypeError:
+        numbers = []
     if not numbers or len(set(numbers)) < len(numbers):
         raise ConfigurationError(
-            "clients must be one or more numbers, each of them once, got "
-            f"{shown(numbers)}."
+            "clients must be one or more whole numbers, each of them once, got "
+            f"{shown(given)}."
         )
     return numbers
+
+
+def _whole(name: str, given: Any, least: int) -> int:
+    """Return a whole number of Python's or NumPy's."""
+    number = -1 if isinstance(given, bool) or not hasattr(given, "__index__") else given
+    if operator.index(number) < least:
+        raise ConfigurationError(
+            f"{name} must be a whole number from {least}, got {shown(given)}."
+        )
+    return operator.index(number)

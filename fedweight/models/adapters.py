@@ -172,9 +172,9 @@ def lora(
         part = linear[name]
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
             raise ConfigurationError(
-                f"model.layers: '{name}' has hooks, as torch.nn.utils.weight_norm makes "
-                "some, which a layer with adapters would not have. Leave the layer out, "
-                "or take the hooks away."
+                f"model.layers: '{name}' has hooks, as torch.nn.utils.weight_norm "
+                "makes some, which a layer with adapters would not have. Leave the "
+                "layer out, or take the hooks away."
             )
     model.requires_grad_(False)
     made = {

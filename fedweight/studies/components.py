@@ -79,8 +79,14 @@ class Components:
         self.device = wanted
 
     def make_model(self) -> nn.Module:
-        """Build the model with the run's initial weights."""
-        return models.build(
+        """Build the model with the run's initial weights.
+
+        Raises
+        ------
+        ConfigurationError
+            If nothing of it is trained.
+        """
+        model = models.build(
             self.configuration["model"]["name"],
             self.data.input_shape,
             self.task.width(self.data.num_classes),
@@ -88,6 +94,13 @@ class Components:
             adapters=self.configuration["model"]["adapters"],
             **self.configuration.options("model"),
         )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigurationError(
+                f"model '{self.configuration['model']['name']}' has no parameter that "
+                "is trained: all are frozen, or there are none. Let some require a "
+                "gradient."
+            )
+        return model
 
     @property
     def task(self) -> LearningTask:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 
 from ..core.records import Status
@@ -139,11 +141,14 @@ class Listener:
 
 
 def _num_bytes(message: Message) -> int:
-    """Return how many bytes the models in a message take."""
+    """Return how many bytes the models in a message take, without Flower's headers."""
     found = 0
     for record in message.content.array_records.values():
         if isinstance(record, FlatRecord) and record.flat is not None:
             found += record.flat.layout.num_bytes
         else:
-            found += sum(len(array.data) for array in record.values())
+            found += sum(
+                math.prod(array.shape) * np.dtype(array.dtype).itemsize
+                for array in record.values()
+            )
     return found

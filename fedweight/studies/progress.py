@@ -29,7 +29,11 @@ _SELDOM = 0.2
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known after a round; ``accuracy`` is the test accuracy, or NaN."""
+    """What is known after a round.
+
+    ``accuracy`` and ``loss`` are on the test data. Both are NaN after a round that is
+    not tested; the accuracy alone, where numbers are predicted.
+    """
 
     round: int
     rounds: int
@@ -40,9 +44,9 @@ class Progress:
     @property
     def text(self) -> str:
         """What the test has shown, in words."""
-        if self.accuracy != self.accuracy:  # NaN: not a round that is tested.
-            return "not tested"
-        return f"accuracy {self.accuracy:.4f}  loss {self.loss:.4f}"
+        known = {"accuracy": self.accuracy, "loss": self.loss}
+        told = [f"{n} {value:.4f}" for n, value in known.items() if value == value]
+        return "  ".join(told) or "not tested"
 
     def __str__(self) -> str:
         """Return a line for a terminal or a log."""

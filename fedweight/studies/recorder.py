@@ -61,6 +61,12 @@ class Recorder:
         Called after every round.
     began : float, optional
         When the run began, by ``time.perf_counter``; by default now.
+
+    Attributes
+    ----------
+    goes_on : bool
+        Whether the folder is being written: not before a run that was begun before has
+        been found fit to go on.
     """
 
     def __init__(
@@ -89,7 +95,7 @@ class Recorder:
         self._arrays: ArrayRecord | None = None
         self._tested = False  # the model of the last round
         self._began = self._last = time.perf_counter() if began is None else began
-        self._goes_on = False  # Whether there is something to write more to.
+        self.goes_on = False
         self._heard: list[RoundRecord] = []
         self._before: list[RoundRecord] = []  # of round 0, as far as it is recorded
         self._environment: dict[str, Any] = {}
@@ -173,7 +179,7 @@ class Recorder:
             table.check(state["tables"][name])
         for name, table in self._tables().items():
             table.restore(state["tables"][name])
-        self._goes_on = True
+        self.goes_on = True
         self.errors.restore(state["errors"])
         if self.partition is not None:
             rows = rows_of(self.partition.path)[1:]
@@ -204,7 +210,7 @@ class Recorder:
             del self._environment["data"]["clients"]
         else:
             self._environment["data"]["notes"] = notes(components.data)
-        self._goes_on = anew
+        self.goes_on = anew
         if anew:
             config = preface + components.configuration.to_toml()
             write_whole(self.folder / "config.toml", config)
@@ -315,7 +321,7 @@ class Recorder:
 
     def _end(self) -> OutputError | None:
         """Write all that is still to be written; return why some of it cannot be."""
-        if not self._goes_on:
+        if not self.goes_on:
             return None
         tables = (self.rounds, self.clients, self.timings, self.partition)
         jobs = [self._record_before]

@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from ..clients import TrainingApp
+from ..clients.noise import seeded
 from ..core.errors import ConfigurationError, DataError
 from ..core.extras import require
 from ..core.layout import FlatModel
@@ -339,13 +341,14 @@ def _simulated(
     configuration = components.configuration
     began = time.perf_counter()
     folder: Path | None = None
+    recorder: Recorder | None = None
     server_app = ServerApp()
 
     with interruptible(), ExitStack() as stack:
 
         @server_app.main()
         def main(grid: Grid, context: Context) -> None:
-            nonlocal folder
+            nonlocal folder, recorder
             # The clients' engine is there: nothing is left that could be refused.
             folder = stack.enter_context(take)
             assert isinstance(grid, SimulationGrid)
@@ -389,7 +392,8 @@ def _simulated(
             if report:
                 result.report()
         except BaseException as stop:
-            if folder is not None:
+            if recorder is not None and recorder.goes_on:
+                assert folder is not None
                 stop.add_note(_what_was_recorded(folder))
             raise
     return result
@@ -442,7 +446,8 @@ def serve(
         train_config=ConfigRecord({keys.LOCAL_EPOCHS: epochs, **told}),
         evaluate_config=ConfigRecord(dict(told)),
     )
-    with one_thread():
+    # A strategy that is not ours may draw from the process's streams.
+    with one_thread(), seeded(table["seed"], torch.device("cpu")):
         if has_our_loop(strategy):
             stopping = EarlyStopping(
                 table["stop-metric"], table["stop-after"], table["stop-delta"]

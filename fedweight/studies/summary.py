@@ -42,8 +42,9 @@ class SummedRun(RunFolder):
             ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
             many of them there are), ``held_out_accuracy``, ``round_of_best_model`` and
             ``test_accuracy_of_best_model`` (by ``run.keep-best``; none where there are
-            several models), and over
-            the clients in the last evaluated round ``client_accuracy_mean``,
+            several models); where numbers are predicted, which have no accuracy,
+            ``test_loss``, ``test_rmse`` and ``test_r2`` (the last); and over the
+            clients in the last evaluated round ``client_accuracy_mean``,
             ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
             round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
             ``bytes_up`` and ``seconds``, the only one that depends on the clock; and
@@ -72,6 +73,10 @@ class SummedRun(RunFolder):
                 np.nan if self.keeps_several else test.get(self.best_round, np.nan)
             ),
         }
+        if not len(test):
+            for column in ("test_loss", "test_rmse", "test_r2"):
+                if column in self.rounds:
+                    result[column] = last_of(self.measured(column))
         for statistic in ("mean", "std", "worst10", "best10"):
             column = f"client_accuracy_{statistic}"
             result[column] = last_of(self.measured(column))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.clients.objectives import ALDR
 from fedweight.core.module import FlatModule
 from fedweight.core.rng import Purpose, key_table, permutation
 from fedweight.data import ClientData, Examples
@@ -21,7 +22,7 @@ def coarse(dtype=torch.bfloat16):
         return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
 
 
-def federated(make, rounds=3, plan=None, clients=3):
+def federated(make, rounds=3, plan=None, clients=3, objective=None):
     def data(context):
         rng = np.random.default_rng(int(context.node_config["partition-id"]))
         x = rng.normal(size=(12, 4)).astype(np.float32)
@@ -29,7 +30,7 @@ def federated(make, rounds=3, plan=None, clients=3):
         return ClientData(part, part)
 
     settings = TrainingSettings(batch_size=4, learning_rate=0.1)
-    app = TrainingApp(make, data, num_classes=3, settings=settings)
+    app = TrainingApp(make, data, num_classes=3, settings=settings, objective=objective)
     grid = LocalGrid(app, clients, plan=plan)
     strategy = FedAvg(min_train_nodes=1, min_available_nodes=1, fraction_evaluate=0.0)
     whole = FlatModule(make()).save()
@@ -103,3 +104,8 @@ def test_float64_is_trained_aggregated_and_carried_in_that():
     _, at_once = federated(make, plan=Plan(3))
     for name, array in arrays.items():
         np.testing.assert_allclose(at_once[name].numpy(), array.numpy(), rtol=1e-12)
+
+
+def test_what_is_kept_of_each_example_is_kept_in_bfloat16_too():
+    strategy, _ = federated(coarse, rounds=2, objective=ALDR())
+    assert [entry.status for entry in strategy.history[-1].clients] == ["ok"] * 3

@@ -531,3 +531,10 @@ def test_one_around_another_leaves_all_else_to_it():
     around.inner = inner
     assert around.wants == inner.wants
     assert around.group == "site"
+
+
+@pytest.mark.parametrize("shape", [(), (4, 4), (4, 1), (3,)])
+def test_losses_that_are_not_one_for_each_example_are_refused(shape):
+    batch = Batch(torch.zeros(4, 2), torch.zeros(4))
+    with pytest.raises(ClientError, match=r"one loss for each of 4 examples"):
+        batch.mean(torch.zeros(shape))

@@ -9,8 +9,15 @@ from torch import nn
 
 from fedweight import run
 from fedweight.clients import TrainingSettings
-from fedweight.clients.objectives import Objective
-from fedweight.clients.personal import PERSONAL, Ditto, FineTuned, personal
+from fedweight.clients.objectives import Objective, Plain
+from fedweight.clients.personal import (
+    PERSONAL,
+    Ditto,
+    FineTuned,
+    Personal,
+    personal,
+)
+from fedweight.clients.personal.base import objective_of
 from fedweight.clients.steps.loop import train
 from fedweight.clients.steps.task import Task
 from fedweight.core.errors import ConfigurationError
@@ -125,3 +132,24 @@ def test_wrong_personal_models_are_told(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match="not derived from"):
         personal("own_person:Nobody")
     assert set(PERSONAL.entries) == {"none", "ditto", "fine-tuned"}
+
+
+class Tuned(Personal):
+    def __init__(self, start="trained", epochs=1, goal=None):
+        self.start, self.epochs, self.goal = start, epochs, goal
+
+    def objective(self, local):
+        return self.goal or local
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"start": "received"}, "personal Tuned: start must be one of"),
+        ({"epochs": 0}, "personal Tuned: epochs must be a whole number from 1, got 0"),
+        ({"goal": "focal"}, "personal Tuned: objective must return an objective"),
+    ],
+)
+def test_personal_training_that_does_not_fit_is_refused(options, said):
+    with pytest.raises(ConfigurationError, match=said):
+        objective_of(Tuned(**options), Plain())

@@ -254,3 +254,22 @@ def test_limits_of_collaborative_fairness():
 def test_bad_input(call, message):
     with pytest.raises(ConfigurationError, match=message):
         call()
+
+
+@pytest.mark.parametrize("clients", [3, None, [0, "a"], [[1], [2]], [math.nan, 1]])
+def test_clients_that_are_no_numbers_are_refused(clients):
+    for function in (leave_one_out, shapley):
+        with pytest.raises(ConfigurationError, match="clients must be one or more"):
+            function(clients, len)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert contribution_cost(np.int64(3)) == 8
+    found = shapley(np.arange(3), len, permutations=np.int64(2), seed=np.int64(3))
+    assert found.values == {0: 1.0, 1: 1.0, 2: 1.0}
+
+
+@pytest.mark.parametrize("value", [1e308, 10**400, math.nan, "x"])
+def test_values_that_cannot_be_summed_are_refused(value):
+    with pytest.raises(ConfigurationError, match="the value of clients"):
+        leave_one_out(range(3), lambda some: value)

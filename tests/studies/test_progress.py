@@ -250,3 +250,15 @@ def test_a_handler_gets_its_stream_back_also_after_an_error(
             assert sys.stderr is file
         finally:
             logging.getLogger("fedweight").removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "said"),
+    [
+        (0.5, 1.25, "accuracy 0.5000  loss 1.2500"),
+        (float("nan"), 1.25, "loss 1.2500"),
+        (float("nan"), float("nan"), "not tested"),
+    ],
+)
+def test_a_line_says_what_was_measured(accuracy, loss, said):
+    assert Progress(1, 2, accuracy, loss, 0.5).text == said

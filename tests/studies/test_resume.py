@@ -214,6 +214,7 @@ def refused(folder: Path, said: str) -> None:
     with pytest.raises((ConfigurationError, DataError), match=said) as caught:
         resume(folder, report=False)
     assert "\n" not in str(caught.value)
+    assert not hasattr(caught.value, "__notes__")  # Not to do the same again.
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -744,6 +745,32 @@ def test_flowers_own_strategies_run_with_their_options(quick, settings):
     assert last != first
     key = next(key for key in settings if key != "strategy.name").split(".")[1]
     assert key in result.config["strategy"]
+
+
+def test_flowers_own_strategies_repeat_from_the_seed(quick):
+    """They draw clients from the process's own stream."""
+    settings = {
+        "strategy.name": "flwr.serverapp.strategy:FedAvg",
+        "strategy.fraction-train": 0.5,
+    }
+    random.seed(1)
+    first = quick("first", settings=settings).model()
+    random.seed(2)
+    before = random.getstate()
+    again = quick(settings=settings).model()
+    assert random.getstate() == before
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(quick, tmp_path, monkeypatch):
+    (tmp_path / "still.py").write_text(
+        "from torch import nn\n\n"
+        "def model(input_shape, num_classes):\n"
+        "    return nn.Linear(2, num_classes).requires_grad_(False)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigurationError, match="no parameter that is trained"):
+        quick(settings={"model.name": "still:model"})
 
 
 def test_ones_own_things_run(quick, own_things):

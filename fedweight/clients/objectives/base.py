@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...core.errors import ConfigurationError
+from ...core.errors import ClientError, ConfigurationError
 from ...core.options import ByName
 from ..noise import GAMMA_UNIFORMS, log_gamma, uniform
 from . import OBJECTIVES
@@ -28,7 +28,7 @@ class Batch:
     x : Tensor
         Inputs, ``[n, ...]``.
     y : Tensor
-        Labels, ``[n]``, int64.
+        Labels: ``[n]``, int64, or floating where numbers are predicted.
     mask : Tensor, optional
         ``[n]``, 1 for an example and 0 for padding; ``None`` where nothing is padded.
     groups : Tensor, optional
@@ -63,7 +63,19 @@ class Batch:
             ``[n]``, 0 or more: how much each example counts. They are scaled to a mean
             of 1 over the real examples, so that a step is no longer and no shorter for
             them. Where all are 0 the mean is 0.
+
+        Raises
+        ------
+        ClientError
+            If the values are not one for each example, which broadcasting would hide.
         """
+        if values.shape != self.y.shape[:1]:
+            raise ClientError(
+                f"an objective must give one loss for each of {len(self.y)} examples, "
+                f"shape [{len(self.y)}], got shape {list(values.shape)}. Take "
+                "reduction='none', and outputs.squeeze(-1) where a model gives one "
+                "number an example."
+            )
         if weights is not None:
             if self.mask is not None:
                 weights = torch.where(self.mask > 0, weights, 0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from ...core.errors import ConfigurationError, check_choice
+from ...core.texts import shown
 from ..objectives.base import Objective
 
 
@@ -38,6 +40,31 @@ class Personal(ABC):
             What local training minimises. With ``facts.received`` an objective sees
             the global model that the client received in this round.
         """
+
+
+def objective_of(personal: Personal, local: Objective) -> Objective:
+    """Return what a personal model minimises.
+
+    Raises
+    ------
+    ConfigurationError
+        If that is no objective, or what is said of its training does not fit.
+    """
+    name = type(personal).__name__
+    check_choice(f"personal {name}: start", personal.start, ("personal", "trained"))
+    epochs: Any = personal.epochs
+    if type(epochs) is not int or epochs < 1:
+        raise ConfigurationError(
+            f"personal {name}: epochs must be a whole number from 1, got "
+            f"{shown(epochs)}."
+        )
+    objective: Any = personal.objective(local)
+    if not isinstance(objective, Objective):
+        raise ConfigurationError(
+            f"personal {name}: objective must return an objective, got "
+            f"{shown(objective)}."
+        )
+    return objective
 
 
 def nothing() -> None:

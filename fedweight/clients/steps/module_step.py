@@ -68,7 +68,9 @@ class ModuleStep:
         self.carry = {name: value.to(device) for name, value in carried.items()}
         if defines(objective, "look"):
             module.load(start if task.own is None else task.own)
-        like = module.parameters.new_empty(len(task.examples))
+        # Half precision is too coarse for what grows by little.
+        dtype = torch.promote_types(module.parameters.dtype, torch.float32)
+        like = module.parameters.new_empty(len(task.examples), dtype=dtype)
         self.kept = {
             name: torch.as_tensor(kept_of(name, value, task)).to(like).expand_as(like)
             for name, value in objective.per_example.items()
@@ -160,7 +162,8 @@ class ModuleStep:
         if loss.carry:
             self.carry |= {name: value.detach() for name, value in loss.carry.items()}
         for name, value in loss.state.items():
-            self.kept[name] = self.kept[name].index_copy(0, rows, value.detach())
+            kept = self.kept[name]
+            self.kept[name] = kept.index_copy(0, rows, value.detach().to(kept))
 
 
 class _Model:
