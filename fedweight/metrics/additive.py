@@ -21,13 +21,11 @@ from torch import Tensor
 from ..core.errors import AggregationError, ConfigurationError, closest
 from ..core.texts import listed, shown
 from .measures import MEASURES, Array
-from .parts import PARTS, Seen, is_count
+from .parts import MOST_COUNTED, PARTS, Seen, is_count
 from .tasks import LearningTask
 
-# A client's statistics are at most so many numbers, and what they count no more than
-# a float64 tells apart.
+# A client's statistics are at most so many numbers.
 MOST_NUMBERS = 1_000_000
-MOST_COUNTED = 2.0**53
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,11 @@ class Sums:
 
 def _total(part: Array) -> Array:
     if part.dtype == np.int64:
-        return np.asarray(part.sum(0))
-    columns = part.reshape(len(part), -1).T.tolist()
+        rounded = part.sum(0, dtype=np.float64)
+        # What goes beyond int64 would wrap around.
+        large = bool((np.abs(rounded) >= 2.0**62).any())
+        return np.asarray(rounded if large else part.sum(0))
+    columns = part.reshape(len(part), math.prod(part.shape[1:])).T.tolist()
     return np.array([_exact(column) for column in columns]).reshape(part.shape[1:])
 
 

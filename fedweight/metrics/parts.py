@@ -22,6 +22,9 @@ Array = npt.NDArray[Any]
 Flags = npt.NDArray[np.bool_]
 Impossible = Callable[["Sums", LearningTask], Flags]
 
+# A client counts no more than a float64 tells apart.
+MOST_COUNTED = 2.0**53
+
 # Log-odds are counted in so many bins: equal ones of asinh(8 s), where s is limited to
 # SPAN; so they are fine where scores are near each other, and reach to 1e-7 and beyond.
 BINS = 256
@@ -166,27 +169,39 @@ def _too_many_hits(sums: Sums, task: LearningTask) -> Flags:
     return _any((sums["hits"] < 0) | (sums["hits"] > sums["examples"]))
 
 
+def _added(counts: Array, axes: int | tuple[int, ...]) -> Array:
+    """Add counts up as float64: exact to 2**53, and beyond it nothing wraps around."""
+    return np.asarray(counts.sum(axes, dtype=np.float64))
+
+
 def _odd_labels(sums: Sums, task: LearningTask) -> Flags:
     counts = sums["labels"]
     true, decided, both = counts[:, 0], counts[:, 1], counts[:, 2]
     odd: Flags = _any(counts < 0) | _any(both > np.minimum(true, decided))
     if isinstance(task, MultiLabel):
         return odd | _any(np.maximum(true, decided) > sums["examples"][:, None])
-    totals = true.sum(1)
-    odd |= _any(totals != decided.sum(1))
-    return odd | _any(totals != sums["examples"]) if task.has_classes else odd
+    totals = _added(true, 1)
+    odd |= _any(totals != _added(decided, 1))
+    return odd | _odd_total(totals, sums, task)
 
 
 def _odd_confusion(sums: Sums, task: LearningTask) -> Flags:
     counts = sums["confusion"]
-    total = counts.reshape(len(counts), -1).sum(1)
-    odd = _any(counts < 0)
-    return odd | _any(total != sums["examples"]) if task.has_classes else odd
+    return _any(counts < 0) | _odd_total(_added(counts, (1, 2)), sums, task)
+
+
+def _odd_total(totals: Array, sums: Sums, task: LearningTask) -> Flags:
+    """Tell where there are not as many decisions as the examples have, one or more."""
+    examples = sums["examples"]
+    if task.has_classes:
+        return _any(totals != examples)
+    return _any((totals < examples) | (totals > MOST_COUNTED))
 
 
 def _odd_scores(sums: Sums, task: LearningTask) -> Flags:
     counts = sums["scores"]
-    return _any(counts < 0) | _any(counts.sum((2, 3)) != sums["examples"][:, None])
+    totals = _added(counts, (2, 3))
+    return _any(counts < 0) | _any(totals != sums["examples"][:, None])
 
 
 def _odd_squares(sums: Sums, task: LearningTask) -> Flags:
@@ -203,7 +218,7 @@ def _nothing(sums: Sums, task: LearningTask) -> Flags:
 
 def _any(flags: npt.NDArray[np.bool_]) -> Flags:
     """Tell of each client whether any of its values is flagged."""
-    return np.asarray(flags.reshape(len(flags), -1).any(1))
+    return np.asarray(flags.any(axis=tuple(range(1, flags.ndim))))
 
 
 # By name.

@@ -268,6 +268,35 @@ def test_impossible_squares_and_scores():
     assert "'confusion'" in which.read([changed(row, last, row[last] + 1)])[1][0]
 
 
+def test_counts_that_wrap_around_are_impossible():
+    """2,048 cells of 2**53 add up to 0 modulo 2**64."""
+    which = statistics("classification", 50, "confusion")
+    row = which.rows(which.of(*classified(5, 50))).tolist()[0]
+    first = list(which.parts).index("confusion")
+    row[first:] = [2.0**53] * 2048 + [5.0] + [0.0] * (2500 - 2049)
+    assert "'confusion'" in which.read([row])[1][0]
+    which = statistics("classification", 3000, "macro-f1")
+    row = which.rows(which.of(*classified(5, 3000))).tolist()[0]
+    own = [2.0**53] * 2048 + [5.0] + [0.0] * (3000 - 2049)
+    row[-9000:] = own * 3
+    assert "'labels'" in which.read([row])[1][0]
+    which = statistics("segmentation", 50, "confusion")
+    targets = torch.zeros(5, 1, 1, dtype=torch.long)
+    row = which.rows(which.of(torch.zeros(5, 50, 1, 1), targets)).tolist()
+    row[0][-2500:] = [2.0**53] * 2500
+    assert "'confusion'" in which.read(row)[1][0]
+
+
+def test_counts_of_many_clients_do_not_wrap_around():
+    which = statistics("classification", 2, "confusion")
+    row = which.rows(which.zero()).tolist()[0]
+    row[0] = row[-1] = row[2] = 2.0**53
+    sums, odd = which.read([row] * 2048)
+    assert not odd
+    assert sums.total()["examples"][0] == 2.0**64
+    assert which.result(sums.total())["accuracy"][0] == 1.0
+
+
 def test_targets_out_of_range_are_refused():
     which = statistics("classification", 3, "macro-f1")
     with pytest.raises(DataError, match=r"from 0 to 3, but classification has 0 to 2"):
