@@ -252,6 +252,9 @@ class Statistics:
             if is_count(name):  # Not beyond what a float counts.
                 bad = (piece != np.rint(piece)) | (np.abs(piece) > MOST_COUNTED)
                 self._tell(odd, name, bad.reshape(len(piece), -1).any(1))
+        of_none = (pieces["examples"] == 0) & table.any(1)
+        for place in np.flatnonzero(of_none).tolist():
+            odd.setdefault(place, "its statistics are of no examples, but not all 0")
         table[list(odd)] = 0
         sums = self._split(table)
         for name in self.parts:

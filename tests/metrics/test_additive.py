@@ -297,6 +297,16 @@ def test_counts_of_many_clients_do_not_wrap_around():
     assert which.result(sums.total())["accuracy"][0] == 1.0
 
 
+@pytest.mark.parametrize(("task", "classes", "names"), EVERY)
+def test_without_examples_there_is_nothing_to_add_up(task, classes, names):
+    which = Statistics(task_named(task), classes, names)
+    row = which.rows(which.zero()).tolist()[0]
+    assert not which.read([row])[1]
+    for place in range(1, len(row)):
+        found = which.read([changed(row, place, 1.0)])[1]
+        assert found == {0: "its statistics are of no examples, but not all 0"}
+
+
 def test_targets_out_of_range_are_refused():
     which = statistics("classification", 3, "macro-f1")
     with pytest.raises(DataError, match=r"from 0 to 3, but classification has 0 to 2"):
