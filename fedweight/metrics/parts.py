@@ -25,6 +25,12 @@ Impossible = Callable[["Sums", LearningTask], Flags]
 # A client counts no more than a float64 tells apart.
 MOST_COUNTED = 2.0**53
 
+# Targets, and losses other than squared errors, are believed to be at most so large in
+# the mean over a client's examples; squares at most the square of that. No task's loss
+# is negative, but for what rounding to float32 leaves of it.
+MOST_MEAN = 1e15
+ROUNDING = 1e-4
+
 # Log-odds are counted in so many bins: equal ones of asinh(8 s), where s is limited to
 # SPAN; so they are fine where scores are near each other, and reach to 1e-7 and beyond.
 BINS = 256
@@ -158,11 +164,27 @@ def _scores_of(seen: Seen) -> Tensor:
     return seen.count((columns * 2 + positive) * BINS + bins, width * 2 * BINS)
 
 
-def _negative(name: str) -> Impossible:
-    def impossible(sums: Sums, task: LearningTask) -> Flags:
-        return _any(sums[name] < 0)
+def _odd_examples(sums: Sums, task: LearningTask) -> Flags:
+    return _any(sums["examples"] < 0)
 
-    return impossible
+
+def _odd_loss(sums: Sums, task: LearningTask) -> Flags:
+    most = MOST_MEAN if task.counts_hits else MOST_MEAN**2
+    return _beyond(sums, "loss", -ROUNDING, most)
+
+
+def _odd_errors(sums: Sums, task: LearningTask) -> Flags:
+    return _beyond(sums, "squared-error", 0.0, MOST_MEAN**2)
+
+
+def _odd_targets(sums: Sums, task: LearningTask) -> Flags:
+    return _beyond(sums, "targets", -MOST_MEAN, MOST_MEAN)
+
+
+def _beyond(sums: Sums, name: str, least: float, most: float) -> Flags:
+    """Tell where the mean over the examples lies beyond limits."""
+    values, n = sums[name], sums["examples"]
+    return _any((values < least * n) | (values > most * n))
 
 
 def _too_many_hits(sums: Sums, task: LearningTask) -> Flags:
@@ -209,11 +231,8 @@ def _odd_squares(sums: Sums, task: LearningTask) -> Flags:
     squares, total, n = sums["squared-targets"], sums["targets"], sums["examples"]
     with np.errstate(all="ignore"):
         least = total**2 / np.maximum(n, 1)
-    return _any((squares < 0) | (squares < (1 - 1e-9) * least))
-
-
-def _nothing(sums: Sums, task: LearningTask) -> Flags:
-    return np.zeros(len(sums), bool)
+    odd = _beyond(sums, "squared-targets", 0.0, MOST_MEAN**2)
+    return odd | _any(squares < (1 - 1e-9) * least)
 
 
 def _any(flags: npt.NDArray[np.bool_]) -> Flags:
@@ -223,18 +242,18 @@ def _any(flags: npt.NDArray[np.bool_]) -> Flags:
 
 # By name.
 PARTS: Mapping[str, Part] = {
-    "examples": Part(lambda seen: seen.targets, _negative("examples"), counts=True),
+    "examples": Part(lambda seen: seen.targets, _odd_examples, counts=True),
     "loss": Part(
-        lambda seen: seen.task.example_losses(seen.outputs, seen.targets), _nothing
+        lambda seen: seen.task.example_losses(seen.outputs, seen.targets), _odd_loss
     ),
     "squared-error": Part(
         lambda seen: (seen.outputs[:, 0].double() - seen.targets.double()) ** 2,
-        _negative("squared-error"),
+        _odd_errors,
     ),
     "hits": Part(
         lambda seen: seen.task.example_hits(seen.outputs, seen.targets), _too_many_hits
     ),
-    "targets": Part(lambda seen: seen.targets.double(), _nothing),
+    "targets": Part(lambda seen: seen.targets.double(), _odd_targets),
     "squared-targets": Part(lambda seen: seen.targets.double() ** 2, _odd_squares),
     "labels": Part(_labels_of, _odd_labels, lambda k: (3, k), counts=True),
     "confusion": Part(_confusion_of, _odd_confusion, lambda k: (k, k), counts=True),

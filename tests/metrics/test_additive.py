@@ -307,6 +307,42 @@ def test_without_examples_there_is_nothing_to_add_up(task, classes, names):
         assert found == {0: "its statistics are of no examples, but not all 0"}
 
 
+@pytest.mark.parametrize(
+    ("task", "name", "value"),
+    [
+        ("next-token", "loss", -1e200),
+        ("next-token", "loss", -1.0),
+        ("next-token", "loss", 1e200),
+        ("next-token", "loss", 5.1e15),
+        ("regression", "loss", 1e299),
+        ("regression", "squared-error", 1e299),
+        ("regression", "targets", -5.1e15),
+        ("regression", "squared-targets", 5.1e30),
+    ],
+)
+def test_sums_have_limits(task, name, value):
+    which = statistics(task, 4, *(["perplexity"] if task == "next-token" else []))
+    row = which.rows(which.of(*drawn(task, 5))).tolist()[0]
+    odd = changed(row, list(which.parts).index(name), value)
+    assert which.read([odd])[1] == {0: f"its statistics have impossible '{name}'"}
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e12])
+def test_numbers_of_any_size_are_believed(scale):
+    which = statistics("regression")
+    outputs, targets = drawn("regression", 50)
+    assert not which.read(
+        which.rows(which.of(outputs * scale, targets * scale)).tolist()
+    )[1]
+
+
+def test_a_loss_that_rounding_makes_negative_is_believed():
+    which = statistics("multi-label", 1)
+    row = which.rows(which.of(torch.full((9, 1), 20.0), torch.ones(9, 1))).tolist()[0]
+    assert not which.read([changed(row, 1, 9 * -1e-6)])[1]
+    assert which.read([changed(row, 1, 9 * -1e-3)])[1]
+
+
 def test_targets_out_of_range_are_refused():
     which = statistics("classification", 3, "macro-f1")
     with pytest.raises(DataError, match=r"from 0 to 3, but classification has 0 to 2"):
