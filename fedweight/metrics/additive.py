@@ -222,7 +222,10 @@ class Statistics:
 
     def rows(self, sums: Sums) -> npt.NDArray[np.float64]:
         """Return each client's sums in a row, ``[C, num_numbers]``."""
-        several = [sums[name].reshape(len(sums), -1) for name in self.parts]
+        several = [
+            sums[name].reshape(len(sums), math.prod(shape))
+            for name, shape in self.parts.items()
+        ]
         return np.concatenate(several, axis=1, dtype=np.float64)
 
     def read(self, rows: Iterable[Any]) -> tuple[Sums, dict[int, str]]:
@@ -251,7 +254,7 @@ class Statistics:
         for name, piece in pieces.items():
             if is_count(name):  # Not beyond what a float counts.
                 bad = (piece != np.rint(piece)) | (np.abs(piece) > MOST_COUNTED)
-                self._tell(odd, name, bad.reshape(len(piece), -1).any(1))
+                self._tell(odd, name, bad.any(axis=tuple(range(1, bad.ndim))))
         of_none = (pieces["examples"] == 0) & table.any(1)
         for place in np.flatnonzero(of_none).tolist():
             odd.setdefault(place, "its statistics are of no examples, but not all 0")

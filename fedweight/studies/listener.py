@@ -99,8 +99,10 @@ class Listener:
                     if not answer.has_error()
                 )
             ]
-            of_all, _, _ = measured(statistics, reported)
-            self.measured = {f"evaluate-{name}": of_all[name] for name in of_all}
+            self.measured = {}
+            if reported:
+                of_all, _, _ = measured(statistics, reported)
+                self.measured = {f"evaluate-{name}": of_all[name] for name in of_all}
             return aggregate(server_round, answers)
 
         return measuring

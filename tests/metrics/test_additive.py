@@ -220,6 +220,15 @@ def test_zero_adds_nothing_and_measures_nothing(task, classes, names):
     assert all(math.isnan(v[0]) for name, v in nothing.items() if name != "confusion")
 
 
+@pytest.mark.parametrize(("task", "classes", "names"), EVERY)
+def test_of_no_client_there_is_nothing(task, classes, names):
+    which = Statistics(task_named(task), classes, names)
+    sums, odd = which.read([])
+    assert (len(sums), odd) == (0, {})
+    assert which.rows(sums).shape == (0, which.num_numbers)
+    assert sums.total()["examples"].tolist() == [0]
+
+
 def changed(row, place, value):
     return [value if k == place else number for k, number in enumerate(row)]
 

@@ -187,6 +187,22 @@ def test_a_strategy_of_flowers_has_the_same_measures(
         )
 
 
+@pytest.mark.parametrize("name", ["fedavg", "flwr.serverapp.strategy:FedAvg"])
+def test_where_nobody_evaluates_there_are_no_measures(
+    file: Path, tmp_path: Path, name: str
+) -> None:
+    result = start(
+        file,
+        tmp_path / "run",
+        run__rounds=1,
+        strategy__name=name,
+        strategy__fraction_evaluate=0.0,
+    )
+    assert result.rounds.filter(like="evaluate").isna().all(axis=None)
+    assert result.rounds["test_rmse"].notna().all()
+    assert not result.warnings
+
+
 def test_arrays_with_numbers(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(100, 3)).astype(np.float32)
