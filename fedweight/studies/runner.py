@@ -44,6 +44,7 @@ from .components import (
 from .configuration import Configuration
 from .feasibility import check_feasible
 from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
+from .foreign import keep_frozen
 from .given import as_settings, of_main, setting_map, whole_tables
 from .keeper import NAME as KEPT
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
@@ -107,15 +108,8 @@ def _what_travels(components: Components, strategy: Strategy) -> FlatModel:
     A strategy that is not ours may want all of it.
     """
     whole = FlatModule(components.make_model()).save()
-    if any(isinstance(one, WeightingStrategy) for one in with_inner(strategy)):
-        return whole.travelling()
-    if whole.travelling() is not whole:
-        log.info(
-            "the whole model travels, frozen and tied tensors too: %s is not derived "
-            "from fedweight.strategies.WeightingStrategy",
-            type(strategy).__name__,
-        )
-    return whole
+    ours = any(isinstance(one, WeightingStrategy) for one in with_inner(strategy))
+    return whole.travelling() if ours else whole
 
 
 def run(
@@ -438,6 +432,8 @@ def serve(
     if leaves_out_base(initial, recorder.base.layout):
         told[keys.BASE] = recorder.base.digest
         bring_base(grid, recorder.base)
+    elif recorder.base.digest:
+        keep_frozen(strategy, recorder.base)
     epochs = configuration["training"]["epochs"]
     table = configuration["run"]
     rounds, timeout = table["rounds"], table["timeout"] or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -126,15 +127,71 @@ def test_at_once_is_as_one_after_another(elsewhere):
 
 
 def test_a_strategy_that_is_not_ours_has_all_of_the_model(elsewhere, caplog):
-    caplog.set_level(logging.INFO, "fedweight")
     result = run(strategy__name="flwr.serverapp.strategy:FedAvg")
     lines = [r.message for r in caplog.records if "whole model travels" in r.message]
     assert len(lines) == 1
     assert "FedAvg" in lines[0]
+    assert {r.levelno for r in caplog.records if r.message in lines} == {
+        logging.WARNING
+    }
     whole = Layout.of_module(built()).num_bytes
     assert set(result.clients.bytes_up) >= {whole}
     found = load_file(result.folder / "model.safetensors")
     assert {e.name for e in Layout.of_module(built()).entries} == set(found)
+
+
+OWN = """
+import torch
+from torch import nn
+from flwr.serverapp.strategy import FedAvg
+
+def partly(input_shape, num_classes):
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Embedding(num_classes, 8), nn.Flatten(), nn.Linear(48, num_classes)
+    )
+    model[0].requires_grad_(False)
+    return model
+
+class Alone(FedAvg):
+    def start(self, *arguments, **named):
+        return super().start(*arguments, **named)
+"""
+FLOWERS = [
+    "flwr.serverapp.strategy:FedAvg",
+    "flwr.serverapp.strategy:FedAdam",
+    "own_partly:Alone",
+]
+
+
+@pytest.mark.parametrize("strategy", FLOWERS)
+def test_frozen_tensors_keep_their_bits_whatever_the_strategy(
+    elsewhere, tmp_path, strategy
+):
+    (tmp_path / "own_partly.py").write_text(OWN)
+    assert_kept(load_file(run(strategy__name=strategy).folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("strategy", FLOWERS)
+def test_without_adapters_frozen_tensors_keep_their_bits_too(
+    elsewhere, tmp_path, strategy
+):
+    (tmp_path / "own_partly.py").write_text(OWN)
+    settings = settings_of(
+        **{"model.name": "own_partly:partly", "strategy.name": strategy}
+    )
+    settings = {
+        key: value
+        for key, value in settings.items()
+        if key == "model.name" or not key.startswith("model.")
+    }
+    result = fedweight.run(
+        settings=settings, dataset=texts(), report=False, progress=False
+    )
+    found = load_file(result.folder / "model.safetensors")
+    before = importlib.import_module("own_partly").partly((LENGTH,), TOKENS)
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(found[name], tensor) == (name == "0.weight"), name
 
 
 def test_of_a_model_that_is_trained_whole_nothing_is_told(elsewhere, caplog):
