@@ -249,6 +249,31 @@ def test_what_others_do_not_keep_is_refused() -> None:
     assert store.read("personal", np.array([1, 2])).clients.tolist() == [1]
 
 
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_a_dropped_round_leaves_no_kinds_behind(tmp_path: Path, memory: int) -> None:
+    store = ClientStore(memory)
+    store.keep_in(tmp_path)
+
+    def write(width: int) -> None:
+        rows = {"model": np.ones((1, width), np.float32)}
+        store.write("personal", ClientRows(np.array([2]), rows))
+        store.relieve()
+
+    with store.staged():
+        write(2)
+        write(2)
+    assert list(tmp_path.iterdir()) == []
+    assert store.read("personal", np.array([2])).clients.tolist() == []
+    with store.staged() as keep:
+        write(3)
+        keep()
+    assert store.read("personal", np.array([2])).arrays["model"].shape == (1, 3)
+    with store.staged():
+        write(3)
+    with pytest.raises(ClientError, match=r"\(3,\)"):
+        write(2)
+
+
 def test_many_rounds_of_the_same_clients_take_no_more_memory() -> None:
     store = ClientStore()
     for number in range(50):

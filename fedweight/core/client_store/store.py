@@ -50,7 +50,8 @@ class ClientStore:
         self._is_kept = False  # Whether a checkpoint goes on with the files.
         # What was written since a round began, and how long tables were then.
         self._staged: list[tuple[str, Indices, Indices]] | None = None
-        self._marks: dict[str, list[tuple[int, int, Any]]] = {}
+        # None of a table that there was not.
+        self._marks: dict[str, list[tuple[int, int, Any]] | None] = {}
 
     @classmethod
     def of(cls, rows: Mapping[str, ClientRows]) -> Self:
@@ -104,7 +105,7 @@ class ClientStore:
             return
         arrays, items = kinds_of(rows.arrays), kinds_of(rows.items)
         with self._lock:
-            own = self._tables.get(table)
+            own, is_new = self._tables.get(table), table not in self._tables
             if own is None:
                 own = self._tables[table] = Table(arrays, items, self._path_of(table))
             if (arrays, items) != (own.arrays, own.item_arrays):
@@ -114,7 +115,7 @@ class ClientStore:
                     f"have {[*own.arrays, *own.item_arrays]}."
                 )
             if self._staged is not None:
-                marks = [part.mark() for part in own.parts]
+                marks = None if is_new else [part.mark() for part in own.parts]
                 self._marks.setdefault(table, marks)
             before = own.write(rows)
             if self._staged is None:
@@ -146,6 +147,9 @@ class ClientStore:
             for table, clients, before in reversed(self._staged or []):
                 self._tables[table].undo(clients, before)
             for table, marks in self._marks.items():
+                if marks is None:  # What clients will keep in it may be of other kinds.
+                    self._tables.pop(table).remove()
+                    continue
                 for part, mark in zip(self._tables[table].parts, marks, strict=True):
                     part.cut(mark)
             self._staged, self._marks = None, {}

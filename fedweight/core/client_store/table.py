@@ -159,6 +159,12 @@ class Table:
         for part in self.parts:
             part.spill()
 
+    def remove(self) -> None:
+        """Remove the files of a table that no checkpoint knows."""
+        for part in self.parts:
+            if part.filed:
+                part.path().unlink(missing_ok=True)
+
     @property
     def state(self) -> dict[str, Any]:
         """What :meth:`restored` needs."""
