@@ -56,7 +56,11 @@ def predictions(
     ]
     if not frames:
         raise DataError(f"{run.folder}: there are no examples of part '{part}'.")
-    return pd.concat(frames, ignore_index=True)
+    found = pd.concat(frames, ignore_index=True)
+    data = components.data
+    if part != "test" and data.names:
+        found.insert(1, "name", found["client"].map(data.name_of))
+    return found
 
 
 def _with(components: Components, model: Mapping[str, Tensor]) -> FlatModule:
@@ -81,11 +85,12 @@ def _parts(
     if part == "test":
         yield None, data.test
         return
-    for client in () if clients is None else clients:
-        if client not in range(data.num_clients):
+    wanted: Any = () if clients is None else clients
+    for client in wanted if isinstance(wanted, Iterable) else [wanted]:
+        if wanted is client or client not in range(data.num_clients):
             raise ConfigurationError(
-                f"clients must be numbers from 0 to {data.num_clients - 1}, got "
-                f"{shown(client)}."
+                f"clients must be a list of numbers from 0 to {data.num_clients - 1}, "
+                f"got {shown(client)}."
             )
     for client in range(data.num_clients) if clients is None else clients:
         own = data.client(client)

@@ -114,9 +114,10 @@ class Run(SummedRun):
         Returns
         -------
         DataFrame
-            ``client`` (none for the test set), ``row`` (the example's place among the
-            client's), ``target`` and ``prediction``, and ``score_0``, ``score_1``, ...,
-            the probability of each class, where there are classes.
+            ``client`` (none for the test set), ``name`` where clients have names,
+            ``row`` (the example's place among the client's), ``target`` and
+            ``prediction``, and ``score_0``, ``score_1``, ..., the probability of each
+            class, where there are classes.
 
         Raises
         ------

@@ -43,6 +43,9 @@ def test_predictions_say_what_the_tables_say(tmp_path: Path) -> None:
     assert (result.predictions(model=other)["prediction"] == 0).all()
     with pytest.raises(DataError, match="is not as the run's own model has it"):
         result.predictions(model={})
+    for odd in ([99], [-1], ["a"], 3):
+        with pytest.raises(ConfigurationError, match="clients must be a list"):
+            result.predictions(clients=odd)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="Did you mean 'held-out'"):
         result.predictions("held_out")  # type: ignore[arg-type]
 
@@ -59,3 +62,16 @@ def test_predictions_of_numbers_given_in_python(tmp_path: Path) -> None:
     error = np.sqrt(((found["target"] - found["prediction"]) ** 2).mean())
     assert error == pytest.approx(result.rounds["evaluate_rmse"].iloc[-1], rel=1e-5)
     assert found.columns.tolist() == ["client", "row", "target", "prediction"]
+
+
+def test_predictions_name_the_clients_that_have_names(tmp_path: Path) -> None:
+    path = tmp_path / "sites.csv"
+    rows = [f"{k % 7},{k % 2},{'bonn' if k % 3 else 'ulm'}" for k in range(60)]
+    path.write_text("\n".join(["x,y,site", *rows]) + "\n")
+    data = {"data.name": "csv", "data.path": str(path), "data.label": "y"}
+    natural = {"partition.name": "natural", "partition.clients": 0}
+    settings = {**QUICK, **data, "data.client": "site", **natural}
+    result = run(settings=settings, out=tmp_path / "run", report=False)
+    found = result.predictions()
+    names = dict(zip(found["client"], found["name"], strict=True))
+    assert names == {0: "bonn", 1: "ulm"}
