@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from torch import nn
 
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.clients.personal import Ditto
 from fedweight.core.local_models import SummedModels
 from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
@@ -69,6 +70,7 @@ def app_of(
     faulty: bool = False,
     before: Callable[[int], None] | None = None,
     batch_size: int = 8,
+    **more: Any,
 ) -> TrainingApp:
     """Make an app; a ``faulty`` one has a client that raises, and one with NaN.
 
@@ -92,6 +94,7 @@ def app_of(
         num_classes=CLASSES,
         settings=TrainingSettings(epochs=2, batch_size=batch_size, learning_rate=0.1),
         sizes=[6 + 4 * client for client in range(CLIENTS)],
+        **more,
     )
 
 
@@ -374,6 +377,23 @@ def test_timeout(strategy: Any, ray_grid: Any) -> None:
     assert arrays is not None
     status = {c.client: c.status for c in method.history[-1].clients}
     assert status == {k: "ok" if k in arrived else "missing" for k in range(CLIENTS)}
+
+
+def test_what_comes_too_late_is_not_kept(ray_grid: Any) -> None:
+    def slow(client: int) -> None:
+        time.sleep(3 if client == 6 else 0)
+
+    ray_grid.load(app_of(before=slow, personal=Ditto()), CLIENTS)
+    with ray_grid.store.staged() as keep:
+        replies = replies_of(ray_grid, FedAvg(), timeout=1.5)
+        arrived = {reply.node - FIRST_NODE for reply in replies.plain or ()}
+        assert 6 not in arrived
+        assert arrived
+        keep()
+    while ray_grid._pool._queue.busy:
+        time.sleep(0.05)
+    kept = ray_grid.store.read("personal", np.arange(CLIENTS)).clients
+    assert set(kept.tolist()) == arrived
 
 
 @pytest.mark.parametrize(

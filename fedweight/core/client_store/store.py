@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ClientError
 from .records import Indices
-from .table import ClientRows, Table, kinds_of
+from .table import ClientRows, Kinds, Table, kinds_of
 
 # Rows in memory take no more than about so many bytes.
 MEMORY = 32 << 20
@@ -101,27 +101,48 @@ class ClientStore:
             If it is not what others keep for the purpose: other names, shapes or
             dtypes.
         """
-        if not len(rows.clients):
-            return
-        arrays, items = kinds_of(rows.arrays), kinds_of(rows.items)
+        self.write_all({table: rows})
+
+    def write_all(self, rows: Mapping[str, ClientRows]) -> None:
+        """Let clients keep something in several tables: in all of them, or in none.
+
+        Raises
+        ------
+        ClientError
+            As :meth:`write` does; nothing is written then.
+        """
         with self._lock:
-            own, is_new = self._tables.get(table), table not in self._tables
-            if own is None:
-                own = self._tables[table] = Table(arrays, items, self._path_of(table))
-            if (arrays, items) != (own.arrays, own.item_arrays):
-                raise ClientError(
-                    f"{table}: what a client keeps must have the names, shapes and "
-                    f"dtypes that others' has. It has {[*arrays, *items]}, and others "
-                    f"have {[*own.arrays, *own.item_arrays]}."
-                )
-            if self._staged is not None:
-                marks = None if is_new else [part.mark() for part in own.parts]
-                self._marks.setdefault(table, marks)
-            before = own.write(rows)
-            if self._staged is None:
-                self._tidy(table)
-            else:
-                self._staged.append((table, rows.clients, before))
+            some = {table: own for table, own in rows.items() if len(own.clients)}
+            for table, own in some.items():
+                self._check(table, own)
+            for table, own in some.items():
+                self._write(table, own)
+
+    def _check(self, table: str, rows: ClientRows) -> None:
+        """Refuse rows that are not of a table's kinds."""
+        if table not in self._tables:
+            return
+        arrays, items, own = *_kinds(rows), self._tables[table]
+        if (arrays, items) != (own.arrays, own.item_arrays):
+            raise ClientError(
+                f"{table}: what a client keeps must have the names, shapes and dtypes "
+                f"that others' has. It has {[*arrays, *items]}, and others have "
+                f"{[*own.arrays, *own.item_arrays]}."
+            )
+
+    def _write(self, table: str, rows: ClientRows) -> None:
+        is_new = table not in self._tables
+        if is_new:
+            self._tables[table] = Table(*_kinds(rows), self._path_of(table))
+        own = self._tables[table]
+        if self._staged is not None:
+            marks = None if is_new else [part.mark() for part in own.parts]
+            self._marks.setdefault(table, marks)
+        before = own.write(rows)
+        if self._staged is None:
+            self._tidy(table)
+        else:
+            self._staged.append((table, rows.clients, before))
 
     @contextmanager
     def staged(self) -> Iterator[Callable[[], None]]:
@@ -270,6 +291,11 @@ class ClientStore:
         with self._lock:
             self._tables, self._is_kept = {}, False
             self._sweep()
+
+
+def _kinds(rows: ClientRows) -> tuple[Kinds, Kinds]:
+    """Return the kinds of the arrays and of the items that rows have."""
+    return kinds_of(rows.arrays), kinds_of(rows.items)
 
 
 def is_file_name(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +47,24 @@ class ClientRows:
     def ends(self) -> Indices:
         """``[C]``: where each client's items end."""
         return np.cumsum(self.lengths)
+
+    def only(self, clients: Collection[int]) -> ClientRows:
+        """Return those of some clients.
+
+        Examples
+        --------
+        >>> rows = ClientRows(np.array([7, 4]), {"n": np.array([1, 2])})
+        >>> rows.only([4, 5]).arrays["n"].tolist()
+        [2]
+        """
+        chosen = np.isin(self.clients, list(clients))
+        of_items = np.repeat(chosen, self.lengths)
+        return ClientRows(
+            self.clients[chosen],
+            {name: values[chosen] for name, values in self.arrays.items()},
+            {name: values[of_items] for name, values in self.items.items()},
+            self.lengths[chosen],
+        )
 
 
 # Names, dtypes and shapes.

@@ -283,9 +283,12 @@ class Pool:
             self._answers.notify_all()
 
     def _accept(self, jobs: list[Job], sent: Sent, place: str) -> None:
+        written = sent.written
+        if any(job.batch.dropped for job in jobs):  # Their round is over.
+            waited = [k for job in jobs if not job.batch.dropped for k in job.clients]
+            written = {table: own.only(waited) for table, own in written.items()}
+        self._store.write_all(written)
         states, rows = iter(sent.states), iter(sent.rows)
-        for table, written in sent.written.items():
-            self._store.write(table, written)
         self._queue.paces.learn(jobs, [answer.seconds for answer in sent.answers])
         for job, answer in zip(jobs, sent.answers, strict=True):
             for client, has_state in zip(job.clients, answer.has_state, strict=True):
