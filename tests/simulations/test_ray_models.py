@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from torch import nn
 
 from fedweight.clients import TrainingApp, TrainingSettings
+from fedweight.clients.objectives import Objective
 from fedweight.clients.personal import Ditto
 from fedweight.core.local_models import SummedModels
 from fedweight.core.module import FlatModule
@@ -394,6 +395,43 @@ def test_what_comes_too_late_is_not_kept(ray_grid: Any) -> None:
         time.sleep(0.05)
     kept = ray_grid.store.read("personal", np.arange(CLIENTS)).clients
     assert set(kept.tolist()) == arrived
+
+
+class Odd(Objective):
+    """One client carries something else than the others."""
+
+    wants = frozenset({"class-counts"})
+
+    def begin(self, facts: Any) -> Any:
+        odd = int(facts.class_counts.sum()) == 6 + 4 * 6
+        return {"seen": torch.zeros(2 + odd)}
+
+    def example_losses(self, outputs: Any, batch: Any, facts: Any) -> Any:
+        return nn.functional.cross_entropy(outputs, batch.y, reduction="none")
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_client_that_carries_something_else_fails_alone(
+    chunk: int, ray_grid: Any
+) -> None:
+    def late(client: int) -> None:
+        time.sleep(1 if client == 6 else 0)
+
+    ray_grid.load(app_of(before=late, objective=Odd(), personal=Ditto()), CLIENTS)
+    ray_grid.plan = Plan(chunk)
+    try:
+        for _ in range(2):
+            replies = replies_of(ray_grid, FedAvg())
+            errors = {
+                r.node - FIRST_NODE: r.error for r in replies.plain or () if r.error
+            }
+            assert list(errors) == [6]
+            assert "client 6, train: ClientError: " in errors[6]
+    finally:
+        ray_grid.plan = Plan()
+    for table in ("personal", "objective"):
+        kept = ray_grid.store.read(table, np.arange(CLIENTS)).clients
+        assert kept.tolist() == [k for k in range(CLIENTS) if k != 6]
 
 
 @pytest.mark.parametrize(

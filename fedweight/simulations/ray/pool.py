@@ -25,7 +25,7 @@ from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
 from ...core.client_store import ClientRows, ClientStore
-from ...core.errors import EngineError
+from ...core.errors import ClientError, EngineError, describe_failure
 from ...core.local_models import ModelSum
 from ...messages import _flower
 from ...messages.dispatch import Answers, Cohort
@@ -287,7 +287,11 @@ class Pool:
         if any(job.batch.dropped for job in jobs):  # Their round is over.
             waited = [k for job in jobs if not job.batch.dropped for k in job.clients]
             written = {table: own.only(waited) for table, own in written.items()}
-        self._store.write_all(written)
+        try:
+            self._store.write_all(written)
+        except ClientError as error:  # The workers cannot know what others keep.
+            self._blame(jobs, error)
+            return
         states, rows = iter(sent.states), iter(sent.rows)
         self._queue.paces.learn(jobs, [answer.seconds for answer in sent.answers])
         for job, answer in zip(jobs, sent.answers, strict=True):
@@ -310,7 +314,7 @@ class Pool:
             self._queue.put_back(job)
 
     def _blame(self, jobs: list[Job], error: Exception) -> None:
-        """Find the client because of which a list was lost: try each by itself.
+        """Find the client because of which a list came to nothing: try each by itself.
 
         No state of the list's clients has changed, so they can begin again.
         """
@@ -325,9 +329,7 @@ class Pool:
                 self._queue.put_back(single)
             return
         (client,) = job.clients
-        died = isinstance(error, LOST)
-        what = "its worker process died" if died else "its worker failed"
-        reason = f"client {client}, {job.kind}: {what}: {error}"
+        reason = _reason(client, job.kind, error)
         if job.share is not None:
             self._arrive(job, [error_reply(client, reason)], None, None)
             return
@@ -354,3 +356,11 @@ class Pool:
             assert isinstance(job.batch, CohortBatch)
             answers = Answers(unpacked(replies), total or ModelSum())
             job.batch.add(job.place, Arrived(answers, shard))
+
+
+def _reason(client: int, kind: str, error: Exception) -> str:
+    """Return why a client failed that was tried by itself."""
+    if isinstance(error, ClientError):
+        return describe_failure(client, kind, error)
+    what = "process died" if isinstance(error, LOST) else "failed"
+    return f"client {client}, {kind}: its worker {what}: {error}"
