@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from ..core.layout import Base
 from ..messages.arrays import view
+from ..messages.grids import staged
 
 log = logging.getLogger("fedweight")
 
@@ -33,6 +36,36 @@ def keep_frozen(strategy: Strategy, base: Base) -> None:
         return None if arrays is None else with_base(arrays, base), metrics
 
     strategy.aggregate_train = aggregating  # type: ignore[method-assign]
+
+
+@contextmanager
+def settling(strategy: Strategy, grid: Grid) -> Iterator[None]:
+    """Drop in a ``with`` block what clients keep of rounds in which no model is made.
+
+    For a strategy that runs its rounds itself: what clients have written since the last
+    call of ``aggregate_train`` belongs to the next one.
+    """
+    aggregate, own = strategy.aggregate_train, vars(strategy)
+    before = own.copy()
+    with ExitStack() as stack:
+        keep = stack.enter_context(staged(grid))
+
+        def aggregating(server_round: int, replies: Iterable[Message]) -> Any:
+            nonlocal keep
+            found = aggregate(server_round, replies)
+            if found[0] is not None:
+                keep()
+            stack.close()
+            keep = stack.enter_context(staged(grid))
+            return found
+
+        own["aggregate_train"] = aggregating  # Ours are frozen dataclasses.
+        try:
+            yield
+        finally:
+            del own["aggregate_train"]
+            if "aggregate_train" in before:
+                own["aggregate_train"] = before["aggregate_train"]
 
 
 def with_base(arrays: ArrayRecord, base: Base) -> ArrayRecord:

@@ -44,7 +44,7 @@ from .components import (
 from .configuration import Configuration
 from .feasibility import check_feasible
 from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
-from .foreign import keep_frozen
+from .foreign import keep_frozen, settling
 from .given import as_settings, of_main, setting_map, whole_tables
 from .keeper import NAME as KEPT
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
@@ -488,15 +488,16 @@ def serve(
             if state.round < rounds:
                 recorder.stopped(state.round, stopping.reason or own.reason)
         else:  # It runs its rounds in a way of its own.
-            strategy.start(
-                grid,
-                initial,
-                num_rounds=rounds,
-                timeout=timeout,  # type: ignore[arg-type]
-                train_config=state.train_config,
-                evaluate_config=state.evaluate_config,
-                evaluate_fn=recorder.after_round,
-            )
+            with settling(strategy, grid):
+                strategy.start(
+                    grid,
+                    initial,
+                    num_rounds=rounds,
+                    timeout=timeout,  # type: ignore[arg-type]
+                    train_config=state.train_config,
+                    evaluate_config=state.evaluate_config,
+                    evaluate_fn=recorder.after_round,
+                )
 
 
 def _tell_what_is_not_carried(strategy: Strategy) -> None:

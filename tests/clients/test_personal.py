@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -153,3 +155,74 @@ class Tuned(Personal):
 def test_personal_training_that_does_not_fit_is_refused(options, said):
     with pytest.raises(ConfigurationError, match=said):
         objective_of(Tuned(**options), Plain())
+
+
+OWN = """
+import flwr.serverapp.strategy as flowers
+import numpy as np
+from fedweight import strategies
+from fedweight.core.errors import AggregationError
+
+kept = []
+
+class Ours(strategies.FedAvg):
+    def weights(self, round):
+        if round.number in (1, 3):
+            raise AggregationError("no")
+        return super().weights(round)
+
+class Starts:
+    def start(self, grid, *arguments, **named):
+        result = super().start(grid, *arguments, **named)
+        kept.append(grid.store.read("personal", np.arange(4)).arrays["parameters"])
+        return result
+
+class OursAlone(Starts, Ours):
+    pass
+
+class FlowersAlone(Starts, flowers.FedAvg):
+    def aggregate_train(self, server_round, replies):
+        found = super().aggregate_train(server_round, replies)
+        return (None, found[1]) if server_round in (1, 3) else found
+"""
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """Give a function that runs a strategy of the text above for some rounds."""
+    (tmp_path / "own_starts.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def play(name, rounds):
+        settings = {
+            "strategy.name": f"own_starts:{name}",
+            "personal.name": "ditto",
+            "run.rounds": rounds,
+            "partition.clients": 4,
+            "training.epochs": 1,
+            "engine.name": "local",
+            "engine.plan": "loop",
+        }
+        return run(settings=settings, out=tmp_path / f"{name}{rounds}", report=False)
+
+    return play
+
+
+def test_a_start_of_its_own_has_the_same_personal_models(played):
+    losses = [
+        played(name, 4).rounds["evaluate_personal_loss"]
+        for name in ("Ours", "OursAlone")
+    ]
+    # Round 0 has no clients, and after round 1 nobody has a personal model.
+    assert losses[0].isna().tolist() == [True, True, False, False, False]
+    np.testing.assert_array_equal(*losses)
+
+
+@pytest.mark.parametrize("name", ["OursAlone", "FlowersAlone"])
+def test_a_round_that_fails_in_a_start_of_its_own_keeps_nothing(played, name):
+    for rounds in (2, 3, 4):
+        played(name, rounds)
+    second, third, fourth = importlib.import_module("own_starts").kept[-3:]
+    assert second.shape[0] == 4
+    np.testing.assert_array_equal(third, second)
+    assert (fourth != second).any()
