@@ -200,7 +200,7 @@ def test_old_rows_go_at_a_checkpoint_once_they_are_more(tmp_path: Path) -> None:
     store, state = filled(tmp_path, rounds=1)
     path, other = (tmp_path / f"client-store-personal-{slot}.rows" for slot in (0, 1))
     size = path.stat().st_size
-    for number in range(5):
+    for number in range(2):
         store.write("personal", rows_of("personal", [*range(30)], number))
     # What the last checkpoint goes on with is there until the next one is.
     later = store.secure()
@@ -212,6 +212,39 @@ def test_old_rows_go_at_a_checkpoint_once_they_are_more(tmp_path: Path) -> None:
     assert not path.exists()
     assert other.stat().st_size == size
     assert later["personal"]["slot"] == 1
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_between_checkpoints_old_rows_go_too(tmp_path: Path, table: str) -> None:
+    """The checkpoint's stay, and take their room once."""
+    store = ClientStore(memory=0)
+    store.keep_in(tmp_path)
+    clients = [*range(30)]
+    store.write(table, rows_of(table, clients, 0))
+    state = store.secure()
+    store.release()
+    sizes: list[int] = []
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in tmp_path.iterdir())
+
+    one = size()
+    for number in range(1, 50):
+        with store.staged() as keep:
+            store.write(table, rows_of(table, clients, number))
+            store.relieve()
+            keep()
+        sizes.append(size())
+    assert max(sizes) <= 6 * one
+    again = ClientStore()
+    again.restore(_copy(tmp_path), state)
+    for found, number in ((again, 0), (store, 49)):
+        assert by_client(found.read(table, np.arange(30))) == by_client(
+            rows_of(table, clients, number)
+        )
+    store.secure()
+    store.release()
+    assert size() <= 3 * one
 
 
 def _copy(folder: Path) -> Path:

@@ -204,7 +204,7 @@ def test_a_run_with_what_clients_keep_may_be_overwritten(
     settings = {**QUICK, "run.rounds": 1}
     run(settings=settings, out=folder, report=False, overwrite=True)
     assert not list(folder.glob("client-store-*"))
-    (folder / "client-store-personal-2.rows").touch()
+    (folder / "client-store-personal-3.rows").touch()
     with pytest.raises(ConfigurationError, match="nothing else"):
         run(settings=settings, out=folder, report=False, overwrite=True)
 

@@ -47,7 +47,10 @@ class ClientStore:
         self._lock = threading.RLock()
         self._folder: Path | None = None
         self._tables: dict[str, Table] = {}
-        self._is_kept = False  # Whether a checkpoint goes on with the files.
+        # Of what the last checkpoint goes on with the slot and the number of rows, and
+        # of what the one does that is being written.
+        self._kept: dict[str, tuple[int, int]] = {}
+        self._secured: dict[str, tuple[int, int]] = {}
         # What was written since a round began, and how long tables were then.
         self._staged: list[tuple[str, Indices, Indices]] | None = None
         # None of a table that there was not.
@@ -205,21 +208,24 @@ class ClientStore:
     def _tidy(self, table: str, *, checkpoint: bool = False) -> None:
         """Leave out old rows where they are more than the newest.
 
-        What a checkpoint goes on with stays as it is until the next one.
+        What a checkpoint goes on with stays as it is until the next one, and counts
+        as old only then.
         """
         own = self._tables[table]
-        if own.rows.count > 2 * own.live and (
-            checkpoint or not (own.rows.filed and self._is_kept)
-        ):
-            self._tables[table] = own.compacted()
-            if not self._is_kept:
-                self._sweep()
+        slot, count = self._kept.get(table, (own.slot, 0))
+        staying = count if slot == own.slot and not checkpoint else 0
+        if own.rows.count - staying > 2 * own.live:
+            free = {0, 1, 2} - {slot, own.slot}
+            self._tables[table] = own.compacted(min(free))
+            self._sweep()
 
     def _sweep(self) -> None:
-        """Remove files that are no table's."""
+        """Remove files that are no table's, and no checkpoint's."""
         if self._folder is None:
             return
         own = {p.path() for t in self._tables.values() for p in t.parts if p.filed}
+        for table, (slot, _) in self._kept.items():
+            own |= {self._path_of(table)(slot, end) for end in ("rows", "items")}
         for path in self._folder.iterdir():
             if is_file_name(path.name) and path not in own:
                 path.unlink(missing_ok=True)
@@ -261,12 +267,14 @@ class ClientStore:
                 table.spill()
                 for part in table.parts:
                     part.sync()
-            return {name: t.state for name, t in self._tables.items() if t.live}
+            state = {name: t.state for name, t in self._tables.items() if t.live}
+            self._secured = _kept_of(state)
+            return state
 
     def release(self) -> None:
         """Remove files of before the last :meth:`secure`: nobody goes on with them."""
         with self._lock:
-            self._is_kept = True
+            self._kept = self._secured
             self._sweep()
 
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
@@ -284,18 +292,24 @@ class ClientStore:
             name: Table.restored(of_table, self._path_of(name))
             for name, of_table in state.items()
         }
+        self._secured = _kept_of(state)
         self.release()
 
     def clear(self) -> None:
         """Let go of all rows, and remove their files."""
         with self._lock:
-            self._tables, self._is_kept = {}, False
+            self._tables, self._kept = {}, {}
             self._sweep()
 
 
 def _kinds(rows: ClientRows) -> tuple[Kinds, Kinds]:
     """Return the kinds of the arrays and of the items that rows have."""
     return kinds_of(rows.arrays), kinds_of(rows.items)
+
+
+def _kept_of(state: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the slot and the number of rows of each table that was secured."""
+    return {name: (of["slot"], of["rows"][0]) for name, of in state.items()}
 
 
 def is_file_name(name: str) -> bool:
@@ -306,4 +320,4 @@ def is_file_name(name: str) -> bool:
     >>> is_file_name("client-store-personal-0.rows")
     True
     """
-    return re.fullmatch(r"client-store-[a-z]+-[01]\.(rows|items)", name) is not None
+    return re.fullmatch(r"client-store-[a-z]+-[0-2]\.(rows|items)", name) is not None

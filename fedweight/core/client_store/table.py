@@ -81,7 +81,8 @@ class Table:
     path : Callable[[int, str], Path]
         Names the file of a slot and an ending.
     slot : int
-        0 or 1: which of two files it is; the other one is what it was made of.
+        0, 1 or 2: which of three files it is. Another one may be what it was made of,
+        and another what a checkpoint goes on with.
     """
 
     def __init__(
@@ -158,9 +159,8 @@ class Table:
         """Let clients have the rows again that a write has replaced."""
         self._point(clients, before)
 
-    def compacted(self) -> Table:
-        """Return a table of the newest rows alone; in the other file if one is."""
-        slot = 1 - self.slot if self.rows.filed else self.slot
+    def compacted(self, slot: int) -> Table:
+        """Return a table of the newest rows alone; in another file if it is in one."""
         fresh = Table(self.arrays, self.item_arrays, self.path, slot)
         step = max(1, BLOCK // self.rows.dtype.itemsize)
         for first in range(0, self.rows.count, step):
