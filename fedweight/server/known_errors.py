@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ..core.records import ClientRecord
-from ..core.texts import cause, clients_called, one_of, without_numbers
+from ..core.texts import cause, clients_called, listed, one_of, without_numbers
 
 log = logging.getLogger("fedweight")
 
@@ -23,6 +23,20 @@ class KnownErrors:
     def __init__(self) -> None:
         self._known: set[tuple[str, str]] = set()
         self._told_the_rest = False
+        self._left_out: set[str] = set()
+
+    def left_out(self, round: int, measures: Collection[str]) -> None:
+        """Log which measures a round has not, each once in a run."""
+        new = sorted(set(measures) - self._left_out)
+        self._left_out.update(new)
+        if new:
+            names, are = listed(map(repr, new), most=9), "are" if new[1:] else "is"
+            log.warning(
+                "round %d: %s of all clients together %s not finite and left out",
+                round,
+                names,
+                are,
+            )
 
     def tell(self, round: int, entries: Iterable[ClientRecord]) -> None:
         """Log the errors of a round that are new, with the clients they happened to.

@@ -232,36 +232,42 @@ def _means_of_known(
 
 
 def measured(
-    statistics: Statistics, reported: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, float], dict[str, list[float]], dict[int, str]]:
+    statistics: Statistics, reported: Mapping[int, Mapping[str, Any]]
+) -> tuple[dict[str, float], dict[int, dict[str, float]], dict[int, str]]:
     """Return what clients' sums say: of all of them together, and of each.
 
     Parameters
     ----------
     statistics : Statistics
         What they added up.
-    reported : Sequence[Mapping[str, Any]]
-        The metrics of each client's reply.
+    reported : Mapping[int, Mapping[str, Any]]
+        The metrics of each client's reply, by client.
 
     Returns
     -------
     tuple
-        What is measured of all, without what is not known; of each client, a list a
-        measure; and by the place of a client whose sums cannot be why they cannot. It
-        counts for nothing.
+        What is measured of all, without what is not finite; what is measured of each
+        client whose sums can be; and by client why those of the others cannot. They
+        have no share in the first.
     """
-    sums, odd = statistics.read([m.get(keys.STATISTICS) for m in reported])
-    sizes = [as_number(metrics.get(keys.NUM_EXAMPLES)) for metrics in reported]
-    for place, size in enumerate(sizes):
+    clients = [*reported]
+    sums, odd = statistics.read([m.get(keys.STATISTICS) for m in reported.values()])
+    for place, metrics in enumerate(reported.values()):
+        size = as_number(metrics.get(keys.NUM_EXAMPLES))
         if place not in odd and sums["examples"][place] != size:
             odd[place] = "its statistics are not of as many examples as it says"
     sums = sums.without(odd)
-    of_all, each = statistics.result(sums.total()), statistics.result(sums)
+    of_all, of_each = statistics.result(sums.total()), statistics.result(sums)
     known = {name: float(of_all[name][0]) for name in statistics.besides}
+    columns = [of_each[name].tolist() for name in statistics.besides]
     return (
         {name: value for name, value in known.items() if math.isfinite(value)},
-        {name: each[name].tolist() for name in statistics.besides},
-        odd,
+        {
+            client: dict(zip(statistics.besides, row, strict=True))
+            for place, (client, *row) in enumerate(zip(clients, *columns, strict=True))
+            if place not in odd
+        },
+        {clients[place]: why for place, why in odd.items()},
     )
 
 

@@ -398,10 +398,14 @@ def mean_evaluation(
     for row in record.clients:  # Of a client that replied twice, the first.
         entries.setdefault(row.client, row)
     nbytes = now.model.layout.num_bytes if now.model else 0
-    answered = set()
-    accepted: list[AcceptedReply] = []
-    bad = []
-    with_own = []
+    good: dict[int, AcceptedReply] = {}
+    bad: list[ClientRecord] = []
+
+    def reject(client: int, why: str) -> None:
+        entry, note = entries[client], f"evaluation failed: {why}"
+        entry.reason = f"{entry.reason}; {note}" if entry.reason else note
+        bad.append(now.entry(client, "failed", note))
+
     anybody = not now.asked
     for client, sent, reply in read(strategy, now, replies)[0]:
         entry = entries.get(client)
@@ -414,33 +418,33 @@ def mean_evaluation(
                 raise AggregationError(str(reply))
             if reply.error is not None:
                 raise AggregationError(reply.error)
-            check_sender(sent is not None or anybody, client in answered)
+            check_sender(sent is not None or anybody, client in good)
             size = size_of(reply.metrics, strategy.weighted_by_key)
         except AggregationError as error:
-            note = f"evaluation failed: {reason_of(error)}"
-            entry.reason = f"{entry.reason}; {note}" if entry.reason else note
-            bad.append(now.entry(client, "failed", note))
+            reject(client, reason_of(error))
             continue
-        answered.add(client)
-        known, own = sort_metrics(reply.metrics)
-        accepted.append(AcceptedReply(client, reply, size, known, own))
-        entry.metrics |= {f"evaluate-{name}": known[name] for name in known}
-        if own:
-            evaluated = ClientRecord(client, "evaluated", own_metrics=own)
-            with_own.append((entry, evaluated))
+        good[client] = AcceptedReply(client, reply, size, *sort_metrics(reply.metrics))
     record.clients.sort(key=lambda c: c.client)
     whole: dict[str, float] = {}
-    if strategy.statistics is not None and accepted:
-        whole, each, odd = measured(
-            strategy.statistics, [one.reply.metrics for one in accepted]
-        )
-        for place, one in enumerate(accepted):
-            entry = entries[one.client]
-            entry.metrics |= {f"evaluate-{n}": v[place] for n, v in each.items()}
-            if place in odd:
-                note = f"evaluation: {odd[place]}"
-                entry.reason = f"{entry.reason}; {note}" if entry.reason else note
-                bad.append(now.entry(one.client, "failed", note))
+    if strategy.statistics is not None and good:
+        reported = {client: one.reply.metrics for client, one in good.items()}
+        whole, each, odd = measured(strategy.statistics, reported)
+        for client, why in odd.items():
+            reject(client, why)
+            del good[client]
+        for client in good:
+            own = {f"evaluate-{name}": value for name, value in each[client].items()}
+            entries[client].metrics |= own
+        if good:
+            now.errors.left_out(number, set(strategy.statistics.besides) - whole.keys())
+    accepted = list(good.values())
+    with_own = []
+    for one in accepted:
+        entry = entries[one.client]
+        entry.metrics |= {f"evaluate-{name}": one.known[name] for name in one.known}
+        if one.own:
+            evaluated = ClientRecord(one.client, "evaluated", own_metrics=one.own)
+            with_own.append((entry, evaluated))
     now.errors.tell(number, bad)
     chosen = now.own_metrics.limit(evaluated for _, evaluated in with_own)
     for entry, evaluated in with_own:

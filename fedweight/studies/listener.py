@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,29 +83,57 @@ class Listener:
         return hearing
 
     def measures(self, statistics: Statistics, aggregate: Callable[..., Any]) -> Any:
-        """Return ``aggregate_evaluate`` that notes what all clients' sums say."""
+        """Return ``aggregate_evaluate`` that notes what clients' sums say.
+
+        The strategy is given all replies; whose sums cannot be is noted with them.
+        """
 
         def measuring(server_round: int, replies: Iterable[Message]) -> Any:
             answers = list(replies)
-            reported = [
-                {
-                    name: value
-                    for record in records.values()
-                    for name, value in record.items()
-                }
-                for records in (
-                    answer.content.metric_records
-                    for answer in answers
-                    if not answer.has_error()
-                )
-            ]
+            reported: dict[int, dict[str, Any]] = {}
+            for answer in answers:
+                if answer.has_error():
+                    continue
+                client = self.client_of(answer.metadata.src_node_id)
+                records = answer.content.metric_records.values()
+                reported.setdefault(client, {n: r[n] for r in records for n in r})
             self.measured = {}
             if reported:
-                of_all, _, _ = measured(statistics, reported)
-                self.measured = {f"evaluate-{name}": of_all[name] for name in of_all}
+                self._measure(server_round, statistics, reported)
             return aggregate(server_round, answers)
 
         return measuring
+
+    def _measure(
+        self,
+        round: int,
+        statistics: Statistics,
+        reported: Mapping[int, Mapping[str, Any]],
+    ) -> None:
+        """Write down what clients' sums say of all, of each, and whose cannot be."""
+        whole, each, odd = measured(statistics, reported)
+        self.measured = {f"evaluate-{name}": whole[name] for name in whole}
+        if not (self.records and self.records[-1].number == round):
+            self.records.append(RoundRecord(round))
+        rows = self.records[-1].clients
+        entries: dict[int, ClientRecord] = {}
+        for row in rows:
+            entries.setdefault(row.client, row)
+        bad = []
+        for client in reported:
+            if client not in entries:
+                entries[client] = self._entry(client, "evaluated")
+                rows.append(entries[client])
+            entry, own = entries[client], each.get(client, {})
+            entry.metrics |= {f"evaluate-{name}": own[name] for name in own}
+            if client in odd:
+                note = f"evaluation: {odd[client]}"
+                entry.reason = f"{entry.reason}; {note}" if entry.reason else note
+                bad.append(self._entry(client, "failed", note))
+        rows.sort(key=lambda entry: entry.client)
+        self._errors.tell(round, bad)
+        if each:
+            self._errors.left_out(round, set(statistics.besides) - whole.keys())
 
     def _entries(self, answers: Sequence[Message]) -> list[ClientRecord]:
         asked = {m.metadata.dst_node_id: m.metadata.message_id for m in self._asked}
@@ -117,7 +145,7 @@ class Listener:
             if node not in asked:  # The SuperLink answers for a node that is lost.
                 node = node_of.get(reply.metadata.reply_to_message_id, node)
             asked.pop(node, None)
-            entry = self._entry(node, "ok")
+            entry = self._entry(self.client_of(node), "ok")
             entries.append(entry)
             entry.bytes_down = down.get(node, 0)
             if reply.has_error():
@@ -131,13 +159,13 @@ class Listener:
                 entry.metrics |= known
                 entry.own_metrics = {**entry.own_metrics, **own}
         for node in asked:
-            entry = self._entry(node, "missing", "no reply in time")
+            client = self.client_of(node)
+            entry = self._entry(client, "missing", "no reply in time")
             entry.bytes_down = down.get(node, 0)
             entries.append(entry)
         return sorted(entries, key=lambda entry: entry.client)
 
-    def _entry(self, node: int, status: Status, reason: str = "") -> ClientRecord:
-        client = self.client_of(node)
+    def _entry(self, client: int, status: Status, reason: str = "") -> ClientRecord:
         name = own_name(client, self.name_of(client))
         return ClientRecord(client, status, reason, name=name)
 
