@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.errors import AggregationError, ConfigurationError, closest
 from ..core.texts import listed, shown
 from .measures import MEASURES, Array
-from .parts import MOST_COUNTED, PARTS, Seen, is_count
+from .parts import EXACT, PARTS, Seen
 from .tasks import LearningTask
 
 # A client's statistics are at most so many numbers.
@@ -183,7 +183,7 @@ class Statistics:
         return Sums(
             {
                 name: np.zeros(
-                    (clients, *shape), np.int64 if is_count(name) else np.float64
+                    (clients, *shape), np.int64 if PARTS[name].counts else np.float64
                 )
                 for name, shape in self.parts.items()
             }
@@ -252,8 +252,8 @@ class Statistics:
                 odd[place] = str(error)
         pieces = self._pieces(table)
         for name, piece in pieces.items():
-            if is_count(name):  # Not beyond what a float counts.
-                bad = (piece != np.rint(piece)) | (np.abs(piece) > MOST_COUNTED)
+            if PARTS[name].counts:  # Not beyond what a float counts.
+                bad = (piece != np.rint(piece)) | (np.abs(piece) > EXACT)
                 self._tell(odd, name, bad.any(axis=tuple(range(1, bad.ndim))))
         of_none = (pieces["examples"] == 0) & table.any(1)
         for place in np.flatnonzero(of_none).tolist():
@@ -272,7 +272,9 @@ class Statistics:
 
     def _split(self, table: npt.NDArray[np.float64]) -> Sums:
         pieces = self._pieces(table).items()
-        return Sums({n: p.astype(np.int64) if is_count(n) else p for n, p in pieces})
+        return Sums(
+            {n: p.astype(np.int64) if PARTS[n].counts else p for n, p in pieces}
+        )
 
     def _pieces(self, table: npt.NDArray[np.float64]) -> dict[str, Array]:
         """Return views of the columns of each part, ``[C, ...]``."""
@@ -316,7 +318,7 @@ class Adding:
         for name in self.statistics.parts:
             if name == "examples":
                 continue
-            if is_count(name):
+            if PARTS[name].counts:
                 shape = (len(self.sizes), *self.statistics.parts[name])
                 self._counts[name] = np.zeros(shape, np.int64)
             else:

@@ -23,7 +23,7 @@ Flags = npt.NDArray[np.bool_]
 Impossible = Callable[["Sums", LearningTask], Flags]
 
 # A client counts no more than a float64 tells apart.
-MOST_COUNTED = 2.0**53
+EXACT = 2.0**53
 
 # Targets, and losses other than squared errors, are believed to be at most so large in
 # the mean over a client's examples; squares at most the square of that. No task's loss
@@ -109,7 +109,7 @@ class Part:
     impossible : Callable[[Sums, LearningTask], ndarray]
         Which clients' cannot be, ``[C]``.
     counts : bool
-        Whether it is counted.
+        Whether it is counted, and so exact.
     """
 
     of: Callable[[Seen], Tensor]
@@ -217,7 +217,7 @@ def _odd_total(totals: Array, sums: Sums, task: LearningTask) -> Flags:
     examples = sums["examples"]
     if task.has_classes:
         return _any(totals != examples)
-    return _any((totals < examples) | (totals > MOST_COUNTED))
+    return _any((totals < examples) | (totals > EXACT))
 
 
 def _odd_scores(sums: Sums, task: LearningTask) -> Flags:
@@ -259,8 +259,3 @@ PARTS: Mapping[str, Part] = {
     "confusion": Part(_confusion_of, _odd_confusion, lambda k: (k, k), counts=True),
     "scores": Part(_scores_of, _odd_scores, lambda k: (k, 2, BINS), counts=True),
 }
-
-
-def is_count(name: str) -> bool:
-    """Tell whether a part is counted, and so exact."""
-    return PARTS[name].counts

@@ -433,8 +433,10 @@ def mean_evaluation(
             reject(client, why)
             del good[client]
         for client in good:
-            own = {f"evaluate-{name}": value for name, value in each[client].items()}
-            entries[client].metrics |= own
+            found = each[client]
+            entries[client].metrics |= {
+                f"evaluate-{name}": found[name] for name in found
+            }
         if good:
             now.errors.left_out(number, set(strategy.statistics.besides) - whole.keys())
     accepted = list(good.values())
