@@ -35,8 +35,9 @@ def _r2(sums: Sums) -> Array:
     n, total = sums["examples"], sums["targets"]
     squares = sums["squared-targets"]
     spread = squares - total**2 / n
-    # What is left of the squares by rounding is no spread.
-    known = spread > 1e-14 * np.maximum(n, 1) * np.abs(squares)
+    # What is left of the squares by rounding is no spread. A client's are added up
+    # pairwise and those of all exactly, so little is lost, however many there are.
+    known = spread > 1e-14 * np.abs(squares)
     return np.where(known, 1 - sums["squared-error"] / spread, np.nan)
 
 

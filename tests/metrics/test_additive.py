@@ -87,6 +87,27 @@ def test_r2_of_numbers_far_from_zero(offset):
     assert found == pytest.approx(sk.r2_score(y, guess), abs=1e-15 * (1 + offset) ** 2)
 
 
+@pytest.mark.parametrize("clients", [1, 1000])
+def test_r2_of_many_numbers_far_from_zero(clients):
+    rng = np.random.default_rng(0)
+    y = rng.normal(2e4, 1, 1_000_000)
+    guess = torch.from_numpy(y + rng.normal(0, 0.5, len(y)))[:, None]
+    which = statistics("regression")
+    sums = which.of(guess, torch.from_numpy(y), [len(y) // clients] * clients)
+    found = which.result(sums.total())["r2"][0]
+    wanted = 1 - ((guess[:, 0].numpy() - y) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, 2e4 + 0.1, 1e9 / 3])
+def test_r2_of_many_equal_targets_is_not_defined(value):
+    which = statistics("regression")
+    targets = torch.full((1_000_000,), value, dtype=torch.float64)
+    for sizes in ([1_000_000], [1000] * 1000, [999_999, 1]):
+        sums = which.of(torch.zeros(len(targets), 1), targets, sizes)
+        assert math.isnan(which.result(sums.total())["r2"][0])
+
+
 def test_r2_of_equal_targets_is_not_defined():
     which = statistics("regression")
     targets = torch.full((50,), 0.1, dtype=torch.float64)
