@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.errors import AggregationError, ConfigurationError, closest
+from ..core.errors import AggregationError, ConfigurationError, check_range, closest
 from ..core.texts import listed, shown
 from .measures import MEASURES, Array
 from .parts import EXACT, PARTS, Seen
@@ -105,6 +105,9 @@ class Statistics:
     metrics : sequence of str, optional
         What is measured besides the loss and, where there is one, the accuracy: of what
         the task offers. By default what the task measures.
+    pixels : int, optional
+        1 or more: how many pixels each image has, if all have as many and it is known;
+        clients' counts of a segmentation must then be of exactly those.
 
     Raises
     ------
@@ -127,9 +130,12 @@ class Statistics:
     task: LearningTask
     num_classes: int = 0
     metrics: Sequence[str] | None = None
+    pixels: int | None = None
 
     def __post_init__(self) -> None:
         """Check what is asked for."""
+        if self.pixels is not None:
+            check_range("pixels", self.pixels, 1)
         metrics = self.task.metrics if self.metrics is None else self.metrics
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(metrics)))
         for name in self.extra:
@@ -261,7 +267,7 @@ class Statistics:
         table[list(odd)] = 0
         sums = self._split(table)
         for name in self.parts:
-            self._tell(odd, name, PARTS[name].impossible(sums, self.task))
+            self._tell(odd, name, PARTS[name].impossible(sums, self))
         table[list(odd)] = 0
         return self._split(table), odd
 

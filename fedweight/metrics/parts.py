@@ -16,11 +16,11 @@ from ..core.errors import DataError
 from .tasks import LearningTask, MultiLabel
 
 if TYPE_CHECKING:
-    from .additive import Sums
+    from .additive import Statistics, Sums
 
 Array = npt.NDArray[Any]
 Flags = npt.NDArray[np.bool_]
-Impossible = Callable[["Sums", LearningTask], Flags]
+Impossible = Callable[["Sums", "Statistics"], Flags]
 
 # A client counts no more than a float64 tells apart.
 EXACT = 2.0**53
@@ -106,7 +106,7 @@ class Part:
         Counts ``[C, ...]`` of a batch; or the value of each example, ``[n]``.
     shape : Callable[[int], tuple of int]
         The shape of one client's, from the number of classes.
-    impossible : Callable[[Sums, LearningTask], ndarray]
+    impossible : Callable[[Sums, Statistics], ndarray]
         Which clients' cannot be, ``[C]``.
     counts : bool
         Whether it is counted, and so exact.
@@ -164,20 +164,20 @@ def _scores_of(seen: Seen) -> Tensor:
     return seen.count((columns * 2 + positive) * BINS + bins, width * 2 * BINS)
 
 
-def _odd_examples(sums: Sums, task: LearningTask) -> Flags:
+def _odd_examples(sums: Sums, which: Statistics) -> Flags:
     return _any(sums["examples"] < 0)
 
 
-def _odd_loss(sums: Sums, task: LearningTask) -> Flags:
-    most = MOST_MEAN if task.counts_hits else MOST_MEAN**2
+def _odd_loss(sums: Sums, which: Statistics) -> Flags:
+    most = MOST_MEAN if which.task.counts_hits else MOST_MEAN**2
     return _beyond(sums, "loss", -ROUNDING, most)
 
 
-def _odd_errors(sums: Sums, task: LearningTask) -> Flags:
+def _odd_errors(sums: Sums, which: Statistics) -> Flags:
     return _beyond(sums, "squared-error", 0.0, MOST_MEAN**2)
 
 
-def _odd_targets(sums: Sums, task: LearningTask) -> Flags:
+def _odd_targets(sums: Sums, which: Statistics) -> Flags:
     return _beyond(sums, "targets", -MOST_MEAN, MOST_MEAN)
 
 
@@ -187,7 +187,7 @@ def _beyond(sums: Sums, name: str, least: float, most: float) -> Flags:
     return _any((values < least * n) | (values > most * n))
 
 
-def _too_many_hits(sums: Sums, task: LearningTask) -> Flags:
+def _too_many_hits(sums: Sums, which: Statistics) -> Flags:
     return _any((sums["hits"] < 0) | (sums["hits"] > sums["examples"]))
 
 
@@ -196,37 +196,39 @@ def _added(counts: Array, axes: int | tuple[int, ...]) -> Array:
     return np.asarray(counts.sum(axes, dtype=np.float64))
 
 
-def _odd_labels(sums: Sums, task: LearningTask) -> Flags:
+def _odd_labels(sums: Sums, which: Statistics) -> Flags:
     counts = sums["labels"]
     true, decided, both = counts[:, 0], counts[:, 1], counts[:, 2]
     odd: Flags = _any(counts < 0) | _any(both > np.minimum(true, decided))
-    if isinstance(task, MultiLabel):
+    if isinstance(which.task, MultiLabel):
         return odd | _any(np.maximum(true, decided) > sums["examples"][:, None])
     totals = _added(true, 1)
     odd |= _any(totals != _added(decided, 1))
-    return odd | _odd_total(totals, sums, task)
+    return odd | _odd_total(totals, sums, which)
 
 
-def _odd_confusion(sums: Sums, task: LearningTask) -> Flags:
+def _odd_confusion(sums: Sums, which: Statistics) -> Flags:
     counts = sums["confusion"]
-    return _any(counts < 0) | _odd_total(_added(counts, (1, 2)), sums, task)
+    return _any(counts < 0) | _odd_total(_added(counts, (1, 2)), sums, which)
 
 
-def _odd_total(totals: Array, sums: Sums, task: LearningTask) -> Flags:
+def _odd_total(totals: Array, sums: Sums, which: Statistics) -> Flags:
     """Tell where there are not as many decisions as the examples have, one or more."""
     examples = sums["examples"]
-    if task.has_classes:
+    if which.task.has_classes:
         return _any(totals != examples)
+    if which.pixels is not None:
+        return _any(totals != examples.astype(np.float64) * which.pixels)
     return _any((totals < examples) | (totals > EXACT))
 
 
-def _odd_scores(sums: Sums, task: LearningTask) -> Flags:
+def _odd_scores(sums: Sums, which: Statistics) -> Flags:
     counts = sums["scores"]
     totals = _added(counts, (2, 3))
     return _any(counts < 0) | _any(totals != sums["examples"][:, None])
 
 
-def _odd_squares(sums: Sums, task: LearningTask) -> Flags:
+def _odd_squares(sums: Sums, which: Statistics) -> Flags:
     """Tell where squares are less than their numbers' sum allows (A.-L. Cauchy)."""
     squares, total, n = sums["squared-targets"], sums["targets"], sums["examples"]
     with np.errstate(all="ignore"):

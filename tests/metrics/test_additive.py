@@ -373,6 +373,20 @@ def test_a_loss_that_rounding_makes_negative_is_believed():
     assert which.read([changed(row, 1, 9 * -1e-3)])[1]
 
 
+@pytest.mark.parametrize("name", ["labels", "confusion"])
+def test_there_are_no_more_pixels_than_images_have(name):
+    task, metric = task_named("segmentation"), {"labels": "dice"}.get(name, name)
+    which = Statistics(task, 4, [metric], pixels=6)
+    row = which.rows(which.of(*drawn("segmentation", 10))).tolist()[0]
+    assert not which.read([row])[1]
+    first = list(which.parts).index(name)
+    more = [1e13 * value if k >= first else value for k, value in enumerate(row)]
+    assert f"'{name}'" in which.read([more])[1][0]
+    assert not Statistics(task, 4, [metric]).read([more])[1]
+    with pytest.raises(ConfigurationError, match="pixels"):
+        Statistics(task, 4, pixels=0)
+
+
 def test_targets_out_of_range_are_refused():
     which = statistics("classification", 3, "macro-f1")
     with pytest.raises(DataError, match=r"from 0 to 3, but classification has 0 to 2"):
