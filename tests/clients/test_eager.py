@@ -37,6 +37,7 @@ SIZES = [11, 4, 18]
 
 SHAPES = {
     "char-gru": ((6,), {"hidden": 8, "embedding": 4}),
+    "char-transformer": ((6,), {"width": 8, "heads": 2, "depth": 1}),
     "cnn": ((1, 8, 8), {"channels": [2, 3], "hidden": 5}),
     "mlp": ((6,), {"hidden": [7, 5], "head": "cosine"}),
     "resnet18-gn": ((1, 8, 8), {"width": 2}),
@@ -103,7 +104,7 @@ def test_every_model_trains_alike(name, optimizer):
             models.build(name, shape, CLASSES, seed=1, **options).double()
         )
 
-    tasks = tasks_of(shape, CLASSES if name == "char-gru" else 0)
+    tasks = tasks_of(shape, CLASSES if name.startswith("char-") else 0)
     settings = TrainingSettings(batch_size=8, **OPTIMIZERS[optimizer])
     assert_same(*both(make, tasks, settings), 1e-7 if optimizer == "adam" else 1e-9)
 

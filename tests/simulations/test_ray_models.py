@@ -366,11 +366,12 @@ def test_lists_are_taken_in_order(
 @pytest.mark.parametrize("strategy", [FedAvg, IDA])
 def test_timeout(strategy: Any, ray_grid: Any) -> None:
     def slow(client: int) -> None:
-        time.sleep(3 if client == 6 else 0)
+        time.sleep(8 if client == 6 else 0)
 
     ray_grid.load(app_of(before=slow), CLIENTS)
     method = strategy()
-    replies = replies_of(ray_grid, method, timeout=1.5)
+    # The others take a tenth of this on an idle machine.
+    replies = replies_of(ray_grid, method, timeout=5)
     arrived = {reply.node - FIRST_NODE for reply in replies.plain or ()}
     assert 6 not in arrived
     assert len(arrived) >= 5

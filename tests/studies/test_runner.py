@@ -855,7 +855,7 @@ def test_what_a_strategy_that_is_not_ours_asks_and_gets_is_recorded():
     assert record.clients[1].reason == "no reply: the node is not connected any more"
     assert record.clients[0].metrics == {"num-examples": 7}
     assert record.clients[0].own_metrics == {"train-accuracy": 87.5, "weight": 3.0}
-    one = len(sent["arrays"]["0"].data)
+    one = sent["arrays"]["0"].numpy().nbytes
     assert [(c.bytes_down, c.bytes_up) for c in record.clients] == [
         (one, one),
         (one, 0),
