@@ -24,7 +24,7 @@ from ...core.errors import ClientError
 from ...core.layout import FlatModel
 from ...core.module import FlatModule
 from ..noise import STREAMS
-from ..objectives.base import Objective, defines
+from ..objectives.base import Objective, defines, tracks
 from ..optimizers import LocalOptimizer, clip_each
 from ..settings import TrainingSettings
 from ._torch.torchscript import has_few_operations, plain_execution, several
@@ -98,6 +98,7 @@ class BatchedTrainer:
         # Whether a step is w - rate * gradient, with one rate for all of a round.
         self._descends = settings.descends and not settings.rate_schedule.over_steps
         self._changes_after = defines(objective, "after_step")
+        self._tracks = tracks(objective)
         self._least = 1  # Fewer examples in a step make the model raise.
         self._steps: dict[tuple[Any, ...], MadeStep] = {}
         self._several: dict[tuple[Any, ...], Step | None] = {}
@@ -184,6 +185,8 @@ class BatchedTrainer:
 
     def _carried(self, start: FlatModel, tasks: Sequence[Task]) -> Carried:
         """Return what the objective knows of some clients, and what they carry."""
+        if not self._tracks:
+            return Carried()
         one_at_a_time = defines(self.objective, "look")
         with STREAMS.alone() if one_at_a_time else nullcontext():
             return Carried.of(
