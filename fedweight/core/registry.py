@@ -85,8 +85,8 @@ class Registry:
             f"There are {listed}; your own is written 'module:name'."
         )
 
-    def name_of(self, entry: type) -> str:
-        """Return the name of a class, or its ``"module:attribute"``."""
+    def name_of(self, entry: Any) -> str:
+        """Return the name of a class or a function, or its ``"module:attribute"``."""
         path = f"{entry.__module__}:{entry.__qualname__}"
         named = {listed: name for name, listed in self.entries.items()}
         return named.get(path, path)

@@ -57,7 +57,7 @@ def train_messages(
         now.history.clear()
     now.name_of = name_of(grid)
     if not now.prepared:
-        if strategy.prepares or strategy.class_totals:
+        if strategy.overrides("prepare") or strategy.class_totals:
             _prepare(strategy, now, grid)
         now.prepared = True
     now.history.append(unfinished)
@@ -138,7 +138,7 @@ def _prepare(strategy: WeightingStrategy, now: Now, grid: Grid) -> None:
     nodes_there(grid, max(strategy.min_available_nodes, strategy.min_train_nodes))
     population = Population(grid, strategy.seed, {*QUERIES.entries, *strategy.queries})
     try:
-        if strategy.prepares:
+        if strategy.overrides("prepare"):
             now.method = strategy.prepare(population)
         if strategy.class_totals:
             now.class_totals = label_totals(population)
@@ -217,7 +217,7 @@ def drawn(
 
 def _drawing(strategy: WeightingStrategy, now: Now, round: int) -> Drawing | None:
     """Return what asks the method who is drawn, if it has a say."""
-    if not strategy.draws:
+    if not strategy.overrides("draw"):
         return None
     return lambda clients, population: as_draw(
         strategy, Selection(round, clients, now.method, population)

@@ -207,8 +207,8 @@ class WeightingStrategy(Strategy):
     def __post_init__(self) -> None:
         """Refuse what defines no rule, or has options that the rule does not use."""
         cls = type(self)
-        own = cls.aggregate is not WeightingStrategy.aggregate
-        if not own and cls.weights is WeightingStrategy.weights:
+        own = self.overrides("aggregate")
+        if not own and not self.overrides("weights"):
             raise ConfigurationError(
                 f"{cls.__name__} must define weights(round) or aggregate(round)."
             )
@@ -436,25 +436,10 @@ class WeightingStrategy(Strategy):
         finally:
             self._now.outermost = False
 
-    @property
-    def prepares(self) -> bool:
-        """Whether the method has a phase before the rounds."""
-        return type(self).prepare is not WeightingStrategy.prepare
-
-    @property
-    def draws(self) -> bool:
-        """Whether the method has a say in who is drawn."""
-        return type(self).draw is not WeightingStrategy.draw
-
-    @property
-    def admits(self) -> bool:
-        """Whether the method looks at each reply."""
-        return type(self).admit is not WeightingStrategy.admit
-
-    @property
-    def screens(self) -> bool:
-        """Whether the method compares replies with each other."""
-        return type(self).screen is not WeightingStrategy.screen
+    def overrides(self, name: str) -> bool:
+        """Tell whether the method has a hook of its own, such as ``"prepare"``."""
+        own: object = getattr(type(self), name)
+        return own is not getattr(WeightingStrategy, name)
 
     @property
     def models(self) -> list[FlatModel]:
@@ -474,20 +459,23 @@ class WeightingStrategy(Strategy):
             it chooses the clients, and the method keeps several global models or has a
             say in who is drawn.
         """
-        if clock.schedule.chooses and self.draws:
+        if clock.schedule.chooses and self.overrides("draw"):
             raise ConfigurationError(
                 f"schedule.name: {type(self).__name__} says how likely each client is "
                 f"drawn, but {type(clock.schedule).__name__} chooses the clients "
                 "itself. Choose 'synchronous' or 'deadline'."
             )
-        if clock.schedule.chooses and type(self).assign is not WeightingStrategy.assign:
+        if clock.schedule.chooses and self.overrides("assign"):
             raise ConfigurationError(
                 f"schedule.name: {type(self).__name__} keeps several global models, "
                 f"which {type(clock.schedule).__name__} does not know. Choose "
                 "'synchronous' or 'deadline'."
             )
-        own = type(self).aggregate is not WeightingStrategy.aggregate
-        if own and clock.schedule.discounts and not self.discounts:
+        if (
+            self.overrides("aggregate")
+            and clock.schedule.discounts
+            and not self.discounts
+        ):
             raise ConfigurationError(
                 f"schedule.discount: {type(self).__name__} makes the model in an "
                 "aggregate(round) of its own, which does not use it. Choose 'constant'."
@@ -526,7 +514,7 @@ class WeightingStrategy(Strategy):
         """Make the next global model of the good replies; record all of them."""
         with one_thread():
             result = making.next_model(self, self._now, server_round, replies)
-        ours = type(self).aggregate_train is WeightingStrategy.aggregate_train
+        ours = not self.overrides("aggregate_train")
         if ours and self._now.outermost and isinstance(replies, Replies):
             replies.forget()
         return result

@@ -98,7 +98,7 @@ def sort(
     asks: dict[int, tuple[str, ...]] = {}
     answered: set[int] = set()
     found, models = read(strategy, now, replies)
-    looks = strategy.admits
+    looks = strategy.overrides("admit")
     arrived = models is None  # As messages, perhaps from another machine.
     for client, sent, reply in found:
         entry = now.entry(client, "ok")
@@ -204,7 +204,7 @@ def _screened(
     strategy: WeightingStrategy, now: Now, accepted: Mapping[int, AcceptedReply]
 ) -> Mapping[int, str]:
     """Let the method look at all replies; those that it names are rejected."""
-    if not strategy.screens:
+    if not strategy.overrides("screen"):
         return {}
     reports = [
         Report(client, one.reply.metrics, one.reply.profile)

@@ -160,13 +160,10 @@ def _content(value: Any, default: Any) -> bool:
 
 def _name(table: str, given: Any, registry: Registry) -> str:
     """Return the name of a class or a function, as a file has it."""
-    path = f"{given.__module__}:{given.__qualname__}"
-    for name, known in registry.entries.items():
-        if known == path:
-            return name
-    if "." in given.__qualname__:
+    name = registry.name_of(given)
+    if name not in registry.entries and "." in given.__qualname__:
         raise ConfigurationError(
             f"{table}: {given.__qualname__} is defined inside a function or a class, "
             "where no file can name it. Define it at the top of its module."
         )
-    return path
+    return name

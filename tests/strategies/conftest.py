@@ -38,7 +38,7 @@ SCALE_THE_STEP = frozenset({"fedasync", "fedau", "fednova", "qfedavg"})
 
 def as_it_begins(strategy: Any) -> Any:
     """Return a strategy without its phase before the rounds: nobody here answers."""
-    if strategy.prepares:
+    if strategy.overrides("prepare"):
         strategy.restore({**strategy.state, "prepared": True})
     return strategy
 

@@ -92,7 +92,9 @@ def build(name, **options):
     needed = {key: inputs[key] for key in cls.needs}
     usual = {"min_train_nodes": 1, "min_available_nodes": 1, **QUICK.get(name, {})}
     made = cls(**needed, **{**usual, **options})
-    if made.prepares:  # With nothing that clients were asked before: as it begins.
+    if made.overrides(
+        "prepare"
+    ):  # With nothing that clients were asked before: as it begins.
         made.restore({**made.state, "prepared": True})
     return made
 
@@ -486,7 +488,9 @@ def test_goes_on_from_its_state(kit, name, options):
 def test_who_takes_part_depends_on_the_seed_alone(kit, name):
     def chosen(seed, clients):
         strategy = build(name, fraction_train=0.3, seed=seed)
-        if strategy.draws:  # All explore; then they are drawn, as here alike.
+        if strategy.overrides(
+            "draw"
+        ):  # All explore; then they are drawn, as here alike.
             state = {**strategy.begin(), "exploring": False}
             strategy.restore({**strategy.state, "method": state})
         run = federation(kit, strategy, random_models(20))
@@ -666,7 +670,7 @@ def test_any_combines_with_any_objective_and_server_optimizer(
     strategy = build(
         name, server_optimizer=optimizer and optimizer(), class_totals=True
     )
-    if strategy.prepares:  # The kit's has asked already, for nothing.
+    if strategy.overrides("prepare"):  # The kit's has asked already, for nothing.
         strategy.restore({**strategy.state, "class-totals": [8] * CLASSES})
     start = FlatRecord(FlatModule(model()).save())
     result = strategy.start(LocalGrid(app, 3), start, num_rounds=2)
