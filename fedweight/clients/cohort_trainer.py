@@ -16,7 +16,8 @@ from flwr.app import Context
 from ..core.errors import ClientError
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
-from ..core.rng import Purpose, key_table
+from ..core import rng
+from ..core.rng import Purpose
 from ..messages import keys
 from ..messages.dispatch import Cohort
 from .client_state import Named, Owner, read_carried
@@ -305,7 +306,9 @@ class CohortTrainer:
         self, round: int, clients: Sequence[int]
     ) -> dict[tuple[int, int], tuple[int, int]]:
         """Return the keys of order and noise, by round and client."""
-        orders, noises = key_table(self.seed, self.purposes, round, clients)
+        orders, noises = (
+            rng.keys(self.seed, purpose, round, clients) for purpose in self.purposes
+        )
         pairs = zip(orders.tolist(), (noises >> np.uint64(1)).tolist(), strict=True)
         return dict(zip([(round, client) for client in clients], pairs, strict=True))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,44 +86,37 @@ def torch_generator(
 def keys(
     seed: int, purpose: Purpose, round: int, clients: Sequence[int]
 ) -> npt.NDArray[np.uint64]:
-    """Return a 64-bit key for each of some clients: the name of its stream, hashed.
+    """Return a 64-bit key for each of some clients, for all of them at once.
 
-    The same as ``SeedSequence([seed, purpose, round, client]).generate_state(1,
-    uint64)`` for each client, but for all at once.
+    A key is a number of SplitMix64, whose start is hashed from seed, purpose and
+    round: the client's number says which of its numbers. So a client's key is the
+    same among few and many, and no two clients of a round have the same.
+
+    Parameters
+    ----------
+    seed : int
+        The run's seed, 0 or more.
+    purpose : Purpose
+        What the keys are for.
+    round : int
+        The round, from 1; 0 where rounds do not matter.
+    clients : sequence of int
+        The clients' numbers, 0 to ``2**64 - 1``.
+
+    Returns
+    -------
+    ndarray of uint64, [K]
 
     Examples
     --------
-    >>> one = np.random.SeedSequence([7, int(Purpose.SHUFFLE), 1, 42])
     >>> several = keys(7, Purpose.SHUFFLE, 1, [41, 42])
-    >>> several[1] == one.generate_state(1, np.uint64)[0]
+    >>> several[1] == keys(7, Purpose.SHUFFLE, 1, [42])[0]
     np.True_
     """
-    result: npt.NDArray[np.uint64] = key_table(seed, [purpose], round, clients)[0]
-    return result
-
-
-def key_table(
-    seed: int, purposes: Sequence[Purpose], round: int, clients: Sequence[int]
-) -> npt.NDArray[np.uint64]:
-    """Return :func:`keys` for several purposes at once, ``[purposes, clients]``."""
+    sequence = np.random.SeedSequence([seed, int(purpose), round])
+    start = sequence.generate_state(1, np.uint64)
     numbers = np.asarray(clients, dtype=np.uint64)
-    kinds = np.array([int(purpose) for purpose in purposes], np.uint32)
-    # A number of more than 32 bits makes two words instead of one; and a few clients
-    # are not worth arrays.
-    if len(numbers) < FEW or (numbers >> np.uint64(32)).any():
-        result = np.empty((len(kinds), len(numbers)), np.uint64)
-        for place in np.ndindex(result.shape):
-            name = [seed, int(kinds[place[0]]), round, int(numbers[place[1]])]
-            sequence = np.random.SeedSequence(name)
-            result[place] = sequence.generate_state(1, np.uint64)[0]
-        return result
-    count = len(kinds) * len(numbers)
-    words = [*_words(seed), 0, *_words(round), 0]
-    entropy = np.empty((len(words), count), np.uint32)
-    entropy[:] = np.array(words, np.uint32)[:, None]
-    entropy[len(_words(seed))] = np.repeat(kinds, len(numbers))
-    entropy[-1] = np.tile(numbers.astype(np.uint32), len(kinds))
-    return _generate(_mixed_pool(entropy)).reshape(len(kinds), len(numbers))
+    return _mix64(start + (numbers + np.uint64(1)) * np.uint64(GOLDEN))
 
 
 def permutation(key: int, pass_number: int, n: int) -> npt.NDArray[np.int64]:
@@ -161,79 +153,3 @@ def _mix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-# NumPy's SeedSequence (after M. O'Neill's seed_seq), for many sequences at once. NumPy
-# guarantees that its output never changes, and a test compares the two.
-
-_Words = npt.NDArray[np.uint32]  # A row a word, a column a sequence.
-
-FEW = 8
-
-
-def _words(value: int) -> list[int]:
-    """Return an integer's 32-bit words, lowest first; 0 is one word."""
-    words = [value & 0xFFFFFFFF]
-    while value := value >> 32:
-        words.append(value & 0xFFFFFFFF)
-    return words
-
-
-def _hashed(value: _Words, constants: tuple[_Words, _Words]) -> _Words:
-    """Hash words, with a constant for a row."""
-    before, after = constants
-    value = value ^ before
-    value *= after
-    value ^= value >> np.uint32(16)
-    return value
-
-
-@cache
-def _constants(first: int, factor: int, constants: range) -> tuple[_Words, _Words]:
-    """Return what a hash begins with, and what it multiplies by, as columns.
-
-    They are some of the numbers ``first * factor**k``.
-    """
-    powers = [pow(factor, k, 1 << 32) for k in (*constants, constants.stop)]
-    column = np.array([[first * power & 0xFFFFFFFF] for power in powers], np.uint32)
-    return column[:-1], column[1:]
-
-
-def _mixed_pool(entropy: _Words) -> _Words:
-    pool = _hashed(entropy[:4], _pool_constants(0, 4))
-    for source in range(4):
-        # All four are mixed and the source is put back: faster than to pick three.
-        kept = pool[source].copy()
-        _mix(pool, _hashed(kept, _constants_of_others(source)))
-        pool[source] = kept
-    for extra, word in enumerate(entropy[4:]):
-        _mix(pool, _hashed(word, _pool_constants(16 + 4 * extra, 4)))
-    return pool
-
-
-def _mix(pool: _Words, other: _Words) -> None:
-    """Mix each word of a pool with another one, in place."""
-    pool *= np.uint32(0xCA01F9DD)
-    pool -= other * np.uint32(0x4973F715)
-    pool ^= pool >> np.uint32(16)
-
-
-def _pool_constants(used: int, times: int) -> tuple[_Words, _Words]:
-    """Return the next constants of the hash that fills the pool."""
-    return _constants(0x43B0D7E5, 0x931E8875, range(used, used + times))
-
-
-@cache
-def _constants_of_others(source: int) -> tuple[_Words, _Words]:
-    """Return the constants for three words, with a row that is not used for the source.
-
-    The first four of all were used to fill the pool.
-    """
-    before, after = _pool_constants(4 + 3 * source, 3)
-    return np.insert(before, source, 0, axis=0), np.insert(after, source, 0, axis=0)
-
-
-def _generate(pool: _Words) -> npt.NDArray[np.uint64]:
-    constants = _constants(0x8B51F9DD, 0x58F38DED, range(2))
-    low, high = _hashed(pool[:2], constants).astype(np.uint64)
-    return low | (high << np.uint64(32))  # type: ignore[no-any-return]

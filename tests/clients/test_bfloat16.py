@@ -9,7 +9,7 @@ from torch import nn
 from fedweight.clients import TrainingApp, TrainingSettings
 from fedweight.clients.objectives import ALDR
 from fedweight.core.module import FlatModule
-from fedweight.core.rng import Purpose, key_table, permutation
+from fedweight.core.rng import Purpose, keys, permutation
 from fedweight.data import ClientData, Examples
 from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import LocalGrid, Plan
@@ -52,7 +52,7 @@ def test_a_round_of_bfloat16_is_that_of_plain_torch():
         x = torch.from_numpy(rng.normal(size=(12, 4)).astype(np.float32))
         y = (x[:, 0] > 0).long() + (x[:, 1] > 0)
         step = torch.optim.SGD(module.parameters(), lr=0.1)
-        order_key = int(key_table(0, [Purpose.SHUFFLE], 1, [client])[0, 0])
+        order_key = int(keys(0, Purpose.SHUFFLE, 1, [client])[0])
         order = torch.from_numpy(permutation(order_key, 0, len(y)))
         for part in order.split(4):
             outputs = module(x[part].bfloat16()).float()

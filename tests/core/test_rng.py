@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedweight.core.rng import (
-    FEW,
     Purpose,
     generator,
     keys,
@@ -61,24 +60,30 @@ CLIENTS = st.lists(
     st.one_of(
         st.integers(0, 300),
         st.integers(2**32 - 2, 2**32 + 2),
-        st.integers(0, 2**63),
+        st.integers(0, 2**64 - 1),
     ),
     max_size=20,
 )
 
 
 def one_key(seed, purpose, round, client):
-    sequence = np.random.SeedSequence([seed, int(purpose), round, client])
-    return int(sequence.generate_state(1, np.uint64)[0])
+    """The client-th number of SplitMix64, in Python's whole numbers."""
+    word = 2**64 - 1
+    sequence = np.random.SeedSequence([seed, int(purpose), round])
+    state = int(sequence.generate_state(1, np.uint64)[0])
+    z = (state + (client + 1) * 0x9E3779B97F4A7C15) & word
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & word
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & word
+    return z ^ (z >> 31)
 
 
 @given(
     st.one_of(st.integers(0, 3), st.integers(0, 2**130)),
     st.sampled_from(Purpose),
     st.one_of(st.integers(0, 1000), st.integers(0, 2**70)),
-    st.one_of(CLIENTS, st.lists(st.integers(0, 2**32 - 1), min_size=FEW, max_size=20)),
+    CLIENTS,
 )
-def test_a_key_is_numpys_seed_sequence(seed, purpose, round, clients):
+def test_a_key_is_a_number_of_splitmix64(seed, purpose, round, clients):
     found = keys(seed, purpose, round, clients)
     assert found.dtype == np.uint64
     assert found.tolist() == [one_key(seed, purpose, round, c) for c in clients]
@@ -89,11 +94,25 @@ def test_a_clients_key_is_the_same_among_few_and_many():
     assert [int(keys(3, Purpose.DROPOUT, 2, [k])[0]) for k in range(100)] == (
         many.tolist()
     )
-    with_a_large_one = keys(3, Purpose.DROPOUT, 2, [*range(100), 2**40])
+    with_a_large_one = keys(3, Purpose.DROPOUT, 2, [*range(100), 2**64 - 1])
     assert with_a_large_one[:100].tolist() == many.tolist()
     assert len(set(many.tolist())) == 100
-    # The torch seed of a stream is the same number, of 63 bits.
-    assert torch_seed(3, Purpose.DROPOUT, 2, 7) == int(many[7]) >> 1
+
+
+def test_no_two_clients_rounds_or_purposes_share_a_key():
+    names = itertools.product((0, 1, 2**40), Purpose, (0, 1, 2, 3, 500))
+    some = [*range(200), *range(2**32 - 100, 2**32 + 100), 2**64 - 1]
+    drawn = np.concatenate([keys(*name, some) for name in names])
+    assert len(np.unique(drawn)) == len(drawn)
+    # Each of the 64 bits is set in half of them.
+    set_bits = (drawn[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    assert np.abs(set_bits.mean(0) - 0.5).max() < 5 * 0.5 / len(drawn) ** 0.5
+
+
+@pytest.mark.parametrize("client", [-1, 2**64])
+def test_a_number_that_no_client_has_is_refused(client):
+    with pytest.raises(OverflowError):
+        keys(0, Purpose.SHUFFLE, 1, [client])
 
 
 # Permutations: orders of examples, hashed.
@@ -143,5 +162,5 @@ def test_hashed_numbers_never_change_either():
 
 PERMUTATION = [4, 0, 3, 1, 2]
 MODEL_SEED = 2918264622725855778
-KEY = 18109430290624343700
-HASHED_ORDER = [3, 0, 1, 7, 2, 4, 5, 6]
+KEY = 7687535129957140171
+HASHED_ORDER = [7, 3, 2, 6, 4, 0, 5, 1]
