@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Context
 
+from ..core import rng
 from ..core.errors import ClientError
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
-from ..core import rng
 from ..core.rng import Purpose
 from ..messages import keys
 from ..messages.dispatch import Cohort
