@@ -7,15 +7,20 @@ import copy
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from fedweight import models
 from fedweight.core.errors import ConfigurationError
+from fedweight.models.heads import simplex_etf
 
 CASES = [
     ("softmax", (1, 8, 8), 10, {}),
     ("softmax", (108,), 2, {}),
+    ("mlp", (9,), 4, {"hidden": 6, "head": "etf"}),
+    ("cnn", (1, 8, 8), 10, {"head": "etf", "projection": 12, "scale": 10.0}),
     ("mlp", (108,), 2, {"hidden": 32}),
     ("mlp", (1, 8, 8), 10, {"hidden": (32, 16)}),
     ("cnn", (1, 8, 8), 10, {}),
@@ -66,7 +71,58 @@ def test_gradients_batched_over_clients_are_those_of_each(
     for k, client in enumerate(clients):
         nn.functional.cross_entropy(client(x[k]), y[k]).backward()
         for key, parameter in client.named_parameters():
-            torch.testing.assert_close(batched[key][k], parameter.grad)
+            if parameter.requires_grad:
+                torch.testing.assert_close(batched[key][k], parameter.grad)
+
+
+def test_the_vertices_of_a_simplex_are_where_the_method_says():
+    # P = I and three classes: methods' golden case, up to a rotation.
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        vertices = simplex_etf(3, 3)
+    expected = torch.full((3, 3), -0.40824829).fill_diagonal_(0.81649658)
+    # Of P (I - 11'/C) the projection onto P's own columns is what P = I gives.
+    u, _, v = torch.linalg.svd(vertices.double() @ expected.double().T)
+    torch.testing.assert_close(u @ v @ expected.double(), vertices.double())
+    products = torch.full((3, 3), -0.5).fill_diagonal_(1.0)
+    torch.testing.assert_close(vertices.T @ vertices, products)
+
+
+@given(classes=st.integers(2, 12), more=st.integers(0, 5), seed=st.integers(0, 99))
+def test_any_two_classes_of_a_simplex_are_equally_far_apart(classes, more, seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vertices = simplex_etf(classes, classes + more).double()
+    expected = torch.full((classes, classes), -1 / (classes - 1)).fill_diagonal_(1.0)
+    torch.testing.assert_close(
+        vertices.T @ vertices, expected.double(), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(vertices.sum(1), torch.zeros(classes + more).double())
+
+
+def test_a_fixed_classifier_gives_scaled_cosines_and_is_not_trained():
+    model = models.build("mlp", (5,), 3, head="etf", projection=4, hidden=6, seed=0)
+    head = model.layers[-1]
+    x = torch.randn(7, 5)
+    features = model.layers[:-1](x)
+    projected = features @ head.projection.weight.T + head.projection.bias
+    cosines = projected / projected.norm(dim=1, keepdim=True) @ head.etf
+    assert head.scale.item() == 1.0
+    torch.testing.assert_close(model(x), cosines)
+    assert not head.etf.requires_grad
+    again = models.build("mlp", (5,), 3, head="etf", projection=4, hidden=6, seed=0)
+    assert torch.equal(again.layers[-1].etf, head.etf)
+    model(x).sum().backward()
+    assert head.scale.grad is not None
+
+
+def test_a_fixed_classifier_that_cannot_be_is_refused():
+    with pytest.raises(ConfigurationError, match=r"projection must be .* 10, or more"):
+        models.build("mlp", (5,), 10, head="etf", projection=9)
+    with pytest.raises(ConfigurationError, match="a head that is 'linear' has none"):
+        models.build("cnn", (1, 8, 8), 10, projection=12)
+    with pytest.raises(ConfigurationError, match="num_classes of head 'etf'"):
+        models.build("mlp", (5,), 1, head="etf")
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])

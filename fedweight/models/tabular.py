@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .checks import check_widths
-from .heads import Head, Scale, make_head
+from .heads import Head, Projection, Scale, make_head
 
 
 class Softmax(nn.Module):
@@ -43,11 +43,16 @@ class MLP(nn.Module):
         C.
     hidden : int or sequence of int
         The width of each hidden layer; an empty sequence is softmax regression.
-    head : {"linear", "cosine"}
-        The last layer: linear, or cosines of features and the classes' weights, as for
-        the objective ``ldam``.
-    scale : float
-        Above 0: what the cosines are multiplied by.
+    head : {"linear", "cosine", "etf"}
+        The last layer: linear; cosines of features and the classes' weights, as for the
+        objective ``ldam``; or cosines with directions that are fixed, as for FedETF
+        (:class:`~fedweight.models.heads.ETFHead`).
+    scale : float, optional
+        Above 0: what the cosines are multiplied by, 30 by default; of ``etf`` what the
+        learned scale is at first, 1 by default.
+    projection : int, optional
+        To how many values ``etf`` projects features: as many as there are classes, or
+        more.
     """
 
     def __init__(
@@ -57,7 +62,8 @@ class MLP(nn.Module):
         *,
         hidden: int | Sequence[int] = (128,),
         head: Head = "linear",
-        scale: Scale = 30.0,
+        scale: Scale | None = None,
+        projection: Projection | None = None,
     ) -> None:
         super().__init__()
         widths = [hidden] if isinstance(hidden, int) else list(hidden)
@@ -67,7 +73,7 @@ class MLP(nn.Module):
         for width in widths:
             layers += [nn.Linear(size, width), nn.ReLU()]
             size = width
-        last = make_head(head, size, num_classes, scale)
+        last = make_head(head, size, num_classes, scale, projection)
         self.layers = nn.Sequential(*layers, last)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..core.errors import ConfigurationError
 from ..core.options import validated
 from ..core.texts import shown
 from .checks import check_widths, image_shape
-from .heads import Head, Scale, make_head
+from .heads import Head, Projection, Scale, make_head
 
 
 class CNN(nn.Module):
@@ -29,11 +29,16 @@ class CNN(nn.Module):
         How many filters (5 by 5) each convolution has; 2 by 2 pooling follows each.
     hidden : int
         The width of the hidden layer.
-    head : {"linear", "cosine"}
-        The last layer: linear, or cosines of features and the classes' weights, as for
-        the objective ``ldam``.
-    scale : float
-        Above 0: what the cosines are multiplied by.
+    head : {"linear", "cosine", "etf"}
+        The last layer: linear; cosines of features and the classes' weights, as for the
+        objective ``ldam``; or cosines with directions that are fixed, as for FedETF
+        (:class:`~fedweight.models.heads.ETFHead`).
+    scale : float, optional
+        Above 0: what the cosines are multiplied by, 30 by default; of ``etf`` what the
+        learned scale is at first, 1 by default.
+    projection : int, optional
+        To how many values ``etf`` projects features: as many as there are classes, or
+        more.
 
     References
     ----------
@@ -50,7 +55,8 @@ class CNN(nn.Module):
         channels: Sequence[int] = (8, 16),
         hidden: Annotated[int, Ge(1)] = 64,
         head: Head = "linear",
-        scale: Scale = 30.0,
+        scale: Scale | None = None,
+        projection: Projection | None = None,
     ) -> None:
         super().__init__()
         inputs, height, width = image_shape("cnn", input_shape, least=4)
@@ -71,7 +77,7 @@ class CNN(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(second * (height // 4) * (width // 4), hidden),
             nn.ReLU(),
-            make_head(head, hidden, num_classes, scale),
+            make_head(head, hidden, num_classes, scale, projection),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,11 +103,16 @@ class ResNet18GN(nn.Module):
     width : int
         Channels of the first stage, 64 in the paper; later stages have 2, 4, 8 times
         as many.
-    head : {"linear", "cosine"}
-        The last layer: linear, or cosines of features and the classes' weights, as for
-        the objective ``ldam``.
-    scale : float
-        Above 0: what the cosines are multiplied by.
+    head : {"linear", "cosine", "etf"}
+        The last layer: linear; cosines of features and the classes' weights, as for the
+        objective ``ldam``; or cosines with directions that are fixed, as for FedETF
+        (:class:`~fedweight.models.heads.ETFHead`).
+    scale : float, optional
+        Above 0: what the cosines are multiplied by, 30 by default; of ``etf`` what the
+        learned scale is at first, 1 by default.
+    projection : int, optional
+        To how many values ``etf`` projects features: as many as there are classes, or
+        more.
 
     References
     ----------
@@ -123,7 +134,8 @@ class ResNet18GN(nn.Module):
         groups: Annotated[int, Ge(1)] = 2,
         width: Annotated[int, Ge(1)] = 64,
         head: Head = "linear",
-        scale: Scale = 30.0,
+        scale: Scale | None = None,
+        projection: Projection | None = None,
     ) -> None:
         super().__init__()
         inputs, _, _ = image_shape("resnet18-gn", input_shape, least=8)
@@ -144,7 +156,7 @@ class ResNet18GN(nn.Module):
                 blocks.append(_ResidualBlock(size, outputs, stride, groups))
                 size = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.classifier = make_head(head, size, num_classes, scale)
+        self.classifier = make_head(head, size, num_classes, scale, projection)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[n, C]``."""
