@@ -212,6 +212,7 @@ def test_catalogue_describes_every_model():
         "mlp",
         "resnet18-gn",
         "softmax",
+        "unet",
     }
     assert all(len(line) > 20 for line in lines.values())
 

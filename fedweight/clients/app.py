@@ -22,7 +22,7 @@ from ..core.errors import ClientError, closest, describe_failure
 from ..core.rng import Purpose
 from ..core.texts import shown
 from ..data.federated import ClientData
-from ..data.targets import CLASSIFICATION
+from ..data.tasks import CLASSIFICATION
 from ..messages import keys
 from ..messages.arrays import arrays_of
 from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
@@ -67,7 +67,7 @@ class TrainingApp(ClientApp):
     settings : TrainingSettings
         Epochs, batches and optimiser.
     num_classes : int
-        C, the length of ``label-counts``; 0 where numbers are predicted.
+        C, classes or labels; 0 where numbers are predicted.
     task : str
         What is predicted: one of :data:`fedweight.metrics.TASKS`.
     metrics : Sequence[str], optional

@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def one_hot(codes: Tensor, number: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Return ``[n, number]``, 1 where a code is and 0 elsewhere; for ``F.one_hot``.
+    """Return ``[..., number]``, 1 where a code is and 0 elsewhere; for ``F.one_hot``.
 
     Parameters
     ----------
     codes : Tensor
-        ``[n]``, int64, in ``0 .. number - 1``; another code gives a row of 0.
+        ``[...]``, int64, in ``0 .. number - 1``; another code gives a row of 0.
     number : int
         How many codes there are.
     dtype : dtype, optional
@@ -34,7 +34,7 @@ def one_hot(codes: Tensor, number: int, dtype: torch.dtype | None = None) -> Ten
             [1., 0., 0.]])
     """
     places = torch.arange(number, device=codes.device)
-    return (codes[:, None] == places).to(dtype or torch.get_default_dtype())
+    return (codes[..., None] == places).to(dtype or torch.get_default_dtype())
 
 
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:

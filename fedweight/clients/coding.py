@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.errors import ClientError
 from ..data.examples import Examples
-from ..data.targets import CLASSIFICATION
+from ..data.tasks import CLASSIFICATION
 from ..metrics import TASKS, LearningTask
 from .objectives.base import Objective
 

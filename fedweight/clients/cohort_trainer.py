@@ -258,9 +258,9 @@ class CohortTrainer:
 
     def _training_tasks(self, clients: Sequence[ClientTask]) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
-        for client in clients if self.coding.task.has_classes else ():
+        for client in clients if self.coding.task.whole else ():
             labels = client.data.train.y
-            least = np.minimum.reduce(labels) if len(labels) else 0
+            least = np.minimum.reduce(labels, axis=None) if len(labels) else 0
             if least < 0:
                 raise ClientError(
                     f"client {client.number} has an example with label {least}; labels "

@@ -78,6 +78,9 @@ class LocalWork:
         self.personal = personal
         # Loss and accuracy, if there is one: what every client reports.
         self._usual = Statistics(self.task, statistics.num_classes, ())
+        score = tuple({self.task.score} & {*self.task.offered})
+        # And what probes go by, if that is another measure.
+        self._probed = Statistics(self.task, statistics.num_classes, score)
 
     def train(
         self,
@@ -166,8 +169,9 @@ class LocalWork:
             result.num_steps,
             self.settings,
             instructions.learning_rate_in(self.settings),
-            partial(evaluate, module, statistics=self._usual),
+            partial(evaluate, module, statistics=self._probed),
             client.context.state,
+            self.task.score,
         )
         measured: dict[str, Any] = {}
         profile: dict[str, Any] = {}

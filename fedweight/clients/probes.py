@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from ..core.errors import ConfigurationError
+from ..core.errors import ClientError, ConfigurationError
 from ..core.layout import FlatModel
 from ..core.registry import Registry
 from ..core.texts import shown
@@ -35,11 +35,12 @@ REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_ST
 # What every reply to an evaluate message reports besides its size.
 EVALUATED = (keys.LOSS, keys.ACCURACY)
 
-
 # What of it only examples that have a class can be asked.
-OF_CLASSES = frozenset(
+OF_CLASSES = frozenset({keys.LABEL_COUNTS})
+
+# What only a task can be asked in which a model's score lies between 0 and 1.
+SCORES = frozenset(
     {
-        keys.LABEL_COUNTS,
         keys.ACCURACY_BEFORE,
         keys.ACCURACY_AFTER,
         keys.HELD_OUT_ACCURACY_BEFORE,
@@ -50,19 +51,23 @@ OF_CLASSES = frozenset(
 
 
 class Evaluation(NamedTuple):
-    """A model's mean loss and accuracy; both NaN without examples.
+    """A model's mean loss, accuracy and score; all NaN without examples.
 
     The loss is the task's, such as cross-entropy; the accuracy is NaN where a
-    prediction is not simply right or wrong.
+    prediction is not simply right or wrong. The score is what the task calls so: the
+    accuracy, or for masks of pixels Dice, which is NaN where there is nothing but
+    background, and nothing else was found.
     """
 
     loss: float
     accuracy: float
+    score: float = math.nan
 
     @classmethod
-    def of(cls, measured: Mapping[str, float]) -> Evaluation:
+    def of(cls, measured: Mapping[str, float], score: str) -> Evaluation:
         """Take them from all that was measured."""
-        return cls(measured["loss"], measured.get("accuracy", math.nan))
+        accuracy = measured.get("accuracy", math.nan)
+        return cls(measured["loss"], accuracy, measured.get(score, math.nan))
 
 
 @dataclass
@@ -104,17 +109,19 @@ class ClientRound:
     learning_rate: float
     _evaluate: Callable[[FlatModel, Examples], Mapping[str, float]]
     _state: RecordDict
+    _score: str = keys.ACCURACY
     _known: dict[tuple[int, Part], Evaluation] = field(default_factory=dict)
     _new: dict[str, ArrayRecord | MetricRecord] = field(default_factory=dict)
 
     def evaluate(self, model: FlatModel, part: Part = "train") -> Evaluation:
-        """Return a model's loss and accuracy on a part of the client's data."""
+        """Return a model's loss, accuracy and score on a part of the client's data."""
         if model is not self.received and model is not self.trained:
-            return Evaluation.of(self._evaluate(model, self.part(part)))
+            found = self._evaluate(model, self.part(part))
+            return Evaluation.of(found, self._score)
         key = id(model), part
         if key not in self._known:
             found = self._evaluate(model, self.part(part))
-            self._known[key] = Evaluation.of(found)
+            self._known[key] = Evaluation.of(found, self._score)
         return self._known[key]
 
     def part(self, name: Part) -> Examples:
@@ -179,10 +186,19 @@ Probe = Callable[[ClientRound], "float | Sequence[float]"]
 """Measures a number, or a list of numbers, which is sent as side data."""
 
 
+def class_counts(examples: Examples, num_classes: int) -> list[int]:
+    """Return how many examples are of each class, ``[C]``; refuse those without one."""
+    if examples.y.ndim != 1 or examples.y.dtype.kind == "f":
+        raise ClientError(
+            f"its examples have no class each to count: their targets are "
+            f"{examples.y.dtype} of shape {list(examples.y.shape)}"
+        )
+    return [int(c) for c in np.bincount(examples.y, minlength=num_classes)]
+
+
 def label_counts(client: ClientRound) -> list[int]:
     """Return how many training examples of each class the client has: ``[C]``."""
-    counts = np.bincount(client.data.train.y, minlength=client.num_classes)
-    return [int(c) for c in counts]
+    return class_counts(client.data.train, client.num_classes)
 
 
 def loss_before(client: ClientRound) -> float:

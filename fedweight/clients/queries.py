@@ -19,6 +19,7 @@ from ..core.errors import ClientError
 from ..core.texts import shown
 from ..messages import keys
 from ..messages.records import NUMBERS, as_measured
+from .probes import class_counts
 
 if TYPE_CHECKING:
     from ..data.federated import ClientData
@@ -111,5 +112,5 @@ Query = Callable[[ClientQuery], Answer]
 def label_counts(asked: ClientQuery) -> Answer:
     """Answer how many training examples there are, and of each class."""
     train = asked.data.train
-    counts = np.bincount(train.y, minlength=asked.num_classes).tolist()
+    counts = class_counts(train, asked.num_classes)
     return Answer({keys.NUM_EXAMPLES: len(train)}, profile={keys.LABEL_COUNTS: counts})

@@ -40,20 +40,27 @@ def for_task(objective: Objective, task: LearningTask) -> Objective:
     Raises
     ------
     ConfigurationError
-        If the objective is one of examples that have a class, and these have none.
+        If the objective is for other tasks, or of examples that have a class each, and
+        these have none.
     """
-    if task.has_classes:
-        return objective
-    if type(objective) is Plain:
-        return TaskLoss(task)
     if isinstance(objective, Around):
+        inner = for_task(objective.inner, task)
+        if inner is objective.inner:
+            return objective
         changed = copy.copy(objective)
-        object.__setattr__(changed, "inner", for_task(objective.inner, task))
+        object.__setattr__(changed, "inner", inner)
         return changed
-    name = OBJECTIVES.name_of(type(objective))
-    if name in OBJECTIVES.entries:
+    if type(objective) is Plain:
+        return objective if task.has_classes else TaskLoss(task)
+    name, others = OBJECTIVES.name_of(type(objective)), "'plain', 'proximal', 'sam'"
+    if objective.tasks and task.name not in objective.tasks:
+        raise ConfigurationError(
+            f"objective '{name}' is for {' and '.join(objective.tasks)}, and the data "
+            f"are for {task.name}. Choose {others}, or one of your own."
+        )
+    if not (task.has_classes or objective.tasks) and name in OBJECTIVES.entries:
         raise ConfigurationError(
             f"objective '{name}' is for examples that have a class, and {task.name} "
-            "has none. Choose 'plain', 'proximal', 'sam', or one of your own."
+            f"has none. Choose {others}, or one of your own."
         )
     return objective

@@ -49,6 +49,7 @@ DATA_SETS = Registry(
         "fashion-mnist": "fedweight.data.fashion_mnist:load",
         "npz": "fedweight.data.files:load_npz",
         "shakespeare": "fedweight.data.shakespeare:load",
+        "shapes": "fedweight.data.shapes:load",
     },
 )
 

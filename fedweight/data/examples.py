@@ -12,15 +12,8 @@ import numpy.typing as npt
 
 from ..core.errors import DataError, check_choice
 from ..core.texts import shown
-from .targets import (
-    CLASSIFICATION,
-    INT64,
-    TARGETS,
-    Array,
-    Indices,
-    as_labels,
-    as_whole,
-)
+from .targets import INT64, Array, Indices, as_labels, as_whole
+from .tasks import CLASSIFICATION, TASKS
 
 # The tables of a run have a column for each class: more than a reader, or a browser,
 # could make anything of.
@@ -45,7 +38,7 @@ class Examples:
         ``[n, d]``, texts int64 token numbers ``[n, T]``.
     y : ndarray
         What is to be predicted: shape ``[n]``, int64, the class of each example, from
-        0; or ``[n]``, floating, a number of each (:mod:`fedweight.data.targets`).
+        0; or as another task has it (:mod:`fedweight.data.tasks`).
     attributes : Mapping[str, ndarray]
         Side data, one row an example, such as a sensitive attribute. A model never
         sees it.
@@ -101,11 +94,11 @@ class Examples:
 
     def fits(self, dtype: np.dtype[Any], task: str = CLASSIFICATION) -> bool:
         """Tell quickly whether :meth:`cast` has nothing to do; if not, it looks."""
-        x, y, targets = self.x, self.y, TARGETS[task]
+        x, y, what = self.x, self.y, TASKS[task]
         return (
             (x.dtype == dtype or x.dtype == INT64)
-            and y.dtype == (INT64 if targets.whole else dtype)
-            and y.ndim == targets.ndim
+            and y.dtype == (INT64 if what.whole else dtype)
+            and y.ndim == what.ndim
             and x.flags.c_contiguous
             and y.flags.c_contiguous
         )
@@ -118,8 +111,8 @@ class Examples:
     ) -> Examples:
         """Return the examples as a model of some dtype can train on them.
 
-        Labels become int64, numbers to predict and floating inputs ``dtype``, whole
-        inputs int64, which are tokens. What fits already is not copied.
+        Classes become int64, other targets and floating inputs ``dtype``, whole inputs
+        int64, which are tokens. What fits already is not copied.
 
         Parameters
         ----------
@@ -128,7 +121,7 @@ class Examples:
         where : str
             How a message calls the examples.
         task : str
-            Which targets they have: one of :data:`~fedweight.data.targets.TARGETS`.
+            Which targets they have: one of :data:`~fedweight.data.tasks.TASKS`.
 
         Raises
         ------
@@ -141,12 +134,12 @@ class Examples:
         >>> examples.x.dtype, examples.y.dtype
         (dtype('float32'), dtype('int64'))
         """
-        x, y, targets = self.x, self.y, TARGETS[task]
+        x, y, what = self.x, self.y, TASKS[task]
         if x.dtype not in (dtype, np.int64) or min(x.strides) < 0:
             x = as_inputs(f"{where}: inputs are", x, dtype)
-        wanted = np.int64 if targets.whole else dtype
-        if y.dtype != wanted or y.ndim != targets.ndim or min(y.strides) < 0:
-            y = targets.cast(f"{where}: {targets.name} are", y, wanted)
+        wanted = np.int64 if what.whole else dtype
+        if y.dtype != wanted or y.ndim != what.ndim or min(y.strides) < 0:
+            y = what.cast(f"{where}: {what.targets} are", y, wanted)
         same = x is self.x and y is self.y
         return self if same else Examples(x, y, self.attributes)
 
@@ -162,12 +155,12 @@ class DataSet:
     train, test : Examples
         The test examples are for measuring only; no choice may depend on them.
     num_classes : int
-        C; labels lie in ``0 .. C - 1``. 0 where numbers are predicted.
+        C, classes or labels; 0 where numbers are predicted.
     natural_clients : ndarray, optional
         Shape ``[len(train)]``, int64: to which real client (a person, a hospital, a
         role) each training example belongs.
     class_names : tuple of str
-        The name of each class, or nothing.
+        The name of each class or label, or nothing.
     attribute_names : Mapping[str, tuple of str]
         For attributes that are codes 0, 1, ...: what each code stands for.
     natural_names : tuple of str
@@ -181,7 +174,7 @@ class DataSet:
     notes : tuple of str
         What a user should know of these data, a line each.
     task : str
-        What is predicted: one of :data:`~fedweight.data.targets.TARGETS`.
+        What is predicted: one of :data:`~fedweight.data.tasks.TASKS`.
     """
 
     name: str
@@ -213,18 +206,18 @@ def check(dataset: DataSet) -> DataSet:
     Raises
     ------
     DataError
-        If there are no training examples, inputs are not finite numbers, labels are
-        not classes ``0 .. C - 1``, or training and test differ in shape.
+        If there are no training examples, inputs are not finite numbers, targets are
+        not what the task has, or training and test differ in shape.
     """
     dataset, what = cast(dataset), f"data '{dataset.name}'"
-    num_classes, targets = dataset.num_classes, TARGETS[dataset.task]
-    least = 1 if targets.classes else 0
+    num_classes, task = dataset.num_classes, TASKS[dataset.task]
+    least = task.least_classes
     if not isinstance(num_classes, numbers.Integral) or num_classes < least:
         raise DataError(
-            f"{what}: num_classes must be a whole number from 1, got "
+            f"{what}: num_classes must be a whole number from {least}, got "
             f"{shown(num_classes)}."
         )
-    if num_classes and not targets.classes:
+    if num_classes and not least:
         raise DataError(
             f"{what}: {dataset.task} has no classes, but num_classes is {num_classes}. "
             "Leave it out."
@@ -249,20 +242,19 @@ def check(dataset: DataSet) -> DataSet:
                 f"{what}: an example has shape {dataset.input_shape} in the "
                 f"training data and {x.shape[1:]} in the test data. Make them equal."
             )
+        if y.shape[1:] != dataset.train.y.shape[1:]:
+            raise DataError(
+                f"{what}: an example's {task.targets} have shape "
+                f"{dataset.train.y.shape[1:]} in the training data and {y.shape[1:]} "
+                "in the test data. Make them equal."
+            )
         bad = _first_not_finite(x)
         if bad is not None:
             raise DataError(
                 f"{what}, {part}: example {bad} holds NaN or infinity. Fill "
                 "in or drop such values first."
             )
-        if not targets.classes:
-            continue
-        if len(y) and not (y.min() >= 0 and y.max() < num_classes):
-            raise DataError(
-                f"{what}, {part}: labels reach from {y.min()} to {y.max()}, "
-                f"but {num_classes} classes allow 0 to "
-                f"{num_classes - 1}."
-            )
+        task.check(f"{what}, {part}", x, y, num_classes)
     names = dataset.class_names
     if names and len(names) != num_classes:
         raise DataError(
@@ -275,7 +267,7 @@ def check(dataset: DataSet) -> DataSet:
 def cast(dataset: DataSet) -> DataSet:
     """Return a data set in the types that training takes; see :func:`check`."""
     what, task = f"data '{dataset.name}'", dataset.task
-    check_choice(f"{what}: task", task, TARGETS)
+    check_choice(f"{what}: task", task, TASKS)
     train, test = dataset.train, dataset.test
     train = train.cast(where=f"{what}, train", task=task)
     if len(test):

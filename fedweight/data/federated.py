@@ -18,7 +18,7 @@ from .lazy import LazyParts
 from .partitions import natural_choice
 from .partitions import partition as divide
 from .schema import Schema
-from .targets import CLASSIFICATION, TARGETS
+from .tasks import CLASSIFICATION, TASKS
 
 Indices = npt.NDArray[np.int64]
 
@@ -82,8 +82,8 @@ class FederatedData:
         K and C; C is 0 where numbers are predicted.
     task : str
         As in :class:`~fedweight.data.DataSet`.
-    input_shape : tuple of int
-        The shape of one example.
+    input_shape, target_shape : tuple of int
+        The shape of one example, and of what is to be predicted of it, such as ``()``.
     class_names : tuple of str
         As in :class:`~fedweight.data.DataSet`.
     attribute_names : Mapping[str, tuple of str]
@@ -121,6 +121,7 @@ class FederatedData:
         self.num_classes = dataset.num_classes
         self.task = dataset.task
         self.input_shape = dataset.input_shape
+        self.target_shape = tuple(dataset.train.y.shape[1:])
         self.class_names = dataset.class_names
         self.attribute_names = dataset.attribute_names
         self.feature_names = dataset.feature_names
@@ -150,7 +151,7 @@ class FederatedData:
         The arrays are views, or copies where the partition is computed lazily.
         """
         train, held_out = map(self._clients.examples.take, self._rows(i))
-        if self.is_lazy and TARGETS[self.task].classes:
+        if self.is_lazy and TASKS[self.task].least_classes:
             # Who asks for their data often wants to know their labels next.
             if len(self._lately) >= LATELY:
                 self._lately.clear()
@@ -170,6 +171,8 @@ class FederatedData:
     def labels(self, i: int) -> tuple[Indices, Indices]:
         """Return how many examples of each class client ``i`` trains on and holds out.
 
+        Where examples have several labels, or one for each pixel: how many have each.
+
         Returns
         -------
         tuple of ndarray
@@ -180,7 +183,7 @@ class FederatedData:
         DataError
             If examples have no class, but a number to predict.
         """
-        if not TARGETS[self.task].classes:
+        if not TASKS[self.task].least_classes:
             raise DataError(
                 f"data '{self.name}': the examples have no classes to count, but a "
                 f"number to predict ({self.task})."
@@ -201,12 +204,14 @@ class FederatedData:
             The two numbers of examples, and how many of each class are trained on,
             ``[C]``; none where there are no classes.
         """
-        if TARGETS[self.task].classes:
+        task = TASKS[self.task]
+        if task.has_classes:
             train, held_out = self.labels(i)
             return int(train.sum()), int(held_out.sum()), train
         y = self._clients.examples.y
         of_train, of_held_out = (len(y[rows]) for rows in self._rows(i))
-        return of_train, of_held_out, np.empty(0, np.int64)
+        counts = self.labels(i)[0] if task.least_classes else np.empty(0, np.int64)
+        return of_train, of_held_out, counts
 
     def _rows(self, i: int) -> tuple[Any, Any]:
         if not 0 <= i < self.num_clients:
@@ -214,8 +219,7 @@ class FederatedData:
         return self._clients.rows(i)
 
     def _count(self, labels: Indices) -> Indices:
-        counts: Indices = np.bincount(labels, minlength=self.num_classes)
-        return counts
+        return TASKS[self.task].class_counts(labels, self.num_classes)
 
     @cached_property
     def label_counts(self) -> Indices:
@@ -453,7 +457,7 @@ def load_client(
 
 def _proxy_rows(dataset: DataSet, fraction: float, seed: int) -> Indices:
     y = dataset.train.y
-    if not TARGETS[dataset.task].classes:
+    if not TASKS[dataset.task].has_classes:
         y = np.zeros(len(y), np.int64)  # As if all were of one class.
     return take_proxy(y, fraction, generator(seed, Purpose.PROXY))
 

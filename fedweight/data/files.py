@@ -34,7 +34,8 @@ from .tables import (
     read_table,
     text_fault,
 )
-from .targets import CLASSIFICATION, TARGETS, as_labels, as_numbers
+from .targets import as_flags, as_labels, as_numbers
+from .tasks import CLASSIFICATION, TASKS, MultiLabel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +59,9 @@ FAR_FROM_ONE = 100
 
 Array = npt.NDArray[Any]
 Label = str | int | float | bool
-Task = Literal["classification", "regression"]
+# What columns can say of an example; a class of each pixel takes arrays.
+TableTask = Literal["classification", "multi-label", "regression"]
+ArrayTask = Literal[TableTask, "segmentation"]
 
 
 @validated
@@ -66,8 +69,8 @@ def load_csv(
     path: Path | None = None,
     seed: int = 0,
     *,
-    task: Task = "classification",
-    label: str | None = None,
+    task: TableTask = "classification",
+    label: str | Sequence[str] | None = None,
     classes: Sequence[Label] | None = None,
     client: str | None = None,
     sensitive: str | Sequence[str] = (),
@@ -88,10 +91,12 @@ def load_csv(
         The file.
     seed : int
         Draws the test rows, where there is no test file.
-    task : {"classification", "regression"}
-        Whether the label is a class or a number to predict, which stays as it is.
-    label : str, optional
-        The column with the class, or the number; by default the last.
+    task : {"classification", "multi-label", "regression"}
+        Whether the label is a class, some columns of 0 and 1 say which labels hold, or
+        it is a number to predict, which stays as it is.
+    label : str or sequence of str, optional
+        The column with the class, or the number; by default the last. Of
+        ``"multi-label"`` all columns that say whether a label holds.
     classes : sequence, optional
         The labels in the order of their numbers; by default sorted. Labels that look
         like quantities or like names of rows are refused unless they stand here, or
@@ -131,8 +136,7 @@ def load_csv(
             f"{path} has {len(frame)} rows, and test-fraction = {test_fraction:g} "
             "leaves none to train on. Lower it."
         )
-    has_classes = TARGETS[task].classes
-    if classes is None and has_classes:
+    if classes is None and TASKS[task].has_classes:
         classes = values_of(train[source.label], tested[source.label])
     names = {
         column: tuple(map(str, values_of(train[column], tested[column])))
@@ -143,11 +147,7 @@ def load_csv(
     train_part, test_part = (
         Examples(
             encoder(part),
-            _codes(path, part[source.label], classes)
-            if classes is not None
-            else as_numbers(
-                f"{path}: '{source.label}' is", part[source.label].to_numpy()
-            ),
+            _targets(source, part, task, classes),
             {c: _attribute(path, part[c], names.get(c)) for c in source.sensitive},
         )
         for part in (train, tested)
@@ -159,13 +159,14 @@ def load_csv(
         natural_names, numbers = name_clients(frame[client].to_numpy())
         sizes = np.bincount(numbers)
         natural = numbers if extra is not None else numbers[rows]
+    several = source.labels if task == MultiLabel.name else classes or ()
     return DataSet(
         name=path.stem,
         train=train_part,
         test=test_part,
-        num_classes=len(classes or ()),
+        num_classes=len(several),
         natural_clients=natural,
-        class_names=tuple(str(value) for value in classes or ()),
+        class_names=tuple(str(value) for value in several),
         attribute_names=names,
         natural_names=natural_names,
         natural_sizes=sizes,
@@ -180,7 +181,7 @@ def load_npz(
     path: Path | None = None,
     seed: int = 0,
     *,
-    task: Task = "classification",
+    task: ArrayTask = "classification",
     num_classes: int | None = None,
     test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.2,
 ) -> DataSet:
@@ -190,16 +191,18 @@ def load_npz(
     ----------
     path : Path
         The file. ``x`` is ``[n, ...]`` (floating, or integers for tokens), ``y`` is
-        ``[n]`` with classes from 0, or with numbers to predict. Images are ``[n, c, h,
+        ``[n]`` with classes from 0, or as another task has it. Images are ``[n, c, h,
         w]``; scale them yourself. ``client``, ``[n]``, says to which client an example
         belongs: a number or a name. A file that would have to be unpickled is refused.
     seed : int
         Draws the test examples, where there is no ``x_test``.
-    task : {"classification", "regression"}
-        Whether ``y`` has classes or numbers to predict.
+    task : {"classification", "multi-label", "regression", "segmentation"}
+        What ``y`` has: a class of each example; 0 and 1 for each label, ``[n, L]``;
+        numbers to predict; or the class of each pixel, ``[n, h, w]``, where 0 is the
+        background.
     num_classes : int, optional
         C; by default one more than the largest label, unless that leaves most classes
-        without an example.
+        without an example. Of ``"multi-label"`` L, which ``y`` tells.
     test_fraction : float
         Share of the examples, in [0, 1), that are drawn for testing if there is no
         ``x_test``.
@@ -219,7 +222,10 @@ def load_npz(
         rows, test_rows = _split(len(train), test_fraction, seed)
         train, test = train.take(rows), train.take(test_rows)
         natural = None if natural is None else natural[rows]
-    if TARGETS[task].classes:
+    if not TASKS[task].whole:
+        several = 0 if train.y.ndim == 1 else train.y.shape[1]
+        num_classes = several if num_classes is None else num_classes
+    else:
         num_classes = _count_classes(path, train.y, test.y, num_classes)
     return DataSet(
         name=path.stem,
@@ -349,10 +355,15 @@ class Source:
     """A table, and what each of its columns is for."""
 
     table: Table
-    label: str
+    labels: list[str]
     client: str | None
     sensitive: list[str]
     features: list[str]
+
+    @property
+    def label(self) -> str:
+        """The column to predict, where there is one."""
+        return self.labels[0]
 
     def kinds(self) -> dict[str, str]:
         """Return what each feature holds: numbers or texts."""
@@ -362,7 +373,7 @@ class Source:
 
 def read_source(
     path: str | Path | None,
-    label: str | None,
+    label: str | Sequence[str] | None,
     client: str | None,
     sensitive: str | Sequence[str],
     sensitive_features: bool,
@@ -377,25 +388,30 @@ def read_source(
     path = readable_file(path, "csv")
     table = read_table(path, **reading, lenient=one)
     label = table.columns[-1] if label is None else label
+    labels = [label] if isinstance(label, str) else list(dict.fromkeys(label))
+    if not labels:
+        raise DataError(f"{path}: label names no column. Name one or more.")
     sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
-    named = [label, client, *sensitive]
+    named = [*labels, client, *sensitive]
     table.check_columns(column for column in named if column is not None)
-    left_out = {label, client} | (set() if sensitive_features else set(sensitive))
+    left_out = {*labels, client} | (set() if sensitive_features else set(sensitive))
     features = [column for column in table.columns if column not in left_out]
     if not features:
-        raise DataError(f"{path} has no feature column besides '{label}'.")
-    return Source(table, label, client, sensitive, features)
+        told = listed([f"'{name}'" for name in labels])
+        raise DataError(f"{path} has no feature column besides {told}.")
+    return Source(table, labels, client, sensitive, features)
 
 
 def read_test(source: Source, test: str | Path, reading: Mapping[str, Any]) -> Table:
     """Read a source's test file, which has the same columns but for the client's."""
     path = readable_file(test, "csv")
     table = read_table(path, **reading, lenient=True)
-    columns = [*source.features, *source.sensitive, source.label]
+    columns = [*source.features, *source.sensitive, *source.labels]
     table.check_columns(dict.fromkeys(columns))
     for column in () if table.fault or source.table.fault else columns:
         is_number = is_numeric(source.table.frame[column])
-        if column != source.label and is_number and not is_numeric(table.frame[column]):
+        other = column not in source.labels and not is_numeric(table.frame[column])
+        if is_number and other:
             _as_numbers(path, table.frame[column])
     return table
 
@@ -413,6 +429,12 @@ def faults(
         if file.fault is not None:
             yield file.fault
             return  # What is there cannot be judged.
+    if len(source.labels) > 1 and task != MultiLabel.name:
+        yield (
+            f"{table.path}: label names {len(source.labels)} columns, and {task} has "
+            f"one. Name one, or set task = '{MultiLabel.name}'."
+        )
+        return
     for name in dict.fromkeys([*source.features, *source.sensitive]):
         values = table.frame[name]
         if not is_numeric(values):
@@ -432,13 +454,37 @@ def faults(
             fault = _digits_fault(table, clients)
         if fault:
             yield fault
-    labels = [file.frame[source.label] for file in tables]
-    if TARGETS[task].classes:
-        fault = _label_fault(table, labels, classes)
-    else:
-        fault = _target_fault(table, labels, classes)
-    if fault:
-        yield fault
+    for name in source.labels:
+        labels = [file.frame[name] for file in tables]
+        if TASKS[task].has_classes:
+            fault = _label_fault(table, labels, classes)
+        elif task == MultiLabel.name:
+            fault = _flag_fault(table, labels, classes)
+        else:
+            fault = _target_fault(table, labels, classes)
+        if fault:
+            yield fault
+
+
+def _flag_fault(
+    table: Table, parts: Sequence[pd.Series[Any]], classes: Sequence[Label] | None
+) -> str | None:
+    """Return what is wrong with a column that says where a label holds, or ``None``."""
+    what = f"{table.path}: the label '{parts[0].name}'"
+    if classes is not None:
+        return (
+            f"{what} holds or does not, and classes lists names of some. Leave classes "
+            "out: the labels are called as their columns."
+        )
+    values = values_of(*parts)
+    odd = [v for v in values if isinstance(v, str) or v not in (0, 1)]
+    if odd:
+        return (
+            f"{what} has the value {shown(odd[0])}, and is to say where a label holds. "
+            "Write 1 where it does and 0 where not; a column of one class each is of "
+            "task = 'classification'."
+        )
+    return None
 
 
 def _target_fault(
@@ -555,9 +601,11 @@ def remarks(source: Source, task: str = CLASSIFICATION) -> list[str]:
             f"{len(table) + table.dropped_rows:,} rows, which miss a value "
             "(drop-missing)"
         )
-    labels, has_classes = table.frame[source.label], TARGETS[task].classes
-    if not has_classes:
+    labels = table.frame[source.label]
+    if not TASKS[task].least_classes:
         lines += _scale_remark(table, labels)
+    elif not TASKS[task].has_classes:
+        pass  # Of 0 and 1 there is nothing to say.
     elif source.label not in table.categories and pd.api.types.is_integer_dtype(labels):
         least, most, different = labels.min(), labels.max(), labels.nunique()
         numbered = most - least + 1 == different and least in (0, 1)
@@ -567,7 +615,7 @@ def remarks(source: Source, task: str = CLASSIFICATION) -> list[str]:
                 f"different whole numbers from {least} to {most}, each a class of its "
                 "own; to predict them as numbers set task = 'regression'"
             )
-    named = [*source.features, *source.sensitive, source.label, source.client]
+    named = [*source.features, *source.sensitive, *source.labels, source.client]
     for column in dict.fromkeys(name for name in named if name is not None):
         alike = _capitals(table.frame[column])
         if alike:
@@ -647,6 +695,18 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
     return str(value)
+
+
+def _targets(
+    source: Source, part: pd.DataFrame, task: str, classes: Sequence[Label] | None
+) -> Array:
+    """Return what is to be predicted of rows of a table."""
+    path, several = source.table.path, part[source.labels]
+    if classes is not None:
+        return _codes(path, part[source.label], classes)
+    if task == MultiLabel.name:
+        return as_flags(f"{path}: labels are", several.to_numpy(np.float32))
+    return as_numbers(f"{path}: '{source.label}' is", part[source.label].to_numpy())
 
 
 def _codes(
@@ -802,13 +862,13 @@ def _examples(
     inputs, labels = arrays[x], arrays[y]
     if inputs.ndim < 2:
         raise DataError(f"{path}: '{x}' has shape {inputs.shape}, expected [n, ...].")
-    labels = TARGETS[task].cast(f"{path}: '{y}' is", np.atleast_1d(labels), np.float32)
+    labels = TASKS[task].cast(f"{path}: '{y}' is", np.atleast_1d(labels), np.float32)
     _same_length(path, x, inputs, y, labels)
     return Examples(as_inputs(f"{path}: '{x}' is", inputs), labels)
 
 
 def _count_classes(path: Path, train: Array, test: Array, told: int | None) -> int:
-    labels = np.unique(np.concatenate([train, test]))
+    labels = np.unique(np.concatenate([np.unique(train), np.unique(test)]))
     if len(labels) == 1 and told in (None, 1):
         raise DataError(
             f"{path}: 'y' has one value only, {labels[0]}. There must be two classes "

@@ -28,7 +28,7 @@ from ..core.rng import Purpose, generator
 from ..core.texts import shown
 from .examples import DataSet
 from .lazy import LazyParts
-from .targets import TARGETS
+from .tasks import TASKS
 
 # Where each example is with one client, so many clients for each example are enough:
 # all but a few of them would be empty.
@@ -113,11 +113,12 @@ def partition(
         numbers, _ = _natural(dataset)
         groups = _groups(numbers[rows], natural_choice(dataset, num_clients))
         return [rows[group] for group in groups]
-    if name in BY_CLASS and not TARGETS[dataset.task].classes:
+    task = TASKS[dataset.task]
+    if name in BY_CLASS and not task.has_classes:
         others = sorted(PARTITIONS.entries.keys() - BY_CLASS)
         raise ConfigurationError(
             f"{what} divides examples by their classes, and those of data "
-            f"'{dataset.name}' have none ({dataset.task}). Take one of "
+            f"'{dataset.name}' {task.instead} ({task.name}). Take one of "
             f"{', '.join(others)}."
         )
     subject: Any = dataset.train.y[rows]

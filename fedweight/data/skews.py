@@ -12,7 +12,7 @@ from ..core.errors import ConfigurationError, closest
 from ..core.options import validated
 from ..core.texts import shown
 from .examples import DataSet
-from .targets import TARGETS
+from .tasks import TASKS
 
 Indices = npt.NDArray[np.int64]
 
@@ -70,10 +70,11 @@ def attribute_skew(
     [[0, 5], [0, 5], [5, 0], [5, 0]]
     """
     groups, labels = _groups_of(dataset, attribute), dataset.train.y
-    if skewed == "labels-by-group" and not TARGETS[dataset.task].classes:
+    task = TASKS[dataset.task]
+    if skewed == "labels-by-group" and not task.has_classes:
         raise ConfigurationError(
             f"skewed = 'labels-by-group' goes by the examples' classes, and those of "
-            f"data '{dataset.name}' have none ({dataset.task}). Take 'groups'."
+            f"data '{dataset.name}' {task.instead} ({task.name}). Take 'groups'."
         )
     if skewed == "labels-by-group":
         groups = (labels - groups) % max(dataset.num_classes, 1)

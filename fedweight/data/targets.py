@@ -1,9 +1,7 @@
-"""Targets: what is to be predicted of examples, and in which form it comes."""
+"""Targets: what is to be predicted of examples, cast to the form a task takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,33 +14,6 @@ Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 
 INT64 = np.dtype(np.int64)
-
-CLASSIFICATION = "classification"
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The targets that a task has.
-
-    Attributes
-    ----------
-    name : str
-        How a message calls them.
-    cast : Callable[[str, ndarray, dtype], ndarray]
-        Makes them of what is given, or says what to give; begins messages with a text.
-    whole : bool
-        Whether they are whole numbers, and not of the model's type.
-    ndim : int
-        Their number of axes.
-    classes : bool
-        Whether each example is of one of C classes.
-    """
-
-    name: str
-    cast: Callable[[str, Array, npt.DTypeLike], Array]
-    whole: bool = True
-    ndim: int = 1
-    classes: bool = True
 
 
 def as_labels(where: str, y: Array) -> Indices:
@@ -62,26 +33,94 @@ def as_labels(where: str, y: Array) -> Indices:
         if y.ndim == 2 and y.dtype.kind in "biuf" and (y.sum(1) == 1).all():
             remedy += ": y.argmax(axis=1)"
         raise DataError(f"{where} {y.dtype} of shape {list(y.shape)}. {remedy}.")
-    kind = y.dtype.kind
-    if kind == "f":
-        if not (np.isfinite(y).all() and (y == np.round(y)).all()):
-            raise DataError(
-                f"{where} {y.dtype} and no whole numbers. Give integer classes from 0; "
-                "to predict a number, set task = 'regression'."
-            )
-        if len(y) and np.abs(y).max() >= 2**53:
-            raise DataError(f"{where} {y.dtype} up to {np.abs(y).max():g}. {_CLASSES}")
-    elif kind in "UOS":
+    if y.dtype.kind == "f" and not _is_whole(y):
+        raise DataError(
+            f"{where} {y.dtype} and no whole numbers. Give integer classes from 0; "
+            "to predict a number, set task = 'regression'."
+        )
+    if y.dtype.kind in "UOS":
         raise DataError(
             f"{where} {y.dtype}, such as {shown(y[0] if len(y) else '')}. Give integer "
             "classes from 0: numpy.unique(y, return_inverse=True)[1]."
         )
-    elif kind not in "biu":
-        raise DataError(f"{where} {y.dtype}. {_CLASSES}")
-    return np.ascontiguousarray(as_whole(where, y))
+    return _as_classes(where, y)
+
+
+def as_masks(where: str, y: Array) -> Indices:
+    """Return the class of each pixel as int64 ``[n, h, w]``, or say what to give.
+
+    Parameters
+    ----------
+    where : str
+        How a message begins, such as ``"own.npz: 'y' is"``.
+    y : ndarray
+        Shape ``[n, h, w]`` or ``[n, 1, h, w]``, whole numbers.
+
+    Examples
+    --------
+    >>> as_masks("y is", np.zeros((2, 1, 3, 4), np.uint8)).shape
+    (2, 3, 4)
+    """
+    if y.ndim == 4 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 3:
+        remedy = "Give the class of each pixel from 0, of shape [n, h, w]"
+        if y.ndim == 4:
+            remedy += ": y.argmax(axis=1) of masks with a channel for each class"
+        raise DataError(f"{where} {y.dtype} of shape {list(y.shape)}. {remedy}.")
+    if y.dtype.kind == "f" and not _is_whole(y):
+        raise DataError(
+            f"{where} {y.dtype} and no whole numbers. Give integer classes from 0: "
+            "(y > 0.5).astype(numpy.int64) of the likelihood of one."
+        )
+    return _as_classes(where, y)
+
+
+def as_flags(where: str, y: Array, dtype: npt.DTypeLike = np.float32) -> Array:
+    """Return whether each label holds, 0 or 1, as ``dtype``, or say what to give.
+
+    Parameters
+    ----------
+    where : str
+        How a message begins, such as ``"own.npz: 'y' is"``.
+    y : ndarray
+        Shape ``[n, L]``: 0 and 1, or false and true.
+    dtype : dtype
+        What they become.
+
+    Examples
+    --------
+    >>> as_flags("y is", np.array([[True, False]])).tolist()
+    [[1.0, 0.0]]
+    """
+    if y.ndim != 2 or y.dtype.kind not in "biuf":
+        remedy = "Give 0 or 1 for each example and label, of shape [n, L]"
+        if y.ndim == 1:
+            remedy += ": y[:, None] of one label"
+        raise DataError(f"{where} {y.dtype} of shape {list(y.shape)}. {remedy}.")
+    odd = y[(y != 0) & (y != 1)]  # NaN differs from both.
+    if len(odd):
+        raise DataError(
+            f"{where} {y.dtype}, and hold {odd[0]:g}. Give 1 where a label holds, else "
+            "0."
+        )
+    return np.ascontiguousarray(y.astype(dtype, copy=False))
 
 
 _CLASSES = "Give integer classes from 0."
+
+
+def _is_whole(y: Array) -> bool:
+    return bool(np.isfinite(y).all() and (y == np.round(y)).all())
+
+
+def _as_classes(where: str, y: Array) -> Indices:
+    """Return whole numbers as int64, or say that they are none."""
+    if y.dtype.kind == "f" and y.size and np.abs(y).max() >= 2**53:
+        raise DataError(f"{where} {y.dtype} up to {np.abs(y).max():g}. {_CLASSES}")
+    if y.dtype.kind not in "biuf":
+        raise DataError(f"{where} {y.dtype}. {_CLASSES}")
+    return np.ascontiguousarray(as_whole(where, y))
 
 
 def as_whole(where: str, values: Array) -> Indices:
@@ -119,10 +158,3 @@ def as_numbers(where: str, y: Array, dtype: npt.DTypeLike = np.float32) -> Array
             "number. Leave such examples out, or divide all."
         )
     return numbers
-
-
-TARGETS: Mapping[str, Targets] = {
-    CLASSIFICATION: Targets("labels", lambda where, y, dtype: as_labels(where, y)),
-    "next-token": Targets("labels", lambda where, y, dtype: as_labels(where, y)),
-    "regression": Targets("targets", as_numbers, whole=False, classes=False),
-}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..core.lazy import lazy_exports
+from ..data.tasks import TASKS, LearningTask, task_named
 from .contribution import (
     Contribution,
     collaborative_fairness,
@@ -32,7 +33,6 @@ from .spread import (
 
 if TYPE_CHECKING:
     from .additive import Statistics, Sums
-    from .tasks import TASKS, LearningTask, task_named
 
 __all__ = [
     "TASKS",
@@ -63,8 +63,5 @@ __getattr__, __dir__ = lazy_exports(
     {
         "Statistics": ".additive",
         "Sums": ".additive",
-        "TASKS": ".tasks",
-        "LearningTask": ".tasks",
-        "task_named": ".tasks",
     },
 )

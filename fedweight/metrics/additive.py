@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..core.errors import AggregationError, ConfigurationError, check_range, closest
 from ..core.texts import listed, shown
+from ..data.tasks import LearningTask
 from .measures import MEASURES, Array
 from .parts import EXACT, PARTS, Seen
-from .tasks import LearningTask
 
 # A client's statistics are at most so many numbers.
 MOST_NUMBERS = 1_000_000
@@ -101,7 +101,7 @@ class Statistics:
     task : LearningTask
         What the outputs mean.
     num_classes : int
-        C, classes or labels; 0 where there are none.
+        C, classes or labels; 0 where there are none, or nothing is counted by class.
     metrics : sequence of str, optional
         What is measured besides the loss and, where there is one, the accuracy: of what
         the task offers. By default what the task measures.
@@ -145,6 +145,13 @@ class Statistics:
                     f"{closest(str(name), self.task.offered)} It has "
                     f"{listed(self.task.offered, most=9)}."
                 )
+        by_class = [name for name in self.extra if self._counts_classes(name)]
+        if by_class and self.num_classes < max(1, self.task.least_classes):
+            raise ConfigurationError(
+                f"num_classes must be {max(1, self.task.least_classes)} or more, got "
+                f"{self.num_classes}: {listed(by_class, most=9)} of {self.task.name} "
+                "counts each class. Say how many there are."
+            )
         if self.num_numbers > MOST_NUMBERS:
             raise ConfigurationError(
                 f"metrics: {listed(self.extra, most=9)} of {self.num_classes:,} "
@@ -157,6 +164,10 @@ class Statistics:
         """What is measured besides the loss and the accuracy."""
         assert self.metrics is not None
         return tuple(self.metrics)
+
+    @staticmethod
+    def _counts_classes(name: str) -> bool:
+        return any(PARTS[part].shape(1) for part in MEASURES[name].parts)
 
     @property
     def besides(self) -> tuple[str, ...]:

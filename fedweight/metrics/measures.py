@@ -69,34 +69,42 @@ class Measure:
         Of what.
     result : Callable[[Sums], ndarray]
         One value a client, ``[C]``.
+    sign : int
+        1 where more is better, -1 where less is, 0 where it says nothing of that.
     low, high : float
         Between which values it lies.
     """
 
     parts: tuple[str, ...]
     result: Callable[[Sums], Array]
+    sign: int = 1
     low: float = 0.0
     high: float = 1.0
 
 
 MEASURES: Mapping[str, Measure] = {
-    "loss": Measure(("loss",), _mean("loss"), -np.inf, np.inf),
+    "loss": Measure(("loss",), _mean("loss"), -1, -np.inf, np.inf),
     "accuracy": Measure(("hits",), _mean("hits")),
     "macro-f1": Measure(("labels",), lambda sums: _mean_of_known(_f1_by_class(sums))),
     "dice": Measure(
         ("labels",), lambda sums: _mean_of_known(_f1_by_class(sums)[:, 1:])
     ),
     "auc": Measure(("scores",), _auc),
-    "auc-error": Measure(("scores",), _auc_error, 0.0, 0.5),
+    "auc-error": Measure(("scores",), _auc_error, 0, 0.0, 0.5),
     "perplexity": Measure(
-        ("loss",), lambda sums: np.exp(sums["loss"] / sums["examples"]), 0.0, np.inf
+        ("loss",), lambda sums: np.exp(sums["loss"] / sums["examples"]), -1, 0.0, np.inf
     ),
     "rmse": Measure(
         ("squared-error",),
         lambda sums: np.sqrt(sums["squared-error"] / sums["examples"]),
+        -1,
         0.0,
         np.inf,
     ),
-    "r2": Measure(("squared-error", "targets", "squared-targets"), _r2, -np.inf, 1.0),
-    "confusion": Measure(("confusion",), lambda sums: sums["confusion"], 0.0, np.inf),
+    "r2": Measure(
+        ("squared-error", "targets", "squared-targets"), _r2, 1, -np.inf, 1.0
+    ),
+    "confusion": Measure(
+        ("confusion",), lambda sums: sums["confusion"], 0, 0.0, np.inf
+    ),
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import DataError
-from .tasks import LearningTask, MultiLabel
+from ..data.tasks import LearningTask, MultiLabel
 
 if TYPE_CHECKING:
     from .additive import Statistics, Sums

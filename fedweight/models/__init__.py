@@ -27,6 +27,7 @@ MODELS = Registry(
         "mlp": "fedweight.models.tabular:MLP",
         "resnet18-gn": "fedweight.models.vision:ResNet18GN",
         "softmax": "fedweight.models.tabular:Softmax",
+        "unet": "fedweight.models.segmentation:UNet",
     },
 )
 

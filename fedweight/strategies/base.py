@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 from torch import Tensor
 
-from ..clients.probes import OF_CLASSES, Probe, check_named
+from ..clients.probes import OF_CLASSES, SCORES, Probe, check_named
 from ..clients.queries import Query
 from ..clients.registries import PROBES, QUERIES
 from ..core.errors import ConfigurationError
@@ -411,11 +411,19 @@ class WeightingStrategy(Strategy):
 
     @property
     def of_classes(self) -> bool:
-        """Whether it needs examples that have a class, and not a number to predict.
+        """Whether it needs examples that have a class each, which can be counted.
 
         By default where it asks for something that only those have.
         """
         return not OF_CLASSES.isdisjoint(self.request)
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether it goes by scores from 0 to 1, such as accuracies.
+
+        By default where it asks for one; where numbers are predicted there is none.
+        """
+        return not SCORES.isdisjoint(self.request)
 
     @property
     def weighs_by_size(self) -> bool:

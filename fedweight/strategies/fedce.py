@@ -11,6 +11,7 @@ of NVIDIA FLARE 2.9 does. That differs from the second round on: ``consensus``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -133,17 +134,18 @@ def minus_error(client: ClientRound) -> float:
     """Return the error of all rounds' models without this client, on average.
 
     The client's half of the method, in [0, 1]. The minus model is ``(w - c w_own) / (1
-    - c)`` with the model that the client sent last; its accuracy is measured on the
-    held-out part, or on the training data where there is none. A first round counts as
-    accuracy 0, and stays in the mean. It is one where the server tells no coefficient:
-    it has none of this client.
+    - c)`` with the model that the client sent last; its score (the accuracy, or Dice of
+    masks) is measured on the held-out part, or on the training data where there is
+    none. Dice is 1 where there is nothing to find, and nothing was found. A first round
+    counts as score 0, and stays in the mean. It is one where the server tells no
+    coefficient: it has none of this client.
     """
     own, told = (
         client.kept_model("minus-error-model"),
         client.told.get(keys.COEFFICIENT),
     )
     if own is None or told is None:
-        accuracies = [0.0]
+        scores = [0.0]
     else:
         w, c = client.received, min(float(told), 0.999)  # type: ignore[arg-type]
         # Buffers stay the global model's: they were averaged by data size, and what
@@ -151,10 +153,13 @@ def minus_error(client: ClientRound) -> float:
         minus = w.with_parameters((w.parameters - c * own.parameters) / (1 - c))
         part: Part = "held-out" if len(client.data.held_out) else "train"
         past = client.kept_numbers("minus-error-accuracies")
-        accuracies = [*past, client.evaluate(minus, part).accuracy]
+        score = client.evaluate(minus, part).score
+        if math.isnan(score) and len(client.part(part)):
+            score = 1.0  # There is nothing to find, and nothing was found.
+        scores = [*past, score]
     client.keep("minus-error-model", client.trained)
-    client.keep("minus-error-accuracies", accuracies)
-    return 1 - sum(accuracies) / len(accuracies)
+    client.keep("minus-error-accuracies", scores)
+    return 1 - sum(scores) / len(scores)
 
 
 def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class IDA(WeightingStrategy):
     epsilon: Annotated[float, Field(ge=0)] = 1e-8
 
     @property
-    def of_classes(self) -> bool:
+    def of_scores(self) -> bool:
         """Whether accuracies count."""
         return self.intrac
 

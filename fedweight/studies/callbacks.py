@@ -19,8 +19,10 @@ from flwr.app import ArrayRecord
 from ..core.errors import ConfigurationError, DataError
 from ..core.texts import plain, shown
 from ..messages import keys
+from ..metrics import measures
 from ..server.loop import Callback, ServerState
 from ..server.reported import as_number
+from .columns import DECISIVE
 
 log = logging.getLogger("fedweight")
 
@@ -49,9 +51,13 @@ class Measure:
 
 
 MEASURES = {
-    "evaluate-loss": Measure(_evaluated(keys.LOSS), -1),
-    "evaluate-accuracy": Measure(_evaluated(keys.ACCURACY), 1),
-    "train-loss": Measure(lambda state: state.train_metrics.get(keys.TRAIN_LOSS), -1),
+    **{
+        key: Measure(_evaluated(name), measures.MEASURES[name].sign)
+        for key, name in DECISIVE.items()
+    },
+    keys.TRAIN_LOSS: Measure(
+        lambda state: state.train_metrics.get(keys.TRAIN_LOSS), -1
+    ),
 }
 
 

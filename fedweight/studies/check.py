@@ -36,7 +36,7 @@ from ..data.files import (
 )
 from ..data.schema import Schema
 from ..data.tables import Reading, is_numeric
-from ..data.targets import CLASSIFICATION, TARGETS
+from ..data.tasks import CLASSIFICATION, TASKS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +95,9 @@ class Checked:
             label = f"label '{facts['label']}'" if facts.get("label") else "labels"
             shares = [f"{name}: {count:,}" for name, count in counts.items()]
             yield f"{label}: {len(counts):,} classes; {listed(shares, PRINTED)}"
+        if "labels" in facts:
+            each = [f"{name}: {count:,}" for name, count in facts["labels"].items()]
+            yield f"{len(each):,} labels; examples with {listed(each, PRINTED)}"
         if "target" in facts:
             target = facts["target"]
             yield (
@@ -261,11 +264,12 @@ def _predicted(
     dataset: DataSet | FederatedData, parts: Sequence[Examples]
 ) -> dict[str, Any]:
     """Return how many examples are of each class, or how numbers to predict lie."""
-    y = np.concatenate([part.y for part in parts])
-    if TARGETS[dataset.task].classes:
-        counts = np.bincount(y, minlength=dataset.num_classes)
+    y, task = np.concatenate([part.y for part in parts]), TASKS[dataset.task]
+    if task.least_classes:
+        counts = task.class_counts(y, dataset.num_classes)
         names = dataset.class_names or map(str, range(dataset.num_classes))
-        return {"classes": dict(zip(names, counts.tolist(), strict=True))}
+        kind = "classes" if task.has_classes else "labels"
+        return {kind: dict(zip(names, counts.tolist(), strict=True))}
     numbers = y.astype(np.float64)
     target = {"from": numbers.min(), "to": numbers.max(), "mean": numbers.mean()}
     target["std"] = numbers.std()
@@ -338,7 +342,7 @@ def _described(source: Source) -> dict[str, Any]:
         "kind": "CSV",
         "rows": len(table),
         "dropped_rows": table.dropped_rows,
-        "label": source.label,
+        "label": ", ".join(source.labels),
         "columns": [_column(source, name) for name in table.columns],
     }
     if table.fault is not None:
@@ -359,7 +363,8 @@ def _described(source: Source) -> dict[str, Any]:
 
 def _column(source: Source, name: str) -> dict[str, Any]:
     values = source.table.frame[name]
-    roles = {source.label: "label", source.client: "client"}
+    roles: dict[str | None, str] = dict.fromkeys(source.labels, "label")
+    roles[source.client] = "client"
     role = roles.get(name, "feature" if name in source.features else "")
     if name in source.sensitive:
         role = f"{role}, sensitive" if role else "sensitive"

@@ -9,6 +9,12 @@ _MEASURES = {
     if name not in ("loss", "accuracy", "confusion")
 }
 
+# What clients measure of a global model that a decision may rest on, by key.
+DECISIVE = {f"evaluate-{name}": name for name, one in MEASURES.items() if one.sign}
+
+# What may be measured on the test set besides loss and accuracy.
+TESTED = tuple(f"test_{column}" for column in _MEASURES.values())
+
 ROUND_COLUMNS = (
     "round",
     "status",
@@ -27,7 +33,7 @@ ROUND_COLUMNS = (
     *(f"evaluate_{column}" for column in _MEASURES.values()),
     "test_loss",
     "test_accuracy",
-    *(f"test_{column}" for column in _MEASURES.values()),
+    *TESTED,
     "client_accuracy_mean",
     "client_accuracy_std",
     "client_accuracy_worst10",

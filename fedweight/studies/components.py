@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -110,7 +111,20 @@ class Components:
     @cached_property
     def statistics(self) -> Statistics:
         """What is measured of the global model."""
-        return Statistics(self.task, self.data.num_classes)
+        metrics = self.configuration["run"]["metrics"]
+        if "confusion" in metrics:
+            raise ConfigurationError(
+                "run.metrics: 'confusion' is a table of numbers, and no column of a "
+                "run's files. Leave it out: Run.predictions() has what it counts."
+            )
+        made = partial(
+            Statistics,
+            self.task,
+            self.data.num_classes,
+            metrics or None,
+            math.prod(self.data.target_shape) if self.task.of_pixels else None,
+        )
+        return named("run", made)
 
     def client_data(self, context: Context) -> ClientData:
         """Return a client's data: its part of a simulation, or its own file."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.extras import Imported
 from ..core.texts import cause, plain, rounds_listed, without_numbers
+from ..data.tasks import CLASSIFICATION, TASKS
 from ..messages import keys
 from .reader import BAD_REPLIES, RunFolder
 
@@ -331,12 +332,17 @@ def _chance(run: RunFolder) -> Iterator[str]:
     data = _data(run)
     share, size = data.get("largest_test_class"), data.get("test_examples")
     classes = data.get("classes")
+    task = TASKS.get(str(data.get("task", CLASSIFICATION)))
+    one_each = task is None or task.has_classes
     error = 0.0
     if accuracy.name == "test_accuracy" and isinstance(share, float):
         if isinstance(size, int) and size > 0:
             error = math.sqrt(max(share * (1 - share), 0) / size)
-        what = f"always naming the test set's most frequent class gives {share:.3g}"
-    elif isinstance(classes, int) and classes > 1:
+        always = "naming the test set's most frequent class"
+        if not one_each:
+            always = "deciding on what is most frequent in the test set"
+        what = f"always {always} gives {share:.3g}"
+    elif isinstance(classes, int) and classes > 1 and one_each:
         share = 1 / classes
         what = f"guessing among {classes} classes gives {share:.3g}"
     else:

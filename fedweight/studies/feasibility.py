@@ -20,6 +20,7 @@ from ..server.schedules import Buffered, Clock, Schedule
 from ..server.wrapped import with_inner
 from ..simulations.engine import check_engine, check_local
 from ..strategies import WeightingStrategy
+from .columns import DECISIVE
 from .components import Components, engine_arguments, has_our_loop, own_loop
 
 log = logging.getLogger("fedweight")
@@ -57,14 +58,18 @@ def check_feasible(
 
 
 def _check_task(components: Components, strategy: Strategy) -> None:
-    """Refuse a strategy that needs examples of classes, where numbers are predicted."""
-    if components.task.has_classes:
-        return
-    if getattr(strategy, "of_classes", False):
+    """Refuse a strategy that needs classes, or a score, where there is none."""
+    task, name = components.task, type(strategy).__name__
+    if not task.has_classes and getattr(strategy, "of_classes", False):
         raise ConfigurationError(
-            f"{type(strategy).__name__} needs examples that have a class, and those of "
-            f"data '{components.data.name}' have none ({components.task.name}). Choose "
-            "another strategy, such as 'fedavg'."
+            f"{name} needs examples that have a class, and those of data "
+            f"'{components.data.name}' {task.instead} ({task.name}). Choose another "
+            "strategy, such as 'fedavg'."
+        )
+    if not task.score and getattr(strategy, "of_scores", False):
+        raise ConfigurationError(
+            f"{name} goes by scores from 0 to 1, such as accuracies, and {task.name} "
+            "has none. Choose another strategy, such as 'fedavg'."
         )
 
 
@@ -206,8 +211,11 @@ def _not_measured(
     """Return why no round will have a metric, and what to do; empty if it will."""
     if not has_our_loop(strategy):
         return f"{own_loop(components.configuration)}, which ends when it wants", ""
-    if "accuracy" in metric and not components.task.counts_hits:
-        return f"{components.task.name} has no accuracy", "Choose evaluate-loss, or "
+    name, statistics = DECISIVE.get(metric, ""), components.statistics
+    if name in components.task.offered and name not in statistics.measures:
+        return f"run.metrics does not have '{name}'", "Add it there, or "
+    if name and name not in statistics.measures:
+        return f"{components.task.name} has no {name}", "Choose evaluate-loss, or "
     trains = metric.startswith("train-")
     share = "fraction_train" if trains else "fraction_evaluate"
     if any(getattr(one, share, 1.0) == 0 for one in with_inner(strategy)):
@@ -233,7 +241,7 @@ def _check_model(components: Components) -> None:
     some = components.data.client(int(components.known_sizes.argmax())).train
     if not len(some):
         some = components.data.test
-    x = as_tensor(some.x[:2])
+    x, y = as_tensor(some.x[:2]), some.y[:2]
     if not len(x):
         return
     name, data = components.configuration["model"]["name"], components.data.name
@@ -253,12 +261,11 @@ def _check_model(components: Components) -> None:
             f"model.name: '{name}' cannot take an example of data '{data}', "
             f"{takes}: {type(error).__name__}: {reason}{hint}."
         ) from None
-    width = components.task.width(components.data.num_classes)
-    if shape != [len(x), width]:
-        what = "a logit for each class" if components.task.has_classes else "a number"
+    wanted = list(components.task.output_shape(components.data.num_classes, y.shape))
+    if shape != wanted:
         raise ConfigurationError(
             f"model.name: '{name}' gives shape {shape} for {len(x)} examples of "
-            f"data '{data}'; it must be [{len(x)}, {width}], {what}."
+            f"data '{data}'; it must be {wanted}, {components.task.outputs}."
         )
 
 

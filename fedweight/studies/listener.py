@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, MetricRecord
 
 from ..core.records import Status
 from ..core.texts import TRACEBACK_LENGTH, own_name, plain_lines
@@ -85,7 +85,8 @@ class Listener:
     def measures(self, statistics: Statistics, aggregate: Callable[..., Any]) -> Any:
         """Return ``aggregate_evaluate`` that notes what clients' sums say.
 
-        The strategy is given all replies; whose sums cannot be is noted with them.
+        The strategy is given all replies; whose sums cannot be is noted with them. What
+        the sums say of all is added to what the strategy returns of them, if it does.
         """
 
         def measuring(server_round: int, replies: Iterable[Message]) -> Any:
@@ -97,10 +98,13 @@ class Listener:
                 client = self.client_of(answer.metadata.src_node_id)
                 records = answer.content.metric_records.values()
                 reported.setdefault(client, {n: r[n] for r in records for n in r})
-            self.measured = {}
+            self.measured, whole = {}, dict[str, float]()
             if reported:
-                self._measure(server_round, statistics, reported)
-            return aggregate(server_round, answers)
+                whole = self._measure(server_round, statistics, reported)
+            result = aggregate(server_round, answers)
+            if isinstance(result, MetricRecord) and whole:
+                return MetricRecord({**result, **whole})
+            return result
 
         return measuring
 
@@ -109,8 +113,11 @@ class Listener:
         round: int,
         statistics: Statistics,
         reported: Mapping[int, Mapping[str, Any]],
-    ) -> None:
-        """Write down what clients' sums say of all, of each, and whose cannot be."""
+    ) -> dict[str, float]:
+        """Write down what clients' sums say of each, and return what they say of all.
+
+        Whose sums cannot be is written down, too.
+        """
         whole, each, odd = measured(statistics, reported)
         self.measured = {f"evaluate-{name}": whole[name] for name in whole}
         if not (self.records and self.records[-1].number == round):
@@ -134,6 +141,7 @@ class Listener:
         self._errors.tell(round, bad)
         if each:
             self._errors.left_out(round, set(statistics.besides) - whole.keys())
+        return whole
 
     def _entries(self, answers: Sequence[Message]) -> list[ClientRecord]:
         asked = {m.metadata.dst_node_id: m.metadata.message_id for m in self._asked}

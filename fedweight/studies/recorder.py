@@ -446,21 +446,12 @@ def environment_of(components: Components) -> dict[str, Any]:
             "class_names": list(components.data.class_names),
             "input_shape": list(components.data.input_shape),
             "test_examples": len(test),
-            "largest_test_class": (
-                _largest_share(test.y) if components.task.has_classes else None
-            ),
+            "largest_test_class": components.task.guessed(test.y),
         },
         "model": {
             "parameters": Layout.of_module(components.make_model()).num_parameters
         },
     }
-
-
-def _largest_share(labels: Any) -> float | None:
-    """Return the share of the most frequent class; None where there are no labels."""
-    if not len(labels):
-        return None
-    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
 
 
 def _version(package: str) -> str | None:

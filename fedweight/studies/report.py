@@ -20,6 +20,7 @@ from ..core.errors import DataError
 from ..core.extras import Imported
 from ..core.texts import plain
 from ..core.writing import write_whole
+from .columns import TESTED
 from .reader import RunFolder
 from .summary import SummedRun
 
@@ -168,8 +169,12 @@ def _key_numbers(
         if value is not None:
             numbers.append((label, value, remark))
 
-    when = _when(run, "test_accuracy")
-    add("Test accuracy", _percent(summary["test_accuracy"]), f"after {when}")
+    after = _after(run, "test_accuracy")
+    add("Test accuracy", _percent(summary["test_accuracy"]), after)
+    for column in TESTED:
+        value = summary.get(column)
+        label = column.capitalize().replace("_", " ")
+        add(label, None if value is None else f"{value:.4g}", _after(run, column))
     averaged = summary["test_accuracies_in_mean"]
     if averaged > 1:
         every = averaged == min(10, summary["rounds"])
@@ -213,6 +218,10 @@ def _key_numbers(
             f"{_bytes(summary['bytes_down'])} down, {_bytes(summary['bytes_up'])} up",
         )
     return numbers
+
+
+def _after(run: RunFolder, column: str) -> str:
+    return f"after {_when(run, column)}"
 
 
 def _when(run: RunFolder, column: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.extras import Imported
+from .columns import TESTED
 from .endings import ending_of, warnings_of
 from .reader import BAD_REPLIES, RunFolder, table_of
 
@@ -42,8 +43,9 @@ class SummedRun(RunFolder):
             ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
             many of them there are), ``held_out_accuracy``, ``round_of_best_model`` and
             ``test_accuracy_of_best_model`` (by ``run.keep-best``; none where there are
-            several models); where numbers are predicted, which have no accuracy,
-            ``test_loss``, ``test_rmse`` and ``test_r2`` (the last); and over the
+            several models); what else is measured on the test set, such as
+            ``test_dice`` (the last), with ``test_loss`` where numbers are predicted,
+            which have no accuracy; and over the
             clients in the last evaluated round ``client_accuracy_mean``,
             ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
             round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
@@ -73,10 +75,10 @@ class SummedRun(RunFolder):
                 np.nan if self.keeps_several else test.get(self.best_round, np.nan)
             ),
         }
-        if not len(test):
-            for column in ("test_loss", "test_rmse", "test_r2"):
-                if column in self.rounds:
-                    result[column] = last_of(self.measured(column))
+        others = () if len(test) else ("test_loss",)
+        for column in (*others, *TESTED):
+            if column in self.rounds:
+                result[column] = last_of(self.measured(column))
         for statistic in ("mean", "std", "worst10", "best10"):
             column = f"client_accuracy_{statistic}"
             result[column] = last_of(self.measured(column))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..clients.objectives import OBJECTIVES
 from ..clients.optimizers import FILLED_IN, OPTIMIZERS
@@ -23,10 +23,12 @@ from ..core.registry import Registry, check_callable
 from ..core.settings import kebab
 from ..data import DATA_SETS
 from ..data.partitions import PARTITIONS
+from ..messages import keys
 from ..models import MODELS
 from ..models.adapters import ADAPTERS
 from ..server.schedules import SCHEDULES
 from ..strategies import SERVER_OPTIMIZERS, STRATEGIES
+from .columns import DECISIVE
 
 # Beyond these a number can only be a mistake: a seed longer than Flower carries,
 # seconds that make ten years, more threads or workers than a machine has.
@@ -38,6 +40,13 @@ MOST_WORKERS = 10_000
 
 
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+
+
+def _several(value: Any) -> Any:
+    """Return names as a list; one text has them between commas, as Flower's must."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,7 @@ class Run:
         ),
     ] = 0
     stop_metric: Annotated[
-        Literal["evaluate-loss", "evaluate-accuracy", "train-loss"],
-        Field(description="what must improve, as the clients measure it"),
+        str, Field(description="what must improve, as the clients measure it")
     ] = "evaluate-loss"
     stop_delta: Annotated[
         float,
@@ -103,12 +111,20 @@ class Run:
         ),
     ] = 0.0
     keep_best: Annotated[
-        Literal["", "evaluate-loss", "evaluate-accuracy"],
+        str,
         Field(
             description="keep the model that is best by this on the clients' held-out "
             "data, too; empty: only the last"
         ),
     ] = ""
+    metrics: Annotated[
+        Sequence[str],
+        BeforeValidator(_several),
+        Field(
+            description="what is measured besides loss and accuracy, as macro-f1 or "
+            "auc; empty: what is usual for the task"
+        ),
+    ] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -268,6 +284,16 @@ def _table(cls: type, **defaults: Any) -> dict[str, Option]:
     }
 
 
+def _run() -> dict[str, Option]:
+    """Return the keys of [run], where a decision rests on one of what is measured."""
+    table = _table(Run)
+    for key, also in (("stop-metric", keys.TRAIN_LOSS), ("keep-best", "")):
+        one_of: Any = Literal.__getitem__((*DECISIVE, also))
+        annotation = Annotated[one_of, Field(description=table[key].meaning)]
+        table[key] = replace(table[key], annotation=annotation)
+    return table
+
+
 def _training(**defaults: Any) -> dict[str, Option]:
     """Return the keys of [training], where what is picked is a name."""
     table = _table(TrainingSettings, **defaults)
@@ -278,7 +304,7 @@ def _training(**defaults: Any) -> dict[str, Option]:
 
 
 SCHEMA: dict[str, dict[str, Option]] = {
-    "run": _table(Run),
+    "run": _run(),
     "data": _table(Data),
     "partition": _table(Partition),
     "model": _table(Model),

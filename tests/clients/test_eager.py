@@ -19,8 +19,10 @@ from fedweight.clients.steps._torch import recording, torchscript
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
 from fedweight.clients.steps.task import Task
+from fedweight.clients.task_objectives import for_task
 from fedweight.core.module import FlatModule
 from fedweight.data import Examples
+from fedweight.data.tasks import task_named
 from fedweight.models import MODELS
 
 from . import test_objectives as goals
@@ -42,16 +44,18 @@ SHAPES = {
     "mlp": ((6,), {"hidden": [7, 5], "head": "cosine"}),
     "resnet18-gn": ((1, 8, 8), {"width": 2}),
     "softmax": ((6,), {}),
+    "unet": ((1, 8, 8), {"width": 2}),
 }
 
 
-def tasks_of(shape, tokens=0):
+def tasks_of(shape, tokens=0, of_each=()):
     rng = np.random.default_rng(4)
     tasks = []
     for k, n in enumerate(SIZES):
         x = rng.integers(0, tokens, (n, *shape)) if tokens else None
         x = rng.normal(size=(n, *shape)) if x is None else x
-        tasks.append(Task(Examples(x, rng.integers(0, CLASSES, n)), 2, k, k + 7))
+        y = rng.integers(0, CLASSES, (n, *of_each))
+        tasks.append(Task(Examples(x, y), 2, k, k + 7))
     return tasks
 
 
@@ -104,9 +108,13 @@ def test_every_model_trains_alike(name, optimizer):
             models.build(name, shape, CLASSES, seed=1, **options).double()
         )
 
-    tasks = tasks_of(shape, CLASSES if name.startswith("char-") else 0)
+    masks = name == "unet"
+    goal = for_task(Plain(), task_named("segmentation" if masks else "classification"))
+    tokens = CLASSES if name.startswith("char-") else 0
+    tasks = tasks_of(shape, tokens, shape[1:] if masks else ())
     settings = TrainingSettings(batch_size=8, **OPTIMIZERS[optimizer])
-    assert_same(*both(make, tasks, settings), 1e-7 if optimizer == "adam" else 1e-9)
+    tolerance = 1e-7 if optimizer == "adam" else 1e-9
+    assert_same(*both(make, tasks, settings, goal), tolerance)
 
 
 AT_ONCE = [name for name, sort in SORTS.items() if sort.at_once == ""]

@@ -15,10 +15,9 @@ from fedweight.clients.task_objectives import TaskLoss, for_task
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
-from fedweight.data.targets import TARGETS
 from fedweight.messages import keys
 from fedweight.messages.dispatch import Cohort
-from fedweight.metrics import TASKS, Statistics, task_named
+from fedweight.metrics import Statistics, task_named
 
 REGRESSION = task_named("regression")
 
@@ -199,9 +198,3 @@ def test_each_part_is_evaluated_as_alone():
         assert alone.keys() == {"loss", "rmse", "r2"}
         for name, value in alone.items():
             np.testing.assert_allclose(found[name][k], value, rtol=1e-9)
-
-
-def test_tasks_that_data_may_have_are_tasks():
-    assert TARGETS.keys() <= TASKS.keys()
-    for name, targets in TARGETS.items():
-        assert TASKS[name].has_classes == targets.classes

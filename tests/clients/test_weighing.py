@@ -16,11 +16,11 @@ from scipy import stats
 from fedweight.clients.noise import GAMMA_UNIFORMS, log_gamma
 from fedweight.clients.objectives import Batch, Facts, Objective
 from fedweight.clients.objectives.class_balanced import ClassBalanced, class_balanced
+from fedweight.clients.objectives.dice import dice_losses
 from fedweight.clients.objectives.dynamic import Dynamic, dynamic_weights
 from fedweight.clients.objectives.fair_error_bound import (
     FairErrorBound,
     bound_scales,
-    dice_losses,
 )
 from fedweight.clients.objectives.ldam import LDAM, margins
 from fedweight.clients.objectives.noisy_labels import (

@@ -507,7 +507,7 @@ def test_unknown_names_and_options():
 def test_catalogue_describes_every_data_set():
     lines = data.catalogue()
     assert set(lines) == {
-        *("adult", "csv", "digits", "fashion-mnist", "npz", "shakespeare")
+        *("adult", "csv", "digits", "fashion-mnist", "npz", "shakespeare", "shapes")
     }
     assert all(20 < len(line) < 90 for line in lines.values())
 

@@ -142,7 +142,8 @@ def test_every_strategy_runs_or_says_what_it_needs(
 ) -> None:
     settings = {"strategy.name": strategy, "run.rounds": 1}
     if strategy in ("feddisco", "fedlaw", "fedce", "fedcollab"):
-        with pytest.raises(ConfigurationError, match=r"needs examples that have a cla"):
+        needs = "goes by scores" if strategy == "fedce" else "needs examples that have"
+        with pytest.raises(ConfigurationError, match=needs):
             start(file, tmp_path / "run", **settings)
         assert not (tmp_path / "run").exists()
     else:
@@ -154,7 +155,10 @@ def test_every_strategy_runs_or_says_what_it_needs(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strategy__name": "ida", "strategy__intrac": True}, "IDA needs examples"),
+        (
+            {"strategy__name": "ida", "strategy__intrac": True},
+            "IDA goes by scores",
+        ),
         ({"objective__name": "focal"}, "objective 'focal' is for examples that have a"),
         ({"partition__name": "dirichlet"}, "divides examples by their classes"),
         ({"run__keep_best": "evaluate-accuracy"}, "regression has no accuracy"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .balanced_softmax import BalancedSoftmax
     from .base import Around, Batch, Facts, Loss, Model, Objective
     from .class_balanced import ClassBalanced
+    from .dice import Dice
     from .dynamic import Dynamic
     from .fair_error_bound import FairErrorBound
     from .fedlc import FedLC
@@ -36,6 +37,7 @@ __all__ = [
     "BalancedSoftmax",
     "Batch",
     "ClassBalanced",
+    "Dice",
     "Dynamic",
     "Facts",
     "FairErrorBound",
@@ -62,6 +64,7 @@ __getattr__, __dir__ = lazy_exports(
         "Plain": ".plain",
         "BalancedSoftmax": ".balanced_softmax",
         "ClassBalanced": ".class_balanced",
+        "Dice": ".dice",
         "Dynamic": ".dynamic",
         "FairErrorBound": ".fair_error_bound",
         "FedLC": ".fedlc",
@@ -91,6 +94,7 @@ OBJECTIVES = Registry(
         "focal": "fedweight.clients.objectives.focal:Focal",
         "ldr": "fedweight.clients.objectives.ldr:LDR",
         "aldr": "fedweight.clients.objectives.ldr:ALDR",
+        "dice": "fedweight.clients.objectives.dice:Dice",
         "dynamic": "fedweight.clients.objectives.dynamic:Dynamic",
         "rent": "fedweight.clients.objectives.noisy_labels:RENT",
         "dws": "fedweight.clients.objectives.noisy_labels:DWS",

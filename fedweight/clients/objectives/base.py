@@ -28,7 +28,7 @@ class Batch:
     x : Tensor
         Inputs, ``[n, ...]``.
     y : Tensor
-        Labels: ``[n]``, int64, or floating where numbers are predicted.
+        Labels: ``[n]``, int64, or as the task has its targets.
     mask : Tensor, optional
         ``[n]``, 1 for an example and 0 for padding; ``None`` where nothing is padded.
     groups : Tensor, optional
@@ -234,8 +234,11 @@ class Objective:
     per_example : Mapping[str, float]
         What is kept of each training example across steps and rounds, by name, and
         what it is at first.
+    tasks : tuple of str
+        Which tasks it is for, where it names some: another is refused.
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ()
     wants: ClassVar[frozenset[Fact]] = frozenset()
     group: str = ""
     per_example: Mapping[str, float] = {}

@@ -2,7 +2,7 @@
 
 Yu Tian et al., "FairSeg: A Large-Scale Medical Image Segmentation Dataset for Fairness
 Learning Using Segment Anything Model with Fair Error-Bound Scaling", ICLR 2024; here
-for classification, which is the segmentation of images of one pixel.
+also for classification, which is the segmentation of images of one pixel.
 """
 
 from __future__ import annotations
@@ -11,32 +11,17 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ...core.options import checked_fields
+from ...data.tasks import TASKS, Classification, Segmentation
 from ..batchable import one_hot
 from .base import Batch, Facts, Objective
-
-# Added to both sides of a Dice coefficient, which is 1 where there is nothing at all.
-SMOOTH = 1e-5
+from .dice import dice_losses, dice_of_sums, likely_and_true
 
 # A group's loss is taken for no smaller.
 LEAST = 1e-6
-
-
-def dice_losses(likely: Tensor, target: Tensor) -> Tensor:
-    """Return one minus the soft Dice coefficient of each class, ``[..., C]``.
-
-    Parameters
-    ----------
-    likely, target : Tensor
-        ``[..., n, C]``: probabilities, and 1 where an example is of a class.
-    """
-    both = (likely * target).sum(-2)
-    sizes = likely.square().sum(-2) + target.square().sum(-2)
-    return 1 - (2 * both + SMOOTH) / (sizes + SMOOTH)
 
 
 def bound_scales(losses: Tensor, present: Tensor, gamma: float) -> Tensor:
@@ -92,6 +77,7 @@ class FairErrorBound(Objective):
     """
 
     wants = frozenset({"groups"})
+    tasks = (Classification.name, Segmentation.name)
 
     group: str = ""
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -100,19 +86,25 @@ class FairErrorBound(Objective):
     def batch_loss(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
         """Return the loss of a batch."""
         assert batch.groups is not None
-        likely = outputs.softmax(1)
-        target = one_hot(batch.y, outputs.shape[1], outputs.dtype)
-        if batch.mask is not None:  # Padding is no example of any class.
-            real = batch.mask[:, None] > 0
-            likely, target = (torch.where(real, t, 0) for t in (likely, target))
+        likely, target = likely_and_true(outputs, batch)
         member = one_hot(batch.groups, facts.group_counts.shape[0], outputs.dtype)
         if batch.mask is not None:
             member = member * batch.mask[:, None]
         by_group = member.t()[:, :, None]
+
+        def of_groups(values: Tensor) -> Tensor:
+            """Add up, class by class, what each group's examples have: ``[G, C]``."""
+            of_each = values.sum(1) if values.ndim > 2 else values
+            return (of_each * by_group).sum(1)
+
         constant = likely.detach()
-        losses = dice_losses(constant * by_group, target * by_group).sum(1)
+        squares = of_groups(constant.square()) + of_groups(target.square())
+        losses = dice_of_sums(of_groups(constant * target), squares).sum(1)
         scales = bound_scales(losses, member.sum(0) > 0, self.gamma)
-        scaled = likely * (member @ scales)[:, None]
-        cross = batch.mean(F.cross_entropy(outputs, batch.y, reduction="none"))
-        dice = dice_losses(scaled, target).mean()
-        return (1 - self.share) * cross + self.share * dice
+        scale = (member @ scales).view(-1, *[1] * (likely.ndim - 1))
+        scaled, target = (t.flatten(0, -2) for t in (likely * scale, target))
+        task = Segmentation if outputs.ndim > 2 else Classification
+        cross = batch.mean(TASKS[task.name].example_losses(outputs, batch.y))
+        return (1 - self.share) * cross + self.share * dice_losses(
+            scaled, target
+        ).mean()
