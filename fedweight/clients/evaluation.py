@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -15,6 +16,9 @@ from ..metrics import TASKS, Statistics, Sums
 from .noise import own_streams, watched
 
 EVALUATION_BATCH = 1024
+
+# Where examples have a target for each pixel, so many targets at most go at once.
+EVALUATION_TARGETS = 1 << 22
 
 CLASSIFIED = Statistics(TASKS["classification"])
 
@@ -82,7 +86,7 @@ def _sums_of_each(
     device = module.parameters.device
     x = [as_tensor(part.x) for part in some]
     y = torch.cat([as_tensor(part.y) for part in some]).to(device)
-    for first, batch in _batches(x, EVALUATION_BATCH):
+    for first, batch in _batches(x, _batch_size(y)):
         outputs = module.module(batch.to(device))
         adding.add(outputs, y[first : first + len(batch)])
     return adding.sums()
@@ -93,10 +97,22 @@ def outputs_of(module: FlatModule, examples: Examples) -> Tensor:
     """Return what a model makes of some examples, ``[n, ...]``."""
     module.train(False)
     device = module.parameters.device
-    x = [as_tensor(examples.x)]
+    x, size = [as_tensor(examples.x)], _batch_size(as_tensor(examples.y))
     with own_streams(0, device):
-        each = [module.module(b.to(device)) for _, b in _batches(x, EVALUATION_BATCH)]
-    return torch.cat(each).cpu()
+        each = [module.module(b.to(device)).cpu() for _, b in _batches(x, size)]
+    return torch.cat(each)
+
+
+def _batch_size(y: Tensor) -> int:
+    """Return how many examples go through a model at once, with targets ``[n, ...]``.
+
+    Examples
+    --------
+    >>> _batch_size(torch.zeros(5)), _batch_size(torch.zeros(5, 512, 512))
+    (1024, 16)
+    """
+    targets = math.prod(y.shape[1:])
+    return max(1, min(EVALUATION_BATCH, EVALUATION_TARGETS // max(targets, 1)))
 
 
 def _batches(parts: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:

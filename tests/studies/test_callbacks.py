@@ -26,6 +26,7 @@ from fedweight.server.loop import ServerState
 from fedweight.studies.callbacks import BEST, MEASURES, EarlyStopping, OwnCallbacks
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.keeper import NAME
+from fedweight.studies.tables import SCHEMA
 
 NAN = math.nan
 QUICK: dict[str, Any] = {
@@ -67,6 +68,20 @@ def stops(stopping: EarlyStopping, values: list[float | None], first: int = 1) -
         if stopping(of(number, stopping.best.metric, value)):
             return number
     return 0
+
+
+def test_less_is_better_of_losses_and_errors_and_more_of_all_else() -> None:
+    less = {"loss", "perplexity", "rmse"}
+    more = {"accuracy", "auc", "dice", "macro-f1", "r2"}
+    signs = {name: measure.sign for name, measure in MEASURES.items()}
+    assert signs == {
+        "train-loss": -1,
+        **{f"evaluate-{name}": -1 for name in less},
+        **{f"evaluate-{name}": 1 for name in more},
+    }
+    for key, also in (("stop-metric", {"train-loss"}), ("keep-best", {""})):
+        named = {key for key in MEASURES if key.startswith("evaluate-")}
+        assert {*SCHEMA["run"][key].choices} == named | also
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,18 @@ def test_true_and_false_say_whether_a_label_holds(file: Path, tmp_path: Path) ->
     assert parts[0].examples.y.dtype == np.float32
 
 
+@pytest.mark.parametrize("given", ["macro-f1, auc", ["macro-f1", "auc"]])
+def test_a_text_has_names_between_commas(given: Any) -> None:
+    named = Configuration.of({"run": {"metrics": given}})["run"]["metrics"]
+    assert named == ["macro-f1", "auc"]
+    # As a Flower run config has it, which knows no lists.
+    flat = {"run.metrics": "macro-f1,auc", "data.name": "digits"}
+    assert Configuration.unflatten(flat)["run"]["metrics"] == named
+    assert Configuration.unflatten({"run.metrics": ""})["run"]["metrics"] == []
+    with pytest.raises(ConfigurationError, match=r"run.metrics must be a list, each a"):
+        Configuration.of({"run": {"metrics": [1]}})
+
+
 def test_a_check_counts_each_label(file: Path) -> None:
     given = {"data.task": "multi-label", "data.label": LABELS, "data.client": "clinic"}
     found = check_file(file, given)

@@ -94,6 +94,24 @@ def test_the_federations_r2_is_that_of_all_examples(file: Path, tmp_path: Path) 
     assert result.rounds["evaluate_r2"].iloc[-1] == pytest.approx(r2, rel=1e-5)
 
 
+@pytest.mark.parametrize(("measure", "best"), [("rmse", "idxmin"), ("r2", "idxmax")])
+def test_the_model_with_the_smallest_error_is_kept(
+    file: Path, tmp_path: Path, measure: str, best: str
+) -> None:
+    result = start(
+        file,
+        tmp_path / "run",
+        run__rounds=5,
+        run__keep_best=f"evaluate-{measure}",
+        run__metrics=[measure],
+        training__learning_rate=0.4,  # So long a step that some rounds are worse.
+    )
+    measured = result.rounds.set_index("round")[f"evaluate_{measure}"].dropna()
+    assert result.best_round == getattr(measured, best)()
+    columns = [column for column in result.rounds if column.startswith("evaluate")]
+    assert columns == ["evaluate_loss", f"evaluate_{measure}"]
+
+
 def tables(result: Run) -> list[str]:
     names = ("rounds.csv", "clients.csv", "partition.csv")
     return [(result.folder / name).read_text() for name in names]
