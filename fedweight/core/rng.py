@@ -119,6 +119,20 @@ def keys(
     return _mix64(start + (numbers + np.uint64(1)) * np.uint64(GOLDEN))
 
 
+def part_of(key: int, part: int) -> int:
+    """Return the key of a part of a stream, from 0; the first one has the stream's own.
+
+    Examples
+    --------
+    >>> part_of(7, 0), part_of(7, 1) == part_of(7, 2)
+    (7, False)
+    """
+    if not part:
+        return key
+    step = GOLDEN * part & 0xFFFFFFFFFFFFFFFF
+    return int(_mix64(np.array([key], np.uint64) + np.uint64(step))[0])
+
+
 def permutation(key: int, pass_number: int, n: int) -> npt.NDArray[np.int64]:
     """Return an order of ``range(n)``: by the hash of key, pass and place.
 

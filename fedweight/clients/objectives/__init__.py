@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ldam import LDAM
     from .ldr import ALDR, LDR
     from .noisy_labels import DWS, RENT
+    from .part import Part
     from .plain import Plain
     from .sam import SAM
 
@@ -47,6 +48,7 @@ __all__ = [
     "Loss",
     "Model",
     "Objective",
+    "Part",
     "Plain",
     "Proximal",
     "objective",
@@ -73,6 +75,7 @@ __getattr__, __dir__ = lazy_exports(
         "LDAM": ".ldam",
         "DWS": ".noisy_labels",
         "RENT": ".noisy_labels",
+        "Part": ".part",
         "ALDR": ".ldr",
         "LDR": ".ldr",
         "SAM": ".sam",

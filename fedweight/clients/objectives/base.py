@@ -338,6 +338,18 @@ class Objective:
         """Return the parameters after a step, ``[P]``, such as masked ones."""
         return parameters
 
+    def trains(self, name: str) -> bool:
+        """Return whether a parameter of the model is trained; by default all are.
+
+        The optimiser leaves alone what is not, as if no loss depended on it.
+
+        Parameters
+        ----------
+        name : str
+            The parameter's name in the model's state dict.
+        """
+        return True
+
 
 # A field that a file gives by name, such as the objective that SAM is around.
 NamedObjective = Annotated[Objective, ByName(OBJECTIVES)]
@@ -407,6 +419,10 @@ class Around(Objective):
     def after_step(self, parameters: Tensor, facts: Facts) -> Tensor:
         """Return what the other one makes of them."""
         return self.inner.after_step(parameters, facts)
+
+    def trains(self, name: str) -> bool:
+        """Return whether the other one trains it."""
+        return self.inner.trains(name)
 
 
 def tracks(objective: Objective) -> bool:

@@ -19,7 +19,7 @@ from ..noise import LocalTraining
 from ..objectives.base import Batch, Facts, Objective
 from ..objectives.checks import check_gradient, check_loss
 from .cross_entropy import OfLabels
-from .inputs import split
+from .inputs import split, views
 
 
 @dataclass
@@ -87,13 +87,28 @@ class ClientStep:
         self.frozen = [e for e in entries if e.kind == "frozen"]
         self.buffers = [e for e in entries if e.kind == "buffer"]
         self.counters = [e for e in entries if e.kind == "integer"]
+        self.trained = [objective.trains(e.name) for e in self.parameters]
 
     def of_loss(
         self, found: Found, parameters: list[Tensor], row: Tensor, *others: Any
     ) -> tuple[list[Tensor], Besides]:
         """Return one client's gradients of the loss, and the rest."""
         of_loss = self.grad(partial(self._loss, found), found.with_gradient)
-        return of_loss(parameters, *others)  # type: ignore[no-any-return]
+        gradients, besides = of_loss(parameters, *others)
+        return self._of_trained(found, gradients), besides
+
+    def _of_trained(self, found: Found, gradients: list[Tensor]) -> list[Tensor]:
+        """Return the gradients of what is trained; there are no others."""
+        pairs = zip(found.with_gradient, gradients, strict=True)
+        some = [(k, gradient) for k, gradient in pairs if self.trained[k]]
+        found.with_gradient[:] = [k for k, _ in some]
+        return [gradient for _, gradient in some]
+
+    def penalties(self, rows: Tensor) -> list[Tensor | None]:
+        """Return the gradients of penalties, ``[C, P]``, by parameter, if trained."""
+        parts = views(rows, self.parameters)
+        pairs = zip(parts, self.trained, strict=True)
+        return [part if trained else None for part, trained in pairs]
 
     def of_objective(
         self,
@@ -130,6 +145,7 @@ class ClientStep:
                 batch,
                 client,
             )
+            gradients = self._of_trained(told, gradients)
             first.append(besides)
             moved.update(told.with_gradient)
             of = dict(zip(told.with_gradient, gradients, strict=True))
@@ -140,7 +156,11 @@ class ClientStep:
             penalty = self.objective.penalty_gradient(parameters, facts)
             if penalty is None:
                 return torch.cat(whole)
-            moved.update(range(len(self.parameters)))
+            moved.update(k for k, trained in enumerate(self.trained) if trained)
+            if not all(self.trained):
+                parts = zip(split(penalty, self.parameters), self.trained, strict=True)
+                some = [p if trained else torch.zeros_like(p) for p, trained in parts]
+                penalty = torch.cat([part.reshape(-1) for part in some])
             return torch.cat(whole) + penalty
 
         gradient = self.objective.gradient(gradient_at, row, facts)

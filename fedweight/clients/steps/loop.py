@@ -128,8 +128,8 @@ def run_steps(
         groups = as_tensor(groups_of(task)).to(device)
     foreign = isinstance(settings.rule, Foreign)
     kind = ForeignOptimizer if foreign else FlatOptimizer
-    optimizer = kind(module, settings, learning_rate)
     client = ModuleStep(module, start, task, objective, noisy=noisy)
+    optimizer = kind(module, settings, learning_rate, client.trained)
     losses: list[Tensor] = []
     sizes: list[int] = []
     outputs: list[Tensor] = []

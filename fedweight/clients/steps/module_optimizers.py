@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...core.module import FlatModule
 from ..optimizers import Foreign, LocalOptimizer
 from ..settings import TrainingSettings
 
 
+def _moved(
+    module: FlatModule, trained: Sequence[bool], *, everything: bool
+) -> list[bool]:
+    """Tell which parameters have a gradient in this step, of those that are trained."""
+    fresh = module.fresh_gradients()
+    pairs = zip(fresh, trained, strict=True)
+    return [(own or everything) and wanted for own, wanted in pairs]
+
+
 class FlatOptimizer:
-    """An optimizer on a module's one vector, as long as all of it has gradients."""
+    """An optimizer on a module's one vector, as long as all of it has gradients.
+
+    Parameters
+    ----------
+    module : FlatModule
+        What is trained.
+    settings : TrainingSettings
+        The rule.
+    learning_rate : float
+        Of the first steps.
+    trained : Sequence[bool]
+        Whether each of the module's parameters is trained.
+    """
 
     def __init__(
-        self, module: FlatModule, settings: TrainingSettings, learning_rate: float
+        self,
+        module: FlatModule,
+        settings: TrainingSettings,
+        learning_rate: float,
+        trained: Sequence[bool],
     ) -> None:
         self.module = module
+        self.trained = trained
         self.parameters = [module.parameters]
         self.gradients = [module.gradients]
         self.optimizer = LocalOptimizer(settings, learning_rate, self.parameters)
@@ -29,8 +57,8 @@ class FlatOptimizer:
         if not self.optimizer.remembers:  # A gradient of 0 is as good as none.
             self.optimizer.step(self.parameters, self.gradients)
             return
-        fresh = self.module.fresh_gradients()
-        whole = everything or all(fresh)
+        fresh = _moved(self.module, self.trained, everything=everything)
+        whole = all(fresh)
         if not whole and len(self.parameters) != len(fresh):
             places = [slice(e.start, e.stop) for e in self.module.layout.parameters]
             self.parameters = [self.module.parameters[place] for place in places]
@@ -43,13 +71,21 @@ class FlatOptimizer:
 
 
 class ForeignOptimizer:
-    """An optimizer of PyTorch's or the user's on a module's own parameters."""
+    """An optimizer of PyTorch's or the user's on a module's own parameters.
+
+    The parameters are those of :class:`FlatOptimizer`.
+    """
 
     def __init__(
-        self, module: FlatModule, settings: TrainingSettings, learning_rate: float
+        self,
+        module: FlatModule,
+        settings: TrainingSettings,
+        learning_rate: float,
+        trained: Sequence[bool],
     ) -> None:
         assert isinstance(settings.rule, Foreign)
         self.module = module
+        self.trained = trained
         named = dict(module.module.named_parameters())
         self.parameters = [named[e.name] for e in module.layout.parameters]
         self.optimizer = settings.rule.made(
@@ -65,9 +101,9 @@ class ForeignOptimizer:
     def step(self, *, everything: bool) -> None:
         """Use the gradients of this step; all parameters have one if ``everything``."""
         kept = [parameter.grad for parameter in self.parameters]
-        fresh = self.module.fresh_gradients()
-        for parameter, own in zip(self.parameters, fresh, strict=True):
-            if not (own or everything):
+        moved = _moved(self.module, self.trained, everything=everything)
+        for parameter, own in zip(self.parameters, moved, strict=True):
+            if not own:
                 parameter.grad = None  # As it is where nothing has asked for it.
         try:
             self.optimizer.step()

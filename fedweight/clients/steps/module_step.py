@@ -75,6 +75,13 @@ class ModuleStep:
             name: torch.as_tensor(kept_of(name, value, task)).to(like).expand_as(like)
             for name, value in objective.per_example.items()
         }
+        entries = module.layout.parameters
+        self.trained = [objective.trains(e.name) for e in entries]
+        self._held: Tensor | None = None
+        if not all(self.trained):
+            sizes = torch.tensor([e.stop - e.start for e in entries])
+            held = torch.tensor([not trained for trained in self.trained])
+            self._held = held.repeat_interleave(sizes).to(device)
         self._own_gradient = defines(objective, "gradient")
         self._calls_again = self._own_gradient or defines(objective, "loss")
         self._changes_after = defines(objective, "after_step")
@@ -107,6 +114,7 @@ class ModuleStep:
             penalty = self.objective.penalty_gradient(module.parameters, facts)
             if penalty is not None:
                 module.gradients.add_(penalty)
+            self._hold(module.gradients)
             self._keep(loss, rows)
             return loss, penalty is not None
         found: list[Loss] = []
@@ -120,7 +128,9 @@ class ModuleStep:
             penalty = self.objective.penalty_gradient(module.parameters, facts)
             penalised = penalty is not None
             gradient = module.gradients.clone()
-            return gradient if penalty is None else gradient.add_(penalty)
+            if penalty is not None:
+                gradient.add_(penalty)
+            return self._hold(gradient)
 
         try:
             gradient = self.objective.gradient(gradient_at, own.clone(), facts)
@@ -128,8 +138,13 @@ class ModuleStep:
             module.parameters.copy_(own)
         check_gradient(self.objective, gradient, own, len(found))
         module.gradients.copy_(gradient)
+        self._hold(module.gradients)
         self._keep(found[0], rows)
         return found[0], penalised
+
+    def _hold(self, gradient: Tensor) -> Tensor:
+        """Make a gradient 0, in place, where nothing is trained."""
+        return gradient if self._held is None else gradient.masked_fill_(self._held, 0)
 
     def change_after(self) -> None:
         """Change the parameters after a step, as the objective says."""

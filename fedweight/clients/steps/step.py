@@ -23,7 +23,7 @@ from ._torch.torchscript import without_python
 from .client_step import Besides, ClientStep, Found
 from .gradients import plain_grad, public_grad
 from .hits import hits_of
-from .inputs import SHARED, StepInputs, StepNames, facts_of_client, views
+from .inputs import SHARED, StepInputs, StepNames, facts_of_client
 
 Step = Callable[..., Any]
 
@@ -235,7 +235,7 @@ class ChunkStep:
         self._count(besides, batch, losses, correct)
         penalties: Sequence[Any] = [None] * len(self.client.parameters)
         if not self._own_gradient and self._is_penalised(given, names):
-            penalties = views(self._penalties(given, names), self.client.parameters)
+            penalties = self.client.penalties(self._penalties(given, names))
         self._carry(given, names, batch, besides)
         of = dict(zip(found.with_gradient, gradients, strict=True))
         if not descends:
