@@ -450,6 +450,11 @@ def _server_components(run_config: Frozen) -> Components:
     configuration = _configuration(run_config)
     _check_task(configuration)
     data, seed = configuration["data"], configuration.seed("partition")
+    if data["validation"]:
+        raise ConfigurationError(
+            f"data.validation is {data['validation']:g}, but {NUM_CLASSES} is above 0: "
+            "a share of the training data is not the server's to take. Leave it at 0."
+        )
     if data["name"] not in ("csv", "npz") or not data["path"]:
         raise ConfigurationError(
             f"with {NUM_CLASSES} above 0 the nodes have the data, and the server needs "

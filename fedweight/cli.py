@@ -94,19 +94,44 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("file", nargs="?", help="a simulation file")
     compared.add_argument(
         "--strategies",
-        required=True,
         metavar="NAMES",
         help="names, separated by commas, with options: fedavg,feddisco:a=0.2:b=0.1; "
         "all are held against the first",
     )
     compared.add_argument(
-        "--seeds", required=True, help="whole numbers: 0,1,2 or 0-9; 10 or more tell"
+        "--seeds", help="whole numbers: 0,1,2 or 0-9 (default: 0); 10 or more tell"
     )
     compared.add_argument(
         "--objectives",
-        default="",
         metavar="NAMES",
         help="local objectives, likewise: every strategy is run with each",
+    )
+    compared.add_argument(
+        "--data-sets",
+        metavar="NAMES",
+        help="data sets, likewise: everything is run on each, and pairs go over seeds "
+        "and data sets",
+    )
+    compared.add_argument(
+        "--vary",
+        "--settings",
+        action="append",
+        metavar="TABLE.KEY=A,B",
+        help="values of another key: everything is run with each; may be repeated",
+    )
+    compared.add_argument(
+        "--sweep",
+        action="append",
+        metavar="TABLE.KEY=A,B",
+        help="likewise, but each strategy is compared with the values that are best on "
+        "data.validation",
+    )
+    compared.add_argument(
+        "--target",
+        type=float,
+        metavar="ACCURACY",
+        help="count rounds and bytes to this test accuracy (default: what the first "
+        "strategy ends with)",
     )
     compared.add_argument(
         "--out", help="the folder of all runs (default: runs/<name>-comparison)"
@@ -264,6 +289,10 @@ def _compare(given: argparse.Namespace) -> int:
         given.strategies,
         given.seeds,
         objectives=given.objectives,
+        data_sets=given.data_sets,
+        vary=given.vary,
+        sweep=given.sweep,
+        target=given.target,
         settings=given.settings,
         out=given.out,
         workers=given.workers,

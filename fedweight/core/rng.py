@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     PERSONAL_SHUFFLE = 16
     PERSONAL_DROPOUT = 17
     CONTRIBUTION = 18
+    VALIDATION = 19
 
 
 def generator(

@@ -69,8 +69,11 @@ class FederatedData:
         Share of all training examples, in [0, 1), that the server keeps; see
         :func:`take_proxy`. They are in no client's part: examples of ``partition`` that
         fall among them are taken out. LazyParts must not draw from them.
+    validation : float
+        Share of all training examples, in [0, 1), drawn at random from those that are
+        no proxy, that the server keeps to choose by; likewise.
     seed : int
-        Draws the proxy and the held-out examples.
+        Draws the proxy, the validation and the held-out examples.
     names : sequence of str
         The clients' names, or nothing where they go by their numbers.
 
@@ -92,7 +95,7 @@ class FederatedData:
         As in :class:`~fedweight.data.DataSet`.
     names : tuple of str
         The clients' names, or nothing; see :meth:`name_of`.
-    test, proxy : Examples
+    test, proxy, validation : Examples
         The test set, and what the server keeps.
     sizes : ndarray
         Shape ``[K]``, int64: how many examples a client trains on.
@@ -109,13 +112,14 @@ class FederatedData:
         *,
         held_out: float = 0.2,
         proxy: float = 0.0,
+        validation: float = 0.0,
         seed: int = 0,
         names: Sequence[str] = (),
     ) -> None:
         check_range("held_out", held_out, 0, 1, high_open=True)
-        kept = _proxy_rows(dataset, proxy, seed)
+        kept, chosen_by = _server_rows(dataset, proxy, validation, seed)
         free = np.ones(len(dataset.train), bool)
-        free[kept] = False
+        free[kept] = free[chosen_by] = False
         self.name = dataset.name
         self.num_clients = len(partition)
         self.num_classes = dataset.num_classes
@@ -134,6 +138,7 @@ class FederatedData:
             )
         self.test = dataset.test
         self.proxy = dataset.train.take(kept)
+        self.validation = dataset.train.take(chosen_by)
         self.is_lazy = isinstance(partition, LazyParts)
         _check_partition(partition, free)
         self._clients: _Drawn | _InOrder
@@ -338,12 +343,13 @@ def federate(
     proxy: float = 0.02,
     seed: int = 0,
     leave_out: Collection[int] = (),
+    validation: float = 0.0,
     **options: Any,
 ) -> FederatedData:
     """Divide a data set among clients.
 
-    The server's proxy examples are taken first, the others are divided, and then each
-    client's held-out examples are drawn.
+    The server's proxy and validation examples are taken first, the others are divided,
+    and then each client's held-out examples are drawn.
 
     Parameters
     ----------
@@ -360,6 +366,8 @@ def federate(
     leave_out : Collection[int]
         Clients, from 0 to K - 1, that have no examples; all others have what they have
         with them.
+    validation : float
+        See :class:`FederatedData`.
     **options
         The partition's options, such as ``alpha``.
 
@@ -372,7 +380,7 @@ def federate(
     """
     dataset = cast(dataset)
     everybody = np.ones(len(dataset.train), bool)
-    everybody[_proxy_rows(dataset, proxy, seed)] = False
+    everybody[np.concatenate(_server_rows(dataset, proxy, validation, seed))] = False
     rows = np.flatnonzero(everybody)
     parts = divide(dataset, partition, num_clients, seed, rows=rows, **options)
     parts = _without(parts, leave_out)
@@ -380,7 +388,13 @@ def federate(
     if partition == "natural":
         names = _natural_names(dataset, natural_choice(dataset, num_clients))
     return FederatedData(
-        dataset, parts, held_out=held_out, proxy=proxy, seed=seed, names=names
+        dataset,
+        parts,
+        held_out=held_out,
+        proxy=proxy,
+        validation=validation,
+        seed=seed,
+        names=names,
     )
 
 
@@ -455,11 +469,21 @@ def load_client(
     return FederatedData(dataset, [everything], held_out=held_out, seed=seed).client(0)
 
 
-def _proxy_rows(dataset: DataSet, fraction: float, seed: int) -> Indices:
+def _server_rows(
+    dataset: DataSet, proxy: float, validation: float, seed: int
+) -> tuple[Indices, Indices]:
+    """Return the numbers of the proxy examples, and of the validation examples."""
+    check_range("validation", validation, 0, 1, high_open=True)
     y = dataset.train.y
     if not TASKS[dataset.task].has_classes:
         y = np.zeros(len(y), np.int64)  # As if all were of one class.
-    return take_proxy(y, fraction, generator(seed, Purpose.PROXY))
+    kept = take_proxy(y, proxy, generator(seed, Purpose.PROXY))
+    if not validation:
+        return kept, kept[:0]
+    others = np.setdiff1d(np.arange(len(y)), kept)
+    size = min(max(1, round(validation * len(y))), len(others))
+    drawn = generator(seed, Purpose.VALIDATION).permutation(others)[:size]
+    return kept, np.sort(drawn)
 
 
 def _check_partition(partition: Sequence[Indices], free: npt.NDArray[np.bool_]) -> None:
@@ -478,6 +502,6 @@ def _check_partition(partition: Sequence[Indices], free: npt.NDArray[np.bool_]) 
         raise DataError("the partition names an example twice. Give it to one client.")
     if lazy is not None and not free[rows].all():
         raise DataError(
-            "the partition draws from examples that the server keeps as its proxy. Let "
-            "fedweight.data.federate make it, or set proxy = 0."
+            "the partition draws from examples that the server keeps. Let "
+            "fedweight.data.federate make it, or set proxy = validation = 0."
         )

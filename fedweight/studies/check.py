@@ -50,7 +50,7 @@ PRINTED = 40
 LISTED_CLIENTS = 100_000
 
 # What a file of settings may say of [data] that is not about the file.
-NOT_OF_A_FILE = frozenset({"name", "path", "held-out", "proxy"})
+NOT_OF_A_FILE = frozenset({"name", "path", "held-out", "proxy", "validation"})
 
 
 @dataclass

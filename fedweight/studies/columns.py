@@ -15,6 +15,11 @@ DECISIVE = {f"evaluate-{name}": name for name, one in MEASURES.items() if one.si
 # What may be measured on the test set besides loss and accuracy.
 TESTED = tuple(f"test_{column}" for column in _MEASURES.values())
 
+# What the server measures on what it chooses by, where it has that.
+VALIDATED = tuple(
+    f"validation_{column}" for column in ("loss", "accuracy", *_MEASURES.values())
+)
+
 ROUND_COLUMNS = (
     "round",
     "status",
@@ -34,6 +39,7 @@ ROUND_COLUMNS = (
     "test_loss",
     "test_accuracy",
     *TESTED,
+    *VALIDATED,
     "client_accuracy_mean",
     "client_accuracy_std",
     "client_accuracy_worst10",
@@ -65,7 +71,7 @@ CLIENT_COLUMNS = (
 # prediction is not simply right or wrong.
 OPTIONAL = frozenset(
     {
-        "name",
+        *("name", *VALIDATED),
         *(
             f"{what}{c}"
             for c in _MEASURES.values()

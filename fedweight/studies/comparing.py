@@ -7,12 +7,13 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
-from ..core.errors import ConfigurationError, DataError, FedweightError
+from ..core.errors import ConfigurationError, FedweightError
 from ..core.extras import require
 from ..core.options import MOST
 from ..core.paths import clean_path
@@ -21,26 +22,32 @@ from ..core.texts import shown
 from ..core.threads import num_cores
 from ..core.writing import write_whole
 from ..data import DataSet
+from .axes import Asked, Axes, refuse_taken
 from .cells import Cell, Ended, LastData, run_here, run_side_by_side, what_is_there
-from .comparison import METRICS, PLAN, Comparison, Row, write_comparison
+from .comparison import PLAN, Comparison
 from .components import Components, prepare
 from .configuration import Configuration
 from .folder import check_repeats
 from .given import as_settings, of_main, setting_map, whole_tables
-from .methods import Method, methods_of, seeds_of
+from .methods import Method, joined
 from .progress import watched
-from .result import Run
 from .runner import make_ready, name_of_own, preface_of
+from .summarizing import Row, reached, write_comparison
+from .tables import COMPARE
 
 Told = Callable[[Ended], None] | bool | None
 
 
 def compare(
     file: str | Path | None = None,
-    strategies: Any = (),
-    seeds: Any = (0,),
+    strategies: Any = None,
+    seeds: Any = None,
     *,
-    objectives: Any = (),
+    objectives: Any = None,
+    data_sets: Any = None,
+    vary: Mapping[str, Sequence[Any]] | Sequence[str] | None = None,
+    sweep: Mapping[str, Sequence[Any]] | Sequence[str] | None = None,
+    target: float | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     out: str | Path | None = None,
     workers: int | None = None,
@@ -59,14 +66,32 @@ def compare(
     Parameters
     ----------
     file : str or Path, optional
-        A simulation file; the quick start by default.
+        A simulation file; the quick start by default. Its table ``[compare]`` may have
+        the keys ``strategies``, ``objectives``, ``data-sets``, ``vary``, ``sweep``,
+        ``seeds`` and ``target``, which hold where they are not given here.
     strategies : str or list
         Names, classes or made objects; a text may have options:
         ``"fedavg,feddisco:a=0.2"``. All are held against the first.
     seeds : str or list of int
-        ``[0, 1, 2]``, ``"0,1,2"`` or ``"0-2"``.
+        ``[0, 1, 2]``, ``"0,1,2"`` or ``"0-2"``; only 0 by default.
     objectives : str or list, optional
         Local objectives, likewise; every strategy is run with each.
+    data_sets : str, list or Mapping, optional
+        Data sets, likewise, with options of ``[data]``: ``"digits,adult"``; or, by what
+        they are to be called, settings each: ``{"few": {"partition.clients": 5}}``.
+        Everything is run on each; pairs go over seeds and data sets.
+    vary : Mapping or sequence of str, optional
+        Values of other keys of the file: ``{"training.learning-rate": [0.1, 0.01]}``,
+        or ``["training.learning-rate=0.1,0.01"]``. Every strategy is run with each.
+        Those of ``[data]`` and ``[partition]`` make other data, not other methods.
+    sweep : Mapping or sequence of str, optional
+        Likewise, of what is to be chosen: each strategy is run with all values of the
+        keys that it has, on each of the data sets, and compared with the best one, by
+        the mean over the seeds of the accuracy on ``data.validation``. Of equal ones
+        the first is taken.
+    target : float, optional
+        A test accuracy in (0, 1]: in how many rounds, and bytes, it is reached. By
+        default the mean of what the first strategy ends with.
     settings, dataset : optional
         As :func:`fedweight.run` takes them, for all cells.
     out : str or Path, optional
@@ -100,8 +125,10 @@ def compare(
     >>> found.summary[["strategy", "mean", "verdict"]]  # doctest: +SKIP
     """
     require("a comparison", "studies")
-    study = _Study(file, methods_of(strategies, objectives), seeds_of(seeds))
-    study.read(setting_map(settings), dataset, bool(objectives))
+    given = Asked(strategies, objectives, data_sets, vary, sweep, seeds, target)
+    asked = given.beside(file)
+    study = _Study(file, asked.axes())
+    study.read(setting_map(settings), dataset, bool(asked.objectives))
     folder = clean_path("--out", out or f"runs/{study.name}-comparison")
     if workers is not None and not (type(workers) is int and 1 <= workers <= MOST):
         raise ConfigurationError(
@@ -123,7 +150,7 @@ def compare(
                 f"What was recorded is in {folder}. To go on, give the same command."
             )
             raise
-    write_comparison(folder, study.rows(folder, ended))
+    write_comparison(folder, study.rows(folder, ended), study.axes.target)
     return Comparison(folder)
 
 
@@ -143,21 +170,41 @@ def _mute(ended: Ended) -> None:
     """Tell nobody."""
 
 
+class Key(NamedTuple):
+    """Which cell: a method's label, the data's, the seed, a sweep's candidate."""
+
+    method: str
+    data: str
+    seed: int
+    candidate: str
+
+
+@dataclass
+class _Wanted:
+    """A cell as it is asked for; ``cell`` is known when its folder has been seen."""
+
+    key: Key
+    choice: Method
+    configuration: Configuration
+    preface: str = ""
+    cell: Cell = field(init=False)
+
+    @property
+    def folder(self) -> str:
+        """What its folder is called."""
+        return f"{self.choice.folder}-seed{self.key.seed}"
+
+
 class _Study:
     """What is to be run, and what of it is there."""
 
-    def __init__(
-        self, file: str | Path | None, methods: Sequence[Method], seeds: Sequence[int]
-    ) -> None:
+    def __init__(self, file: str | Path | None, axes: Axes) -> None:
         self.file = file
-        self.methods = methods
-        self.seeds = seeds
+        self.axes = axes
         self.name = ""
-        self.configurations: dict[tuple[str, int], Configuration] = {}
-        self.prefaces: dict[str, str] = {}
+        self.wanted: list[_Wanted] = []
         self.of_this_process = False
         self.alone = False
-        self.cells: dict[tuple[str, int], Cell] = {}
         self.plans: dict[str, str] = {}
         self.last = LastData()
 
@@ -166,15 +213,9 @@ class _Study:
     ) -> None:
         """Resolve every cell's configuration, or say which key is wrong."""
         own = name_of_own(dataset)
-        whole = whole_tables(settings)
+        whole = {*whole_tables(settings), COMPARE}
         common = as_settings(settings)
-        taken = {"run.seed": "seeds", "strategy.name": "strategies"}
-        taken |= {"objective.name": "objectives"} if objectives else {}
-        for key, instead in taken.items():
-            if key in common:
-                raise ConfigurationError(
-                    f"settings: {key} is what {instead} say. Leave it out."
-                )
+        refuse_taken("settings", common, objectives)
         if self.file is not None and dataset is None and "data.name" not in common:
             check_repeats(Path(self.file))
         # What is wrong for all is said without a strategy's name.
@@ -182,19 +223,33 @@ class _Study:
         plain = {k: v for k, v in common.items() if not k.startswith(picks)}
         base = Configuration.read(self.file, plain, own, whole)
         self.name = base["run"]["name"].replace("/", "-") or "unnamed"
-        for method in self.methods:
-            mine = {**common, **method.settings}
-            for seed in self.seeds:
-                with _of(method):
-                    read = Configuration.read(
-                        self.file,
-                        {**mine, "run.seed": seed},
-                        own,
-                        {*whole, *method.whole},
-                    )
-                self.configurations[method.label, seed] = read
-            self.prefaces[method.label] = preface_of(mine, dataset)
-            self.of_this_process |= dataset is not None or bool(of_main(mine))
+        # Data set by data set, and seed by seed: the next cell's data are often there.
+        for of_data in self.axes.data_sets:
+            data = of_data.label or base["data"]["name"]
+            for seed in self.axes.seeds:
+                for method in self.axes.methods:
+                    for candidate in self.axes.candidates[method.label]:
+                        one = joined(method, candidate, of_data)
+                        with _of(one):
+                            read = Configuration.read(
+                                self.file,
+                                {**common, **one.settings, "run.seed": seed},
+                                own,
+                                {*whole, *one.whole},
+                            )
+                        key = Key(method.label, data, seed, candidate.label)
+                        self.wanted.append(_Wanted(key, one, read))
+                        mine = {**common, **one.settings}
+                        self.wanted[-1].preface = preface_of(mine, dataset)
+                        self.of_this_process |= dataset is not None or bool(
+                            of_main(mine)
+                        )
+                        if self.axes.chooses and not read["data"]["validation"]:
+                            raise ConfigurationError(
+                                "sweep: it chooses on validation data, and data."
+                                "validation is 0. Give a share, such as "
+                                "data.validation=0.1."
+                            )
 
     def look(self, folder: Path) -> None:
         """Find out what is there already; what differs is refused."""
@@ -203,28 +258,22 @@ class _Study:
                 f"--out '{folder}' is a file. Name a folder for the comparison."
             )
         self.plans = _plans_of(folder)
-        for seed in self.seeds:
-            for method in self.methods:
-                name = f"{method.folder}-seed{seed}"
-                wanted = self.configurations[method.label, seed]
-                how, plan, differs = what_is_there(
-                    folder / name, tomllib.loads(wanted.to_toml())
+        for one in self.wanted:
+            where = folder / one.folder
+            how, plan, differs = what_is_there(
+                where, tomllib.loads(one.configuration.to_toml())
+            )
+            if differs:
+                raise ConfigurationError(
+                    f"{where} holds another run: {differs}. Nothing was run. Name "
+                    "another folder with --out, or remove that one."
                 )
-                if differs:
-                    raise ConfigurationError(
-                        f"{folder / name} holds another run: {differs}. Nothing was "
-                        "run. Name another folder with --out, or remove that one."
-                    )
-                if plan is not None:
-                    self.configurations[method.label, seed] = wanted.having(
-                        "engine", "plan", plan
-                    )
-                    self.plans.setdefault(method.label, plan)
-                if how == "resume" and self.of_this_process:
-                    how = "anew"  # Its config.toml does not repeat it.
-                self.cells[method.label, seed] = Cell(
-                    name, str(folder / name), "", how, self.prefaces[method.label]
-                )
+            if plan is not None:
+                one.configuration = one.configuration.having("engine", "plan", plan)
+                self.plans.setdefault(one.choice.label, plan)
+            if how == "resume" and self.of_this_process:
+                how = "anew"  # Its config.toml does not repeat it.
+            one.cell = Cell(one.folder, str(where), "", how, one.preface)
 
     def choose_plans(self, folder: Path, dataset: DataSet | None) -> None:
         """Make every method once, or refuse it; decide how its clients train.
@@ -233,15 +282,15 @@ class _Study:
         could win, and give other bits.
         """
         chosen: dict[str, str] = {}
-        for method in self.methods:
-            label = method.label
-            missing = [s for s in self.seeds if self.cells[label, s].how != "done"]
-            if not missing:
+        seen: set[str] = set()
+        for one in self.wanted:
+            label = one.choice.label
+            if one.cell.how == "done" or label in seen:
                 continue
-            configuration = self.configurations[label, missing[0]]
-            data = dataset or self.last.of(configuration)
-            with _of(method):
-                components = prepare(configuration, data)
+            seen.add(label)
+            data = dataset or self.last.of(one.configuration)
+            with _of(one.choice):
+                components = prepare(one.configuration, data)
                 _, client_app, initial = make_ready(components)
             gpus = components.device != "cpu"
             self.alone |= gpus or components.engine() != "local"
@@ -250,24 +299,12 @@ class _Study:
                 if like not in chosen:
                     chosen[like] = str(components.plan(client_app, initial))
                 self.plans[label] = chosen[like]
-        for (label, seed), cell in self.cells.items():
-            configuration = self.configurations[label, seed]
-            if configuration["engine"]["plan"] == "auto" and label in self.plans:
-                configuration = configuration.having(
-                    "engine", "plan", self.plans[label]
-                )
-            text = configuration.to_toml()
-            self.cells[label, seed] = Cell(
-                cell.name, cell.folder, text, cell.how, cell.preface
-            )
-        content = {
-            "comparison": {
-                "strategies": [method.label for method in self.methods],
-                "folders": [method.folder for method in self.methods],
-                "seeds": list(self.seeds),
-            },
-            "plans": self.plans,
-        }
+        for one in self.wanted:
+            told = one.configuration["engine"]["plan"]
+            if told == "auto" and one.choice.label in self.plans:
+                plan = self.plans[one.choice.label]
+                one.configuration = one.configuration.having("engine", "plan", plan)
+            one.cell = replace(one.cell, config=one.configuration.to_toml())
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -275,6 +312,15 @@ class _Study:
                 f"the comparison's folder '{folder}' cannot be made: {error.strerror}. "
                 "Choose another with --out."
             ) from error
+        content = {
+            "comparison": {
+                "strategies": [method.label for method in self.axes.methods],
+                "data-sets": [*dict.fromkeys(one.key.data for one in self.wanted)],
+                "seeds": self.axes.seeds,
+                **({} if self.axes.target is None else {"target": self.axes.target}),
+            },
+            "plans": self.plans,
+        }
         write_whole(folder / PLAN, tomli_w.dumps(content))
 
     def run(
@@ -284,8 +330,8 @@ class _Study:
         tell: Callable[[Ended], None],
     ) -> list[Ended]:
         """Run what is not there yet, seed by seed."""
-        todo = [cell for cell in self.cells.values() if cell.how != "done"]
-        done = len(self.cells) - len(todo)
+        todo = [one.cell for one in self.wanted if one.cell.how != "done"]
+        done = len(self.wanted) - len(todo)
         cores = num_cores()
         if workers is None:
             workers = 1 if self.alone or self.of_this_process else cores
@@ -297,38 +343,30 @@ class _Study:
     def rows(self, folder: Path, ended: Iterable[Ended]) -> list[Row]:
         """Return the rows of ``cells.csv``, the first strategy's first."""
         why = {one.cell.name: one for one in ended}
+        labels = [method.label for method in self.axes.methods]
         rows = []
-        for method in self.methods:
-            for seed in self.seeds:
-                cell = self.cells[method.label, seed]
-                row: Row = {
-                    "strategy": method.label,
-                    "seed": seed,
-                    "folder": cell.name,
-                    "status": "failed",
-                    "failed_rounds": 0,
-                }
-                error = folder / f"{cell.name}.error.txt"
-                error.unlink(missing_ok=True)
-                one = why.get(cell.name)
-                if one is not None and one.reason:
-                    row["reason"] = one.reason
-                    if one.traceback:
-                        write_whole(error, one.traceback)
-                else:
-                    row |= _reached(Path(cell.folder))
-                rows.append(row)
+        # Sorting is stable: a method's data sets, seeds and candidates stay in order.
+        for one in sorted(self.wanted, key=lambda one: labels.index(one.key.method)):
+            row: Row = {
+                "strategy": one.key.method,
+                "data": one.key.data,
+                "seed": one.key.seed,
+                "candidate": one.key.candidate,
+                "folder": one.folder,
+                "status": "failed",
+                "failed_rounds": 0,
+            }
+            error = folder / f"{one.folder}.error.txt"
+            error.unlink(missing_ok=True)
+            how = why.get(one.folder)
+            if how is not None and how.reason:
+                row["reason"] = how.reason
+                if how.traceback:
+                    write_whole(error, how.traceback)
+            else:
+                row |= reached(Path(one.cell.folder))
+            rows.append(row)
         return rows
-
-
-def _reached(folder: Path) -> Row:
-    """Return what a run that has ended has reached."""
-    try:
-        summary = Run(folder).summary()
-    except DataError as error:
-        return {"reason": " ".join(str(error).split())}
-    names = ("rounds", "failed_rounds", *METRICS, "bytes_down", "bytes_up")
-    return {"status": "complete", **{name: summary[name] for name in names}}
 
 
 def _trains_like(components: Components) -> str:

@@ -14,15 +14,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..core.errors import DataError
+from ..core.errors import DataError, check_choice
 from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import listed, plain
-from .folder import Table
+from .ranks import Ranking
 from .result import Run
-from .statistics import LEVEL, compare_pairs, pairs_needed, t_interval
+from .statistics import LEVEL, pairs_needed
+from .summarizing import CELLS, METRICS, SUMMARY, Row, ranking_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,29 +29,6 @@ else:
     pd = Imported("pandas", "studies", "a run's folder")
 
 PLAN = "comparison.toml"
-CELLS = "cells.csv"
-SUMMARY = "summary.csv"
-
-# What is compared, by the keys of a run's summary; more is better.
-METRICS = {
-    "test_accuracy": "test accuracy of the last model",
-    "client_accuracy_mean": "mean of the clients' accuracies",
-    "client_accuracy_worst10": "mean accuracy of the worst tenth of the clients",
-}
-CELL_COLUMNS = (
-    *("strategy", "seed", "folder", "status", "rounds", "failed_rounds", "reason"),
-    *METRICS,
-    *("bytes_down", "bytes_up"),
-)
-SUMMARY_COLUMNS = (
-    *("metric", "strategy", "n", "mean", "low", "high", "against", "pairs"),
-    *("difference", "difference_low", "difference_high"),
-    *("bootstrap_low", "bootstrap_high", "effect_size", "p", "p_holm"),
-    *("wilcoxon_p", "wilcoxon_p_holm", "wilcoxon_verdict", "verdict", "sentence"),
-    "note",
-)
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,64 +73,99 @@ class Comparison:
         return [str(label) for label in self._plan["strategies"]]
 
     @property
+    def data_sets(self) -> list[str]:
+        """What they were run on."""
+        return [str(label) for label in self._plan["data-sets"]]
+
+    @property
     def seeds(self) -> list[int]:
         """The seeds that each was run with."""
         return [int(seed) for seed in self._plan["seeds"]]
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """``cells.csv``: a row per run, with what it reached, or why it failed."""
-        return self._frame(CELLS, ["strategy", "folder", "status", "reason"])
+        """``cells.csv``: a row per run, with what it reached, or why it failed.
+
+        Of a sweep all candidates; ``chosen`` is 1 for those that are compared.
+        """
+        text = ["strategy", "data", "candidate", "folder", "status", "reason"]
+        return self._frame(CELLS, text)
 
     @cached_property
     def summary(self) -> pd.DataFrame:
-        """``summary.csv``: a row per metric and strategy; NaN is what is not known.
+        """``summary.csv``: a row per metric, data set and strategy.
 
         ``n``, ``mean``, and its 95% t interval ``low`` and ``high``; then, against the
         first strategy, what :class:`~fedweight.studies.statistics.Paired` holds. Holm's
         correction is for the strategies that are held against the first, metric by
-        metric. ``note`` names the runs that failed.
+        metric. Beside the test accuracy, ``reached`` says how many runs came to the
+        ``target``, and ``rounds_to_target`` and ``bytes_to_target`` what that took them
+        on average. Of several data sets there are rows over all of them, too, whose
+        pairs are of seeds and data sets, with the ``average_rank`` of :meth:`ranking`.
+        ``chosen`` says what a sweep chose from what; ``note`` names the runs that
+        failed. NaN is what is not known.
         """
-        text = ["metric", "strategy", "against", "wilcoxon_verdict", "verdict"]
-        return self._frame(SUMMARY, [*text, "sentence", "note"])
+        text = ["metric", "data", "strategy", "against", "wilcoxon_verdict", "verdict"]
+        return self._frame(SUMMARY, [*text, "sentence", "chosen", "note"])
+
+    def ranking(self, metric: str = "test_accuracy") -> Ranking:
+        """Rank the strategies over several data sets, each by its mean over the seeds.
+
+        Returns
+        -------
+        Ranking
+            The numbers of a critical-difference diagram, as text and as SVG.
+        """
+        measured = [*dict.fromkeys(self.summary["metric"])]
+        check_choice("metric", metric, measured)
+        return ranking_of([_no_nan(row) for row in _rows(self.cells)], metric)
 
     @property
-    def failures(self) -> dict[tuple[str, int], str]:
-        """Why runs failed, by strategy and seed; empty where none did."""
+    def failures(self) -> dict[str, str]:
+        """Why runs failed, by their folders' names; empty where none did."""
         failed = self.cells[self.cells["status"] == "failed"]
-        return {(r["strategy"], int(r["seed"])): r["reason"] for r in _rows(failed)}
+        return {row["folder"]: row["reason"] for row in _rows(failed)}
 
     @property
     def failed_rounds(self) -> int:
         """How many rounds failed in all runs."""
         return int(self.cells["failed_rounds"].sum())
 
-    def run(self, strategy: str, seed: int) -> Run:
-        """Return one run, whether it failed or not."""
-        names = dict(zip(self.strategies, self._plan["folders"], strict=True))
-        if strategy not in names or seed not in self.seeds:
-            raise DataError(
-                f"there is no run of {strategy!r} with seed {seed!r}. There are "
-                f"{listed(self.strategies, 20)}, with seeds {listed(self.seeds, 20)}."
-            )
-        return Run(self.folder / f"{names[strategy]}-seed{seed}")
+    def run(self, strategy: str, seed: int, data: str | None = None) -> Run:
+        """Return one run, whether it failed or not; of a sweep the one it chose.
+
+        ``data`` is one of :attr:`data_sets`; the first by default.
+        """
+        wanted = (strategy, seed, self.data_sets[0] if data is None else data)
+        for row in _rows(self.cells[self.cells["chosen"] == 1]):
+            if (row["strategy"], row["seed"], row["data"]) == wanted:
+                return Run(self.folder / row["folder"])
+        raise DataError(
+            f"there is no run of {strategy!r} with seed {seed!r} on {wanted[2]!r}. "
+            f"There are {listed(self.strategies, 20)}, with seeds "
+            f"{listed(self.seeds, 20)}, on {listed(self.data_sets, 20)}."
+        )
 
     @cached_property
     def rounds(self) -> pd.DataFrame:
-        """Every run's ``rounds``, with ``strategy`` and ``seed`` before them."""
+        """The ``rounds`` of all runs that are compared.
+
+        ``strategy``, ``data`` and ``seed`` stand before the columns of a run.
+        """
         return self._every("rounds")
 
     @cached_property
     def clients(self) -> pd.DataFrame:
-        """Every run's ``clients``, with ``strategy`` and ``seed`` before them."""
+        """The ``clients`` of all runs that are compared, likewise."""
         return self._every("clients")
 
     def _every(self, table: str) -> pd.DataFrame:
         frames = []
-        for row in _rows(self.cells[self.cells["status"] == "complete"]):
-            run = self.run(row["strategy"], int(row["seed"]))
+        compared = (self.cells["status"] == "complete") & (self.cells["chosen"] == 1)
+        for row in _rows(self.cells[compared]):
+            run = Run(self.folder / row["folder"])
             frame = run.rounds if table == "rounds" else run.clients
-            named = {"strategy": row["strategy"], "seed": row["seed"]}
+            named = {key: row[key] for key in ("strategy", "data", "seed")}
             frames.append(frame.assign(**named)[[*named, *frame.columns]])
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -172,6 +183,7 @@ class Comparison:
         return {
             "folder": str(self.folder),
             "strategies": self.strategies,
+            "data_sets": self.data_sets,
             "seeds": self.seeds,
             "summary": [_no_nan(row) for row in _rows(self.summary)],
             "cells": [_no_nan(row) for row in _rows(self.cells)],
@@ -183,6 +195,9 @@ class Comparison:
             "\n".join([title, *_text_rows(header, rows)])
             for title, header, rows in self._tables()
         ]
+        if len(self.data_sets) > 1:
+            ranks = {m: self.ranking(m) for m in dict.fromkeys(self.summary["metric"])}
+            parts += [f"{METRICS[m].title}, {ranking}" for m, ranking in ranks.items()]
         return "\n\n".join([*parts, "\n".join(self.notes)])
 
     @property
@@ -202,27 +217,50 @@ class Comparison:
                 f"that differ to find anything at {LEVEL:g}, whatever they are"
                 + (f", in {others} comparisons." if others > 1 else ".")
             )
-        for (strategy, seed), reason in self.failures.items():
-            notes.append(f"failed: {strategy}, seed {seed}: {reason}")
+        notes += self._targets()
+        for row in _rows(self.summary):
+            if row["chosen"] and row["metric"] == self.summary["metric"][0]:
+                on = f" on {row['data']}" if len(self.data_sets) > 1 else ""
+                notes.append(f"chosen: {row['strategy']}{on}: {row['chosen']}.")
+        for folder, reason in self.failures.items():
+            notes.append(f"failed: {folder}: {reason}")
         if self.failed_rounds:
             notes.append(f"{self.failed_rounds} rounds failed; see {CELLS}.")
         return notes
 
+    def _targets(self) -> Iterable[str]:
+        """Return in how many rounds and bytes the target was reached, a line each."""
+        rows = self.summary[self.summary["target"].notna()]
+        for row in _rows(rows):
+            on = f" on {row['data']}" if len(self.data_sets) > 1 else ""
+            took = (
+                f", in {row['rounds_to_target']:.1f} rounds and "
+                f"{row['bytes_to_target']:.3g} bytes on average"
+                if row["reached"]
+                else ""
+            )
+            yield (
+                f"{row['strategy']}{on} reached {row['target']:.4f} in "
+                f"{row['reached']:.0f} of {len(self.seeds)} runs{took}."
+            )
+
     def _tables(self) -> Iterable[tuple[str, list[str], list[list[str]]]]:
         first = self.strategies[0]
-        for metric, name in METRICS.items():
-            rows = _rows(self.summary[self.summary["metric"] == metric])
-            if not rows:
-                continue
+        several = len(self.data_sets) > 1
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in _rows(self.summary):
+            groups.setdefault((row["metric"], row["data"]), []).append(row)
+        for (metric, data), rows in groups.items():
+            title = METRICS[metric].title + (f", {data}" if several else "")
             header = ["", "strategy", "n", "mean", "95% interval"]
             if len(self.strategies) > 1:
                 header += [f"minus {first}", "95% interval"]
                 header += ["p", "Holm p", "Wilcoxon p", "verdict"]
-            yield name, header, [_cells_of(row) for row in rows]
+            yield title, header, [_cells_of(row) for row in rows]
 
     def __repr__(self) -> str:
         better = [
-            f"{row['strategy']} better in {METRICS[row['metric']]}"
+            f"{row['strategy']} better in {METRICS[row['metric']].title}"
             for row in _rows(self.summary)
             if row["verdict"] == "better"
         ]
@@ -318,88 +356,3 @@ def _no_nan(row: Row) -> Row:
         k: None if isinstance(v, float) and not math.isfinite(v) else v
         for k, v in row.items()
     }
-
-
-# ---------------------------------------------------------------------- what is written
-
-
-def write_comparison(folder: Path, cells: Sequence[Row]) -> None:
-    """Write ``cells.csv`` and ``summary.csv``, whole or not at all.
-
-    Parameters
-    ----------
-    folder : Path
-        The comparison's.
-    cells : Sequence[dict]
-        Rows of :data:`CELL_COLUMNS`, the first strategy's first.
-    """
-    for name, columns, rows in (
-        (CELLS, CELL_COLUMNS, cells),
-        (SUMMARY, SUMMARY_COLUMNS, summary_of(cells)),
-    ):
-        table = Table(folder / name, columns)
-        table.append(rows)
-
-
-def summary_of(cells: Sequence[Row]) -> list[Row]:
-    """Return the rows of ``summary.csv``."""
-    strategies = [*dict.fromkeys(cell["strategy"] for cell in cells)]
-    seeds = [*dict.fromkeys(cell["seed"] for cell in cells)]
-    rows: list[Row] = []
-    for metric in METRICS:
-        values = {name: np.full(len(seeds), math.nan) for name in strategies}
-        for cell in cells:
-            value = cell.get(metric)
-            if cell["status"] == "complete" and value is not None:
-                values[cell["strategy"]][seeds.index(cell["seed"])] = value
-        some = any(np.isfinite(v).any() for v in values.values())
-        if not some and metric != "test_accuracy":
-            continue  # It was not measured.
-        first, *others = strategies
-        rest = {name: values[name].tolist() for name in others}
-        found = compare_pairs(values[first].tolist(), rest)
-        for name in strategies:
-            known = values[name][np.isfinite(values[name])]
-            low, high = t_interval(known)
-            row: Row = {
-                "metric": metric,
-                "strategy": name,
-                "n": len(known),
-                "mean": float(known.mean()) if len(known) else math.nan,
-                "low": low,
-                "high": high,
-                "note": _note(name, cells),
-            }
-            if name in found:
-                pair = found[name]
-                row |= {
-                    "against": first,
-                    "pairs": pair.pairs,
-                    "difference": pair.difference,
-                    "difference_low": pair.low,
-                    "difference_high": pair.high,
-                    "bootstrap_low": pair.bootstrap_low,
-                    "bootstrap_high": pair.bootstrap_high,
-                    "effect_size": pair.effect_size,
-                    "p": pair.p,
-                    "p_holm": pair.p_holm,
-                    "wilcoxon_p": pair.wilcoxon_p,
-                    "wilcoxon_p_holm": pair.wilcoxon_p_holm,
-                    "wilcoxon_verdict": pair.wilcoxon_verdict,
-                    "verdict": pair.verdict,
-                    "sentence": pair.sentence,
-                }
-            rows.append(row)
-    return rows
-
-
-def _note(strategy: str, cells: Sequence[Row]) -> str:
-    notes = []
-    for cell in cells:
-        if cell["strategy"] != strategy:
-            continue
-        if cell["status"] == "failed":
-            notes.append(f"seed {cell['seed']} failed: {cell['reason']}")
-        elif cell["failed_rounds"]:
-            notes.append(f"seed {cell['seed']}: {cell['failed_rounds']} rounds failed")
-    return "; ".join(notes)

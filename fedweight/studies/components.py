@@ -346,6 +346,7 @@ def prepare(
         num_clients or partition["clients"] or None,
         held_out=data["held-out"],
         proxy=data["proxy"],
+        validation=data["validation"],
         seed=seed,
         leave_out=partition["leave-out"],
         **configuration.options("partition"),

@@ -23,7 +23,7 @@ from ..core.paths import NOT_THERE, absolute, clean_path, why_unreadable
 from ..core.settings import kebab, parse_setting, split_key, toml_value
 from ..core.texts import listed, shown
 from ..data import DATA_SETS
-from .tables import PICKS, SCHEMA, options_in_file, picks_of, seed_rule
+from .tables import COMPARE, PICKS, SCHEMA, options_in_file, picks_of, seed_rule
 
 log = logging.getLogger("fedweight")
 
@@ -61,6 +61,11 @@ class Configuration:
         """
         where = f"{source}: " if source else ""
         for name, table in given.items():
+            if name == COMPARE:
+                raise ConfigurationError(
+                    f"{where}[{COMPARE}] says what 'fedweight compare' runs. Give the "
+                    "file to that, or take the table out."
+                )
             if name not in SCHEMA:
                 near = closest(str(name), SCHEMA)
                 raise ConfigurationError(
@@ -100,11 +105,12 @@ class Configuration:
             What the data are called, where they come as an object: then nothing that
             [data] says of where they are is read.
         whole : iterable of str
-            Tables that the settings say all of: what the file says of them is not read.
+            Tables of the file that are not read: the settings say all of them, or they
+            are no run's.
         """
         if path is not None:
             path = clean_path("the simulation file", path)
-        given: dict[str, Any] = {} if path is None else _read_toml(path)
+        given: dict[str, Any] = {} if path is None else read_tables(path)
         given = {name: table for name, table in given.items() if name not in {*whole}}
         changes: dict[str, Any] = {}
         for setting in settings:
@@ -115,13 +121,13 @@ class Configuration:
             else:
                 table, key, value = parse_setting(setting)
             _replace(changes.setdefault(table, {}), {key: value})
-        _make_paths_whole(given, changes, Path(path or "").parent)
+        make_paths_whole(given, changes, Path(path or "").parent)
         source = "" if path is None else str(path)
         _leave_out(given, changes)
         merged = _merged(given, changes)
         if data is None:
             return cls.of(merged, source)
-        shares = ("held-out", "proxy")
+        shares = ("held-out", "proxy", "validation")
         if isinstance(merged.get("data"), dict):
             table = merged["data"]
             merged["data"] = {key: table[key] for key in shares if key in table}
@@ -226,7 +232,7 @@ def _replace(table: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return table
 
 
-def _make_paths_whole(
+def make_paths_whole(
     given: Mapping[str, Any], changes: Mapping[str, Any], folder: Path
 ) -> None:
     """Make the paths of [data] absolute, so that they hold wherever a run is repeated.
@@ -249,7 +255,15 @@ def _make_paths_whole(
                 data[key] = str(absolute(f"data.{key}", data[key], start))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_tables(path: str | Path) -> dict[str, Any]:
+    """Read a simulation file as it is written.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none, or it is no TOML.
+    """
+    path = clean_path("the simulation file", path)
     reason = why_unreadable(path)
     if reason == NOT_THERE:
         raise ConfigurationError(

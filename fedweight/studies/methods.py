@@ -1,4 +1,4 @@
-"""What a comparison compares: strategies, each with every local objective."""
+"""What a comparison compares: strategies, objectives and data sets, by their names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from ..core.texts import NAME_LENGTH, plain, shown
 from .given import as_settings, whole_tables
 from .tables import MOST_SEED, PICKS, options_in_file
 
-_MORE_KEYS = {"strategies": "strategy", "objectives": "objective"}
+_MORE_KEYS = {
+    "strategies": "strategy",
+    "objectives": "objective",
+    "data-sets": "data",
+}
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,57 @@ def methods_of(strategies: Any, objectives: Any = ()) -> list[Method]:
             f"{shown(strategies)}. 'fedweight list' shows all."
         )
     losses = _chosen("objectives", objectives)
-    found = [
-        Method(f"{a.label}+{b.label}", {**a.settings, **b.settings}, a.whole + b.whole)
-        for a in rules
-        for b in losses
-    ] or rules
-    for what in ("label", "folder"):
+    found = times(rules, losses) or rules
+    refuse_twins("strategies", found)
+    return found
+
+
+def data_sets_of(data_sets: Any) -> list[Method]:
+    """Return the data sets that a text or a list names, likewise.
+
+    Examples
+    --------
+    >>> [one.label for one in data_sets_of("digits,csv:path=own.csv:label=y")]
+    ['digits', 'csv:path=own.csv:label=y']
+    """
+    found = _chosen("data-sets", data_sets)
+    refuse_twins("data-sets", found)
+    return found
+
+
+def joined(*several: Method) -> Method:
+    """Return choices as one; of equal settings the last one's holds.
+
+    Examples
+    --------
+    >>> joined(Method("ida", {"strategy.name": "ida"}), Method("", {})).label
+    'ida'
+    """
+    return Method(
+        "+".join(one.label for one in several if one.label),
+        {key: value for one in several for key, value in one.settings.items()},
+        tuple(table for one in several for table in one.whole),
+    )
+
+
+def times(first: Iterable[Method], second: Iterable[Method]) -> list[Method]:
+    """Return every one of the first with every one of the second."""
+    second = list(second)
+    return [joined(a, b) for a in first for b in second]
+
+
+def refuse_twins(what: str, several: Iterable[Method]) -> None:
+    """Refuse choices that have the same name, as a label or as a folder."""
+    for kind in ("label", "folder"):
         seen: set[str] = set()
-        for method in found:
-            name = getattr(method, what)
+        for one in several:
+            name = getattr(one, kind)
             if name in seen:
                 raise ConfigurationError(
-                    f"strategies: '{method.label}' is there twice. Keep one, or give "
-                    "them options that differ: 'feddisco:a=0.2'."
+                    f"{what}: '{one.label}' is there twice. Keep one, or give them "
+                    "options that differ: 'feddisco:a=0.2'."
                 )
             seen.add(name)
-    return found
 
 
 def seeds_of(seeds: Any) -> list[int]:
@@ -135,7 +174,7 @@ def _chosen(key: str, given: Any) -> list[Method]:
     found: list[Method] = []
     for one in several:
         if isinstance(one, str):
-            found += [_of_text(key, part) for part in _parts(one)]
+            found += [_of_text(key, part) for part in parts(one)]
         else:
             table = _MORE_KEYS[key]
             settings = {table: one}
@@ -145,10 +184,10 @@ def _chosen(key: str, given: Any) -> list[Method]:
     return found
 
 
-def _parts(text: str) -> list[str]:
+def parts(text: str) -> list[str]:
     """Split at commas, but not those of a list or a table."""
-    parts = re.findall(r"(?:[^,\[{]|\[[^\]]*\]?|\{[^}]*\}?)+", text)
-    return [part.strip() for part in parts if part.strip()]
+    found = re.findall(r"(?:[^,\[{]|\[[^\]]*\]?|\{[^}]*\}?)+", text)
+    return [part.strip() for part in found if part.strip()]
 
 
 def _of_text(key: str, text: str) -> Method:

@@ -28,7 +28,7 @@ from ..core.module import FlatModule
 from ..core.records import NOTHING
 from ..core.texts import NAME_LENGTH, plain
 from ..core.writing import write_whole
-from ..data import notes
+from ..data import Examples, notes
 from ..messages.arrays import FlatRecord, complete
 from ..messages.grids import connected, name_of, number_of
 from ..server.loop import ServerState
@@ -41,7 +41,7 @@ from .components import Components
 from .folder import Table, rows_of
 from .listener import Listener
 from .progress import Progress, Report
-from .records import ErrorLog, client_row, round_row, tested_columns
+from .records import ErrorLog, client_row, measured_columns, round_row
 
 log = logging.getLogger("fedweight")
 
@@ -287,7 +287,8 @@ class Recorder:
         if self.components.data.is_lazy:
             self._write_partition(c.client for c in record.clients)
         hits = self.components.task.counts_hits
-        self.rounds.append([round_row(record, test, accuracies=hits)])
+        row = round_row(record, test, accuracies=hits)
+        self.rounds.append([row | (self._validated(arrays) if test else {})])
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.timings.append(
@@ -387,7 +388,8 @@ class Recorder:
         Where that was not known when it was recorded, its model is tested now.
         """
         if not self._tested and self._arrays is not None:
-            self.rounds.complete(tested_columns(self._evaluate(self._arrays)))
+            tested = measured_columns(self._evaluate(self._arrays))
+            self.rounds.complete(tested | self._validated(self._arrays))
         self._environment["stopped"] = {"round": number, "reason": reason}
         self._write_environment()
 
@@ -412,11 +414,21 @@ class Recorder:
             return {}
         return self._evaluate(arrays)
 
-    def _evaluate(self, arrays: ArrayRecord) -> dict[str, float]:
+    def _validated(self, arrays: ArrayRecord) -> dict[str, Any]:
+        """Return what the server measures on what it chooses by, if it has any."""
+        validation = self.components.data.validation
+        if not len(validation):
+            return {}
+        return measured_columns(self._evaluate(arrays, validation), "validation")
+
+    def _evaluate(
+        self, arrays: ArrayRecord, examples: Examples | None = None
+    ) -> dict[str, float]:
+        """Evaluate the global model, on the test set unless told otherwise."""
         module = self._ready_module()
         model = complete(arrays, self.base)
-        data, statistics = self.components.data, self.components.statistics
-        return evaluate(module, model, data.test, statistics)
+        of = self.components.data.test if examples is None else examples
+        return evaluate(module, model, of, self.components.statistics)
 
 
 def environment_of(components: Components) -> dict[str, Any]:

@@ -83,16 +83,16 @@ def round_row(
         "reason": first_line(record.reason),
         "asked": sum(status != "evaluated" for status in statuses),
         **{status: statuses.count(status) for status in counted},
-        **tested_columns(test),
+        **measured_columns(test),
         **{f"client_accuracy_{n}": v for n, v in spread.items() if accuracies},
         "bytes_down": sum(c.bytes_down for c in record.clients),
         "bytes_up": sum(c.bytes_up for c in record.clients),
     }
 
 
-def tested_columns(test: Mapping[str, float]) -> Row:
+def measured_columns(test: Mapping[str, float], part: str = "test") -> Row:
     """Return what the server measured by the columns of a round's row."""
-    return {f"test_{snake_case(name)}": value for name, value in test.items()}
+    return {f"{part}_{snake_case(name)}": value for name, value in test.items()}
 
 
 @lru_cache(maxsize=4096)

@@ -72,7 +72,7 @@ class Paired:
         test could not have found anything: with n pairs that differ its least p is
         2^(1 - n), which few pairs do not bring below the level.
     verdict : str
-        By ``p_holm``: ``"better"`` or ``"worse"`` (the second has more, or less), or
+        By ``p_holm``: ``"better"`` or ``"worse"``, which the second is, or
         ``"undecided"``; ``"same"`` where no pair differs.
     sentence : str
         The verdict with its numbers.
@@ -98,6 +98,7 @@ def compare_pairs(
     first: Sequence[float],
     others: Mapping[str, Sequence[float]],
     *,
+    less_is_better: bool = False,
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, Paired]:
@@ -108,7 +109,9 @@ def compare_pairs(
     first : Sequence[float]
         The first method's values, one a seed; NaN where there is none.
     others : Mapping[str, Sequence[float]]
-        The other methods' by their names, in the same order of seeds. More is better.
+        The other methods' by their names, in the same order of seeds.
+    less_is_better : bool
+        As of a loss; it turns what is called better, and no number.
     level : float
         Claims that are false are to be no more than this share, in (0, 1).
     seed : int
@@ -136,7 +139,7 @@ def compare_pairs(
                 f"{ours.shape}, got shape {theirs.shape}. Give NaN where there is none."
             )
         both = np.isfinite(ours) & np.isfinite(theirs)
-        differences[name] = _settled(ours[both], theirs[both])
+        differences[name] = settled(ours[both], theirs[both])
     t_tests = {name: float(t_test(d)) for name, d in differences.items()}
     ranks = {name: wilcoxon(d) for name, d in differences.items()}
     least = [_least_p(int(np.count_nonzero(d))) for d in differences.values()]
@@ -153,7 +156,8 @@ def compare_pairs(
         low, high = t_interval(d, level)
         bootstrap_low, bootstrap_high = bootstrap_interval(d, level, seed=seed)
         mean = float(d.mean()) if len(d) else math.nan
-        verdict = _verdict(d, p_holm, level)
+        better = -d if less_is_better else d
+        verdict = _verdict(better, p_holm, level)
         found[name] = Paired(
             pairs=len(d),
             difference=mean,
@@ -167,7 +171,7 @@ def compare_pairs(
             p_holm=p_holm,
             wilcoxon_p_holm=wilcoxon_holm,
             wilcoxon_verdict=(
-                _verdict(d, wilcoxon_holm, level) if reaches else "cannot reach"
+                _verdict(better, wilcoxon_holm, level) if reaches else "cannot reach"
             ),
             verdict=verdict,
             sentence=_sentence(verdict, d, (low, high), p_holm, len(others), level),
@@ -175,8 +179,8 @@ def compare_pairs(
     return found
 
 
-def _settled(first: _Array, second: _Array) -> _Array:
-    """Return the differences; those that only rounding makes are 0."""
+def settled(first: _Array, second: _Array) -> _Array:
+    """Return second minus first; differences that only rounding makes are 0."""
     d = second - first
     scale = np.maximum(np.abs(first), np.abs(second))
     return np.where(np.abs(d) <= _SAME * scale, 0.0, d)
@@ -348,18 +352,32 @@ def wilcoxon(differences: Sequence[float] | _Array) -> float:
     d = d[d != 0]
     if not len(d):
         return 1.0
-    # What only rounding tells apart is a tie.
-    sizes = np.abs(d)
-    order = np.argsort(sizes, kind="stable")
-    gaps = np.diff(sizes[order], prepend=0.0)
-    groups = np.cumsum(gaps > _SAME * max(float(sizes.max()), 1.0))
-    _, group, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    doubled = (2 * ends - counts + 1)[group]  # Twice the mean rank: a whole number.
-    positive = int(doubled[d[order] > 0].sum())
+    doubled = (2 * mean_ranks(np.abs(d))).astype(np.int64)
+    positive = int(doubled[d > 0].sum())
+    doubled.sort()  # The sums' chances know no order; what is kept is found again.
     chances = _sums_of_ranks(tuple(doubled.tolist()))
     tails = chances[: positive + 1].sum(), chances[positive:].sum()
     return min(1.0, 2 * float(min(tails)))
+
+
+def mean_ranks(values: Sequence[float] | _Array) -> _Array:
+    """Return ranks from 1, the least; ties, also but for rounding, share their mean.
+
+    Examples
+    --------
+    >>> mean_ranks([0.5, 0.1, 0.5]).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    x = np.asarray(values, np.float64)
+    if not len(x):
+        return x
+    order = np.argsort(x, kind="stable")
+    gaps = np.diff(x[order], prepend=x[order[0]])
+    groups = np.cumsum(gaps > _SAME * max(float(np.abs(x).max()), 1.0))
+    _, group, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    ranks = np.empty(len(x))
+    ranks[order] = (np.cumsum(counts) - (counts - 1) / 2)[group]
+    return ranks
 
 
 @lru_cache(maxsize=64)

@@ -41,9 +41,10 @@ class SummedRun(RunFolder):
             ``complete``, ``stopped`` (when and why, if early), ``clients``; accuracies
             in [0, 1]: ``test_accuracy`` (the last),
             ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
-            many of them there are), ``held_out_accuracy``, ``round_of_best_model`` and
-            ``test_accuracy_of_best_model`` (by ``run.keep-best``; none where there are
-            several models); what else is measured on the test set, such as
+            many of them there are), ``validation_accuracy`` and
+            ``validation_loss`` (the last, of what ``data.validation`` keeps), ``held_out_accuracy``, ``round_of_best_model``
+            and ``test_accuracy_of_best_model`` (by ``run.keep-best``; none where there
+            are several models); what else is measured on the test set, such as
             ``test_dice`` (the last), with ``test_loss`` where numbers are predicted,
             which have no accuracy; and over the
             clients in the last evaluated round ``client_accuracy_mean``,
@@ -68,6 +69,8 @@ class SummedRun(RunFolder):
             "test_accuracy": last_of(test),
             "mean_test_accuracy_last_10": _number(last_ten.mean()),
             "test_accuracies_in_mean": len(last_ten),
+            "validation_accuracy": last_of(self.measured("validation_accuracy")),
+            "validation_loss": last_of(self.measured("validation_loss")),
             "held_out_accuracy": last_of(self.measured("evaluate_accuracy")),
             "round_of_best_model": self.best_round,
             "test_accuracy_of_best_model": _number(

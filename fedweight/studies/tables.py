@@ -149,6 +149,15 @@ class Data:
             description="share of the training data the server keeps as a proxy set",
         ),
     ] = 0.02
+    validation: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of the training data the server keeps to choose by, as "
+            "the sweep of a comparison does",
+        ),
+    ] = 0.0
 
 
 @dataclass(frozen=True)
@@ -317,6 +326,9 @@ SCHEMA: dict[str, dict[str, Option]] = {
     "schedule": _table(Timing),
     "engine": _table(Engine),
 }
+
+# The table that only a comparison reads; all others are of every one of its runs.
+COMPARE = "compare"
 
 # Seeds that a file may have beside the run's, so that two runs differ in one thing
 # only. Absent they are the run's. What is picked may have an option of this name: then

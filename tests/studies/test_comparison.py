@@ -24,9 +24,9 @@ from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import load
 from fedweight.strategies import FedAvg, FedDisco
 from fedweight.studies.cells import Ended
-from fedweight.studies.comparison import METRICS, summary_of
-from fedweight.studies.methods import _parts, methods_of, seeds_of
+from fedweight.studies.methods import methods_of, parts, seeds_of
 from fedweight.studies.statistics import compare_pairs, t_interval
+from fedweight.studies.summarizing import METRICS, choose, summary_of
 
 ROOT = Path(fedweight.__file__).parents[1]
 QUICK: dict[str, Any] = {
@@ -86,8 +86,9 @@ def test_pairs_share_partition_first_model_and_sampling(made: Comparison) -> Non
 
 
 def test_the_summary_is_of_the_runs(made: Comparison) -> None:
-    assert list(dict.fromkeys(made.summary["metric"])) == list(METRICS)
-    for metric in METRICS:
+    measured = ["test_accuracy", "client_accuracy_mean", "client_accuracy_worst10"]
+    assert list(dict.fromkeys(made.summary["metric"])) == measured
+    for metric in measured:
         values = {
             name: [made.run(name, seed).summary()[metric] for seed in made.seeds]
             for name in made.strategies
@@ -112,14 +113,14 @@ def test_a_comparison_reads_well(made: Comparison) -> None:
     assert again.strategies == ["fedavg", "feddisco:a=0.2", "ida"]
     assert again.cells["status"].eq("complete").all()
     assert len(again.rounds) == 3 * 2 * 3
-    assert list(again.rounds.columns[:3]) == ["strategy", "seed", "round"]
+    assert list(again.rounds.columns[:4]) == ["strategy", "data", "seed", "round"]
     assert set(again.clients["strategy"]) == set(again.strategies)
     assert (again.failures, again.failed_rounds) == ({}, 0)
     assert "fedavg, feddisco:a=0.2 and ida, 2 seeds, 6 of 6 runs" in repr(again)
     text = str(again)
-    for name in METRICS.values():
-        assert name in text
-        assert html.escape(name) in again._repr_html_()
+    for name in dict.fromkeys(again.summary["metric"]):
+        assert METRICS[name].title in text
+        assert html.escape(METRICS[name].title) in again._repr_html_()
     assert "cannot reach: Wilcoxon's test needs 7 pairs" in text
     assert "The test set chose nothing." in text
     json.loads(json.dumps(again.to_dict()), parse_constant=pytest.fail)
@@ -191,9 +192,9 @@ def test_a_cell_that_fails_is_a_line_and_the_others_go_on(
     assert len([line for line in err.splitlines() if line[:2] in "1/2/3/4/5/6/"]) == 6
     found = Comparison(Path("c"))
     [(where, reason)] = found.failures.items()
-    assert where == ("failing", 1)
+    assert where == "failing-seed1"
     assert "no power" in reason
-    assert f"failed: failing, seed 1: {reason}" in out
+    assert f"failed: failing-seed1: {reason}" in out
     row = found.summary[found.summary["strategy"] == "failing"].iloc[0]
     assert (row["n"], row["pairs"]) == (2, 2)
     assert row["note"] == f"seed 1 failed: {reason}"
@@ -213,7 +214,7 @@ def test_a_process_that_dies_takes_one_cell_with_it(failing: Path) -> None:
     options: dict[str, Any] = {"settings": QUICK, "workers": 2}
     found = compare(None, names, [0, 1, 2], out="c", **options)
     assert found.failures == {
-        ("failing:how=die", 1): "its process was ended by SIGKILL"
+        "failing-how=die-seed1": "its process was ended by SIGKILL"
     }
     assert found.cells["status"].eq("complete").sum() == 5
     # Side by side gives what one after another gives.
@@ -301,6 +302,8 @@ def test_python_gives_objects_data_and_objectives(here: Path) -> None:
         ({"seeds": -1}, "seeds: got -1"),
         ({"settings": {"run.seed": 3}}, "settings: run.seed is what seeds say"),
         ({"settings": ["strategy.name=ida"]}, "is what strategies say"),
+        ({"sweep": ["run.rounds=1,2"]}, "data.validation is 0. Give a share"),
+        ({"data_sets": "digitz"}, "Did you mean 'digits'?"),
         ({"settings": {"run.round": 3}}, "Did you mean 'rounds'?"),
         ({"workers": 0}, "workers must be a whole number from 1, got 0"),
         ({"file": "none.toml"}, "there is no simulation file 'none.toml'"),
@@ -330,7 +333,7 @@ def test_a_folder_that_is_no_comparisons_is_named(here: Path) -> None:
 def test_names_and_seeds_as_they_are_written() -> None:
     found = methods_of("fedavg, feddisco:a=0.2:b=0.3")
     assert [one.label for one in found] == ["fedavg", "feddisco:a=0.2:b=0.3"]
-    assert _parts("a:b=[1, 2], c") == ["a:b=[1, 2]", "c"]
+    assert parts("a:b=[1, 2], c") == ["a:b=[1, 2]", "c"]
     own = methods_of("strategies.median_distance:MedianDistance:tolerance=3.0")[0]
     assert own.label == "mediandistance:tolerance=3.0"
     assert own.settings["strategy.name"] == "strategies.median_distance:MedianDistance"
@@ -346,7 +349,9 @@ def test_without_held_out_data_there_is_one_metric() -> None:
     cells = [
         {
             "strategy": name,
+            "data": "digits",
             "seed": seed,
+            "chosen": 1,
             "status": "complete",
             "failed_rounds": 2 * (seed == 1),
             "test_accuracy": 0.5 + 0.1 * seed + 0.01 * seed * len(name),
@@ -363,3 +368,173 @@ def test_without_held_out_data_there_is_one_metric() -> None:
     rows = pd.DataFrame(summary_of(failed))
     assert list(rows["n"]) == [0, 0]
     assert rows["verdict"][1] == "undecided"
+
+
+SMALL = {"few": {"partition.clients": 3}, "many": {"partition.clients": 5}}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """Two strategies on two data sets, of which a sweep chooses the rate."""
+    return compare(
+        None,
+        "fedavg,ida",
+        "0,1",
+        data_sets=SMALL,
+        sweep={"training.learning-rate": [1e-5, 0.1]},
+        settings={**QUICK, "data.validation": 0.1},
+        out=tmp_path_factory.mktemp("wide") / "c",
+        workers=1,
+    )
+
+
+def test_a_sweep_chooses_by_validation_data(wide: Comparison) -> None:
+    assert len(wide.cells) == 2 * 2 * 2 * 2
+    for row in wide.cells.to_dict("records"):
+        run = fedweight.Run(wide.folder / row["folder"])
+        rate = run.config["training"]["learning-rate"]
+        # So small a rate learns nothing.
+        assert row["chosen"] == (rate == 0.1)
+        assert row["candidate"] == f"training.learning-rate={rate}"
+        last = run.rounds["validation_accuracy"].iloc[-1]
+        assert (
+            row["validation_accuracy"] == last == run.summary()["validation_accuracy"]
+        )
+    said = wide.summary.loc[wide.summary["data"] == "few", "chosen"]
+    assert said.str.startswith("training.learning-rate=0.1, by validation acc").all()
+    assert said.str.contains("training.learning-rate=1e-05 0.").all()
+    assert "chosen: ida on many: training.learning-rate=0.1, by val" in str(wide)
+    assert wide.run("ida", 1, "many").config["training"]["learning-rate"] == 0.1
+    assert len(wide.rounds) == 2 * 2 * 2 * 3
+
+
+def test_the_test_set_chooses_nothing() -> None:
+    cells = [
+        {
+            **{"strategy": "a", "data": "d", "seed": seed, "candidate": name},
+            **{"status": "complete", "failed_rounds": 0, "test_accuracy": test},
+            "validation_accuracy": value + 0.1 * seed,
+        }
+        for name, test, value in (("x", 0.9, 0.1), ("y", 0.1, 0.2), ("z", 0.5, 0.2))
+        for seed in (0, 1)
+    ]
+    choose(cells)
+    assert [cell["candidate"] for cell in cells if cell["chosen"]] == ["y", "y"]
+    # One that failed once is not taken where another is whole.
+    cells[3] |= {"status": "failed", "reason": "no power"}
+    choose(cells)
+    assert [cell["candidate"] for cell in cells if cell["chosen"]] == ["z", "z"]
+    # Without an accuracy it is the loss that chooses.
+    for cell in cells:
+        cell |= {"validation_accuracy": None, "status": "complete"}
+        cell["validation_loss"] = {"x": 0.2, "y": 0.1, "z": 0.3}[cell["candidate"]]
+    choose(cells)
+    assert [cell["candidate"] for cell in cells if cell["chosen"]] == ["y", "y"]
+    for cell in cells:
+        cell["status"] = "failed"
+    choose(cells)
+    assert [cell["candidate"] for cell in cells if cell["chosen"]] == ["x", "x"]
+
+
+def test_pairs_go_over_seeds_and_data_sets(wide: Comparison) -> None:
+    assert wide.data_sets == ["few", "many"]
+    rows = wide.summary[wide.summary["metric"] == "test_accuracy"]
+    assert list(rows["data"]) == ["few"] * 2 + ["many"] * 2 + ["all data sets"] * 2
+    values = {
+        name: [
+            wide.run(name, seed, data).summary()["test_accuracy"]
+            for data in wide.data_sets
+            for seed in wide.seeds
+        ]
+        for name in wide.strategies
+    }
+    pair = compare_pairs(values["fedavg"], {"ida": values["ida"]})["ida"]
+    both = rows[rows["data"] == "all data sets"].set_index("strategy")
+    assert (both.loc["ida", "pairs"], both.loc["ida", "n"]) == (4, 4)
+    assert both.loc["ida", "difference"] == pair.difference
+    assert both.loc["ida", "sentence"] == pair.sentence
+    ranks = wide.ranking().average_ranks
+    assert both["average_rank"].to_dict() == ranks
+    assert sum(ranks.values()) == 3
+    assert "average ranks over 2 data sets" in str(wide)
+    assert math.isnan(rows["average_rank"].iloc[0])
+    with pytest.raises(ConfigurationError, match="metric must be one of"):
+        wide.ranking("accuracy")
+    with pytest.raises(DataError, match="on few and many"):
+        wide.run("ida", 0, "none")
+
+
+def test_rounds_and_bytes_to_a_target(made: Comparison, wide: Comparison) -> None:
+    for found in (made, wide):
+        for row in found.cells[found.cells["chosen"] == 1].to_dict("records"):
+            own = found.cells[found.cells["chosen"] == 1]
+            first = own[own["strategy"] == "fedavg"]
+            target = first[first["data"] == row["data"]]["test_accuracy"].mean()
+            rounds = fedweight.Run(found.folder / row["folder"]).rounds
+            there = rounds[rounds["test_accuracy"] >= target]
+            if not len(there):
+                assert math.isnan(row["rounds_to_target"])
+                continue
+            number = there["round"].iloc[0]
+            assert row["rounds_to_target"] == number
+            until = rounds[rounds["round"] <= number]
+            total = until[["bytes_down", "bytes_up"]].sum().sum()
+            assert row["bytes_to_target"] == total > 0
+    rows = made.summary[made.summary["metric"] == "test_accuracy"]
+    for row in rows.to_dict("records"):
+        own = made.cells[made.cells["strategy"] == row["strategy"]]
+        assert row["reached"] == own["rounds_to_target"].notna().sum()
+        mean = own["rounds_to_target"].mean()
+        assert row["rounds_to_target"] == pytest.approx(mean, nan_ok=True)
+    first = rows.iloc[0]
+    said = f"fedavg reached {first['target']:.4f} in {first['reached']:.0f} of 2 runs"
+    assert said in str(made)
+
+
+def test_a_file_and_a_command_line_say_all(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "study.toml").write_text(
+        "[run]\nrounds = 1\n[partition]\nclients = 3\n[training]\nepochs = 1\n[model]\n"
+        'name = "softmax"\n[compare]\nstrategies = "fedavg"\ntarget = 0.01\n'
+        "[compare.vary]\ntraining.learning-rate = [0.1, 0.2]\n"
+    )
+    assert main(["compare", "study.toml", "--json", "--out", "a"]) == 0
+    from_file = json.loads(capsys.readouterr().out)
+    arguments = ["--settings", "training.learning-rate=0.1,0.2", "--strategies"]
+    arguments += ["fedavg", "--seeds", "0", "--target", "0.01", "--out", "b", "--json"]
+    assert main(["compare", "study.toml", *arguments]) == 0
+    from_line = json.loads(capsys.readouterr().out)
+    assert from_file.pop("folder") != from_line.pop("folder")
+    assert from_file == from_line
+    rates = [f"fedavg+training.learning-rate={rate}" for rate in (0.1, 0.2)]
+    assert from_file["strategies"] == rates
+    cells = from_file["cells"]
+    assert [cell["rounds_to_target"] for cell in cells] == [0, 0]
+    assert cells[1]["folder"] == "fedavg+training.learning-rate=0.2-seed0"
+
+
+def test_where_numbers_are_predicted_less_is_better(here: Path) -> None:
+    rows = ["x,y", *(f"{k / 60},{0.3 + k / 50}" for k in range(60))]
+    (here / "own.csv").write_text("\n".join(rows))
+    found = compare(
+        None,
+        "fedavg",
+        "0-2",
+        vary={"training.learning-rate": [1e-6, 0.01]},
+        settings={
+            **{"data.name": "csv", "data.path": "own.csv", "data.label": "y"},
+            **{"data.task": "regression", "run.rounds": 2, "partition.name": "iid"},
+            **{"partition.clients": 2, "model.name": "mlp", "training.epochs": 9},
+        },
+        workers=1,
+    )
+    assert list(dict.fromkeys(found.summary["metric"])) == ["test_rmse", "test_r2"]
+    assert found.summary["difference"][1] < 0
+    values = [run["test_rmse"] for run in found.cells.to_dict("records")]
+    assert found.summary["mean"][1] == pytest.approx(sum(values[3:]) / 3)
+    # Of the same numbers, less by as much each time.
+    worse = [3, 2, 1, 2.5, 1.4, 0.6]
+    cells = found.cells.assign(test_rmse=worse, test_r2=worse).to_dict("records")
+    rows = summary_of(cells)
+    assert [rows[k]["verdict"] for k in (1, 3)] == ["better", "worse"]

@@ -190,6 +190,19 @@ def test_verdicts() -> None:
     assert found["shift"].bootstrap_low == found["shift"].bootstrap_high
 
 
+def test_where_less_is_better_only_the_verdict_turns() -> None:
+    losses = {"up": [0.93, 0.95, 0.94, 0.97], "down": [0.80, 0.82, 0.82, 0.82]}
+    first = [0.90, 0.91, 0.92, 0.93]
+    more, less = (compare_pairs(first, losses, less_is_better=b) for b in (False, True))
+    for name, verdicts in (("up", ("better", "worse")), ("down", ("worse", "better"))):
+        assert (more[name].verdict, less[name].verdict) == verdicts
+        assert less[name].sentence.startswith(f"{verdicts[1]}: ")
+        assert (more[name].difference, more[name].p_holm) == (
+            less[name].difference,
+            less[name].p_holm,
+        )
+
+
 def test_a_seed_that_one_of_them_lacks_is_no_pair() -> None:
     first = [0.90, NAN, 0.92, 0.93, 0.94]
     whole = compare_pairs([0.90, 0.93, 0.94], {"a": [0.93, 0.95, 0.99]})["a"]

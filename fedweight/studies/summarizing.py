@@ -1,0 +1,310 @@
+"""What a comparison's runs reached, what of them was chosen, and how they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import DataError
+from ..metrics.measures import MEASURES
+from .folder import Table
+from .ranks import Ranking, rank_methods
+from .result import Run
+from .statistics import compare_pairs, t_interval
+
+CELLS = "cells.csv"
+SUMMARY = "summary.csv"
+
+# What a row over all data sets has for one.
+ALL_DATA = "all data sets"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is compared: its title, and whether less of it is better."""
+
+    title: str
+    less_is_better: bool = False
+
+
+# By the keys of a run's summary.
+METRICS = {
+    "test_accuracy": Metric("test accuracy of the last model"),
+    **{
+        f"test_{name.replace('-', '_')}": Metric(
+            f"{name} of the last model on the test set", less_is_better=one.sign < 0
+        )
+        for name, one in MEASURES.items()
+        if one.sign and name not in ("loss", "accuracy")
+    },
+    "client_accuracy_mean": Metric("mean of the clients' accuracies"),
+    "client_accuracy_worst10": Metric(
+        "mean accuracy of the worst tenth of the clients"
+    ),
+}
+# What a sweep chooses by; less of the second is better.
+JUDGES = ("validation_accuracy", "validation_loss")
+
+CELL_COLUMNS = (
+    *("strategy", "data", "seed", "candidate", "chosen", "folder", "status"),
+    *("rounds", "failed_rounds", "reason", *METRICS, *JUDGES),
+    *("rounds_to_target", "bytes_to_target", "bytes_down", "bytes_up"),
+)
+SUMMARY_COLUMNS = (
+    *("metric", "data", "strategy", "n", "mean", "low", "high", "against", "pairs"),
+    *("difference", "difference_low", "difference_high"),
+    *("bootstrap_low", "bootstrap_high", "effect_size", "p", "p_holm"),
+    *("wilcoxon_p", "wilcoxon_p_holm", "wilcoxon_verdict", "verdict", "sentence"),
+    *("average_rank", "target", "reached", "rounds_to_target", "bytes_to_target"),
+    *("chosen", "note"),
+)
+
+Row = dict[str, Any]
+
+
+def reached(folder: Path) -> Row:
+    """Return what a run that has ended has reached, or why that is not known."""
+    try:
+        summary = Run(folder).summary()
+    except DataError as error:
+        return {"reason": " ".join(str(error).split())}
+    names = ("rounds", "failed_rounds", *METRICS, *JUDGES)
+    row = {name: summary.get(name) for name in (*names, "bytes_down", "bytes_up")}
+    return {"status": "complete", **row}
+
+
+def write_comparison(
+    folder: Path, cells: Sequence[Row], target: float | None = None
+) -> None:
+    """Write ``cells.csv`` and ``summary.csv``, whole or not at all.
+
+    Parameters
+    ----------
+    folder : Path
+        The comparison's.
+    cells : Sequence[dict]
+        Rows of :data:`CELL_COLUMNS`, the first strategy's first; what was chosen, and
+        when the target was reached, is filled in.
+    target : float, optional
+        The test accuracy that rounds and bytes are counted to. By default what the
+        first strategy ends with, on average over the seeds, on the same data.
+    """
+    choose(cells)
+    targets = {
+        data: _first_reaches(cells, data) if target is None else target
+        for data in dict.fromkeys(cell["data"] for cell in cells)
+    }
+    for cell in cells:
+        if cell["status"] == "complete":
+            aim = targets[cell["data"]]
+            cell |= _time_to(Run(folder / cell["folder"]), aim)
+    for name, columns, rows in (
+        (CELLS, CELL_COLUMNS, cells),
+        (SUMMARY, SUMMARY_COLUMNS, summary_of(cells, targets)),
+    ):
+        table = Table(folder / name, columns)
+        table.append(rows)
+
+
+# --------------------------------------------------------------------------- choosing
+
+
+def choose(cells: Sequence[Row]) -> None:
+    """Mark what is compared: of a sweep's candidates the one that validation likes.
+
+    That of the highest mean validation accuracy over the seeds, or of the least loss
+    where there is no accuracy; one with runs that failed only where no other is whole;
+    of equal ones the first.
+    """
+    several: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for cell in cells:
+        group = several.setdefault((cell["strategy"], cell["data"]), {})
+        group.setdefault(cell.get("candidate", ""), []).append(cell)
+    for candidates in several.values():
+        best = max(candidates.values(), key=_liked)
+        for rows in candidates.values():
+            for row in rows:
+                row["chosen"] = int(rows is best)
+
+
+def _liked(rows: Sequence[Row]) -> tuple[int, float, float]:
+    accuracy, loss = (_known(rows, judge) for judge in JUDGES)
+    whole = len(_known(rows, "failed_rounds"))
+    # A loss counts where it is all there is.
+    less = 0.0 if accuracy else -_mean(loss, math.inf)
+    return whole, _mean(accuracy, -math.inf), less
+
+
+def _known(rows: Iterable[Row], key: str) -> list[float]:
+    values = [row.get(key) for row in rows if row["status"] == "complete"]
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _mean(values: Sequence[float], otherwise: float = math.nan) -> float:
+    return float(np.mean(values)) if values else otherwise
+
+
+def _choice(rows: Sequence[Row]) -> str:
+    """Return what was chosen from what, in words; empty where nothing was."""
+    by: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get("candidate"):
+            by.setdefault(row["candidate"], []).append(row)
+    if not by:
+        return ""
+    judge = JUDGES[0] if _known(rows, JUDGES[0]) else JUDGES[1]
+    means = {name: _mean(_known(own, judge)) for name, own in by.items()}
+    chosen = next(name for name, own in by.items() if own[0]["chosen"])
+    others = ", ".join(f"{name} {means[name]:.4f}" for name in by)
+    return f"{chosen}, by {judge.replace('_', ' ')}: {others}"
+
+
+# ------------------------------------------------------------------------- the target
+
+
+def _first_reaches(cells: Sequence[Row], data: str) -> float:
+    first = cells[0]["strategy"]
+    own = [c for c in cells if (c["strategy"], c["data"]) == (first, data)]
+    return _mean(_known([c for c in own if c["chosen"]], "test_accuracy"))
+
+
+def _time_to(run: Run, target: float) -> Row:
+    """Return in how many rounds and bytes a run reaches a test accuracy, if it does."""
+    measured = run.measured("test_accuracy")
+    there = measured.index[measured >= target]
+    if not len(there):
+        return {}
+    rounds = run.rounds[run.rounds["round"] <= there[0]]
+    columns = [c for c in ("bytes_down", "bytes_up") if c in rounds]
+    return {
+        "rounds_to_target": int(there[0]),
+        "bytes_to_target": int(rounds[columns].sum().sum()),
+    }
+
+
+# ------------------------------------------------------------------------ the summary
+
+
+def summary_of(
+    cells: Sequence[Row], targets: Mapping[str, float] | None = None
+) -> list[Row]:
+    """Return the rows of ``summary.csv``: metric by metric, data set by data set.
+
+    After those of several data sets come rows over all of them, whose pairs are of
+    seeds and data sets.
+    """
+    data_sets = [*dict.fromkeys(cell["data"] for cell in cells)]
+    rows: list[Row] = []
+    measured = [metric for metric in METRICS if _known(cells, metric)]
+    for metric in measured or ["test_accuracy"]:
+        for data in data_sets:
+            own = [cell for cell in cells if cell["data"] == data]
+            rows += _compared(metric, data, own, (targets or {}).get(data))
+        if len(data_sets) > 1:
+            ranks = ranking_of(cells, metric).average_ranks
+            for row in _compared(metric, ALL_DATA, cells, None):
+                rows.append(row | {"average_rank": ranks[row["strategy"]]})
+    return rows
+
+
+def values_of(cells: Sequence[Row], metric: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Return a metric by strategy, of data sets and seeds ``[D * S]``, or NaN."""
+    blocks = [*dict.fromkeys((cell["data"], cell["seed"]) for cell in cells)]
+    place = {block: k for k, block in enumerate(blocks)}
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for cell in cells:
+        own = found.setdefault(cell["strategy"], np.full(len(blocks), math.nan))
+        value = cell.get(metric)
+        if cell["chosen"] and cell["status"] == "complete" and value is not None:
+            own[place[cell["data"], cell["seed"]]] = value
+    return found
+
+
+def ranking_of(cells: Sequence[Row], metric: str) -> Ranking:
+    """Rank strategies over data sets, each by its mean over the seeds."""
+    data_sets = [*dict.fromkeys(cell["data"] for cell in cells)]
+    means: dict[str, list[float]] = {}
+    for data in data_sets:
+        values = values_of([c for c in cells if c["data"] == data], metric)
+        # A mean over other seeds than the others' would be no pair.
+        both = np.isfinite(np.array([*values.values()])).all(axis=0)
+        for name, own in values.items():
+            means.setdefault(name, []).append(_mean(own[both].tolist()))
+    return rank_methods(means, less_is_better=METRICS[metric].less_is_better)
+
+
+def _compared(
+    metric: str, data: str, cells: Sequence[Row], target: float | None
+) -> list[Row]:
+    """Return a row for each strategy, held against the first."""
+    values = values_of(cells, metric)
+    first, *others = values
+    found = compare_pairs(
+        values[first].tolist(),
+        {name: values[name].tolist() for name in others},
+        less_is_better=METRICS[metric].less_is_better,
+    )
+    rows = []
+    for name, own in values.items():
+        known = own[np.isfinite(own)]
+        low, high = t_interval(known)
+        mine = [cell for cell in cells if cell["strategy"] == name]
+        row: Row = {
+            "metric": metric,
+            "data": data,
+            "strategy": name,
+            "n": len(known),
+            "mean": _mean(known.tolist()),
+            "low": low,
+            "high": high,
+            "chosen": "" if data == ALL_DATA else _choice(mine),
+            "note": _note(mine, data == ALL_DATA),
+        }
+        if target is not None and metric == "test_accuracy":
+            picked = [cell for cell in mine if cell["chosen"]]
+            rounds = _known(picked, "rounds_to_target")
+            row |= {
+                "target": target,
+                "reached": len(rounds),
+                "rounds_to_target": _mean(rounds),
+                "bytes_to_target": _mean(_known(picked, "bytes_to_target")),
+            }
+        if name in found:
+            pair = found[name]
+            row |= {
+                "against": first,
+                "pairs": pair.pairs,
+                "difference": pair.difference,
+                "difference_low": pair.low,
+                "difference_high": pair.high,
+                "bootstrap_low": pair.bootstrap_low,
+                "bootstrap_high": pair.bootstrap_high,
+                "effect_size": pair.effect_size,
+                "p": pair.p,
+                "p_holm": pair.p_holm,
+                "wilcoxon_p": pair.wilcoxon_p,
+                "wilcoxon_p_holm": pair.wilcoxon_p_holm,
+                "wilcoxon_verdict": pair.wilcoxon_verdict,
+                "verdict": pair.verdict,
+                "sentence": pair.sentence,
+            }
+        rows.append(row)
+    return rows
+
+
+def _note(cells: Sequence[Row], says_data: bool) -> str:
+    notes = []
+    for cell in cells:
+        names = [cell["data"]] if says_data else []
+        which = ", ".join([*names, *filter(None, [cell.get("candidate")])])
+        where = f"{which}{', ' if which else ''}seed {cell['seed']}"
+        if cell["status"] == "failed":
+            notes.append(f"{where} failed: {cell['reason']}")
+        elif cell["failed_rounds"]:
+            notes.append(f"{where}: {cell['failed_rounds']} rounds failed")
+    return "; ".join(notes)
