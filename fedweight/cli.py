@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   fedweight run --set partition.alpha=0.1 --set run.rounds=50
   fedweight compare --strategies fedavg,ida --seeds 0-9 which is better, and is it real
   fedweight check patients.csv --set data.label=outcome what a run would say of it
+  fedweight app my-app --clients 10                     a Flower App as it is
   fedweight list                                        what there is to choose from
   fedweight list strategy ida                           and the options of one of them
   fedweight report runs/quickstart-fedavg-seed0
@@ -152,6 +153,43 @@ def parser() -> argparse.ArgumentParser:
             dest="settings",
             help="override a key of the simulation file; may be repeated",
         )
+    app = command(
+        "app",
+        "run a Flower App's folder as it is, as flwr run would simulate it",
+        'fedweight app my-app --clients 10 -c "num-server-rounds=3"',
+    )
+    app.add_argument("folder", nargs="?", default=".", help="default: this one")
+    app.add_argument("--clients", type=int, help="how many (default: Flower's 2)")
+    for names, meaning in {
+        ("-c", "--run-config"): "override settings of the app, as flwr run does",
+        ("--federation-config",): 'as flwr run takes it: "num-supernodes=10 ..."',
+        (
+            "--node-config",
+        ): "what clients' node_config hold besides: \"0.path='a' ...\"",
+    }.items():
+        app.add_argument(
+            *names,
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"{meaning}; or a TOML file; may be repeated",
+        )
+    app.add_argument("--engine", default="auto", help="auto, local or ray")
+    app.add_argument("--workers", type=int, help="processes (default: one a core)")
+    app.add_argument(
+        "--gpus-per-worker", type=float, default=0.0, help="share of a GPU; means Ray"
+    )
+    app.add_argument("--seed", type=int, help="what clients draw begins from it")
+    app.add_argument(
+        "--isolation",
+        default="auto",
+        help="none: clients run in this process, for a debugger",
+    )
+    app.add_argument(
+        "--compare-with-flower",
+        action="store_true",
+        help="run it on Flower's own runtime, too; say both times and what differs",
+    )
     listing = command(
         "list",
         "list what there is to choose from, or the options of one choice",
@@ -327,6 +365,23 @@ def _resume(given: argparse.Namespace) -> int:
     return _tell(given, result)
 
 
+def _app(given: argparse.Namespace) -> int:
+    from .core.errors import EngineError
+    from .simulations.folder_run import run_folder, trace_of
+
+    _show_warnings()
+    logging.getLogger("fedweight").setLevel(logging.INFO)
+    named = {k: v for k, v in vars(given).items() if k not in ("command", "version")}
+    as_json = named.pop("json")
+    try:
+        done = run_folder(**named)
+    except EngineError as error:
+        _say(trace_of(error))
+        raise
+    print(json.dumps(done.to_dict()) if as_json else "\n".join(done.lines()))
+    return 0
+
+
 def _check(given: argparse.Namespace) -> int:
     from .core.errors import DataError
     from .studies.check import check_file
@@ -410,6 +465,7 @@ COMMANDS = {
     "run": _run,
     "compare": _compare,
     "resume": _resume,
+    "app": _app,
     "check": _check,
     "list": _list,
     "schema": _schema,

@@ -24,6 +24,9 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# Flower apps, which are run as a user runs them, and have no tests in them.
+collect_ignore_glob = ["apps/*"]
+
 _homes = pytest.StashKey[str]()
 
 
@@ -71,12 +74,12 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Skip, with the reason, what this machine cannot run.
 
-    Where tests run side by side, those that start Ray or Flower's processes run one
-    after another: they share a Ray, and each of them takes all cores.
+    Where tests run side by side, those that start Ray, worker processes or Flower's run
+    one after another: they share these, and each of them takes all cores.
     """
     side_by_side = config.pluginmanager.hasplugin("xdist")
     for item in items if side_by_side else ():
-        if any(map(item.get_closest_marker, ("ray", "deploy"))):
+        if any(map(item.get_closest_marker, ("ray", "deploy", "processes"))):
             item.add_marker(pytest.mark.xdist_group("processes"))
     for marker, missing in _NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]

@@ -261,10 +261,15 @@ def test_only_one_file_touches_what_is_private_to_flower():
 
 FORBIDDEN = ("pickle.load", "pickle.loads", "torch.load", "cloudpickle.load")
 # Where a driver and its own workers, of one run, send each other objects.
-UNPICKLES = {"simulations/ray/worker.py"}
+UNPICKLES = {"simulations/workers/worker.py", "simulations/workers/processes.py"}
 # Seed the streams of the process, or look at them, for models and strategies that draw
 # from them.
-SEEDS = {"clients/noise.py", "clients/trying.py", "server/checkpoint.py"}
+SEEDS = {
+    "clients/noise.py",
+    "clients/trying.py",
+    "server/checkpoint.py",
+    "simulations/isolation.py",
+}
 # Names of numpy.random that make a stream of one's own.
 OWN_STREAM = {"Generator", "PCG64", "SeedSequence"}
 

@@ -17,7 +17,7 @@ from .texts import listed
 # clients are made another way (fedweight.core.rows), so that nothing requires it.
 EXTRAS = {
     "server": ("numba",),
-    "simulation": ("ray",),
+    "simulation": ("cloudpickle", "ray"),
     "studies": ("matplotlib", "pandas", "scipy", "sklearn"),
 }
 

@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     PERSONAL_DROPOUT = 17
     CONTRIBUTION = 18
     VALIDATION = 19
+    CLIENT_APP = 20
 
 
 def generator(

@@ -7,7 +7,8 @@ Written against flwr 1.41.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -91,3 +92,66 @@ def empty_run(run_id: int) -> Run:
     from flwr.supercore.run import Run
 
     return Run.create_empty(run_id)
+
+
+def run_folder(
+    server_app: Any,
+    client_app: str,
+    folder: str,
+    *,
+    run_config: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    num_supernodes: int,
+    backend_config: Mapping[str, Any],
+) -> None:
+    """Run an app's folder on Flower's simulation runtime, in this process.
+
+    As ``flwr run`` does in the end, without its daemon: clients are loaded from the
+    folder, and read their settings there. Flower ends the process's Ray.
+
+    Parameters
+    ----------
+    server_app : Callable
+        What is called with a grid and a context.
+    client_app : str
+        The ClientApp, as ``module:attribute``.
+    folder : str
+        Where that is.
+    run_config : Mapping
+        The ServerApp's settings.
+    overrides : Mapping
+        Those of them that are not the folder's.
+    num_supernodes : int
+        How many clients.
+    backend_config : Mapping
+        As Flower's ``run_simulation`` takes it.
+    """
+    from flwr.app import Context
+    from flwr.simulation.run_simulation import _run_simulation
+    from flwr.supercore.constant import NOOP_FEDERATION_ID
+    from flwr.supercore.telemetry import EventType
+
+    run_id = secrets.randbits(62) + 1
+    run = empty_run(run_id)
+    run.primary_task_id = secrets.randbits(62) + 1
+    run.federation_id = NOOP_FEDERATION_ID
+    run.override_config = dict(overrides)
+    context = Context(
+        run_id=run_id,
+        node_id=SERVER_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )
+    with task_identity(run_id):
+        _run_simulation(
+            num_supernodes=num_supernodes,
+            exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+            client_app_attr=client_app,
+            server_app=server_app,
+            server_app_context=context,
+            backend_config={k: dict(v) for k, v in backend_config.items() if v},
+            app_dir=folder,
+            run=run,
+            is_app=True,
+        )

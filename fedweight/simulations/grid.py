@@ -7,10 +7,17 @@ the ClientApp themselves; how, is what the local grid and the Ray grid differ in
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import itertools
+import logging
+import secrets
+import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, TypeGuard
 
 from flwr.app import (
     ConfigRecord,
@@ -28,11 +35,75 @@ from ..core.client_store import ClientStore
 from ..core.errors import EngineError, check_range, describe_failure
 from ..messages import _flower
 from ..messages.dispatch import Cohort
+from .isolation import prefixed, seed_generators, undone
 from .plan import Plan, sizes_of
+from .seen import Seen
+
+log = logging.getLogger("fedweight")
 
 FIRST_NODE = 1000
 
 RunConfig = Mapping[str, bool | float | int | str]
+
+
+def new_seed() -> int:
+    """Draw a seed from entropy."""
+    return secrets.randbits(32)
+
+
+def new_run_id() -> int:
+    """Draw the number of a run, as Flower does."""
+    return secrets.randbits(62) + 1
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The simulated nodes of a run, and what their contexts hold.
+
+    Parameters
+    ----------
+    num_clients : int
+        N, 1 or more; the clients are numbered 0 to N - 1.
+    run_config : Mapping
+        The run's settings, as the app reads them from its context.
+    node_config : Mapping[int, Mapping], optional
+        By a client's number, what its ``node_config`` holds besides ``partition-id``
+        and ``num-partitions``.
+    seed : int
+        With a client's number and that of its message, what the generators of its
+        process begin from, for apps that are not ours; by default from entropy.
+    run_id : int
+        The run's number; by default drawn, as Flower's are.
+    """
+
+    num_clients: int
+    run_config: RunConfig = field(default_factory=dict)
+    node_config: Mapping[int, RunConfig] = field(default_factory=dict)
+    seed: int = field(default_factory=new_seed)
+    run_id: int = field(default_factory=new_run_id)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_range("num_clients", self.num_clients, 1)
+        check_range("seed", self.seed, 0)
+
+    def context(self, client: int, store: ClientStore | None = None) -> Context:
+        """Return a client's Flower context before its first message."""
+        return make_context(
+            client,
+            self.num_clients,
+            self.run_config,
+            store,
+            own=self.node_config.get(client),
+            run_id=self.run_id,
+        )
+
+
+class Addressed(NamedTuple):
+    """A message that goes to a client, and which of the messages to it that is."""
+
+    message: Message
+    nth: int
 
 
 class SimulationGrid(Grid):
@@ -40,8 +111,8 @@ class SimulationGrid(Grid):
 
     Parameters
     ----------
-    num_clients : int
-        N, 1 or more; the clients are numbered 0 to N - 1.
+    nodes : Nodes
+        The simulated nodes.
 
     Attributes
     ----------
@@ -51,18 +122,34 @@ class SimulationGrid(Grid):
         True: where a cohort allows it, local models are added up as they come.
     store : ClientStore
         What clients keep for our own app, such as personal models.
+    seen : Seen
+        What passed through it as messages, of apps that are not ours.
     """
 
     complete = True
     sums_models = True
     client_app: ClientApp
 
-    def __init__(self, num_clients: int) -> None:
-        check_range("num_clients", num_clients, 1)
-        self.num_clients = num_clients
+    def __init__(self, nodes: Nodes) -> None:
+        self._begin(nodes)
+
+    def _begin(self, nodes: Nodes) -> None:
+        """Begin anew with some nodes."""
+        self.nodes = nodes
         self.store = ClientStore()
-        self._run = _flower.empty_run(0)
-        self._ids = (f"message-{n}" for n in itertools.count(1))
+        self._run = _flower.empty_run(nodes.run_id)
+        self._told: Counter[int] = Counter()
+        self.seen = Seen(self.client_of)
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are."""
+        return self.nodes.num_clients
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The run's settings."""
+        return self.nodes.run_config
 
     @staticmethod
     def client_of(node_id: int) -> int:
@@ -122,24 +209,46 @@ class SimulationGrid(Grid):
         """Return the clients' nodes, in the order of their numbers."""
         return range(FIRST_NODE, FIRST_NODE + self.num_clients)
 
-    def _addressed(self, messages: Iterable[Message]) -> list[Message]:
-        """Check where messages go and give each its id, as the SuperLink does."""
-        batch = list(messages)
-        for message in batch:
-            self._checked_client(message.metadata.dst_node_id)
-            _flower.set_message_id(message, next(self._ids))
+    def _addressed(self, messages: Iterable[Message]) -> list[Addressed]:
+        """Give each message its id, as the SuperLink does.
+
+        One to a node that does not exist goes nowhere, and the log says so.
+        """
+        batch = []
+        for message in messages:
+            client = self.client_of(message.metadata.dst_node_id)
+            if not 0 <= client < self.num_clients:
+                log.error(
+                    "%s It is not sent.", self._no_such(message.metadata.dst_node_id)
+                )
+                continue
+            _flower.set_message_id(message, str(uuid.uuid4()))
+            self._told[client] += 1
+            self.seen.sent(message)
+            batch.append(Addressed(message, self._told[client]))
         return batch
 
     def _checked_client(self, node: int) -> int:
         """Return the client behind a node; raise if there is none."""
         client = self.client_of(node)
         if not 0 <= client < self.num_clients:
-            raise EngineError(
-                f"a message goes to node {node}, which does not exist: "
-                f"get_node_ids() gives {FIRST_NODE} to "
-                f"{FIRST_NODE + self.num_clients - 1}."
-            )
+            raise EngineError(self._no_such(node))
         return client
+
+    def _no_such(self, node: int) -> str:
+        return (
+            f"a message goes to node {node}, which does not exist: get_node_ids() "
+            f"gives {FIRST_NODE} to {FIRST_NODE + self.num_clients - 1}."
+        )
+
+
+def is_stranger(client_app: ClientApp) -> bool:
+    """Tell whether an app is to be kept from whatever else its process does.
+
+    Ours is not, nor one that says that it is ``thread_safe``.
+    """
+    ours = hasattr(type(client_app), "answers_cohorts")
+    return not ours and not getattr(client_app, "thread_safe", False)
 
 
 def answers_cohort(
@@ -172,12 +281,16 @@ def make_context(
     num_clients: int,
     run_config: RunConfig,
     store: ClientStore | None = None,
+    *,
+    own: RunConfig | None = None,
+    run_id: int = 0,
 ) -> Context:
     """Return a client's Flower context before its first message."""
+    given = {"partition-id": client, "num-partitions": num_clients}
     context = SimulatedContext(
-        run_id=0,
+        run_id=run_id,
         node_id=FIRST_NODE + client,
-        node_config={"partition-id": client, "num-partitions": num_clients},
+        node_config={**given, **(own or {})},
         state=RecordDict(),
         run_config=dict(run_config),
     )
@@ -213,36 +326,97 @@ def usable_plan(
 
 
 def isolated(message: Message) -> Message:
-    """Return a message whose records its receiver may change.
+    """Return a message whose records its receiver may change, and the metadata."""
+    fresh = _flower.message_of(copied(message.content), copy.copy(message.metadata))
+    fresh.metadata.delivered_at = datetime.now(UTC).isoformat()
+    return fresh
 
-    So may it change the metadata. Array data are immutable bytes (or vectors that
-    nobody changes in place), so the big part is shared.
+
+def expires(message: Message) -> float:
+    """Return when a message expires, in seconds since 1970, as ``time.time()``."""
+    return message.metadata.created_at + message.metadata.ttl
+
+
+def expired(message: Message) -> Message:
+    """Return Flower's reply to a message that was not answered before it expired."""
+    code = _flower.MESSAGE_UNAVAILABLE
+    reply = Message(Error(code, _flower.NO_REPLY[code]), reply_to=message)
+    return numbered(reply)
+
+
+def numbered(reply: Message) -> Message:
+    """Give a reply an id, and say that it has been delivered."""
+    _flower.set_message_id(reply, str(uuid.uuid4()))
+    reply.metadata.delivered_at = datetime.now(UTC).isoformat()
+    return reply
+
+
+def copied(content: RecordDict) -> RecordDict:
+    """Return records that may be changed without the originals.
+
+    Array data are immutable bytes (or vectors that nobody changes in place), so the
+    big part is shared.
     """
-    content = RecordDict()
-    for name, record in message.content.items():
+    result = RecordDict()
+    for name, record in content.items():
         if isinstance(record, MetricRecord | ConfigRecord):
             fresh = type(record)()
             for key, value in record.items():
                 fresh[key] = list(value) if isinstance(value, list) else value  # type: ignore[assignment]
-            content[name] = fresh
+            result[name] = fresh
         else:
-            content[name] = record.copy()
-    return _flower.message_of(content, copy.copy(message.metadata))
+            result[name] = record.copy()
+    return result
 
 
-def execute(client_app: ClientApp, message: Message, context: Context) -> Message:
-    """Let a client handle a message; an exception becomes Flower's error reply."""
+def execute(
+    client_app: ClientApp,
+    message: Message,
+    context: Context,
+    begin: tuple[int, int] | None = None,
+) -> Message:
+    """Let a client handle a message; an exception becomes Flower's error reply.
+
+    As on Flower, what it has changed of its state is kept unless it raises, and what
+    it has changed of its configuration never is.
+
+    Parameters
+    ----------
+    client_app : ClientApp
+        The app.
+    message : Message
+        What the client receives.
+    context : Context
+        The client's.
+    begin : tuple[int, int], optional
+        For an app that is not ours: the run's seed and which of the client's messages
+        this is. The process's generators begin there, and what the client does to the
+        process is undone.
+    """
+    if expires(message) <= time.time():
+        return expired(message)
+    client = SimulationGrid.client_of(message.metadata.dst_node_id)
+    state = copied(context.state)
+    configs = dict(context.run_config), dict(context.node_config)
     try:
-        reply = client_app(isolated(message), context)
+        with contextlib.ExitStack() as around:
+            if begin is not None:
+                seed, nth = begin
+                around.enter_context(undone())
+                around.enter_context(prefixed(f"(client {client}) "))
+                seed_generators(seed, client, nth)
+            reply = client_app(isolated(message), context)
         if not isinstance(reply, Message):
             raise TypeError(
                 f"the ClientApp returned {type(reply).__name__}, not a Message"
             )
     except (Exception, SystemExit) as error:  # On a device only its process would end.
-        client = SimulationGrid.client_of(message.metadata.dst_node_id)
+        context.state = state
         reason = describe_failure(client, message.metadata.message_type, error)
         reply = Message(
             Error(code=_flower.CLIENT_APP_RAISED_EXCEPTION, reason=reason),
             reply_to=message,
         )
-    return reply
+    finally:
+        context.run_config, context.node_config = configs
+    return numbered(reply)

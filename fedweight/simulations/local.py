@@ -5,6 +5,7 @@ No Ray, no daemon, no start-up: a debugger stops where it should.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,13 @@ from ..messages import keys
 from ..messages.dispatch import Answers, Cohort, Gathered, Replies, Reply
 from .allocator import keep_freed_memory
 from .grid import (
+    Addressed,
+    Nodes,
     RunConfig,
     SimulationGrid,
     answers_cohort,
     execute,
-    make_context,
+    is_stranger,
     usable_plan,
 )
 from .plan import Plan, sizes_of
@@ -59,6 +62,8 @@ class LocalGrid(SimulationGrid):
         take long enough to gain from it, else one. It never changes the result.
     plan : Plan, optional
         How our own app trains clients; one after another by default.
+    **nodes
+        The other parameters of :class:`~fedweight.simulations.grid.Nodes`.
     """
 
     def __init__(
@@ -69,18 +74,21 @@ class LocalGrid(SimulationGrid):
         *,
         threads: int | None = None,
         plan: Plan | None = None,
+        **nodes: Any,
     ) -> None:
-        super().__init__(num_clients)
+        super().__init__(Nodes(num_clients, dict(run_config or {}), **nodes))
         if threads is not None:
             check_range("threads", threads, 1)
         self.client_app = client_app
-        self.run_config = dict(run_config or {})
+        self._stranger = is_stranger(client_app)
         self.threads = threads if self._safe else 1
         self.plan = plan or Plan()
         self.contexts: dict[int, Context] = {}
         self._lent = self.store if any(self.kept_tables.values()) else None
         self._replies: dict[str, Message] = {}
         self._pool: ThreadPoolExecutor | None = None
+        # What has not said that it may run in threads runs alone, whoever calls.
+        self._alone = threading.Lock()
         keep_freed_memory()
         # What a trial takes is not taken from the first cohort's time.
         usable_plan(self.plan, client_app, num_clients, self.run_config)
@@ -88,9 +96,7 @@ class LocalGrid(SimulationGrid):
     def context(self, client: int) -> Context:
         """Return a client's context, which keeps its state between messages."""
         if client not in self.contexts:
-            self.contexts[client] = make_context(
-                client, self.num_clients, self.run_config, self._lent
-            )
+            self.contexts[client] = self.nodes.context(client, self._lent)
         return self.contexts[client]
 
     def client_states(self) -> dict[int, RecordDict]:  # noqa: D102
@@ -103,14 +109,16 @@ class LocalGrid(SimulationGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let the clients handle the messages, now; return the messages' ids."""
         batch = self._addressed(messages)
-        for message, reply in zip(batch, self._handle(batch, None), strict=True):
-            self._replies[message.metadata.message_id] = reply
-        return [message.metadata.message_id for message in batch]
+        ids = [message.metadata.message_id for message, _ in batch]
+        self._replies |= zip(ids, self._handle(batch, None), strict=True)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to some messages, each once."""
         known = [i for i in message_ids if i in self._replies]
-        return [self._replies.pop(i) for i in known]
+        replies = [self._replies.pop(i) for i in known]
+        self.seen.replied(replies)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -123,7 +131,9 @@ class LocalGrid(SimulationGrid):
         if answers_cohort(messages, self.client_app):
             answers = [self._answer(part, deadline) for part in messages.parts()]
             return Replies.joined(messages, answers)
-        return list(self._handle(self._addressed(messages), deadline))
+        replies = list(self._handle(self._addressed(messages), deadline))
+        self.seen.replied(replies)
+        return replies
 
     def _answer(self, cohort: Cohort, deadline: float | None) -> Replies:
         """Let our own app handle a cohort, a list of clients at a time."""
@@ -168,24 +178,32 @@ class LocalGrid(SimulationGrid):
         return num_cores() if self._safe and pays else 1
 
     def _handle(
-        self, messages: Sequence[Message], deadline: float | None
+        self, batch: Sequence[Addressed], deadline: float | None
     ) -> Iterator[Message]:
         """Let any app handle messages, one after another; yield the replies."""
-        jobs = [partial(self._execute, message) for message in messages]
+        if self._stranger:
+            # No time limit: a debugger may stop in any of them.
+            for addressed in batch:
+                with self._alone, as_in_a_new_thread(), one_thread():
+                    reply = self._execute(*addressed)
+                yield reply
+            return
+        jobs = [partial(self._execute, *addressed) for addressed in batch]
         if self.threads is None and jobs and not _is_over(deadline):
             began = time.monotonic()
             yield from self._do([jobs.pop(0)], deadline)
             slow = time.monotonic() - began > WORTH_A_THREAD * STEPS_OF_A_CLIENT
             self.threads = num_cores() if self._safe and slow else 1
-        different = len({m.metadata.dst_node_id for m in messages}) == len(messages)
+        different = len({m.metadata.dst_node_id for m, _ in batch}) == len(batch)
         # A client's state allows one message at a time.
         for reply in self._do(jobs, deadline, threads=None if different else 1):
             yield reply
             self.store.relieve()
 
-    def _execute(self, message: Message) -> Message:
+    def _execute(self, message: Message, nth: int) -> Message:
         context = self._context_of(message.metadata.dst_node_id)
-        return execute(self.client_app, message, context)
+        begin = (self.nodes.seed, nth) if self._stranger else None
+        return execute(self.client_app, message, context, begin)
 
     def _context_of(self, node: int) -> Context:
         return self.context(self.client_of(node))

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedweight.messages import _flower
-from fedweight.simulations.grid import SimulationGrid
+from fedweight.simulations.grid import SimulationGrid, is_stranger
 from fedweight.simulations.local import LocalGrid
 
 
@@ -58,6 +59,24 @@ def session_grids(ray_session: Any) -> Iterator[list[Any]]:
         grid.close()
 
 
+@pytest.fixture(scope="session")
+def session_processes() -> Iterator[Any]:
+    from fedweight.simulations.workers.grid import ProcessGrid
+
+    grid = ProcessGrid(ClientApp(), 1, workers=2)
+    yield grid
+    grid.close()
+
+
+@pytest.fixture
+def processes(session_processes: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Give the grid of two processes; ``load`` an app before use."""
+    # They need not find the test modules either.
+    cloudpickle.register_pickle_by_value(request.module)
+    yield session_processes
+    cloudpickle.unregister_pickle_by_value(request.module)
+
+
 @pytest.fixture
 def ray_grids(
     ray_session: Any, session_grids: list[Any], request: pytest.FixtureRequest
@@ -77,7 +96,7 @@ def ray_grid(ray_grids: list[Any]) -> Any:
 
 @pytest.fixture
 def everywhere(
-    ray_grids: list[Any],
+    ray_grids: list[Any], processes: Any
 ) -> Callable[[Callable[[SimulationGrid], Any], ClientApp, int], Any]:
     """Give a function that runs something on every grid and expects the same of all.
 
@@ -91,23 +110,40 @@ def everywhere(
         run_config: dict[str, Any] | None = None,
     ) -> Any:
         local = what(LocalGrid(client_app, num_clients, run_config))
-        for grid in ray_grids:
+        own = [processes] if is_stranger(client_app) else []
+        for grid in (*own, *ray_grids):
             grid.load(client_app, num_clients, run_config)
-            assert what(grid) == local, f"Ray, {grid.workers} workers"
+            assert what(grid) == local, f"{type(grid).__name__}, {grid.workers}"
         return local
 
     return play
 
 
-@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+APART = [
+    pytest.param("processes", marks=pytest.mark.processes),
+    pytest.param("ray_grid", marks=pytest.mark.ray),
+]
+
+
+@pytest.fixture(params=["local", *APART])
 def make(request: pytest.FixtureRequest) -> Callable[..., SimulationGrid]:
-    """Give a function that makes a grid, of either kind."""
+    """Give a function that makes a grid, of any kind."""
+    return _maker(request)
+
+
+@pytest.fixture(params=APART)
+def make_apart(request: pytest.FixtureRequest) -> Callable[..., SimulationGrid]:
+    """Give a function that makes a grid whose clients are in other processes."""
+    return _maker(request)
+
+
+def _maker(request: pytest.FixtureRequest) -> Callable[..., SimulationGrid]:
     if request.param == "local":
         return LocalGrid
-    grid = request.getfixturevalue("ray_grid")
+    grid = request.getfixturevalue(request.param)
 
-    def load(*arguments: Any) -> SimulationGrid:
-        grid.load(*arguments)
+    def load(*arguments: Any, **nodes: Any) -> SimulationGrid:
+        grid.load(*arguments, **nodes)
         return grid
 
     return load

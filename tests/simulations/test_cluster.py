@@ -107,7 +107,7 @@ identity.__enter__()
 
 grid = RayGrid(app, CLIENTS, address=cluster.address)
 found["workers"] = grid.workers
-found["nodes"] = len(set(grid._pool.actors.places))
+found["nodes"] = len(set(grid._pool.crew.places))
 found["same"] = {
     name: play(grid, make()) == play(LocalGrid(app, CLIENTS), make())
     for name, make in strategies.items()

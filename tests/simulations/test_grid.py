@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from fedweight.core.errors import ConfigurationError, EngineError
 from fedweight.core.layout import FlatModel, Layout
 from fedweight.messages import _flower
 from fedweight.messages.arrays import FlatRecord
+from fedweight.messages.dispatch import Cohort
 from fedweight.simulations.grid import (
     FIRST_NODE,
     SimulationGrid,
@@ -89,11 +91,52 @@ def test_reply_names_the_message_that_it_answers(make: Make, write: Any) -> None
     assert len(set(ids)) == 2
 
 
-def test_node_that_does_not_exist(make: Make) -> None:
+def test_node_that_does_not_exist(
+    make: Make, write: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     grid = make(app_of(number), 3)
-    message = Message(RecordDict(), 1003, "train")
+    messages = [Message(RecordDict(), 1003, "train"), write(grid, 1)]
+    assert clients_of(grid.send_and_receive(messages)) == [1]
+    assert len(list(grid.push_messages([messages[0]]))) == 0
+    assert "node 1003, which does not exist" in caplog.text
+    cohort = Cohort(RecordDict(), [1003], "train")
     with pytest.raises(EngineError, match=r"node 1003.*gives 1000 to 1002"):
-        grid.send_and_receive([message])
+        grid._checked_client(cohort.nodes[0])
+
+
+def test_ids_and_times_as_flowers(make: Make, write: Any) -> None:
+    def train(message: Message, context: Context) -> Message:
+        assert message.metadata.delivered_at
+        assert message.metadata.run_id == context.run_id
+        return answer(message, node=context.node_id)
+
+    grid = make(app_of(train), 2)
+    with _flower.task_identity(grid.run.run_id):
+        messages = [write(grid, k) for k in range(2)]
+        replies = list(grid.send_and_receive(messages))
+    assert [r.error.reason for r in replies if r.has_error()] == []
+    names = [m.metadata.message_id for m in [*messages, *replies]]
+    assert len(set(names)) == 4
+    assert all(len(name) == 36 for name in names)
+    assert all(r.metadata.delivered_at for r in replies)
+    assert grid.run.run_id != LocalGrid(app_of(train), 1).run.run_id
+
+
+def test_a_message_that_expires(make_apart: Make, write: Any) -> None:
+    grid = make_apart(app_of(sleep), 2)
+    messages = [write(grid, k, seconds=1.2 * k) for k in range(2)]
+    for message in messages:
+        message.metadata.ttl = 0.6
+    began = time.perf_counter()
+    replies = list(grid.send_and_receive(messages, timeout=20))
+    assert time.perf_counter() - began < 1.1
+    assert [r.has_error() for r in replies] == [False, True]
+    assert replies[1].error.code == _flower.MESSAGE_UNAVAILABLE
+    pushed = write(grid, 0)
+    pushed.metadata.ttl = 1e-6
+    time.sleep(0.01)
+    (reply,) = grid.send_and_receive([pushed])
+    assert reply.error.code == _flower.MESSAGE_UNAVAILABLE
 
 
 def test_a_million_clients(make: Make, write: Any) -> None:
@@ -203,7 +246,7 @@ def test_state_lasts_from_message_to_message(make: Make, write: Any) -> None:
         assert [r.content["metrics"]["count"] for r in replies] == [count] * 8
 
 
-def test_state_is_kept_when_a_client_raises_and_can_be_emptied(
+def test_state_is_as_before_when_a_client_raises_and_can_be_emptied(
     make: Make, write: Any
 ) -> None:
     def train(message: Message, context: Context) -> Message:
@@ -222,7 +265,7 @@ def test_state_is_kept_when_a_client_raises_and_can_be_emptied(
     for what in ("raise", "write", "empty", "write"):
         (reply,) = grid.send_and_receive([write(grid, 0, do=what)])
         found.append(None if reply.has_error() else reply.content["metrics"]["found"])
-    assert found == [None, 1, 1, 0]
+    assert found == [None, 0, 1, 0]
 
 
 def test_messages_to_one_client_are_handled_in_order(make: Make, write: Any) -> None:
@@ -285,7 +328,7 @@ def test_server_may_change_what_it_has_pushed(make: Make, write: Any) -> None:
 
 
 def test_what_has_not_begun_at_the_timeout_never_does(
-    make: Make, write: Any, tmp_path: Path
+    make_apart: Make, write: Any, tmp_path: Path
 ) -> None:
     def train(message: Message, context: Context) -> Message:
         client = context.node_config["partition-id"]
@@ -293,7 +336,7 @@ def test_what_has_not_begun_at_the_timeout_never_does(
         time.sleep(0.3)
         return answer(message, client=client)
 
-    grid = make(app_of(train), 12)
+    grid = make_apart(app_of(train), 12)
     messages = [write(grid, k) for k in range(10)]
     replies = list(grid.send_and_receive(messages, timeout=0.5))
     assert 1 <= len(replies) < 10
@@ -301,6 +344,77 @@ def test_what_has_not_begun_at_the_timeout_never_does(
     (reply,) = grid.send_and_receive([write(grid, 11)])
     assert clients_of([reply]) == [11]
     assert len(list(tmp_path.iterdir())) < 8
+
+
+def sleep(message: Message, context: Context) -> Message:
+    config = message.content["config"]
+    time.sleep(config.get("seconds", 0))
+    client = context.node_config["partition-id"]
+    calls = context.state.get("past", MetricRecord({"calls": 0}))["calls"] + 1
+    context.state["past"] = MetricRecord({"calls": calls})
+    return answer(message, client=client, tag=config.get("tag", 0), calls=calls)
+
+
+def of(replies: Any, name: str) -> list[Any]:
+    return [reply.content["metrics"][name] for reply in replies]
+
+
+def test_push_returns_at_once_and_replies_come_as_they_are_there(
+    make_apart: Make, write: Any
+) -> None:
+    grid = make_apart(app_of(sleep), 4)
+    began = time.perf_counter()
+    messages = [write(grid, k, seconds=0.8 * (k == 0)) for k in range(4)]
+    ids = grid.push_messages(messages)
+    assert list(grid.pull_messages(ids)) == []
+    assert time.perf_counter() - began < 0.3
+    found: list[int] = []
+    while len(found) < 3:
+        found += of(grid.pull_messages(ids), "client")
+        time.sleep(0.01)
+    assert sorted(found) == [1, 2, 3]
+    assert time.perf_counter() - began < 0.8
+
+
+def test_nobody_is_lost_with_a_slow_one(make_apart: Make, write: Any) -> None:
+    grid = make_apart(app_of(sleep), 8)
+    for _ in range(2):  # It is known by now that they are quick.
+        grid.send_and_receive([write(grid, k) for k in range(8)])
+    late = [write(grid, k, tag=1, seconds=1.6 * (k == 2)) for k in range(8)]
+    began = time.perf_counter()
+    replies = list(grid.send_and_receive(late, timeout=0.8))
+    assert time.perf_counter() - began < 1.5
+    assert of(replies, "client") == [0, 1, 3, 4, 5, 6, 7]
+    # The late client and its worker are there for the next round; what it replied late
+    # never comes, and what it did to its state stays.
+    messages = [write(grid, k, tag=2) for k in range(8)]
+    replies = list(grid.send_and_receive(messages, timeout=20))
+    assert of(replies, "tag") == [2] * 8
+    assert of(replies, "calls") == [4] * 8
+    assert list(grid.pull_messages([m.metadata.message_id for m in late])) == []
+
+
+def test_a_client_that_ends_its_process_takes_nobody_with_it(
+    make_apart: Make, write: Any
+) -> None:
+    def train(message: Message, context: Context) -> Message:
+        calls = context.state.get("past", MetricRecord({"calls": 0}))["calls"] + 1
+        context.state["past"] = MetricRecord({"calls": calls})
+        if context.node_config["partition-id"] == 1 and calls == 2:
+            os._exit(3)
+        return answer(message, calls=calls)
+
+    grid = make_apart(app_of(train), 4)
+    for expected in (1, 2, 3):
+        replies = list(grid.send_and_receive([write(grid, k) for k in range(4)]))
+        failed = [k for k, reply in enumerate(replies) if reply.has_error()]
+        assert failed == ([1] if expected > 1 else [])
+        assert of([r for r in replies if not r.has_error()], "calls") == [expected] * (
+            4 - len(failed)
+        )
+    assert replies[1].error.reason.startswith(
+        "client 1, train: its worker process died: "
+    )
 
 
 def test_torch_has_one_thread(make: Make, write: Any) -> None:
@@ -317,7 +431,7 @@ def test_torch_has_one_thread(make: Make, write: Any) -> None:
 
 def test_flowers_older_names() -> None:
     grid = LocalGrid(app_of(number), 3)
-    assert grid.run.run_id == 0
+    assert grid.run.run_id > 0
     grid.set_run(_flower.empty_run(7))
     assert grid.run.run_id == 7
     message = grid.create_message(RecordDict(), "train", 1001, "group")

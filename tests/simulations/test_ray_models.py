@@ -343,7 +343,7 @@ def test_lists_are_taken_in_order(
     ray_grid: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A first list that takes longest holds the others back, and no more than that."""
-    from fedweight.simulations.ray.jobs import CohortBatch
+    from fedweight.simulations.workers.jobs import CohortBatch
 
     held: list[int] = []
     take = CohortBatch.take
@@ -482,7 +482,7 @@ def test_models_outlive_their_worker(who: str, read: Any, ray_session: Any) -> N
     try:
         method = IDA()
         replies = replies_of(grid, method)
-        ray_session.kill(grid._pool.actors.handles[0])
+        ray_session.kill(grid._pool.crew.handles[0])
         arrays, _ = method.aggregate_train(1, replies)
         assert method.history[-1].status == "ok", method.history[-1].reason
         expected = IDA()

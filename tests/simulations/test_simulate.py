@@ -33,8 +33,8 @@ def main(grid: Grid, context: Context) -> None:
 
 def test_local() -> None:
     context = simulate(
-        server_app, client_app, num_clients=3, run_config={"value": 7}, engine="local"
-    )
+        server_app, client_app, num_clients=3, run_config={"value": 7}, isolation="none"
+    ).context
     assert context.state["result"] == {"values": [7, 7, 7]}
     assert context.run_config == {"value": 7}
 
@@ -45,7 +45,7 @@ def test_ray(ray_grids: list[Any]) -> None:
     context = simulate(
         server_app, client_app, num_clients=3, run_config={"value": 7}, workers=1,
         engine="ray",
-    )  # fmt: skip
+    ).context  # fmt: skip
     assert context.state["result"] == {"values": [7, 7, 7]}
     ray_grids[0].load(client_app, 2, {"value": 8})
     replies = ray_grids[0].send_and_receive(
@@ -62,7 +62,7 @@ def test_error_of_the_server_reaches_the_caller() -> None:
         raise RuntimeError("as planned")
 
     with pytest.raises(RuntimeError, match="as planned"):
-        simulate(app, client_app, num_clients=2)
+        simulate(app, client_app, num_clients=2, isolation="none")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,19 @@ def test_auto(
         ({"plan": 5}, r"plan must be a Plan or its name, .* got 5"),
         ({"plan": "fast"}, r"engine\.plan must be 'auto', .* got 'fast'"),
         ({"engine": "local", "address": "a:1"}, "address is 'a:1', .* is 'local'"),
-        ({"engine": "local", "workers": 2}, "workers is 2, .* is 'local'"),
+        (
+            {"engine": "local", "workers": 2, "isolation": "none"},
+            "workers is 2, .* is 'local'",
+        ),
+        ({"isolation": "some"}, "isolation must be one of"),
+        ({"isolation": "none", "engine": "ray"}, "isolation is 'none', .* is Ray"),
+        ({"num_supernodes": 2}, "give the number of clients once"),
+        ({"num_clients": None}, "give the number of clients once"),
+        ({"run_config": {"a": [1]}}, r"run_config has .* got 'a' = \[1\]"),
+        ({"node_config": {1: {"a": None}}}, "node_config of client 1 has"),
+        ({"backend_config": {"more": {}}}, "a key of backend_config must be one of"),
+        ({"backend_name": "dask"}, "backend_name must be one of"),
+        ({"seed": -1}, r"seed must be in \[0, inf\), got -1"),
         ({"engine": "local", "gpus_per_worker": 1}, "gpus_per_worker is 1, .* 'local'"),
     ],
 )
@@ -125,13 +137,13 @@ def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_plan_may_be_named(plan: Plan | str | None, used: Plan) -> None:
-    with make_grid(client_app, 2, plan=plan) as grid:
+    with make_grid(client_app, 2, plan=plan, isolation="none") as grid:
         assert isinstance(grid, LocalGrid)
         assert grid.plan == used
 
 
 def test_grid_for_the_time_of_a_block() -> None:
-    with make_grid(client_app, 2, {"value": 1}) as grid:
+    with make_grid(client_app, 2, {"value": 1}, isolation="none") as grid:
         assert isinstance(grid, LocalGrid)
         (reply,) = grid.send_and_receive([Message(RecordDict(), 1000, "train")])
     assert reply.content["metrics"]["value"] == 1

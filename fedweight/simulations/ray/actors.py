@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import ray
 from flwr.clientapp import ClientApp
@@ -16,29 +17,34 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...core.client_store import ClientRows
 from ...core.errors import EngineError
-from ..grid import RunConfig
-from .jobs import Job
-from .worker import Answer, Worker
+from ..grid import Nodes
+from ..isolation import prefix_output
+from ..workers.jobs import Job
+from ..workers.pool import Crew, Sent
+from ..workers.worker import Answer, Side, Worker
+from .rows import LOST, Shard
 
 # Seconds to wait for the workers; a cluster where others work may have no room.
 START_TIMEOUT = 120.0
 
 
-class Sent(NamedTuple):
-    """What came back of a list."""
+class RayWorker(Worker):
+    """A worker that is a Ray actor."""
 
-    answers: list[Answer]
-    rows: list[Any]  # references to the models, for each share that keeps them
-    states: list[Any]  # references, for each client that keeps one
-    written: Mapping[str, ClientRows]  # what clients keep in the store
+    def prepare(self, paths: Sequence[str], argv: Sequence[str]) -> None:
+        """Find modules where the driver does, too, before an app is sent."""
+        sys.path += [path for path in paths if path not in sys.path]
+        sys.argv = list(argv)
+        prefix_output()
+
+    def load(self, app: ClientApp, nodes: Nodes) -> str:
+        """Take over an app; return the Ray node that this process is on."""
+        super().load(app, nodes)
+        return str(ray.get_runtime_context().get_node_id())
 
 
-class Actors:
-    """The workers, each in a slot, which another takes over when it is lost.
-
-    It has no lock of its own. The pool calls :meth:`on` and :meth:`replace` with its
-    lock, and without it what waits for workers: :meth:`load`, :meth:`send` and
-    :meth:`kill`.
+class Actors(Crew):
+    """The workers as Ray actors; a slot is gone where its Ray node is.
 
     Parameters
     ----------
@@ -46,20 +52,13 @@ class Actors:
         How many; Ray runs already.
     options : dict
         What each asks Ray for.
-
-    Attributes
-    ----------
-    handles : list
-        The actor in each slot.
-    places : list[str]
-        The Ray node of each.
-    gone : set[int]
-        Slots whose node is gone.
     """
+
+    LOST = LOST
 
     def __init__(self, count: int, options: dict[str, Any]) -> None:
         self._options = {"max_restarts": 0, **options}
-        actor = cast(Any, ray.remote(Worker)).options(**self._options)
+        actor = cast(Any, ray.remote(RayWorker)).options(**self._options)
         self.handles: list[Any] = [actor.remote() for _ in range(count)]
         self.places: list[str] = [""] * count
         self.gone: set[int] = set()
@@ -69,24 +68,26 @@ class Actors:
         """The slots whose node is there."""
         return [slot for slot in range(len(self.handles)) if slot not in self.gone]
 
-    @property
-    def num_left(self) -> int:
-        """How many workers there are, without those whose node is gone."""
-        return len(self.handles) - len(self.gone)
+    def put(self, value: Any) -> Any:
+        """Put a value into Ray's shared memory; return a reference."""
+        return ray.put(value)
 
-    def load(
-        self,
-        slots: Sequence[int],
-        app: ClientApp,
-        num_clients: int,
-        run_config: RunConfig,
-    ) -> None:
+    def get(self, references: Sequence[Any]) -> list[Any]:
+        """Return the values that references stand for."""
+        values: list[Any] = ray.get(list(references))
+        return values
+
+    def shard(self, rows: Any, place: str, side: Side) -> Shard:
+        """Return what a share's models are, which stay on their Ray node."""
+        return Shard(rows, place, side)
+
+    def load(self, slots: Sequence[int], app: ClientApp, nodes: Nodes) -> None:
         """Send an app to the workers in some slots and wait until they have it."""
         try:
-            self._app = (ray.put(app), num_clients, run_config)
+            self._app = (ray.put(app), nodes)
         except Exception as error:
             raise EngineError(_unshippable(app, error)) from error
-        loaded = [self.handles[slot].load.remote(*self._app) for slot in slots]
+        loaded = [self._start(self.handles[slot]) for slot in slots]
         ready, late = ray.wait(loaded, num_returns=len(loaded), timeout=START_TIMEOUT)
         if late:
             raise EngineError(
@@ -103,6 +104,11 @@ class Actors:
             ) from error
         for slot, place in zip(slots, places, strict=True):
             self.places[slot] = place
+
+    def _start(self, worker: Any) -> Any:
+        """Send the app to a worker; return what stands for where it is."""
+        worker.prepare.remote(list(filter(None, sys.path)), sys.argv)
+        return worker.load.remote(*self._app)
 
     def send(
         self,
@@ -143,10 +149,6 @@ class Actors:
         ray.get(done)  # Raises whatever went wrong.
         return Sent(answers, rows, references, written)
 
-    def on(self, place: str) -> list[Any]:
-        """Return the workers on a Ray node."""
-        return [self.handles[slot] for slot in self.slots if self.places[slot] == place]
-
     def replace(self, lost: Any) -> None:
         """Start a worker anew where it was; give it up if its node is gone."""
         if lost not in self.handles:
@@ -160,9 +162,9 @@ class Actors:
                 raise EngineError("the Ray nodes of all workers are gone.")
             return
         here = NodeAffinitySchedulingStrategy(place, soft=False)
-        actor = cast(Any, ray.remote(Worker))
+        actor = cast(Any, ray.remote(RayWorker))
         worker = actor.options(**self._options, scheduling_strategy=here).remote()
-        worker.load.remote(*self._app)
+        self._start(worker)
         self.handles[slot] = worker
 
     def kill(self) -> None:

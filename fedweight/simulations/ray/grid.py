@@ -23,19 +23,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import ray
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from ...core.client_store import ClientStore
 from ...core.errors import ConfigurationError, EngineError, check_range
 from ...core.signals import own_handlers
 from ...core.threads import one_thread
 from ...messages.dispatch import Cohort, Gathered, Replies
-from ..grid import RunConfig, SimulationGrid, answers_cohort, usable_plan
+from ..grid import Nodes, RunConfig, answers_cohort, usable_plan
+from ..isolation import set_for_a_while
 from ..plan import Plan, sizes_of
+from ..workers.grid import PooledGrid
+from ..workers.jobs import CohortBatch
+from ..workers.pool import Pool
 from . import watch
-from .jobs import CohortBatch
-from .pool import Pool
+from .actors import Actors
 from .rows import ShardedModels
 
 log = logging.getLogger("fedweight")
@@ -46,7 +48,7 @@ NAMESPACE = "fedweight"
 MARK = "FEDWEIGHT_RAY_"
 
 
-class RayGrid(SimulationGrid):
+class RayGrid(PooledGrid):
     """Simulated clients in Ray worker processes.
 
     A Ray that is initialised already is used, and left running by :meth:`close`.
@@ -70,6 +72,8 @@ class RayGrid(SimulationGrid):
         A running Ray cluster to join; ``"auto"`` finds one on this machine.
     plan : Plan, optional
         How our own app trains clients; one after another by default.
+    **nodes
+        The other parameters of :class:`~fedweight.simulations.grid.Nodes`.
 
     Raises
     ------
@@ -87,15 +91,16 @@ class RayGrid(SimulationGrid):
         gpus_per_worker: float = 0.0,
         address: str | None = None,
         plan: Plan | None = None,
+        **nodes: Any,
     ) -> None:
-        super().__init__(num_clients)
+        of_run = Nodes(num_clients, dict(run_config or {}), **nodes)
         self.plan = plan or Plan()
         if workers is not None:
             check_range("workers", workers, 1)
         check_range("gpus_per_worker", gpus_per_worker, 0)
         ours = _start_ray(workers, address)
         try:
-            self._pool = Pool(*_resources(workers, gpus_per_worker))
+            self._pool = Pool(Actors(*_resources(workers, gpus_per_worker)))
         except BaseException:
             ours.close()
             raise
@@ -105,83 +110,29 @@ class RayGrid(SimulationGrid):
         self._guard.atexit = False
         atexit.register(self._guard)
         try:
-            self.load(client_app, num_clients, run_config)
+            self._load(client_app, of_run)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def workers(self) -> int:
-        """How many worker processes there are."""
-        return len(self._pool.actors.handles)
-
-    def load(
-        self,
-        client_app: ClientApp,
-        num_clients: int,
-        run_config: RunConfig | None = None,
-    ) -> None:
-        """Begin anew with another app on the same workers, as a new grid would.
-
-        Clients that are being handled are waited for, their replies and all clients'
-        states are forgotten.
-        """
-        check_range("num_clients", num_clients, 1)
+    def _load(self, client_app: ClientApp, nodes: Nodes) -> None:
         # What a trial finds out here, and its warning, is not needed from each worker.
-        usable_plan(self.plan, client_app, num_clients, run_config or {})
-        self.store = ClientStore()
-        self.client_app = client_app
-        self._pool.load(
-            client_app,
-            num_clients,
-            dict(run_config or {}),
-            self.store,
-            self.kept_tables,
-        )
-        self.num_clients = num_clients
-        self.run_config = dict(run_config or {})
-
-    def client_states(self) -> dict[int, RecordDict]:  # noqa: D102
-        return self._pool.client_states()
-
-    def restore_clients(self, states: Mapping[int, RecordDict]) -> None:  # noqa: D102
-        self._pool.restore_clients(states)
+        usable_plan(self.plan, client_app, nodes.num_clients, nodes.run_config)
+        super()._load(client_app, nodes)
 
     def close(self) -> None:
         """Stop the workers, and Ray too if the grid started it."""
         self._guard()
         atexit.unregister(self._guard)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages to the clients; return the messages' ids at once."""
-        batch = self._addressed(messages)
-        self._pool.push(batch)
-        return [message.metadata.message_id for message in batch]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies to some messages that are there by now, each once."""
-        return self._pool.pull(message_ids)
-
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Let the clients handle the messages; return the replies in their order.
-
-        What is not there after ``timeout`` seconds is missing. Clients that have not
-        begun by then never do; what the others reply is dropped, but their states
-        are kept.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        """Let the clients handle the messages; return the replies in their order."""
         if answers_cohort(messages, self.client_app):
+            deadline = None if timeout is None else time.monotonic() + timeout
             return Replies.joined(messages, self._answer(messages.parts(), deadline))
-        batch = self._addressed(messages)
-        pushed = self._pool.push(batch)
-        try:
-            self._pool.wait(pushed, deadline)
-        finally:
-            replies = self._pool.finish(pushed, batch)
-        self.store.relieve()
-        return replies
+        return super().send_and_receive(messages, timeout=timeout)
 
     def _answer(self, parts: Sequence[Cohort], deadline: float | None) -> list[Replies]:
         """Let our own app handle a cohort's parts, a list of clients at a time."""
@@ -337,15 +288,9 @@ def _check_address(address: str) -> None:
 @contextlib.contextmanager
 def _quiet(settings: Mapping[str, str]) -> Iterator[None]:
     """Keep Ray from hints, and start it with some settings in the environment."""
-    added = [name for name in settings if name not in os.environ]
-    os.environ.update({name: settings[name] for name in added})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    with set_for_a_while(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _resources(

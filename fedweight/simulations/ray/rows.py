@@ -26,7 +26,7 @@ from ...core.local_models import LocalModels, members
 from ...core.updates import Accumulate, StackedUpdates, Updates
 from ...messages.arrays import flatten
 from ...messages.dispatch import Cohort, Reply
-from .worker import Place, Side, Value, as_array
+from ..workers.worker import Place, Side, Value, as_array
 
 # The server maps the rows of its own node into its memory where they fill at most this
 # share of the node's store: what is mapped cannot be moved to disk.

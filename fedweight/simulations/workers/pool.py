@@ -1,26 +1,26 @@
-"""The Ray workers, and the jobs that wait for them.
+"""The workers of a grid, and the jobs that wait for them.
 
 What is large travels once: the app when it is loaded, the global model when a round
-begins, both into Ray's shared memory. A worker is sent a list of jobs, never a message
-at a time. Lists are cut when a worker is free, shorter towards the end, so that all
-workers finish together.
+begins. Of our own app a worker is sent a list of jobs; lists are cut when a worker is
+free, shorter towards the end, so that all workers finish together. Any other app is
+sent a client at a time: nobody's reply waits for another client.
 
 The pool has the threads and their one lock. What it guards has none of its own: the
-jobs that wait (:mod:`.job_queue`), the workers' slots (:mod:`.actors`), the batches
+jobs that wait (:mod:`.job_queue`), the workers' slots (:class:`Crew`), the batches
 (:mod:`.jobs`), and the replies until somebody takes them.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import ray
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
@@ -29,15 +29,84 @@ from ...core.errors import ClientError, EngineError, describe_failure
 from ...core.local_models import ModelSum
 from ...messages import _flower
 from ...messages.dispatch import Answers, Cohort
-from ..grid import RunConfig
-from .actors import Actors, Sent
+from ..grid import Addressed, Nodes, expired, expires, numbered
 from .job_queue import JobQueue
 from .jobs import Arrived, Batch, CohortBatch, Job, jobs_of_cohort, jobs_of_messages
-from .rows import LOST, Shard
-from .worker import error_reply, unpacked
+from .worker import Answer, Side, error_reply, unpacked
 
 # Seconds for a thread to notice that its worker was killed.
 THREAD_TIMEOUT = 5.0
+
+# Seconds that a lock waits at most: it may not be asked to wait for ever.
+LONGEST_WAIT = 100_000.0
+
+
+class Sent(NamedTuple):
+    """What came back of a list."""
+
+    answers: list[Answer]
+    rows: list[Any]  # what stands for the models of each share that keeps them
+    states: list[Any]  # what stands for the state of each client that keeps one
+    written: Mapping[str, ClientRows]  # what clients keep in the store
+
+
+class Crew(Protocol):
+    """The worker processes, each in a slot, which another takes over when it is lost.
+
+    It has no lock of its own. The pool calls :meth:`replace` with its lock, and without
+    it what waits for workers: :meth:`load`, :meth:`send` and :meth:`kill`.
+
+    Attributes
+    ----------
+    LOST : tuple
+        The exceptions that say that a worker is no more.
+    handles : list
+        The worker in each slot.
+    places : list[str]
+        Where each is.
+    gone : set[int]
+        Slots that nobody can take over.
+    """
+
+    LOST: tuple[type[Exception], ...]
+    handles: list[Any]
+    places: list[str]
+    gone: set[int]
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots that have a worker."""
+
+    def put(self, value: Any) -> Any:
+        """Put a value where the workers find it; return what stands for it."""
+
+    def get(self, references: Sequence[Any]) -> list[Any]:
+        """Return the values that such references stand for."""
+
+    def load(self, slots: Sequence[int], app: ClientApp, nodes: Nodes) -> None:
+        """Send an app to the workers in some slots and wait until they have it."""
+
+    def send(
+        self,
+        worker: Any,
+        jobs: Sequence[Job],
+        known: Mapping[int, Any],
+        kept: Mapping[str, ClientRows] | None,
+    ) -> Sent:
+        """Send a list to a worker; wait for the answers.
+
+        ``known`` stands for the states that clients have, ``kept`` is what they have
+        in the store.
+        """
+
+    def shard(self, rows: Any, place: str, side: Side) -> Any:
+        """Return what a share's models are, which stay with the workers."""
+
+    def replace(self, lost: Any) -> None:
+        """Start a worker anew where it was; give it up if that cannot be."""
+
+    def kill(self) -> None:
+        """End the workers."""
 
 
 class Pool:
@@ -48,13 +117,11 @@ class Pool:
 
     Parameters
     ----------
-    count : int
-        How many workers; Ray runs already.
-    options : dict
-        What each asks Ray for.
+    crew : Crew
+        The workers.
     """
 
-    def __init__(self, count: int, options: dict[str, Any]) -> None:
+    def __init__(self, crew: Crew) -> None:
         self._lock = threading.RLock()  # A finaliser may run in any thread.
         self._work = threading.Condition(self._lock)
         self._answers = threading.Condition(self._lock)
@@ -62,16 +129,19 @@ class Pool:
         self._failure: BaseException | None = None
         self._numbers = itertools.count(1)
         self._forget()
-        self.actors = Actors(count, options)
+        self.crew = crew
         self._threads = [
             threading.Thread(target=self._serve, args=(slot,), daemon=True)
-            for slot in range(count)
+            for slot in range(len(crew.handles))
         ]
 
     def _forget(self) -> None:
         """Forget all jobs, replies and clients."""
         self._queue = JobQueue()
         self._replies: dict[str, Message] = {}
+        # Those that nobody has answered, in the order in which they expire.
+        self._open: dict[str, tuple[Message, Batch]] = {}
+        self._expiries: list[tuple[float, str]] = []
         self._states: dict[int, Any] = {}
 
     # What the grid calls.
@@ -79,8 +149,7 @@ class Pool:
     def load(
         self,
         app: ClientApp,
-        num_clients: int,
-        run_config: RunConfig,
+        nodes: Nodes,
         store: ClientStore,
         tables: Mapping[str, Sequence[str]],
     ) -> None:
@@ -97,18 +166,24 @@ class Pool:
                 self._check()
             self._forget()
             self._store, self._tables = store, dict(tables)
-            slots = self.actors.slots
-        self.actors.load(slots, app, num_clients, run_config)
+            slots = self.crew.slots
+        self.crew.load(slots, app, nodes)
         for thread in self._threads:
             if thread.ident is None:
                 thread.start()
 
-    def push(self, messages: Sequence[Message]) -> Batch:
+    def push(self, messages: Sequence[Addressed]) -> Batch:
         """Let the messages wait for the workers."""
         batch = Batch(missing=len(messages))
         with self._lock:
             self._check()
-        self._push(jobs_of_messages(messages, batch, self._numbers))
+        jobs = jobs_of_messages(messages, batch, self._numbers, self.crew.put)
+        with self._lock:
+            for message, _ in messages:
+                name = message.metadata.message_id
+                self._open[name] = message, batch
+                heapq.heappush(self._expiries, (expires(message), name))
+        self._push(jobs)
         return batch
 
     def push_cohort(
@@ -126,8 +201,8 @@ class Pool:
         batch = CohortBatch(lists)
         with self._lock:
             self._check()
-        numbers = self._numbers
-        self._push(jobs_of_cohort(cohort, lists, sizes, batched, batch, numbers))
+        numbers, put = self._numbers, self.crew.put
+        self._push(jobs_of_cohort(cohort, lists, sizes, batched, batch, numbers, put))
         return batch
 
     def _push(self, jobs: Sequence[Job]) -> None:
@@ -148,14 +223,37 @@ class Pool:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             return False
+        if self._expiries:
+            soon = max(self._expiries[0][0] - time.time(), 0.0)
+            # Longer than some days no lock waits.
+            left = min(soon if left is None else min(soon, left), LONGEST_WAIT)
         self._answers.wait(left)
+        self._expire()
         return True
 
-    def finish(self, batch: Batch, messages: Sequence[Message]) -> list[Message]:
+    def _expire(self) -> None:
+        """Answer messages that have expired, as the SuperLink does."""
+        while self._expiries and self._expiries[0][0] <= time.time():
+            _, name = heapq.heappop(self._expiries)
+            if name in self._open:
+                message, _ = self._open[name]
+                self._answer(name, expired(message))
+
+    def _answer(self, name: str, reply: Message) -> None:
+        """Take in a reply, unless there is one already."""
+        if name in self._open:
+            _, batch = self._open.pop(name)
+            batch.missing -= 1
+            if not batch.dropped:
+                self._replies[name] = reply
+
+    def finish(self, batch: Batch, messages: Sequence[Addressed]) -> list[Message]:
         """Return a batch's replies so far, and give up the others."""
         with self._lock:
             batch.dropped = True
-            return self._hand_out(m.metadata.message_id for m in messages)
+            for message, _ in messages:
+                self._open.pop(message.metadata.message_id, None)
+            return self._hand_out(m.metadata.message_id for m, _ in messages)
 
     def take(self, batch: CohortBatch, deadline: float | None) -> Iterator[Arrived]:
         """Yield what comes of a cohort, in the lists' order.
@@ -178,32 +276,34 @@ class Pool:
         """Hand out the replies that are there, once."""
         with self._lock:
             self._check()
+            self._expire()
             return self._hand_out(message_ids)
 
     def _hand_out(self, message_ids: Iterable[str]) -> list[Message]:
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
     def on(self, place: str) -> list[Any]:
-        """Return the workers on a Ray node."""
+        """Return the workers at a place."""
         with self._lock:
             self._check()
-            return self.actors.on(place)
+            crew = self.crew
+            return [crew.handles[k] for k in crew.slots if crew.places[k] == place]
 
     def lost(self, worker: Any) -> None:
         """Take note that a worker is no more; replace it if its node is there."""
         with self._lock:
             if not self._closed:
-                self.actors.replace(worker)
+                self.crew.replace(worker)
 
     def client_states(self) -> dict[int, Any]:
         """Return what clients keep between rounds, by number."""
         clients = list(self._states)
-        kept = ray.get([self._states[client] for client in clients])
+        kept = self.crew.get([self._states[client] for client in clients])
         return dict(zip(clients, kept, strict=True))
 
     def restore_clients(self, states: Mapping[int, Any]) -> None:
         """Let clients go on with what they kept in another run."""
-        self._states = {client: ray.put(state) for client, state in states.items()}
+        self._states = {k: self.crew.put(state) for k, state in states.items()}
 
     def close(self) -> None:
         """End the threads and the workers."""
@@ -211,18 +311,18 @@ class Pool:
             self._closed = True
             self._work.notify_all()
             self._answers.notify_all()
-        self.actors.kill()
+        self.crew.kill()
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(THREAD_TIMEOUT)
         self._forget()
-        self.actors.handles = []
+        self.crew.handles = []
 
     def _check(self) -> None:
         if self._closed:
-            raise EngineError("the Ray grid is closed.")
+            raise EngineError("the grid is closed.")
         if self._failure is not None:
-            raise EngineError(f"the Ray grid has failed: {self._failure}")
+            raise EngineError(f"the workers have failed: {self._failure}")
 
     # What the threads do: from lists to replies.
 
@@ -239,24 +339,24 @@ class Pool:
     def _next_list(self, slot: int) -> list[Job]:
         """Wait for work and take a worker's next list of it; empty at the end."""
         with self._lock:
-            while not self._closed and slot not in self.actors.gone:
-                jobs = self._queue.take(self.actors.num_left)
+            while not self._closed and slot not in self.crew.gone:
+                jobs = self._queue.take(len(self.crew.slots))
                 if jobs:
                     return jobs
                 self._work.wait()
             return []
 
     def _handle(self, slot: int, jobs: list[Job]) -> None:
-        worker, place = self.actors.handles[slot], self.actors.places[slot]
+        worker, place = self.crew.handles[slot], self.crew.places[slot]
         kept = self._rows_of(jobs)
         try:
-            sent = self.actors.send(worker, jobs, self._states, kept)
+            sent = self.crew.send(worker, jobs, self._states, kept)
         except Exception as error:
             if self._closed:
                 return
-            if isinstance(error, LOST):
+            if isinstance(error, self.crew.LOST):
                 self.lost(worker)
-            if slot in self.actors.gone:
+            if slot in self.crew.gone:
                 self._settle(jobs, partial(self._hand_back, jobs))
             else:
                 self._settle(jobs, partial(self._blame, jobs, error))
@@ -305,7 +405,7 @@ class Pool:
             else:
                 shard = None
                 if answer.side is not None:
-                    shard = Shard(next(rows), place, answer.side)
+                    shard = self.crew.shard(next(rows), place, answer.side)
                 self._arrive(job, answer.replies, answer.total, shard)
 
     def _hand_back(self, jobs: list[Job]) -> None:
@@ -329,27 +429,26 @@ class Pool:
                 self._queue.put_back(single)
             return
         (client,) = job.clients
-        reason = _reason(client, job.kind, error)
+        reason = self._reason(client, job.kind, error)
         if job.share is not None:
             self._arrive(job, [error_reply(client, reason)], None, None)
             return
         code = _flower.CLIENT_APP_RAISED_EXCEPTION
         self._reply(
-            job, [Message(Error(code, reason), reply_to=m) for m in job.messages]
+            job,
+            [numbered(Message(Error(code, reason), reply_to=m)) for m in job.messages],
         )
 
     def _reply(self, job: Job, replies: list[Message]) -> None:
-        job.batch.missing -= len(replies)
-        if not job.batch.dropped:
-            for message, reply in zip(job.messages, replies, strict=True):
-                self._replies[message.metadata.message_id] = reply
+        for message, reply in zip(job.messages, replies, strict=True):
+            self._answer(message.metadata.message_id, reply)
 
     def _arrive(
         self,
         job: Job,
         replies: list[tuple[Any, ...]],
         total: ModelSum | None,
-        shard: Shard | None,
+        shard: Any,
     ) -> None:
         job.batch.missing -= len(replies)
         if not job.batch.dropped:
@@ -357,10 +456,9 @@ class Pool:
             answers = Answers(unpacked(replies), total or ModelSum())
             job.batch.add(job.place, Arrived(answers, shard))
 
-
-def _reason(client: int, kind: str, error: Exception) -> str:
-    """Return why a client failed that was tried by itself."""
-    if isinstance(error, ClientError):
-        return describe_failure(client, kind, error)
-    what = "process died" if isinstance(error, LOST) else "failed"
-    return f"client {client}, {kind}: its worker {what}: {error}"
+    def _reason(self, client: int, kind: str, error: Exception) -> str:
+        """Return why a client failed that was tried by itself."""
+        if isinstance(error, ClientError):
+            return describe_failure(client, kind, error)
+        what = "process died" if isinstance(error, self.crew.LOST) else "failed"
+        return f"client {client}, {kind}: its worker {what}: {error}"

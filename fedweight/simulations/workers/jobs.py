@@ -2,27 +2,25 @@
 
 A job is a client's messages of one push, or some clients of a cohort at once; those of
 one push are a batch. An array record that is large, or that several messages have,
-goes into Ray's shared memory, and a number stands for it in the jobs.
+travels apart from the jobs, and a number stands for it in them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import ray
 from flwr.app import ArrayRecord, Message
 
 from ...messages.arrays import FlatRecord
 from ...messages.dispatch import Answers, Cohort
-from ..grid import SimulationGrid
-from .rows import Shard
+from ..grid import Addressed, SimulationGrid
 from .worker import Share, pack
 
 # An array record used by one message alone travels with it if it has at most so many
-# bytes, and through shared memory otherwise.
+# bytes, and apart otherwise.
 INLINE_BYTES = 100_000
 
 
@@ -38,7 +36,7 @@ class Arrived(NamedTuple):
     """What came of a list of a cohort's clients, or of one of them."""
 
     answers: Answers
-    shard: Shard | None
+    shard: Any  # where models stay with the workers: Ray's
 
 
 class CohortBatch(Batch):
@@ -125,35 +123,38 @@ class Job:
 
 
 def jobs_of_messages(
-    messages: Sequence[Message], batch: Batch, numbers: Iterator[int]
+    messages: Sequence[Addressed],
+    batch: Batch,
+    numbers: Iterator[int],
+    put: Callable[[Any], Any],
 ) -> list[Job]:
-    """Turn messages into jobs; put what is large or shared into shared memory.
+    """Turn messages into jobs; put what is large or shared where workers find it.
 
     ``numbers`` gives those that stand for array records.
     """
     uses: dict[int, int] = defaultdict(int)
-    for message in messages:
+    for message, _ in messages:
         for record in message.content.array_records.values():
             uses[id(record)] += 1
-    put: dict[int, tuple[int, Any]] = {}
+    apart: dict[int, tuple[int, Any]] = {}
     jobs: dict[int, Job] = {}
-    for message in messages:
+    for message, nth in messages:
         client = SimulationGrid.client_of(message.metadata.dst_node_id)
         kind = message.metadata.message_type
-        job = jobs.setdefault(client, Job(batch, (client,), kind))
+        job = jobs.setdefault(client, Job(batch, (client,), kind, alone=True))
         records: dict[str, Any] = dict(message.content.items())
         for name, record in message.content.array_records.items():
             key = id(record)
             if uses[key] == 1 and _num_bytes(record) <= INLINE_BYTES:
                 continue
-            if key not in put:
-                put[key] = next(numbers), ray.put(record)
-            number, reference = put[key]
+            if key not in apart:
+                apart[key] = next(numbers), put(record)
+            number, reference = apart[key]
             records[name] = number
             job.arrays[number] = reference
         job.messages.append(message)
         # As bytes now: the server may change its records once they are pushed.
-        job.payloads.append(pack(message, records))
+        job.payloads.append(pack(message, nth, records))
     return list(jobs.values())
 
 
@@ -164,17 +165,18 @@ def jobs_of_cohort(
     batched: bool,
     batch: CohortBatch,
     numbers: Iterator[int],
+    put: Callable[[Any], Any],
 ) -> list[Job]:
     """Turn a cohort into jobs; its array records travel once.
 
-    ``sizes`` says how much work each list is; ``numbers`` is as for
+    ``sizes`` says how much work each list is; ``numbers`` and ``put`` are as for
     :func:`jobs_of_messages`.
     """
     content: dict[str, Any] = dict(cohort.content.items())
     arrays = {}
     for name, record in cohort.content.array_records.items():
         number = next(numbers)
-        arrays[number] = ray.put(record)
+        arrays[number] = put(record)
         content[name] = number
     return [
         Job(

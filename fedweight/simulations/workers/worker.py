@@ -1,4 +1,4 @@
-"""What runs in a Ray worker process, and what travels to it and back."""
+"""What runs in a worker process, and what travels to it and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ray
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,7 +22,7 @@ from ...core.rows import Rows
 from ...messages import _flower
 from ...messages.dispatch import Cohort, Reply
 from ..allocator import keep_freed_memory
-from ..grid import FIRST_NODE, RunConfig, execute, make_context
+from ..grid import FIRST_NODE, Nodes, execute, is_stranger
 
 # Where a row lies: in which of the objects that were sent along, and where in it.
 Place = tuple[int, int]
@@ -147,12 +146,11 @@ class Worker:
         keep_freed_memory()
         self._kept: list[RecordDict] = []
 
-    def load(self, app: ClientApp, num_clients: int, run_config: RunConfig) -> str:
-        """Take over an app; return the Ray node that this process is on."""
-        self.app = app
-        self.num_clients = num_clients
-        self.run_config = run_config
-        return str(ray.get_runtime_context().get_node_id())
+    def load(self, app: ClientApp, nodes: Nodes) -> str:
+        """Take over an app; return where this process is."""
+        self.app, self.nodes = app, nodes
+        self._stranger = is_stranger(app)
+        return ""
 
     def run(
         self,
@@ -173,14 +171,14 @@ class Worker:
         kept : Mapping[str, ClientRows], optional
             What clients have in the store; nothing where they never have.
         *values
-            The array records, and then the clients' states: Ray resolves references
-            only as arguments.
+            The array records, and then the clients' states: as arguments, as Ray
+            resolves references only there.
 
         Returns
         -------
         tuple
             Answers, and what clients have written. Where shares keep models a tuple of
-            this and those of each: separate results, which Ray leaves on this node.
+            this and those of each: separate results, which Ray leaves where they are.
         """
         store = None if kept is None else ClientStore.of(kept)
         records = dict(zip(arrays, values, strict=False))
@@ -192,7 +190,7 @@ class Worker:
             began = time.perf_counter()
             contexts = {}
             for client in clients:
-                context = make_context(client, self.num_clients, self.run_config, store)
+                context = self.nodes.context(client, store)
                 if client in state_of:
                     context.state = state_of[client]
                 contexts[context.node_id] = context
@@ -206,10 +204,7 @@ class Worker:
                 replies = packed(replies)
             else:
                 (context,) = contexts.values()
-                replies = [
-                    execute(self.app, _message(payload, records), context)
-                    for payload in work
-                ]
+                replies = [self._execute(payload, records, context) for payload in work]
             of_clients = [context.state for context in contexts.values()]
             self._kept += [state for state in of_clients if len(state)]
             has_state = [len(state) > 0 for state in of_clients]
@@ -217,6 +212,14 @@ class Worker:
             answers.append(Answer(replies, seconds, has_state, total, side))
         first = answers, {} if store is None else store.written()
         return (first, *models) if models else first
+
+    def _execute(
+        self, payload: bytes, records: Mapping[int, ArrayRecord], context: Context
+    ) -> Message:
+        metadata, nth, content = pickle.loads(payload)
+        message = _flower.message_of(_filled(content, records), metadata)
+        begin = (self.nodes.seed, nth) if self._stranger else None
+        return execute(self.app, message, context, begin)
 
     def _answer(
         self,
@@ -307,14 +310,12 @@ def unpacked(replies: Sequence[tuple[Any, ...]]) -> list[Reply]:
     return [Reply(*fields) for fields in replies]
 
 
-def pack(message: Message, records: Mapping[str, Any]) -> bytes:
-    """Return a message as bytes, with numbers for records that travel apart."""
-    return pickle.dumps((message.metadata, dict(records)), 5)
+def pack(message: Message, nth: int, records: Mapping[str, Any]) -> bytes:
+    """Return a message as bytes, with numbers for records that travel apart.
 
-
-def _message(payload: bytes, records: Mapping[int, ArrayRecord]) -> Message:
-    metadata, content = pickle.loads(payload)
-    return _flower.message_of(_filled(content, records), metadata)
+    ``nth`` says which of its client's messages it is.
+    """
+    return pickle.dumps((message.metadata, nth, dict(records)), 5)
 
 
 def _filled(

@@ -1,0 +1,221 @@
+"""``fedweight app``: a Flower App's folder as it is, and on Flower's runtime, too."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import ConfigurationError, EngineError, FedweightError
+from .app_folder import (
+    NUM_SUPERNODES,
+    AppFolder,
+    backend_config,
+    read_federation,
+    read_node_config,
+    read_pairs,
+)
+from .engine import Simulated, simulate
+from .flower_runtime import OnFlower, run_on_flower
+
+# Two models agree where no value differs by more, relative to 1 or the value.
+TOLERANCE = 1e-6
+
+
+@dataclass
+class FolderRun:
+    """What came of a folder.
+
+    Attributes
+    ----------
+    ours : Simulated
+        The simulation.
+    num_clients : int
+        How many clients there were.
+    theirs : OnFlower, optional
+        The same on Flower's runtime, where that was asked for.
+    """
+
+    ours: Simulated
+    num_clients: int
+    theirs: OnFlower | None = None
+    failures: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Gather what clients failed of."""
+        told = [one for replies in self.ours.metrics.values() for one in replies]
+        self.failures = [one["error"].split("\n")[0] for one in told if "error" in one]
+
+    @property
+    def difference(self) -> float | None:
+        """The largest difference of the two models; ``None`` where there are not two.
+
+        Relative to the value where that is larger than 1; infinite where the shapes
+        differ.
+        """
+        if self.theirs is None:
+            return None
+        record = self.ours.arrays
+        mine = [] if record is None else record.to_numpy_ndarrays()
+        others = self.theirs.arrays
+        if not mine and not others:
+            return None
+        if [a.shape for a in mine] != [a.shape for a in others]:
+            return float("inf")
+        pairs = zip(mine, others, strict=True)
+        parts = [
+            np.abs(a - b) / np.maximum(1.0, np.abs(b))
+            for a, b in pairs
+            if a.size and a.dtype.kind in "fiu"
+        ]
+        return float(max((part.max() for part in parts), default=0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is printed with ``--json``."""
+        result: dict[str, Any] = {
+            "clients": self.num_clients,
+            "replies": {kind: len(own) for kind, own in self.ours.metrics.items()},
+            "failed_replies": len(self.failures),
+            "seconds": self.ours.seconds,
+            "seconds_of_app": self.ours.seconds_of_app,
+        }
+        if self.theirs is not None:
+            result["flower_seconds"] = self.theirs.seconds
+            result["flower_seconds_of_app"] = self.theirs.seconds_of_app
+            agree = self.difference is not None and self.difference <= TOLERANCE
+            finite = agree or self.difference not in (None, float("inf"))
+            result["difference"] = self.difference if finite else None
+            result["models_agree"] = agree
+        return result
+
+    def lines(self) -> list[str]:
+        """Return what is printed."""
+        replies = ", ".join(f"{k} {len(v)}" for k, v in self.ours.metrics.items())
+        result = [
+            f"clients   {self.num_clients}",
+            f"replies   {replies or 'none as messages'}",
+            f"time      {_times(self.ours)}",
+        ]
+        if self.theirs is not None:
+            whole = self.theirs.seconds / self.ours.seconds
+            app = self.theirs.seconds_of_app / self.ours.seconds_of_app
+            result += [
+                f"Flower    {_times(self.theirs)}",
+                f"faster    {whole:.1f} times, {app:.1f} times without start-up",
+                f"models    {self._agreement()}",
+            ]
+        if self.failures:
+            result.append(
+                f"warning: {len(self.failures)} replies are errors; the first: "
+                f"{self.failures[0]}"
+            )
+        return result
+
+    def _agreement(self) -> str:
+        if self.difference is None:
+            return "none was sent"
+        if self.difference <= TOLERANCE:
+            return f"agree to {TOLERANCE:g}"
+        return (
+            f"differ by up to {self.difference:.2g}, as they do where the app draws "
+            "random numbers or chooses among clients"
+        )
+
+
+def _times(run: Simulated | OnFlower) -> str:
+    return f"{run.seconds:.1f} s, {run.seconds_of_app:.1f} s without start-up"
+
+
+def run_folder(
+    folder: str | Path = ".",
+    *,
+    run_config: Sequence[str] = (),
+    federation_config: Sequence[str] = (),
+    clients: int | None = None,
+    node_config: Sequence[str] = (),
+    compare_with_flower: bool = False,
+    **options: Any,
+) -> FolderRun:
+    """Run the folder of a Flower App as ``flwr run`` would simulate it.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where its ``pyproject.toml`` is.
+    run_config, federation_config, node_config : Sequence[str]
+        ``"key=value ..."``, or the name of one TOML file: as Flower's command line
+        takes the first two, and for each client (``"0.path='a'"``).
+    clients : int, optional
+        N; by default ``num-supernodes`` of ``federation_config``, or Flower's 2.
+    compare_with_flower : bool
+        Whether to run it on Flower's runtime afterwards.
+    **options
+        Of :func:`~fedweight.simulations.simulate`.
+
+    Raises
+    ------
+    ConfigurationError
+        For what is not allowed.
+    EngineError
+        Where the ServerApp fails; the traceback is its ``__cause__``'s.
+    """
+    app = AppFolder.read(folder)
+    overrides = read_pairs(run_config, "--run-config")
+    config = app.config(run_config)
+    federation = read_federation(federation_config)
+    if clients is not None and "num-supernodes" in federation:
+        raise ConfigurationError(
+            f"clients is {clients}, but --federation-config has num-supernodes = "
+            f"{federation['num-supernodes']}. Give one of the two."
+        )
+    number = clients
+    if number is None:
+        number = federation.get("num-supernodes", NUM_SUPERNODES)
+    own = read_node_config(node_config)
+    if compare_with_flower and own:
+        raise ConfigurationError(
+            "with --node-config there is nothing to compare: Flower's simulation gives "
+            "its nodes a partition-id and nothing else."
+        )
+    server_app, client_app = app.load()
+
+    def serve(grid: Any, context: Any) -> None:
+        try:
+            server_app(grid, context)
+        except FedweightError:
+            raise
+        except SystemExit as stop:
+            if stop.code:
+                raise EngineError(f"the ServerApp ended with {stop.code!r}.") from stop
+        except Exception as error:
+            raise EngineError(
+                f"the ServerApp failed: {type(error).__name__}: {error}"
+            ) from error
+
+    ours = simulate(
+        serve,
+        client_app,
+        number,
+        backend_config=backend_config(federation),
+        verbose_logging=federation.get("verbose", False),
+        run_config=config,
+        node_config=own,
+        **options,
+    )
+    theirs = None
+    if compare_with_flower:
+        asked = {**federation, "num-supernodes": number}
+        theirs = run_on_flower(app, overrides, asked)
+    return FolderRun(ours, number, theirs)
+
+
+def trace_of(error: BaseException) -> str:
+    """Return the traceback of what made a ServerApp fail, empty if it did not."""
+    cause = error.__cause__
+    if not isinstance(error, EngineError) or cause is None:
+        return ""
+    return "".join(traceback.format_exception(cause))

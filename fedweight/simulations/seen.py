@@ -1,0 +1,50 @@
+"""What a grid sees of an app: the model that it sends, and what its clients answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+
+
+class Seen:
+    """Takes note of messages that pass through a grid.
+
+    Parameters
+    ----------
+    client_of : Callable[[int], int]
+        Gives the number of the client behind a node.
+
+    Attributes
+    ----------
+    arrays : ArrayRecord, optional
+        The first array record of the message that was sent last and had one.
+    metrics : dict[str, list[dict]]
+        By the type of messages, for each reply: its ``client``, and what its metric
+        records say; or its ``error``.
+    """
+
+    def __init__(self, client_of: Callable[[int], int]) -> None:
+        self._client_of = client_of
+        self.arrays: ArrayRecord | None = None
+        self.metrics: dict[str, list[dict[str, Any]]] = {}
+
+    def sent(self, message: Message) -> None:
+        """Take note of a message to a client."""
+        for record in message.content.array_records.values():
+            self.arrays = record
+            return
+
+    def replied(self, replies: Iterable[Message]) -> None:
+        """Take note of replies."""
+        for reply in replies:
+            told: dict[str, Any] = {
+                "client": self._client_of(reply.metadata.src_node_id)
+            }
+            if reply.has_error():
+                told["error"] = reply.error.reason
+            else:
+                for record in reply.content.metric_records.values():
+                    told |= record
+            self.metrics.setdefault(reply.metadata.message_type, []).append(told)

@@ -1,0 +1,254 @@
+"""The workers as processes of this machine, forked from one that has imported the app.
+
+The standard library's fork server (:mod:`multiprocessing`) imports PyTorch, Flower and
+the app once; a process forked from it is there within milliseconds and shares their
+memory. Each slot is a pool of one process of :mod:`concurrent.futures`, so that a
+client that ends its process takes nobody else with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import pickletools
+import signal
+import sys
+import threading
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from flwr.clientapp import ClientApp
+
+from ...core.client_store import ClientRows
+from ...core.errors import EngineError
+from ...core.extras import Imported
+from ..grid import Nodes
+from ..isolation import prefix_output, set_environment
+from .jobs import Job
+from .pool import Crew, Sent
+from .worker import Answer, Side, Worker
+
+cloudpickle = Imported("cloudpickle", "simulation", "a Flower app in other processes")
+
+# What the processes have in their environment, whatever this one has: no GPU, as with
+# Flower, and one thread each, as there is a process for each core.
+SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+# Names the modules for the fork server to import (:mod:`.preload`).
+PRELOAD = "FEDWEIGHT_PRELOAD"
+
+# These start threads when they are imported, and who has threads must not fork.
+WITH_THREADS = ("jax", "tensorflow")
+
+# Seconds for an idle process to end.
+END_TIMEOUT = 2.0
+
+
+class _Process:
+    """A process, and what it has been sent."""
+
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("forkserver"),
+            initializer=_begin,
+            initargs=(dict(os.environ) | SETTINGS,),
+        )
+        self.held: set[int] = set()
+        self.loaded: Future[int] | None = None
+        self.busy = False
+
+
+class Processes(Crew):
+    """The workers as processes of this machine.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+    """
+
+    LOST = (BrokenProcessPool,)
+
+    def __init__(self, count: int) -> None:
+        self.handles = [_Process() for _ in range(count)]
+        self.places = [""] * count
+        self.gone: set[int] = set()
+
+    @property
+    def slots(self) -> list[int]:
+        """All: where a process has ended another can begin."""
+        return list(range(len(self.handles)))
+
+    def put(self, value: Any) -> bytes:
+        """Return a value as bytes, which travel to each process once."""
+        return pickle.dumps(value, 5)
+
+    def get(self, references: Sequence[Any]) -> list[Any]:
+        """Return the values of such bytes."""
+        return [pickle.loads(data) for data in references]
+
+    def shard(self, rows: Any, place: str, side: Side) -> Any:
+        """Cohorts are not sent to processes."""
+        raise NotImplementedError
+
+    def load(self, slots: Sequence[int], app: ClientApp, nodes: Nodes) -> None:
+        """Send an app to the processes and wait until they have it."""
+        try:
+            self._app = cloudpickle.dumps((app, nodes))
+        except Exception as error:
+            raise EngineError(
+                f"the ClientApp cannot be sent to other processes: {error}. Make such "
+                "objects inside the client's functions, or use isolation = 'none'."
+            ) from error
+        workers = [self.handles[slot] for slot in slots]
+        for worker in workers:
+            self._start(worker)
+        wait([worker.loaded for worker in workers])
+        for worker in workers:
+            try:
+                worker.loaded.result()
+            except Exception as error:
+                raise EngineError(
+                    "a worker process cannot load the ClientApp. The modules that it "
+                    f"comes from must be importable there: {error}"
+                ) from error
+
+    def _start(self, worker: _Process) -> None:
+        """Send the app to a process, which begins with the first that it is sent."""
+        worker.held = set()
+        with _as_fork_server_needs(self._app):
+            worker.loaded = worker.pool.submit(_load, self._app)
+
+    def send(
+        self,
+        worker: _Process,
+        jobs: Sequence[Job],
+        known: Mapping[int, Any],
+        kept: Mapping[str, ClientRows] | None,
+    ) -> Sent:
+        """Send a list to a process; wait for the answers."""
+        arrays: dict[int, bytes] = {}
+        for job in jobs:
+            arrays |= job.arrays
+        news = {n: data for n, data in arrays.items() if n not in worker.held}
+        states = {k: known[k] for job in jobs for k in job.clients if k in known}
+        work = [(job.clients, job.share or job.payloads) for job in jobs]
+        worker.held, worker.busy = set(), True
+        try:
+            sent = worker.pool.submit(_run, work, list(arrays), news, states, kept)
+            answers, kept_states, written = sent.result()
+        finally:
+            worker.busy = False
+        worker.held = set(arrays)
+        return Sent(answers, [], kept_states, written)
+
+    def replace(self, lost: _Process) -> None:
+        """Start another process in the place of one that has ended."""
+        if lost in self.handles:
+            lost.pool.shutdown(wait=False)
+            worker = self.handles[self.handles.index(lost)] = _Process()
+            self._start(worker)
+
+    def kill(self) -> None:
+        """End the processes; those that still handle a client by force."""
+        children = {child.pid: child for child in multiprocessing.active_children()}
+        for worker in self.handles:
+            loaded = worker.loaded
+            if worker.busy and loaded is not None and loaded.done():
+                with contextlib.suppress(Exception):
+                    children[loaded.result()].kill()
+            worker.pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self.handles:
+            with contextlib.suppress(Exception):
+                children[worker.loaded.result(0)].join(END_TIMEOUT)
+
+
+@contextlib.contextmanager
+def _as_fork_server_needs(app: bytes) -> Iterator[None]:
+    """Let a process, and the fork server if there is none yet, start as it must.
+
+    The server takes its environment, and what it imports, from here. Without a file
+    ``__main__`` is not run again in every process, which a script does not expect.
+    """
+    settings = {
+        **SETTINGS,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        PRELOAD: ",".join(_modules(app)),
+    }
+    before, main = dict(os.environ), sys.modules["__main__"]
+    multiprocessing.set_forkserver_preload([f"{__package__}.preload"])
+    with _STARTING:
+        os.environ.update(settings)
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            set_environment(before)
+
+
+_STARTING = threading.Lock()
+
+
+def _modules(app: bytes) -> list[str]:
+    """Return the modules that a pickled app names, where they may be imported early."""
+    if any(name in sys.modules for name in WITH_THREADS):
+        return []
+    names = {text for _, text, _ in pickletools.genops(app) if isinstance(text, str)}
+    return sorted(name for name in names if name in sys.modules and name != "__main__")
+
+
+# What happens in a process.
+
+_worker: Worker
+_records: dict[int, Any] = {}
+
+
+def _begin(environment: dict[str, str]) -> None:
+    """Make a process ready: the environment is that of the one that started it."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    set_environment(environment)
+    prefix_output()
+    _worker = Worker()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _load(app: bytes) -> int:
+    """Take over an app; return this process's number."""
+    _records.clear()
+    _worker.load(*pickle.loads(app))
+    return os.getpid()
+
+
+def _run(
+    work: Sequence[Any],
+    numbers: Sequence[int],
+    news: Mapping[int, bytes],
+    states: Mapping[int, bytes],
+    kept: Mapping[str, ClientRows] | None,
+) -> tuple[list[Answer], list[bytes], Mapping[str, ClientRows]]:
+    """Handle jobs; of array records, only those come along that are news here."""
+    known = {number: _records[number] for number in numbers if number not in news}
+    _records.clear()
+    _records.update(known)
+    _records.update({number: pickle.loads(data) for number, data in news.items()})
+    records = [_records[number] for number in numbers]
+    own = [pickle.loads(data) for data in states.values()]
+    answers, written = _worker.run(work, numbers, list(states), kept, *records, *own)
+    _, *left = _worker.states()
+    return answers, [pickle.dumps(state, 5) for state in left], written

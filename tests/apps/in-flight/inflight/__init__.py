@@ -1,0 +1,1 @@
+"""Trees as bytes, several messages on their way at once."""

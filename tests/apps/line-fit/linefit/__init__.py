@@ -1,0 +1,1 @@
+"""A line fitted by clients with data of their own."""

@@ -1,0 +1,1 @@
+"""Differential privacy on both sides, and a mod."""

@@ -1,0 +1,226 @@
+"""``fedweight app``: reading a Flower App's folder, running it, what it exits with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedweight.cli import main
+from fedweight.core.errors import ConfigurationError, EngineError
+from fedweight.simulations import app_folder
+from fedweight.simulations.app_folder import AppFolder
+from fedweight.simulations.folder_run import run_folder
+
+APPS = Path(__file__).parents[1] / "apps"
+
+SMALL = """
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+client_app, app = ClientApp(), ServerApp()
+not_an_app = 5
+
+
+@client_app.train()
+def train(message, context):
+    print("told", context.run_config["text"])
+    if context.node_config.get("broken"):
+        raise ValueError("no such file")
+    return Message(RecordDict({"m": MetricRecord({"a": 1})}), reply_to=message)
+
+
+@app.main()
+def main(grid, context):
+    exec(context.run_config["first"])
+    messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+    grid.send_and_receive(messages)
+"""
+PROJECT = """
+[tool.flwr.app.components]
+serverapp = "{module}:{server}"
+clientapp = "{module}:client_app"
+
+[tool.flwr.app.config]
+text = "as it is"
+first = ""
+deep.rate = 0.1
+deep.er.flag = true
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give a function that writes a small app, each time under another name."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(server: str = "app", project: str = PROJECT) -> Path:
+        folder = tmp_path / f"app{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        module = f"small_{abs(hash(str(folder)))}"
+        (folder / f"{module}.py").write_text(SMALL)
+        text = project.format(module=module, server=server)
+        (folder / "pyproject.toml").write_text(text)
+        return folder
+
+    return write
+
+
+def test_settings_are_read_as_flower_reads_them() -> None:
+    from flwr.common.config import get_fused_config_from_dir, parse_config_args
+
+    given = ["num-server-rounds=2 local.rate=1e-3 local.steps=7"]
+    for folder in APPS.iterdir():
+        ours = AppFolder.read(folder)
+        assert ours.config() == get_fused_config_from_dir(folder, {})
+    folder = APPS / "line-fit"
+    theirs = get_fused_config_from_dir(folder, parse_config_args(given))
+    assert AppFolder.read(folder).config(given) == theirs
+    quoted = ["a='two words' b=\"it's\" c=true d=-1 e.f=2.5"]
+    assert app_folder.read_pairs(quoted, "-c") == parse_config_args(quoted)
+
+
+def test_settings_add_up() -> None:
+    pairs = app_folder.read_pairs(["local.rate=1.0", "local.steps=7"], "-c")
+    assert pairs == {"local.rate": 1.0, "local.steps": 7}
+
+
+def test_a_file_of_settings(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("local.rate = 0.5\n[more]\nx = 1\n")
+    pairs = app_folder.read_pairs([str(file)], "-c")
+    assert pairs == {"local.rate": 0.5, "more.x": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["rats=1"], "no setting 'rats' in .*Did you mean 'rate'|no setting 'rats'"),
+        (["deep.rat=1"], "no setting 'deep.rat' .*Did you mean 'deep.rate'"),
+        (["text=[1]"], "text must be text, a number or true or false"),
+        (["text=words"], "--run-config: .*Text stands in quotes"),
+        (["text"], "--run-config must be written"),
+        (["a.toml", "text='b'"], "a TOML file or settings, not both"),
+    ],
+)
+def test_settings_that_are_refused(small: Any, settings: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        run_folder(small(), run_config=settings, isolation="none")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"federation_config": ["num-supernode=1"]},
+            "a key of --federation-config must be .*Did you mean 'num-supernodes'",
+        ),
+        (
+            {"federation_config": ["num-supernodes=1.5"]},
+            "num-supernodes of --federation-config must be of type int, got 1.5",
+        ),
+        (
+            {"federation_config": ["num-supernodes=3"], "clients": 2},
+            "clients is 2, but .* num-supernodes = 3",
+        ),
+        ({"node_config": ["a.b=1"]}, "a table for each client's number, .* got 'a'"),
+        (
+            {"node_config": ["0.b=1"], "compare_with_flower": True},
+            "nothing to compare",
+        ),
+        ({"clients": 0, "isolation": "none"}, r"num_clients must be in \[1, inf\)"),
+    ],
+)
+def test_options_that_are_refused(small: Any, options: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        run_folder(small(), **options)
+
+
+def test_folders_that_are_refused(small: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"has no pyproject\.toml"):
+        run_folder(tmp_path / "nowhere")
+    with pytest.raises(ConfigurationError, match="it lacks 'clientapp'"):
+        run_folder(
+            small(project='[tool.flwr.app.components]\nserverapp="{module}:app"')
+        )
+    with pytest.raises(ConfigurationError, match="must be a ServerApp, got int"):
+        run_folder(small("not_an_app"))
+    with pytest.raises(ConfigurationError, match="must be a ServerApp, got NoneType"):
+        run_folder(small("missing"))
+    broken = PROJECT.replace('"{module}:{server}"', '"no_such_module:app"')
+    with pytest.raises(ConfigurationError, match="no module 'no_such_module' in"):
+        run_folder(small(project=broken))
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return main(["app", str(folder), "--isolation", "none", *arguments])
+
+
+def test_exit_status_and_output(small: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = small()
+    assert run(folder, "--seed", "3") == 0
+    out = capsys.readouterr().out
+    assert "clients   2\n" in out
+    assert "replies   train 2\n" in out
+    assert out.startswith("told as it is\ntold as it is\n")
+    settings = ("-c", "text='other' deep.rate=1.0", "--json", "--clients", "3")
+    assert run(folder, *settings) == 0
+    *prints, last = capsys.readouterr().out.splitlines()
+    assert prints == ["told other"] * 3
+    assert json.loads(last)["replies"] == {"train": 3}
+    assert run(folder, "-c", "tex='other'") == 2
+    assert "no setting 'tex'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first", "status", "said"),
+    [
+        (
+            "raise ValueError('as planned')",
+            1,
+            "ServerApp failed: ValueError: as planned",
+        ),
+        ("raise SystemExit(4)", 1, "the ServerApp ended with 4"),
+        ("raise SystemExit(0)", 0, ""),
+    ],
+)
+def test_exit_status_is_the_servers(
+    small: Any, first: str, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(small(), "-c", f'first="{first}"') == status
+    err = capsys.readouterr().err
+    assert said in err
+    assert ("Traceback" in err) == (status == 1)
+
+
+def test_clients_that_fail_are_told(
+    small: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(small(), "--node-config", "1.broken=true") == 0
+    out = capsys.readouterr().out
+    assert (
+        "warning: 1 replies are errors; the first: client 1, train: ValueError" in out
+    )
+
+
+def test_the_cause_of_a_failure_is_kept(small: Any) -> None:
+    with pytest.raises(EngineError) as caught:
+        run_folder(small(), run_config=['first="1 / 0"'], isolation="none")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.processes
+def test_prints_have_the_clients_number(small: Any) -> None:
+    command = [sys.executable, "-m", "fedweight.cli", "app", str(small())]
+    done = subprocess.run(
+        [*command, "--workers", "1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sorted(lines[:2]) == ["(client 0) told as it is", "(client 1) told as it is"]
+    assert "INFO Clients draw random numbers from seed = " in done.stderr

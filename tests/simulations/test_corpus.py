@@ -1,0 +1,83 @@
+"""Whole Flower apps, run as they are on our engines and on Flower's own runtime.
+
+``tests/apps`` holds them, each laid out as Flower's templates are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedweight.simulations.app_folder import AppFolder
+from fedweight.simulations.flower_runtime import run_on_flower
+from fedweight.simulations.folder_run import TOLERANCE, FolderRun, run_folder
+
+APPS = Path(__file__).parents[1] / "apps"
+CLIENTS = 4
+
+# Each app, with the settings that it is run with.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "line-fit": ("line-fit", {}),
+    "older-names": ("older-names", {}),
+    "in-flight": ("in-flight", {}),
+    "privacy on clients": ("private-mean", {}),
+    "privacy on the server": ("private-mean", {"side": "server"}),
+}
+
+
+def run(name: str, **options: Any) -> FolderRun:
+    folder, settings = RUNS[name]
+    given = [f"{key}='{value}'" for key, value in settings.items()]
+    return run_folder(APPS / folder, run_config=given, clients=CLIENTS, **options)
+
+
+def metrics_of(run: Any) -> dict[str, list[list[tuple[str, float]]]]:
+    """Return what clients told, whoever they were: Flower's nodes have no number."""
+    result = {}
+    for kind, replies in run.metrics.items():
+        assert not any("error" in reply for reply in replies), replies
+        rows = [[(k, float(v)) for k, v in r.items() if k != "client"] for r in replies]
+        result[kind] = sorted(sorted(row) for row in rows)
+    return result
+
+
+def check(mine: FolderRun, arrays: list[Any], metrics: Any) -> None:
+    record = mine.ours.arrays
+    own = [] if record is None else record.to_numpy_ndarrays()
+    assert len(own) == len(arrays)
+    for a, b in zip(own, arrays, strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+    told = metrics_of(mine.ours)
+    assert told.keys() == metrics.keys()
+    for kind, rows in told.items():
+        assert len(rows) == len(metrics[kind])
+        for row, other in zip(rows, metrics[kind], strict=True):
+            assert [name for name, _ in row] == [name for name, _ in other]
+            values = [value for _, value in row]
+            assert values == pytest.approx([v for _, v in other], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.ray
+@pytest.mark.processes
+@pytest.mark.parametrize("name", RUNS)
+def test_our_engines_agree(name: str, ray_session: Any) -> None:
+    local = run(name, engine="local", workers=2)
+    ray = run(name, engine="ray", workers=1)
+    record = ray.ours.arrays
+    arrays = [] if record is None else record.to_numpy_ndarrays()
+    check(local, arrays, metrics_of(ray.ours))
+
+
+@pytest.mark.ray
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_flowers_own_runtime_agrees(name: str) -> None:
+    folder, settings = RUNS[name]
+    federation = {"num-supernodes": CLIENTS, "client-resources-num-cpus": 1}
+    theirs = run_on_flower(AppFolder.read(APPS / folder), settings, federation)
+    mine = run(name, engine="local", workers=2)
+    check(mine, theirs.arrays, metrics_of(theirs))
