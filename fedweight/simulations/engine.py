@@ -48,13 +48,15 @@ class Simulated:
     seen : Seen
         The model that was sent last, and the metrics that clients replied.
     seconds : float
-        How long it took, with the start of workers and without.
+        How long it took.
+    seconds_started : float
+        How long it took without start-up: from the first reply on.
     """
 
     context: Context
     seen: Seen
     seconds: float
-    seconds_of_app: float
+    seconds_started: float
 
     @property
     def arrays(self) -> ArrayRecord | None:
@@ -206,7 +208,8 @@ def simulate(
         started = time.perf_counter()
         server_app(grid, context)
         ended = time.perf_counter()
-        return Simulated(context, grid.seen, ended - began, ended - started)
+        whole, rest = ended - began, ended - (grid.seen.began or started)
+        return Simulated(context, grid.seen, whole, rest)
 
 
 def _one_number(num_supernodes: int | None, num_clients: int | None) -> int:

@@ -37,14 +37,14 @@ class OnFlower:
         The model that was sent last.
     metrics : dict
         As :class:`~fedweight.simulations.seen.Seen` has them; a client is its node.
-    seconds, seconds_of_app : float
-        How long it took, with the start of Ray and without.
+    seconds, seconds_started : float
+        How long it took, and without start-up: from the first reply on.
     """
 
     arrays: list[npt.NDArray[Any]]
     metrics: dict[str, list[dict[str, Any]]]
     seconds: float
-    seconds_of_app: float
+    seconds_started: float
 
 
 class _Watched(Grid):
@@ -133,13 +133,12 @@ def _main(told: dict[str, Any]) -> None:
     sys.path.insert(0, str(folder.path))
     server_app, _ = folder.load()
     seen = Seen(lambda node: node)
-    seconds = 0.0
+    ended = 0.0
 
     def watched(grid: Grid, context: Context) -> None:
-        nonlocal seconds
-        began = time.perf_counter()
+        nonlocal ended
         server_app(_Watched(grid, seen), context)
-        seconds = time.perf_counter() - began
+        ended = time.perf_counter()
 
     began = time.perf_counter()
     federation = told["federation"]
@@ -155,7 +154,8 @@ def _main(told: dict[str, Any]) -> None:
     whole = time.perf_counter() - began
     arrays = (seen.arrays or ArrayRecord()).to_numpy_ndarrays()
     np.savez(Path(told["place"], "arrays.npz"), *arrays)
-    result = {"metrics": seen.metrics, "seconds": whole, "seconds_of_app": seconds}
+    rest = ended - (seen.began or began)
+    result = {"metrics": seen.metrics, "seconds": whole, "seconds_started": rest}
     Path(told["place"], "result.json").write_text(json.dumps(result), "utf-8")
 
 

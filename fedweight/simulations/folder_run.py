@@ -74,6 +74,11 @@ class FolderRun:
         ]
         return float(max((part.max() for part in parts), default=0.0))
 
+    @property
+    def agrees(self) -> bool:
+        """Whether the two models agree; two that were never sent do."""
+        return self.theirs is not None and (self.difference or 0.0) <= TOLERANCE
+
     def to_dict(self) -> dict[str, Any]:
         """Return what is printed with ``--json``."""
         result: dict[str, Any] = {
@@ -81,15 +86,14 @@ class FolderRun:
             "replies": {kind: len(own) for kind, own in self.ours.metrics.items()},
             "failed_replies": len(self.failures),
             "seconds": self.ours.seconds,
-            "seconds_of_app": self.ours.seconds_of_app,
+            "seconds_started": self.ours.seconds_started,
         }
         if self.theirs is not None:
             result["flower_seconds"] = self.theirs.seconds
-            result["flower_seconds_of_app"] = self.theirs.seconds_of_app
-            agree = self.difference is not None and self.difference <= TOLERANCE
-            finite = agree or self.difference not in (None, float("inf"))
-            result["difference"] = self.difference if finite else None
-            result["models_agree"] = agree
+            result["flower_seconds_started"] = self.theirs.seconds_started
+            shapes_differ = self.difference == float("inf")
+            result["difference"] = None if shapes_differ else self.difference
+            result["models_agree"] = self.agrees
         return result
 
     def lines(self) -> list[str]:
@@ -102,7 +106,7 @@ class FolderRun:
         ]
         if self.theirs is not None:
             whole = self.theirs.seconds / self.ours.seconds
-            app = self.theirs.seconds_of_app / self.ours.seconds_of_app
+            app = self.theirs.seconds_started / max(self.ours.seconds_started, 1e-3)
             result += [
                 f"Flower    {_times(self.theirs)}",
                 f"faster    {whole:.1f} times, {app:.1f} times without start-up",
@@ -118,7 +122,7 @@ class FolderRun:
     def _agreement(self) -> str:
         if self.difference is None:
             return "none was sent"
-        if self.difference <= TOLERANCE:
+        if self.agrees:
             return f"agree to {TOLERANCE:g}"
         return (
             f"differ by up to {self.difference:.2g}, as they do where the app draws "
@@ -127,7 +131,7 @@ class FolderRun:
 
 
 def _times(run: Simulated | OnFlower) -> str:
-    return f"{run.seconds:.1f} s, {run.seconds_of_app:.1f} s without start-up"
+    return f"{run.seconds:.1f} s, {run.seconds_started:.1f} s without start-up"
 
 
 def run_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,12 +24,16 @@ class Seen:
     metrics : dict[str, list[dict]]
         By the type of messages, for each reply: its ``client``, and what its metric
         records say; or its ``error``.
+    began : float, optional
+        When the first reply was there, by ``time.perf_counter()``: what was before is
+        start-up.
     """
 
     def __init__(self, client_of: Callable[[int], int]) -> None:
         self._client_of = client_of
         self.arrays: ArrayRecord | None = None
         self.metrics: dict[str, list[dict[str, Any]]] = {}
+        self.began: float | None = None
 
     def sent(self, message: Message) -> None:
         """Take note of a message to a client."""
@@ -39,6 +44,8 @@ class Seen:
     def replied(self, replies: Iterable[Message]) -> None:
         """Take note of replies."""
         for reply in replies:
+            if self.began is None:
+                self.began = time.perf_counter()
             told: dict[str, Any] = {
                 "client": self._client_of(reply.metadata.src_node_id)
             }

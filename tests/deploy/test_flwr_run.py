@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,9 @@ from safetensors.numpy import load_file
 import fedweight
 
 pytestmark = [pytest.mark.deploy, pytest.mark.ray, pytest.mark.timeout(240)]
+
+ROOT = Path(__file__).parents[2]
+APPS = ROOT / "tests" / "apps"
 
 STRATEGY = "strategies.median_distance:MedianDistance"
 
@@ -54,3 +61,29 @@ def test_flwr_run_gives_what_fedweight_run_gives(flower: Any) -> None:
     assert list(model) == list(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(model[name], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_flwr_run_and_fedweight_app_take_the_same_folders(flower: Any) -> None:
+    """Three of the apps in ``tests/apps``, without a change."""
+    federation = ["--federation-config"]
+    federation.append("num-supernodes=4 client-resources-num-cpus=1")
+    said = {
+        "line-fit": "122 examples on 4 nodes",
+        "in-flight": "the sum of all cuts is -5.105033",
+        "older-names": "History (metrics, distributed, evaluate)",
+    }
+    for name, text in said.items():
+        flower.app = shutil.copytree(APPS / name, flower.folder / name)
+        run = flower.run(*federation)
+        assert run["status"] == "finished:completed", run["log"]
+        assert text in run["log"]
+        done = subprocess.run(
+            [sys.executable, "-m", "fedweight.cli", "app", name, *federation],
+            cwd=flower.folder,
+            env={**flower.environment, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert text in done.stdout + done.stderr

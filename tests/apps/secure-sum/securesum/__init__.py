@@ -1,0 +1,1 @@
+"""Secure aggregation, and a client that drops out."""
