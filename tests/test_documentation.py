@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+import fedweight
 from fedweight.cli import parser
 from fedweight.clients import Objective, TrainingApp, TrainingSettings
 from fedweight.clients.objectives import OBJECTIVES, Proximal
@@ -552,7 +553,8 @@ def test_the_readmes_strategy_is_the_worked_one(
 def test_the_examples_of_objectives_train_alone_and_at_once(name: str) -> None:
     space: dict[str, Any] = {}
     for code in code_blocks("clients/README.md", "python"):
-        exec(code, space)
+        if "personal_models" not in code:
+            exec(code, space)
     assert space["settings"].rule.nesterov
     objective: Objective = space[name]()
 
@@ -582,6 +584,29 @@ def test_the_examples_of_objectives_train_alone_and_at_once(name: str) -> None:
         found.append(np.concatenate(arrays))
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
     assert not np.allclose(found[0], FlatModule(model()).parameters, atol=1e-3)
+
+
+def test_the_example_of_a_personal_method_has_layers_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [code] = [b for b in code_blocks("clients/README.md", "python") if "OwnHead" in b]
+    (tmp_path / "own_heads.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {
+        "personal.name": "own_heads:OwnHead",
+        "personal.epochs": 1,
+        "run.rounds": 1,
+        "partition.clients": 3,
+        "training.epochs": 1,
+    }
+    run = fedweight.run(settings=settings, out=tmp_path / "run", report=False)
+    space: dict[str, Any] = {"run": run, "name": 1, "client": 1}
+    for line in code_blocks("clients/README.md", "python"):
+        if "personal_models" in line:
+            exec(line, space)
+    assert space["own"].keys() == run.model().keys()
+    assert run.personal["personal_accuracy"].notna().all()
+    assert any(not torch.equal(space["own"][n], t) for n, t in run.model().items())
 
 
 # What we measured.

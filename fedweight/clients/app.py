@@ -34,7 +34,8 @@ from .cohort_trainer import CohortTrainer
 from .local_work import LocalWork
 from .modules import Modules
 from .objectives import Objective, Plain
-from .personal.base import Personal, objective_of
+from .own_objectives import is_own
+from .personal.base import Personal
 from .personal_models import PersonalModels
 from .probes import Probe, check_named
 from .queries import Answer, ClientQuery, Query
@@ -155,7 +156,7 @@ class TrainingApp(ClientApp):
         modules = Modules(model, device)
         coding = Coding(num_classes, dict(num_groups or {}), self.task)
 
-        def trainer_of(goal: Objective, **own: Any) -> CohortTrainer:
+        def trainer_of(modules: Modules, goal: Objective, **own: Any) -> CohortTrainer:
             trials = Trials(
                 modules.architecture,
                 data,
@@ -170,16 +171,18 @@ class TrainingApp(ClientApp):
                 modules, trials, goal, self.settings, seed, coding, **own
             )
 
-        self._trainer = trainer_of(self.objective)
+        self._trainer = trainer_of(modules, self.objective)
         self._trials = self._trainer.trials
         own = None
         if personal is not None:
-            trainer = trainer_of(
-                objective_of(personal, self.objective),
+            make_trainer = partial(
+                trainer_of,
                 purposes=(Purpose.PERSONAL_SHUFFLE, Purpose.PERSONAL_DROPOUT),
                 owner="personal",
             )
-            own = PersonalModels(personal, trainer, statistics)
+            own = PersonalModels(
+                personal, self.objective, modules, make_trainer, statistics
+            )
         self._modules = modules
         self._work = LocalWork(
             modules,
@@ -216,23 +219,39 @@ class TrainingApp(ClientApp):
         """
         if self.mods or self.device != "cpu":
             return False
+        first = self.first_context
+        kind = self._trials.kind(first)
+        return kind is None or not self._trials.alone(kind, first).draws
+
+    @property
+    def first_context(self) -> Context:
+        """The context of the first client of a simulation."""
         clients = 1 if self.sizes is None else len(self.sizes)
-        first = Context(
+        return Context(
             run_id=0,
             node_id=0,
             node_config={"partition-id": 0, "num-partitions": clients},
             state=RecordDict(),
             run_config={},
         )
-        kind = self._trials.kind(first)
-        return kind is None or not self._trials.alone(kind, first).draws
+
+    @property
+    def own_trials(self) -> list[Trials]:
+        """The trials of objectives that are a user's, and not this library's."""
+        several = [self._trials]
+        if self._work.personal is not None:
+            several += [trainer.trials for trainer, _ in self._work.personal.phases]
+        own = {id(one): one for one in several if is_own(one.objective)}
+        return [*own.values()]
 
     @property
     def kept_tables(self) -> Mapping[str, Sequence[str]]:
         """The tables of the store that clients read, by the type of a message."""
         train = ["objective"] if self._trainer.carries else []
-        own = ["personal"] if self._work.personal is not None else []
-        return {"train": train + own, "evaluate": own}
+        personal = self._work.personal
+        own = [] if personal is None else ["personal"]
+        in_rounds = own if personal is not None and personal.in_rounds else []
+        return {"train": train + in_rounds, "evaluate": own}
 
     @property
     def answers_cohorts(self) -> bool:
@@ -331,11 +350,10 @@ class TrainingApp(ClientApp):
                 clients.append(
                     self._client_task(node, instructions[id(config)], context_of(node))
                 )
-            if stage != "train":
-                return self._work.evaluate(record, clients)
             at_once = batched and len(some) > 1
             stopped = self._cancelled.is_set  # Of now: see cancel().
-            return self._work.train(record, clients, batched=at_once, cancelled=stopped)
+            work = self._work.train if stage == "train" else self._work.evaluate
+            return work(record, clients, batched=at_once, cancelled=stopped)
 
         try:
             return attempt(nodes)
@@ -373,7 +391,10 @@ class TrainingApp(ClientApp):
         instructions = Instructions.of(config_of(message.content))
         client = self._client_task(context.node_id, instructions, context)
         record = only_arrays(message.content)
-        (reply,) = self._work.evaluate(record, [client])
+        cancelled = self._cancelled.is_set
+        (reply,) = self._work.evaluate(
+            record, [client], batched=False, cancelled=cancelled
+        )
         return reply.message(message)
 
     def _query(self, message: Message, context: Context, name: str = "") -> Message:

@@ -115,6 +115,20 @@ def instead_of(error: BaseException) -> str:
         nothing is known.
     """
     # Not PyTorch's, and not this library's.
+    place, line = place_of(error)
+    said = f"{line} {error}"
+    for pattern, instead in _INSTEAD:
+        if place and re.search(pattern, said):
+            return f"{place}: write {instead}"
+    return place
+
+
+def place_of(error: BaseException) -> tuple[str, str]:
+    """Return which line of a user's raised an error, in words, and the line itself.
+
+    Both are empty where it was none of a user's.
+    """
+    # Not PyTorch's, and not this library's.
     ours = Path(__file__).parents[1], Path(torch.__file__).parent
     frames = [
         frame
@@ -122,13 +136,7 @@ def instead_of(error: BaseException) -> str:
         if not any(Path(frame.filename).is_relative_to(own) for own in ours)
     ]
     if not frames:
-        return ""
-    frame = frames[-1]
+        return "", ""
+    frame, line = frames[-1], frames[-1].line or ""
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    if frame.line:
-        place += f", '{frame.line}'"
-    said = f"{frame.line} {error}"
-    for pattern, instead in _INSTEAD:
-        if re.search(pattern, said):
-            return f"{place}: write {instead}"
-    return place
+    return (f"{place}, '{line}'" if line else place), line

@@ -17,7 +17,7 @@ from ..core import rng
 from ..core.errors import ClientError
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
-from ..core.rng import Purpose
+from ..core.rng import Purpose, part_of
 from ..messages import keys
 from ..messages.dispatch import Cohort
 from .client_state import Named, Owner, read_carried
@@ -149,6 +149,7 @@ class CohortTrainer:
         batched: bool,
         cancelled: Callable[[], bool],
         own: Sequence[FlatModel] | None = None,
+        part: int = 0,
     ) -> list[LocalResult]:
         """Train some clients; at once if asked to, where that is the same.
 
@@ -166,6 +167,9 @@ class CohortTrainer:
             Tells whether to stop.
         own : Sequence[FlatModel], optional
             What each client trains, where that is not the global model.
+        part : int
+            Of training that has several parts in a round, which one: each has random
+            numbers of its own.
 
         Returns
         -------
@@ -175,16 +179,18 @@ class CohortTrainer:
         told = {id(c.instructions): c.instructions for c in clients}.values()
         alike = {(one.round, one.mu) for one in told}
         batched = batched and len(alike) == 1 and self._optimizer_batches()
-        kind = self._kind_if_batched(clients, cancelled) if batched else None
-        tasks = self._training_tasks(clients)
+        kind = self.kind_if_batched(clients, cancelled) if batched else None
+        tasks = self._training_tasks(clients, part)
         if own is not None:
             tasks = [replace(t, own=model) for t, model in zip(tasks, own, strict=True)]
         if kind is not None:
             return self._fit_batched(start, clients, tasks, kind, cancelled)
         return self._fit_sequentially(module, start, clients, tasks, cancelled)
 
-    def _kind_if_batched(
-        self, clients: Sequence[ClientTask], cancelled: Callable[[], bool]
+    def kind_if_batched(
+        self,
+        clients: Sequence[ClientTask],
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Kind | None:
         """Return the clients' one kind of input, if they may train at once."""
         kinds = {kind_of(c.data.train) for c in clients if len(c.data.train)}
@@ -256,7 +262,7 @@ class CohortTrainer:
             results[k] = result
         return results
 
-    def _training_tasks(self, clients: Sequence[ClientTask]) -> list[Task]:
+    def _training_tasks(self, clients: Sequence[ClientTask], part: int) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
         for client in clients if self.coding.task.whole else ():
             labels = client.data.train.y
@@ -280,6 +286,15 @@ class CohortTrainer:
             )
             for client in clients
         ]
+        if part:
+            tasks = [
+                replace(
+                    task,
+                    order_key=part_of(task.order_key, part),
+                    noise_key=part_of(task.noise_key, part) >> 1,
+                )
+                for task in tasks
+            ]
         if not self.tracks:
             return tasks
         carried = read_carried(clients, self.owner) if self.carries else {}

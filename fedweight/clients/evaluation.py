@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from ..core.layout import FlatModel, as_tensor
 from ..core.module import FlatModule
 from ..data.examples import Examples
 from ..metrics import TASKS, Statistics, Sums
-from .noise import own_streams, watched
+from .noise import STREAMS, own_streams, watched
+from .steps._torch.differentiation import plain_attention
 
 EVALUATION_BATCH = 1024
 
 # Where examples have a target for each pixel, so many targets at most go at once.
 EVALUATION_TARGETS = 1 << 22
+
+# So many examples of all clients together, where each has a model of its own.
+AT_ONCE = 4096
 
 CLASSIFIED = Statistics(TASKS["classification"])
 
@@ -90,6 +98,108 @@ def _sums_of_each(
         outputs = module.module(batch.to(device))
         adding.add(outputs, y[first : first + len(batch)])
     return adding.sums()
+
+
+@torch.no_grad()
+def sums_of_own(
+    module: FlatModule,
+    models: Sequence[FlatModel],
+    parts: Sequence[Examples],
+    statistics: Statistics = CLASSIFIED,
+) -> Sums:
+    """Return what is added up of C clients' own models on each one's examples, at once.
+
+    What :func:`sums_of_each` gives of each alone, to rounding: for a model that looks
+    across a batch, or draws random numbers, it is not meant.
+
+    Parameters
+    ----------
+    module : FlatModule
+        The architecture.
+    models : Sequence[FlatModel]
+        C, of one layout, with the same frozen values.
+    parts : Sequence[Examples]
+        C; of one kind of input.
+    statistics : Statistics
+        What is added up.
+    """
+    sizes = np.array([len(part) for part in parts], np.int64)
+    adding = statistics.begin(sizes.tolist())
+    if not sizes.any():
+        return adding.sums()
+    own = _Own.of(module, models)
+    device = module.parameters.device
+    some = [part for part in parts if len(part)]
+    x = torch.cat([as_tensor(part.x) for part in some]).to(device)
+    y = torch.cat([as_tensor(part.y) for part in some]).to(device)
+    starts = np.cumsum(sizes) - sizes
+    outputs: Tensor | None = None
+    width = max(1, AT_ONCE // len(parts))
+    with STREAMS.alone(), plain_attention():
+        for first in range(0, int(sizes.max()), width):
+            left = np.flatnonzero(sizes > first)
+            places = np.arange(first, min(first + width, int(sizes.max())))
+            # A client that has fewer examples shows its last one again.
+            rows = starts[left, None] + np.minimum(places, sizes[left, None] - 1)
+            real = torch.from_numpy(places < sizes[left, None]).to(device)
+            index = torch.from_numpy(rows).to(device)
+            found = own.only(left, len(parts)).outputs(x[index])
+            if outputs is None:
+                outputs = found.new_empty(len(x), *found.shape[2:])
+            outputs[index[real]] = found[real]
+    assert outputs is not None
+    adding.add(outputs, y)
+    return adding.sums()
+
+
+@dataclass(frozen=True)
+class _Own:
+    """Several models of one architecture, tensor by tensor: ``[C, *shape]`` each."""
+
+    module: FlatModule
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, module: FlatModule, models: Sequence[FlatModel]) -> _Own:
+        """Lay some models beside each other."""
+        module.load(models[0])  # What is frozen is in its place then.
+        module.train(False)
+        vectors, device = module.parameters, module.parameters.device
+        rows = {
+            "parameter": torch.stack([m.parameters for m in models]).to(vectors),
+            "buffer": torch.stack([m.buffers for m in models]).to(vectors),
+        }
+        tensors, shared = {}, {}
+        for e in module.layout.entries:
+            if e.kind in rows:
+                part = rows[e.kind][:, e.start : e.stop]
+                tensors[e.name] = part.view(len(models), *e.shape)
+            elif e.kind == "frozen":
+                shared[e.name] = module.frozen[e.start : e.stop].view(e.shape)
+            elif e.kind == "integer":
+                values = np.stack([np.asarray(m.integers[e.name]) for m in models])
+                tensors[e.name] = torch.from_numpy(values).to(device)
+        return cls(module, tensors, shared)
+
+    def only(self, some: npt.NDArray[np.int64], count: int) -> _Own:
+        """Return some of them."""
+        if len(some) == count:
+            return self
+        rows = torch.from_numpy(some).to(self.module.parameters.device)
+        tensors = {n: t.index_select(0, rows) for n, t in self.tensors.items()}
+        return _Own(self.module, tensors, self.shared)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return what each gives for its inputs: ``[C, n, ...]`` of ``[C, n, ...]``."""
+
+        def of_client(own: dict[str, Tensor], x: Tensor) -> Tensor:
+            state = {**self.shared, **own}
+            outputs: Tensor = functional_call(self.module.module, state, (x,))
+            return outputs
+
+        batched: Callable[..., Tensor] = torch.func.vmap(of_client)
+        return batched(self.tensors, x)
 
 
 @torch.no_grad()

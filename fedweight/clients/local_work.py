@@ -120,7 +120,7 @@ class LocalWork:
                 if pair[0].instructions.request
             ]
             own = None
-            if self.personal is not None:
+            if self.personal is not None and self.personal.in_rounds:
                 own = self.personal.train(
                     module,
                     start,
@@ -132,8 +132,8 @@ class LocalWork:
         # Only now, when nothing can fail any more, does what clients keep change.
         if self.trainer.carries:
             write_results(clients, results, "objective")
-        if own is not None:
-            write_results(clients, own, "personal", models=True)
+        if self.personal is not None and own is not None:
+            self.personal.keep(clients, own)
         for view in probed:
             view.commit()
         return replies
@@ -196,9 +196,17 @@ class LocalWork:
         return PROBES.resolve(name) if name in PROBES.entries else None
 
     def evaluate(
-        self, record: ArrayRecord, clients: Sequence[ClientTask]
+        self,
+        record: ArrayRecord,
+        clients: Sequence[ClientTask],
+        *,
+        batched: bool,
+        cancelled: Callable[[], bool],
     ) -> list[Reply]:
-        """Evaluate the global model on some clients' held-out data."""
+        """Evaluate the global model on some clients' held-out data.
+
+        And their personal models, which they train before if the rounds are over.
+        """
         with self.modules.lend() as module:
             dtype = _dtype(module)
             clients = [client.cast(dtype, self.task.name) for client in clients]
@@ -207,8 +215,15 @@ class LocalWork:
             model = self._received(record, module, clients)
             sums = sums_of_each(module, model, parts, self.statistics, apart=apart)
             of_own: list[dict[str, float]] = [{} for _ in clients]
-            if self.personal is not None:
-                of_own = self.personal.evaluate(module, model, clients)
+            over = bool(clients[0].instructions.told.get(keys.AFTER_ROUNDS))
+            if self.personal is not None and (over or self.personal.in_rounds):
+                if not self.personal.in_rounds:
+                    made = self.personal.train(
+                        module, model, clients, batched=batched, cancelled=cancelled
+                    )
+                    self.personal.keep(clients, made)
+                at_once = batched and not apart
+                of_own = self.personal.evaluate(module, model, clients, batched=at_once)
         result = self._usual.result(sums)
         columns: dict[str, list[Any]] = {keys.NUM_EXAMPLES: list(map(len, parts))}
         columns |= {name: values.tolist() for name, values in result.items()}

@@ -24,6 +24,7 @@ from ..data.federated import ClientData
 from .coding import Coding
 from .noise import own_streams
 from .objectives import Objective
+from .own_objectives import check_own
 from .samples import Kind, Samples
 from .settings import TrainingSettings
 from .trying import Findings, mixes_examples, try_alone, try_batched
@@ -156,6 +157,20 @@ class Trials:
                 name = type(self.make()).__name__
             log.warning("model %s trains one client after another: %s.", name, why)
         return why
+
+    def check(self, context: Context) -> None:
+        """Refuse an objective with which no client can train; see :func:`check_own`.
+
+        Where nobody has examples here, nothing can be said.
+        """
+        kind = self.kind(context)
+        few = None if kind is None else Samples(self.data, context, self.sizes).of(kind)
+        with self._lock, as_in_a_new_thread(), one_thread():
+            for examples in few or ():
+                check_own(
+                    self.make, examples, self.objective, self._device, self.coding
+                )
+                return
 
     def mixes_examples(self, kind: Kind, context: Context, own: Examples) -> bool:
         """Tell whether evaluation mixes clients; see :func:`mixes_examples`."""

@@ -116,7 +116,7 @@ def try_alone(
         module: FlatModule, rows: slice, epochs: int = 2, rate: float = 0.01
     ) -> tuple[LocalResult, list[str]]:
         """Train as a client with these examples; tell which streams were drawn from."""
-        task = _task(examples.take(rows), epochs, SEED, objective, coding)
+        task = task_of(examples.take(rows), epochs, SEED, objective, coding)
         with own_streams(SEED, module.parameters.device):
             before = _streams(module.parameters.device)
             result = run_steps(
@@ -163,7 +163,7 @@ def try_alone(
     return Findings(least, draws, coarse, fault)
 
 
-def _task(
+def task_of(
     examples: Examples, epochs: int, key: int, objective: Objective, coding: Coding
 ) -> Task:
     """Return a client's task, as if all clients had twice its examples together."""
@@ -309,7 +309,7 @@ def _compare(
     )
 
     def task(k: int, n: int, epochs: int) -> Task:
-        return _task(some.take(slice(n)), epochs, SEED + k, objective, coding)
+        return task_of(some.take(slice(n)), epochs, SEED + k, objective, coding)
 
     # A rate at which the largest change of a step is small.
     slope = alone(task=task(0, size, 1), learning_rate=1.0)

@@ -20,6 +20,7 @@ from flwr.app import (
     ConfigRecord,
     Error,
     Message,
+    MessageType,
     MetricRecord,
     RecordDict,
 )
@@ -132,6 +133,13 @@ class Cohort(_Messages):
     def untouched(self) -> bool:
         """Whether nobody has had a message, which could have been changed since."""
         return not self._messages
+
+    @property
+    def trains(self) -> bool:
+        """Whether clients train: in a round, or their own models after the last."""
+        if not self.nodes or self.message_type == MessageType.TRAIN:
+            return self.message_type == MessageType.TRAIN
+        return bool(self.config(self.nodes[0]).get(keys.AFTER_ROUNDS))
 
     def config(self, node: int) -> ConfigRecord:
         """Return the config that one client receives."""

@@ -23,9 +23,10 @@ CLASS_TOTALS: Final = "class-totals"
 COEFFICIENT: Final = "coefficient"
 SCHEMA: Final = "schema"
 BASE: Final = "base"
+AFTER_ROUNDS: Final = "after-rounds"
 
 # What of it no strategy tells otherwise.
-OF_THE_SERVER: Final = (ROUND, REQUEST, QUERY, SCHEMA, BASE)
+OF_THE_SERVER: Final = (ROUND, REQUEST, QUERY, SCHEMA, BASE, AFTER_ROUNDS)
 
 # What every reply to a train message reports.
 NUM_EXAMPLES: Final = "num-examples"

@@ -72,7 +72,7 @@ class ETFHead(nn.Module):
     References
     ----------
     Zexi Li et al., "No Fear of Classifier Biases: Neural Collapse Inspired Federated
-    Learning with Synthetic and Fixed Classifier", ICCV, 2023, equations 4 to 6.
+    Learning with Synthetic and Fixed Classifier", ICCV, 2023.
     """
 
     def __init__(

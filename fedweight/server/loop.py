@@ -114,9 +114,9 @@ def federate(
         After the last round.
     """
     several = list(callbacks)
-    itself = _has_itself(strategy, ReadsAlone, "alone")
+    itself = has_itself(strategy, ReadsAlone, "alone")
     alone = strategy.alone() if itself else nullcontext()  # type: ignore[attr-defined]
-    if schedule is not None and not _has_itself(strategy, Follows, "following"):
+    if schedule is not None and not has_itself(strategy, Follows, "following"):
         raise ConfigurationError(
             f"schedule: {type(schedule).__name__} needs a strategy that is derived "
             "from fedweight.strategies.WeightingStrategy, and not inside another; got "
@@ -131,7 +131,7 @@ def federate(
     return state
 
 
-def _has_itself(strategy: Strategy, protocol: type, name: str) -> bool:
+def has_itself(strategy: Strategy, protocol: type, name: str) -> bool:
     """Tell whether a strategy can do something, and not what it wraps."""
     return hasattr(type(strategy), name) and isinstance(strategy, protocol)
 

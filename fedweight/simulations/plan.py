@@ -90,7 +90,7 @@ class Plan:
         if not cohort.nodes:
             return []
         nodes = cohort.nodes
-        train = cohort.message_type == "train"
+        train = cohort.trains
         if train and sizes is not None:
             order = np.argsort(-np.asarray(sizes), kind="stable").tolist()
             nodes = [nodes[k] for k in order]

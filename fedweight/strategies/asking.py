@@ -26,6 +26,7 @@ from ..server.sampling import (
     known_empty,
     nodes_of,
     nodes_there,
+    numbered,
     sample,
     straggler_epochs,
 )
@@ -172,6 +173,35 @@ def evaluate_messages(
     config[keys.ROUND] = round
     empty = known_empty(grid, [client for client, _ in nodes], now.without_examples)
     nodes = [(client, node) for client, node in nodes if client not in empty]
+    return _evaluation(strategy, now, round, nodes, arrays, config)
+
+
+def last_messages(
+    strategy: WeightingStrategy,
+    now: Now,
+    round: int,
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    grid: Grid,
+) -> Cohort:
+    """Write all clients what they are sent after the rounds."""
+    now.name_of = name_of(grid)
+    now.population = count(grid, now.without_examples)
+    if now.class_totals:
+        config[keys.CLASS_TOTALS] = now.class_totals
+    nodes = [*numbered(grid).items()]
+    return _evaluation(strategy, now, round, nodes, arrays, config)
+
+
+def _evaluation(
+    strategy: WeightingStrategy,
+    now: Now,
+    round: int,
+    nodes: Sequence[tuple[int, int]],
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+) -> Cohort:
+    """Write some clients that they are to evaluate, each its global model."""
     clients = tuple(client for client, _ in nodes)
     selection = Selection(round, clients, now.method, now.population)
     which = _which_model(strategy, now, selection)

@@ -541,6 +541,17 @@ class WeightingStrategy(Strategy):
         """Average the clients' evaluation metrics by data size; record them."""
         return making.mean_evaluation(self, self._now, server_round, replies)
 
+    def configure_last(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Write all clients the messages of a phase after the rounds.
+
+        Each is sent the global model that it starts from, to evaluate and, where
+        clients have personal models that are trained in the end, to train first. It is
+        no hook of Flower's: our own loop calls it.
+        """
+        return asking.last_messages(self, self._now, server_round, arrays, config, grid)
+
     def summary(self) -> None:
         """Log the method and its settings."""
         log.info("%r", self)

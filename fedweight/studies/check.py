@@ -40,6 +40,8 @@ from ..data.tasks import CLASSIFICATION, TASKS
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ..clients import TrainingApp
 else:
     pd = Imported("pandas", "studies", "a run's folder")
 
@@ -450,6 +452,17 @@ def _table(columns: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 # ------------------------------------------------------------------ simulation files
 
 
+def _alone_with(client_app: TrainingApp) -> Iterator[str]:
+    """Yield why clients train one after another with an objective of one's own."""
+    first = client_app.first_context
+    for trials in client_app.own_trials:
+        kind = trials.kind(first)
+        why = "" if kind is None else trials.batched(kind, first)
+        if why:
+            name = type(trials.objective).__name__
+            yield f"objective {name} trains one client after another: {why}"
+
+
 def _check_simulation(
     file: Path, settings: Mapping[str, Any] | Sequence[str]
 ) -> Checked:
@@ -468,7 +481,7 @@ def _check_simulation(
         facts |= _described(source) | {"file": str(file), "kind": facts["kind"]}
     try:
         components = prepare(configuration)
-        _, _, initial = make_ready(components)
+        _, client_app, initial = make_ready(components)
     except (ConfigurationError, DataError) as error:
         checked.refused.append(str(error))
         return checked
@@ -489,5 +502,5 @@ def _check_simulation(
         "engine": components.engine(),
         "device": components.device,
     }
-    checked.notes += data.notes(federated)
+    checked.notes += [*data.notes(federated), *_alone_with(client_app)]
     return checked

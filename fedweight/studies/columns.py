@@ -67,6 +67,20 @@ CLIENT_COLUMNS = (
     "bytes_up",
 )
 
+# Of ``personal.csv``: what clients made of the last global model for themselves.
+PERSONAL_COLUMNS = (
+    "client",
+    "name",  # only where some client has one
+    "status",
+    "reason",
+    "held_out_examples",
+    "loss",
+    "accuracy",
+    "personal_loss",
+    "personal_accuracy",
+    "bytes_down",
+)
+
 # Those that are there only where something brings them; of accuracies, where a
 # prediction is not simply right or wrong.
 OPTIONAL = frozenset(

@@ -20,6 +20,7 @@ from .. import models
 from ..clients import TrainingApp, TrainingSettings, client_number, objective
 from ..clients.objectives import Objective
 from ..clients.personal import Personal, personal
+from ..clients.personal_models import own_layers
 from ..core.errors import ConfigurationError, check_choice
 from ..core.layout import Layout
 from ..core.options import options_of
@@ -141,6 +142,13 @@ class Components:
         name = self.configuration["personal"]["name"]
         options = self.configuration.options("personal")
         return named("personal", partial(personal, name, **options))
+
+    def personal_layout(self) -> Layout:
+        """Return the layout of personal models: what is a client's own is trained."""
+        personal = self.personal()
+        if personal is None or not personal.layers:
+            return Layout.of_module(self.make_model())
+        return Layout.of_module(own_layers(self.make_model, personal))
 
     def client_app(self) -> TrainingApp:
         """Make the ClientApp."""

@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import Strategy
 from ..clients import TrainingApp
 from ..clients.objectives import Objective, Proximal
 from ..clients.objectives.base import defines
+from ..clients.personal_models import own_layers
 from ..clients.probes import REPORTED
 from ..clients.registries import PROBES
 from ..core.errors import ConfigurationError, check_choice, closest
@@ -52,6 +53,9 @@ def check_feasible(
     _check_schedule(components, strategy, simulated=simulated)
     _check_decisions(components, strategy)
     _check_model(components)
+    _check_personal(components)
+    for trials in client_app.own_trials:
+        trials.check(client_app.first_context)
     if simulated:
         check_local(**engine_arguments(components.configuration), table="engine")
         check_engine(components.engine())
@@ -234,6 +238,13 @@ def _not_measured(
             raise_it,
         )
     return "", ""
+
+
+def _check_personal(components: Components) -> None:
+    """Refuse personal models of layers that the model does not have."""
+    personal = components.personal()
+    if personal is not None and personal.layers:
+        own_layers(components.make_model, personal)
 
 
 def _check_model(components: Components) -> None:

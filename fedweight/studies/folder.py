@@ -37,6 +37,9 @@ FILES = (
     "rounds.csv",
     "clients.csv",
     "partition.csv",
+    "personal.csv",
+    "personal-models.safetensors",
+    "client-states.safetensors",
     "timings.csv",
     "errors.log",
     "model.safetensors",
@@ -303,8 +306,11 @@ class Table:
         self.write()
 
     def complete(self, more: Mapping[str, Any]) -> None:
-        """Fill in cells of the last row, in columns that there are."""
+        """Fill in cells of the last row."""
         self.write()
+        new = {name: None for name in more if name not in self._known}
+        if new:
+            self._add_columns(new)
         header, *rows = rows_of(self.path)
         known = dict(zip(header, rows[-1], strict=True))
         last = [more.get(name, cell) for name, cell in known.items()]

@@ -128,6 +128,15 @@ class RunFolder:
         return self._frame("partition.csv", ("client",), unique="client")
 
     @cached_property
+    def personal(self) -> pd.DataFrame:
+        """``personal.csv``: a row per client, with what it made of the last model.
+
+        It is there where personal models are trained once the rounds are over; those
+        that are trained in every round are in :attr:`clients`.
+        """
+        return self._frame("personal.csv", ("client", "status"), unique="client")
+
+    @cached_property
     def timings(self) -> pd.DataFrame:
         """``timings.csv``: the seconds of each round."""
         return self._frame("timings.csv", ("round",))
@@ -253,7 +262,10 @@ class RunFolder:
         """Whether the run is over, all rounds done or stopped early, with its model."""
         asked = self.rounds_asked
         over = asked is None or self.rounds_done >= asked or self.stopped is not None
-        return over and (self.folder / "model.safetensors").is_file()
+        last = ["model.safetensors"]
+        phase = self.environment.get("after_rounds")
+        last += [phase] if isinstance(phase, str) else []
+        return over and all((self.folder / name).is_file() for name in last)
 
     @property
     def stopped(self) -> str | None:

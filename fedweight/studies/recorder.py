@@ -36,12 +36,25 @@ from ..server.reported import recorded_metrics
 from ..server.wrapped import with_inner
 from ..strategies import RoundRecord, WeightingStrategy
 from .callbacks import BEST, BEST_MODELS
-from .columns import ACCURACIES, CLIENT_COLUMNS, OPTIONAL, ROUND_COLUMNS
+from .columns import (
+    ACCURACIES,
+    CLIENT_COLUMNS,
+    OPTIONAL,
+    PERSONAL_COLUMNS,
+    ROUND_COLUMNS,
+)
 from .components import Components
 from .folder import Table, rows_of
 from .listener import Listener
 from .progress import Progress, Report
-from .records import ErrorLog, client_row, measured_columns, round_row
+from .records import (
+    ErrorLog,
+    client_row,
+    measured_columns,
+    personal_means,
+    personal_rows,
+    round_row,
+)
 
 log = logging.getLogger("fedweight")
 
@@ -381,6 +394,28 @@ class Recorder:
             write_whole(more, safetensors_bytes(several, about))
         else:
             self._write_one(one, arrays, about)
+
+    @property
+    def arrays(self) -> ArrayRecord | None:
+        """The global model of the last round on record."""
+        return self._arrays
+
+    def will_end(self) -> None:
+        """Write down that a phase comes after the rounds: before, no run is over."""
+        self._environment["after_rounds"] = "personal.csv"
+        self._write_environment()
+
+    def personal(self, record: RoundRecord) -> None:
+        """Record the phase after the rounds, in which clients trained for themselves.
+
+        A row for each client in ``personal.csv``; the means stand in the last round.
+        """
+        hits = self.components.task.counts_hits
+        columns = [c for c in PERSONAL_COLUMNS if hits or c not in ACCURACIES]
+        table = Table(self.folder / "personal.csv", columns, ("name",))
+        table.append(personal_rows(record, columns))
+        self.rounds.complete(personal_means(record))
+        self.errors.add(record)
 
     def stopped(self, number: int, reason: str) -> None:
         """Write down that no round comes after this one, though more were asked for.

@@ -6,7 +6,7 @@ And to ``errors.log``, where what went wrong is told in full.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -88,6 +88,19 @@ def round_row(
         "bytes_down": sum(c.bytes_down for c in record.clients),
         "bytes_up": sum(c.bytes_up for c in record.clients),
     }
+
+
+def personal_rows(record: RoundRecord, columns: Collection[str]) -> Iterator[Row]:
+    """Yield a row for each client of the phase after the rounds."""
+    for client in record.clients:
+        row = client_row(record.number, client)
+        yield {name: value for name, value in row.items() if name in columns}
+
+
+def personal_means(record: RoundRecord) -> Row:
+    """Return what the last round's row has of the phase after it."""
+    means = {snake_case(name): value for name, value in record.metrics.items()}
+    return {n: v for n, v in means.items() if n.startswith("evaluate_personal")}
 
 
 def measured_columns(test: Mapping[str, float], part: str = "test") -> Row:

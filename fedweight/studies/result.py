@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..core.errors import DataError, check_choice
 from . import plots
 from .summary import SummedRun, last_of
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data import DataSet
+    from .kept import PerClient
 
 
 class Run(SummedRun):
@@ -129,6 +131,71 @@ class Run(SummedRun):
         from .predicting import predictions
 
         return predictions(self, part, clients, model, dataset)
+
+    def personal_models(self) -> PerClient:
+        """Return the clients' personal models, by the client's number or name.
+
+        Each is a whole model as :meth:`model` returns it, and is read when it is asked
+        for; what is not a client's own is the global model's.
+
+        Returns
+        -------
+        Mapping[int | str, dict[str, Tensor]]
+            Of those clients that have one.
+
+        Raises
+        ------
+        DataError
+            There are none: the run did not end, clients have none, were devices that
+            keep their own, or ``run.keep-clients`` was off.
+
+        Examples
+        --------
+        >>> run.personal_models()[3]  # doctest: +SKIP
+        >>> run.predictions(
+        ...     model=run.personal_models()["site-a"], clients=[3]
+        ... )  # doctest: +SKIP
+        """
+        return self._kept("personal", self.model)
+
+    def client_states(
+        self, owner: Literal["objective", "personal"] = "objective"
+    ) -> PerClient:
+        """Return what an objective carries with each client, by its number or name.
+
+        ``"carry ..."`` is the client's, ``"kept ..."`` has a value for each of its
+        training examples.
+
+        Parameters
+        ----------
+        owner : {"objective", "personal"}
+            Whose: that of the local training, or of the personal models.
+
+        Returns
+        -------
+        Mapping[int | str, dict[str, Tensor]]
+            Of those clients that took part.
+
+        Raises
+        ------
+        DataError
+            There is nothing; as for :meth:`personal_models`.
+        """
+        check_choice("owner", owner, ("objective", "personal"))
+        return self._kept(owner)
+
+    def _kept(
+        self, table: str, others: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> PerClient:
+        from .kept import FILES, PerClient
+
+        path = self.folder / FILES[table]
+        if not path.is_file():
+            raise DataError(
+                f"{path} is missing: it is written at the end of a simulation in which "
+                "clients keep something, unless run.keep-clients = false."
+            )
+        return PerClient(path, self.name_of, others)
 
     def report(self) -> Path:
         """Write ``report.html`` anew and return its path."""

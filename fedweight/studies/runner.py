@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..messages.arrays import FlatRecord, leaves_out_base
 from ..messages.grids import bring_base
 from ..server import loop
 from ..server.checkpoint import not_carried
+from ..server.last_phase import after_rounds
 from ..server.loop import ServerState
 from ..server.wrapped import with_inner
 from ..simulations import Plan, SimulationGrid, simulate
@@ -48,6 +50,7 @@ from .foreign import keep_frozen, settling
 from .given import as_settings, of_main, setting_map, whole_tables
 from .keeper import NAME as KEPT
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
+from .kept import write_kept
 from .progress import Wanted, check_progress, telling
 from .recorder import Recorder
 from .result import Run
@@ -364,6 +367,8 @@ def _simulated(
                         checkpoint,
                         callbacks,
                     )
+                if configuration["run"]["keep-clients"]:
+                    write_kept(folder, grid.store, components.personal_layout)
                 # Only now, with the model written, is there nothing to go on with.
                 (folder / KEPT).unlink(missing_ok=True)
             finally:
@@ -434,6 +439,10 @@ def serve(
         bring_base(grid, recorder.base)
     elif recorder.base.digest:
         keep_frozen(strategy, recorder.base)
+    personal = components.personal()
+    ends = personal is not None and personal.when == "end"
+    if ends:
+        recorder.will_end()
     epochs = configuration["training"]["epochs"]
     table = configuration["run"]
     rounds, timeout = table["rounds"], table["timeout"] or None
@@ -498,6 +507,9 @@ def serve(
                     evaluate_config=state.evaluate_config,
                     evaluate_fn=recorder.after_round,
                 )
+            state = replace(state, arrays=recorder.arrays or initial, round=rounds)
+        if ends:
+            recorder.personal(after_rounds(strategy, grid, state, timeout))
 
 
 def _tell_what_is_not_carried(strategy: Strategy) -> None:

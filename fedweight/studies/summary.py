@@ -39,19 +39,18 @@ class SummedRun(RunFolder):
         dict
             ``name``, ``strategy``, ``data``, ``seed``, ``rounds``, ``rounds_asked``,
             ``complete``, ``stopped`` (when and why, if early), ``clients``; accuracies
-            in [0, 1]: ``test_accuracy`` (the last),
-            ``mean_test_accuracy_last_10`` (rounds; ``test_accuracies_in_mean`` says how
-            many of them there are), ``validation_accuracy`` and
-            ``validation_loss`` (the last, of what ``data.validation`` keeps), ``held_out_accuracy``, ``round_of_best_model``
+            in [0, 1]: ``test_accuracy`` (the last), ``mean_test_accuracy_last_10``
+            (rounds; ``test_accuracies_in_mean`` says how many of them there are),
+            ``validation_accuracy`` and ``validation_loss`` (the last, of what
+            ``data.validation`` keeps), ``held_out_accuracy``, ``round_of_best_model``
             and ``test_accuracy_of_best_model`` (by ``run.keep-best``; none where there
             are several models); what else is measured on the test set, such as
             ``test_dice`` (the last), with ``test_loss`` where numbers are predicted,
-            which have no accuracy; and over the
-            clients in the last evaluated round ``client_accuracy_mean``,
-            ``_std``, ``_worst10``, ``_best10``; ``effective_clients`` in the last
-            round that has it, ``failed_rounds``, ``bad_replies``, ``bytes_down``,
-            ``bytes_up`` and ``seconds``, the only one that depends on the clock; and
-            ``warnings``.
+            which have no accuracy; and over the clients in the last evaluated round
+            ``client_accuracy_mean``, ``_std``, ``_worst10``, ``_best10``;
+            ``effective_clients`` in the last round that has it, ``failed_rounds``,
+            ``bad_replies``, ``bytes_down``, ``bytes_up`` and ``seconds``, the only one
+            that depends on the clock; and ``warnings``.
         """
         trained = self.rounds[self.rounds["round"] > 0]
         test = self.measured("test_accuracy")

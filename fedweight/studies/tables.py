@@ -125,6 +125,13 @@ class Run:
             "auc; empty: what is usual for the task"
         ),
     ] = field(default_factory=list)
+    keep_clients: Annotated[
+        bool,
+        Field(
+            description="write at the end what clients keep: personal models, and what "
+            "objectives carry"
+        ),
+    ] = True
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fedweight.clients.personal import (
     Personal,
     personal,
 )
-from fedweight.clients.personal.base import objective_of
+from fedweight.clients.personal.base import phases_of
 from fedweight.clients.steps.loop import train
 from fedweight.clients.steps.task import Task
 from fedweight.core.errors import ConfigurationError
@@ -133,7 +133,7 @@ def test_wrong_personal_models_are_told(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigurationError, match="not derived from"):
         personal("own_person:Nobody")
-    assert set(PERSONAL.entries) == {"none", "ditto", "fine-tuned"}
+    assert set(PERSONAL.entries) == {"none", "ditto", "fedetf", "fine-tuned"}
 
 
 class Tuned(Personal):
@@ -154,7 +154,7 @@ class Tuned(Personal):
 )
 def test_personal_training_that_does_not_fit_is_refused(options, said):
     with pytest.raises(ConfigurationError, match=said):
-        objective_of(Tuned(**options), Plain())
+        phases_of(Tuned(**options), Plain())
 
 
 OWN = """

@@ -193,8 +193,12 @@ def test_what_clients_keep_lies_beside_the_checkpoint(
         with pytest.raises(DataError, match=f"{path.name} has been altered"):
             resume(folder, report=False)
         path.write_bytes(whole)
-    assert resume(folder, report=False).complete
+    done = resume(folder, report=False)
+    assert done.complete
     assert not list(folder.glob("client-store-*"))
+    models = done.personal_models()
+    assert [*models] == [*range(6)]
+    assert (folder / "client-states.safetensors").is_file()
 
 
 def test_a_run_with_what_clients_keep_may_be_overwritten(

@@ -9,14 +9,30 @@ from ...core.lazy import lazy_exports
 from ...core.registry import Registry
 
 if TYPE_CHECKING:
-    from .base import Personal
+    from .base import Personal, Phase
     from .ditto import Ditto
+    from .fedetf import FedETF
     from .fine_tuned import FineTuned
 
-__all__ = ["PERSONAL", "Ditto", "FineTuned", "Personal", "personal"]
+__all__ = [
+    "PERSONAL",
+    "Ditto",
+    "FedETF",
+    "FineTuned",
+    "Personal",
+    "Phase",
+    "personal",
+]
 
 __getattr__, __dir__ = lazy_exports(
-    __name__, {"Personal": ".base", "Ditto": ".ditto", "FineTuned": ".fine_tuned"}
+    __name__,
+    {
+        "Personal": ".base",
+        "Phase": ".base",
+        "Ditto": ".ditto",
+        "FedETF": ".fedetf",
+        "FineTuned": ".fine_tuned",
+    },
 )
 
 PERSONAL = Registry(
@@ -24,6 +40,7 @@ PERSONAL = Registry(
     {
         "none": "fedweight.clients.personal.base:nothing",
         "ditto": "fedweight.clients.personal.ditto:Ditto",
+        "fedetf": "fedweight.clients.personal.fedetf:FedETF",
         "fine-tuned": "fedweight.clients.personal.fine_tuned:FineTuned",
     },
 )

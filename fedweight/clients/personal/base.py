@@ -1,17 +1,40 @@
-"""What a personal model is trained by."""
+"""What a client trains for itself: which model, and what it is judged by."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ...core.errors import ConfigurationError, check_choice
+from ...core.errors import ConfigurationError, check_choice, check_range
 from ...core.texts import shown
-from ..objectives.base import Objective
+from ..objectives.base import Objective, defines
+
+When = Literal["rounds", "end"]
 
 
-class Personal(ABC):
-    """A model of each client's own, trained after the local training of every round.
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training of a personal model.
+
+    Attributes
+    ----------
+    objective : Objective
+        What it minimises. :class:`~fedweight.clients.objectives.Part` trains some
+        layers only.
+    epochs : int
+        Passes over the client's data, 1 or more.
+    learning_rate : float, optional
+        Above 0; by default that of the local training.
+    """
+
+    objective: Objective
+    epochs: int = 1
+    learning_rate: float | None = None
+
+
+class Personal:
+    """A model of each client's own, trained in every round, or after the last one.
 
     The client keeps it; nobody else sees it. A client that has none yet begins with the
     global model that it received. The random numbers are others than those of the local
@@ -19,20 +42,31 @@ class Personal(ABC):
 
     Attributes
     ----------
+    when : {"rounds", "end"}
+        Whether a client trains it after its local training of every round, or all
+        clients do once, after the rounds, from the last global model.
     start : {"personal", "trained"}
-        What the training begins with: the client's personal model, or what the round's
-        local training has just made of the global one.
+        What the training in a round begins with: the client's personal model, or what
+        the round's local training has just made of the global one.
     epochs : int
         Passes over the client's data, 1 or more.
+    layers : tuple of str
+        What of the model is the client's own, by names as
+        :class:`~fedweight.clients.objectives.Part` takes them; also what no round
+        trains may be. All else is the global model's. Empty: all that rounds train.
+    advice : str
+        What to do where a model has no such layers.
     """
 
+    when: When = "rounds"
     start: ClassVar[Literal["personal", "trained"]] = "personal"
+    layers: ClassVar[tuple[str, ...]] = ()
+    advice: ClassVar[str] = ""
 
     epochs: int = 1
 
-    @abstractmethod
     def objective(self, local: Objective) -> Objective:
-        """Return what the personal model minimises.
+        """Return what the personal model minimises; by default what clients minimise.
 
         Parameters
         ----------
@@ -40,31 +74,68 @@ class Personal(ABC):
             What local training minimises. With ``facts.received`` an objective sees
             the global model that the client received in this round.
         """
+        return local
+
+    def phases(self, local: Objective) -> Sequence[Phase]:
+        """Return the parts of the training, which follow each other.
+
+        One, by default: :attr:`epochs` passes with :meth:`objective`. Each begins with
+        an optimiser of its own.
+
+        Parameters
+        ----------
+        local : Objective
+            What local training minimises.
+        """
+        return [Phase(self.objective(local), self.epochs)]
 
 
-def objective_of(personal: Personal, local: Objective) -> Objective:
-    """Return what a personal model minimises.
+def phases_of(personal: Personal, local: Objective) -> list[Phase]:
+    """Return the parts of a personal model's training, checked.
 
     Raises
     ------
     ConfigurationError
-        If that is no objective, or what is said of its training does not fit.
+        If what is said of the training does not fit.
     """
-    name = type(personal).__name__
-    check_choice(f"personal {name}: start", personal.start, ("personal", "trained"))
-    epochs: Any = personal.epochs
+    name = f"personal {type(personal).__name__}"
+    check_choice(f"{name}: when", personal.when, ("rounds", "end"))
+    check_choice(f"{name}: start", personal.start, ("personal", "trained"))
+    layers: Any = personal.layers
+    if not isinstance(layers, tuple) or not all(isinstance(n, str) for n in layers):
+        raise ConfigurationError(
+            f"{name}: layers must be a tuple of names, got {shown(layers)}."
+        )
+    phases: Any = personal.phases(local)
+    if not isinstance(phases, Sequence) or not phases:
+        raise ConfigurationError(
+            f"{name}: phases must return one Phase or more, got {shown(phases)}."
+        )
+    for phase in phases:
+        _check(name, phase, alone=len(phases) == 1)
+    return list(phases)
+
+
+def _check(name: str, phase: Any, *, alone: bool) -> None:
+    """Refuse a phase that cannot be."""
+    if not isinstance(phase, Phase):
+        raise ConfigurationError(f"{name}: phases must be Phase, got {shown(phase)}.")
+    goal, epochs = phase.objective, phase.epochs
     if type(epochs) is not int or epochs < 1:
         raise ConfigurationError(
-            f"personal {name}: epochs must be a whole number from 1, got "
-            f"{shown(epochs)}."
+            f"{name}: epochs must be a whole number from 1, got {shown(epochs)}."
         )
-    objective: Any = personal.objective(local)
-    if not isinstance(objective, Objective):
+    if not isinstance(goal, Objective):
         raise ConfigurationError(
-            f"personal {name}: objective must return an objective, got "
-            f"{shown(objective)}."
+            f"{name}: objective must return an objective, got {shown(goal)}."
         )
-    return objective
+    if phase.learning_rate is not None:
+        check_range(f"{name}: learning_rate", phase.learning_rate, 0)
+    if not alone and (goal.per_example or defines(goal, "begin")):
+        raise ConfigurationError(
+            f"{name}: {type(goal).__name__} carries something from step to step, which "
+            "it can in a personal model that is trained in one phase only."
+        )
 
 
 def nothing() -> None:

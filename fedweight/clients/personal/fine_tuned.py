@@ -11,25 +11,25 @@ from typing import Annotated
 from pydantic import Field
 
 from ...core.options import checked_fields
-from ..objectives.base import Objective
-from .base import Personal
+from .base import Personal, When
 
 
 @checked_fields
 @dataclass(frozen=True)
 class FineTuned(Personal):
-    """Personal models that are a round's local models, trained for some more epochs.
+    """Personal models that are the global one, trained on by the local objective.
 
     Parameters
     ----------
     epochs : int
-        Further passes over the client's data, after those of the round.
+        Further passes over the client's data, 1 or more.
+    when : {"rounds", "end"}
+        After each round that a client takes part in, from what the round's local
+        training has made of the global model; or once by all clients, from the last
+        global model, as in the paper.
     """
 
     start = "trained"
 
     epochs: Annotated[int, Field(ge=1)] = 1
-
-    def objective(self, local: Objective) -> Objective:
-        """Return the local objective."""
-        return local
+    when: When = "rounds"

@@ -95,6 +95,13 @@ class ClientStore:
                 return ClientRows(clients[:0])
             return self._tables[table].read(clients, beginning)
 
+    def clients(self, table: str) -> Indices:
+        """Return the numbers of all clients that keep something, ascending."""
+        with self._lock:
+            if table not in self._tables:
+                return np.empty(0, np.int64)
+            return np.flatnonzero(self._tables[table].index >= 0)
+
     def write(self, table: str, rows: ClientRows) -> None:
         """Let clients keep something, in place of what they have kept before.
 

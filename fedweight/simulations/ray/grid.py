@@ -157,7 +157,7 @@ class RayGrid(PooledGrid):
         )
         lists = plan.cut(cohort, sizes)
         work = [float(len(nodes)) for nodes in lists]
-        if sizes is not None and cohort.message_type == "train":
+        if sizes is not None and cohort.trains:
             size_of = dict(zip(cohort.nodes, sizes, strict=True))
             work = [1.0 + sum(map(size_of.__getitem__, nodes)) for nodes in lists]
         batched = plan.chunk > 1

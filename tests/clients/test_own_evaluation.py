@@ -1,0 +1,72 @@
+"""Models of clients' own, evaluated at once: as each alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedweight import models
+from fedweight.clients import evaluation
+from fedweight.clients.evaluation import sums_of_each, sums_of_own
+from fedweight.core.module import FlatModule
+from fedweight.data import Examples
+from fedweight.metrics import TASKS, Statistics
+
+
+def normed():
+    return nn.Sequential(
+        nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.ReLU(), nn.Linear(5, 3)
+    )
+
+
+ARCHITECTURES = {
+    "mlp": lambda: models.build("mlp", (6,), 3, hidden=4),
+    "etf": lambda: models.build("mlp", (6,), 3, hidden=4, head="etf"),
+    "cnn": lambda: models.build("cnn", (1, 4, 4), 3, channels=(2, 2), hidden=4),
+    "char-gru": lambda: models.build("char-gru", (6,), 3, hidden=4),
+    "char-transformer": lambda: models.build(
+        "char-transformer", (6,), 3, width=4, heads=2, depth=1
+    ),
+    "normed": normed,
+}
+SIZES = (5, 0, 9, 1, 4)
+
+
+def inputs(name, n, rng):
+    if name.startswith("char"):
+        return rng.integers(0, 3, (n, 6))
+    shape = (n, 1, 4, 4) if name == "cnn" else (n, 6)
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def a_client(name, k):
+    torch.manual_seed(k)
+    module = ARCHITECTURES[name]()
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = torch.rand_like(buffer) + 0.5
+    return FlatModule(module).save()
+
+
+@pytest.mark.parametrize("at_once", [3, 4096])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_at_once_is_as_alone(monkeypatch, name, at_once):
+    monkeypatch.setattr(evaluation, "AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    parts = [Examples(inputs(name, n, rng), rng.integers(0, 3, n)) for n in SIZES]
+    module = FlatModule(ARCHITECTURES[name]())
+    own = [a_client(name, k) for k in range(len(SIZES))]
+    for one in own:
+        one.frozen = own[0].frozen
+    statistics = Statistics(TASKS["classification"], 3, ["macro-f1"])
+    together = statistics.result(sums_of_own(module, own, parts, statistics))
+    alone = [
+        statistics.result(sums_of_each(module, m, [p], statistics))
+        for m, p in zip(own, parts, strict=True)
+    ]
+    for measure, values in together.items():
+        expected = np.concatenate([one[measure] for one in alone])
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-7)
+    assert np.isnan(together["loss"]).tolist() == [n == 0 for n in SIZES]
