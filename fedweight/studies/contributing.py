@@ -52,12 +52,12 @@ def contribution(
 ) -> Contribution:
     """Return what each client of a simulation contributes to the test accuracy.
 
-    A set of clients is worth the accuracy on the server's test set of the last model
-    of a run in which all others are left out (``partition.leave-out``); nobody is worth
-    that of the initial model. Each run stands in a folder of its own, and is not run
-    again if it is there: the same call goes on with what was stopped, and more
-    permutations add to what was run. :func:`contribution_runs` says beforehand how
-    many runs it takes.
+    A set of clients is worth the accuracy (of masks: Dice) on the server's test set of
+    the last model of a run in which all others are left out (``partition.leave-out``);
+    nobody is worth that of the initial model. Each run stands in a folder of its own,
+    and is not run again if it is there: the same call goes on with what was stopped,
+    and more permutations add to what was run. :func:`contribution_runs` says beforehand
+    how many runs it takes.
 
     Parameters
     ----------
@@ -85,7 +85,8 @@ def contribution(
     Raises
     ------
     ConfigurationError, DataError
-        Before anything is run; also if the data have no test set.
+        Before anything is run; also if the data have no test set, or numbers are
+        predicted, for which there is no score from 0 to 1.
 
     Notes
     -----
@@ -159,7 +160,19 @@ class _Worth:
         self.preface = preface_of(given, dataset)
         self.of_this_process = dataset is not None or bool(of_main(given))
         self.dataset = dataset or LastData().of(self.configuration)
-        data = prepare(self.configuration, self.dataset).data
+        components = prepare(self.configuration, self.dataset)
+        data, score = components.data, components.task.score
+        if not score:
+            raise ConfigurationError(
+                "what clients contribute is measured in a score from 0 to 1, and "
+                f"{data.task} has none."
+            )
+        if score not in components.statistics.measures:
+            raise ConfigurationError(
+                f"what clients contribute is measured in {score}. Add it to "
+                "run.metrics, or leave that out."
+            )
+        self.column = f"test_{score}"
         if not len(data.test):
             raise ConfigurationError(
                 f"what clients contribute is measured on a test set, but '{data.name}' "
@@ -169,14 +182,14 @@ class _Worth:
         self.folder = Path()
 
     def __call__(self, some: frozenset[int]) -> float:
-        """Return the test accuracy of some clients' last model."""
+        """Return the score on the test set of some clients' last model."""
         whole = self._run(self.clients)
         if not some:
-            return float(whole.measured("test_accuracy").loc[0])
+            return float(whole.measured(self.column).loc[0])
         # Under load another plan could win, and give other bits.
         plan = whole.config["engine"]["plan"]
         made = self._run(sorted(some), plan)
-        return float(made.measured("test_accuracy").iloc[-1])
+        return float(made.measured(self.column).iloc[-1])
 
     def _run(self, clients: Sequence[int], plan: str | None = None) -> Run:
         """Return the run of some clients, and run it if it is not there."""

@@ -160,6 +160,17 @@ def test_dice_of_a_batch_is_as_written_out():
     assert loss_of(Dice(), sure, batch).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_dice_by_hand():
+    """Two pixels: p of the shape is 0.8 where it is and 0.4 where it is not."""
+    logits = torch.tensor([[[[0.2, 0.6]], [[0.8, 0.4]]]], dtype=torch.float64).log()
+    batch = Batch(torch.zeros(1, 1, 1, 2), torch.tensor([[[1, 0]]]))
+    # 1 - 2 * 0.8 / (0.64 + 0.16 + 1), and -(log 0.8 + log 0.6) / 2.
+    dice, cross = 1 / 9, 0.3669845875401002
+    assert loss_of(Dice(), logits, batch).item() == pytest.approx(dice, abs=1e-5)
+    found = loss_of(Dice(0.25), logits, batch).item()
+    assert found == pytest.approx(0.75 * cross + 0.25 * dice, abs=1e-5)
+
+
 def test_padding_is_no_part_of_a_dice_loss():
     data = images(5)
     logits = torch.from_numpy(np.random.default_rng(1).normal(size=(5, 3, 8, 8)))

@@ -15,6 +15,7 @@ from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples
 from fedweight.server.loop import ServerState
 from fedweight.strategies import STRATEGIES
+from fedweight.studies import contribution
 from fedweight.studies.check import check_file
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.runner import prepare
@@ -264,6 +265,12 @@ def test_a_check_says_how_the_numbers_lie(file: Path) -> None:
     assert any("score: numbers from" in line for line in found.lines())
     found = check_file(file, ["data.client=school"])
     assert "set task = 'regression'" in found.refused[0]
+
+
+def test_what_clients_contribute_has_no_score(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="and regression has none"):
+        contribution(settings={**QUICK, "data.path": str(file)}, out=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_real_schools(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from fedweight import Run, resume, run
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples, load
 from fedweight.server.loop import ServerState
+from fedweight.studies import contribution
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.runner import prepare
 
@@ -131,6 +132,15 @@ def test_the_same_bits_on_threads_and_resumed(tmp_path: Path) -> None:
     assert resumed.best_round == one.best_round
 
 
+@pytest.mark.ray
+def test_the_same_bits_on_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    settings = {"run.rounds": 2, "strategy.name": "fedce"}
+    one = start(tmp_path / "one", **settings)
+    ray = start(tmp_path / "ray", engine__name="ray", engine__workers=2, **settings)
+    assert tables(one) == tables(ray)
+
+
 @pytest.mark.parametrize("objective", ["plain", "dice", "fair-error-bound"])
 def test_many_at_once_learn_the_same(tmp_path: Path, objective: str) -> None:
     settings = {"objective.name": objective, "training.optimizer": "sgd"}
@@ -218,6 +228,20 @@ def test_a_client_of_background_only(tmp_path: Path) -> None:
     )
     assert (result.rounds["status"].dropna() == "ok").all()
     assert (result.clients["status"] == "ok").all()
+
+
+def test_clients_contribute_in_dice(tmp_path: Path) -> None:
+    quick = {**QUICK, "run.rounds": 1, "data.images": 30, "data.sites": 2}
+    found = contribution(settings=quick, out=tmp_path / "c")
+    runs = {
+        name: Run(tmp_path / "c" / f"clients-{name}").measured("test_dice")
+        for name in ("0", "1", "0-1")
+    }
+    gained = runs["0-1"].iloc[-1] - runs["0-1"].loc[0]
+    assert sum(found.values.values()) == pytest.approx(gained)
+    quick["run.metrics"] = ["macro-f1"]
+    with pytest.raises(ConfigurationError, match=r"in dice. Add it to run.metrics"):
+        contribution(settings=quick, out=tmp_path / "c")
 
 
 def test_the_simulation_file_is_feasible() -> None:
