@@ -7,6 +7,7 @@
 #   PYTHON=python3.12   which Python .venv is made with (default: the first that fits)
 #   VENV=dir            where the virtual environment goes (default: .venv)
 #   ARGS="..."          further arguments: make test ARGS="-m ray -x"
+#   OLDEST="..."        what make test-versions takes for the oldest versions
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -15,6 +16,10 @@ SHELL := /bin/sh
 VENV ?= .venv
 PYTHON ?=
 ARGS ?=
+CONSTRAINTS ?= constraints.txt
+TORCH ?= 2.13.0
+# The lower bounds in pyproject.toml.
+OLDEST ?= flwr==1.41.0 ray==2.55.0 torch==2.9.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # On all cores; ARGS="-n 0" runs the tests in one process, as a debugger needs it.
@@ -25,12 +30,14 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup run test test-all lint format all-checks build clean distclean
+.PHONY: help setup run test test-all test-versions lint format all-checks build clean distclean
 
 help:
 	@echo "make run         the quick start: a simulation of a few seconds, after set-up"
 	@echo "make test        the tests, without the slow ones"
 	@echo "make test-all    the tests, with the slow ones"
+	@echo "make test-versions  the tests, with the oldest versions of Flower, Ray and PyTorch"
+	@echo "                 that are promised, then with the newest"
 	@echo "make lint        ruff, mypy, and who imports whom"
 	@echo "make format      let ruff rewrite the files"
 	@echo "make all-checks  lint, then test-all"
@@ -46,6 +53,15 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(PYTEST) -m "" $(ARGS)
+
+# The newest are those of constraints.txt.
+test-versions:
+	@grep -v -E '^(flwr|ray|torch)==' constraints.txt > constraints-oldest.txt
+	@printf '%s\n' $(OLDEST) >> constraints-oldest.txt
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt \
+	  TORCH=$(patsubst torch==%,%,$(filter torch==%,$(OLDEST)))
+	@rm constraints-oldest.txt
+	$(MAKE) test
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -96,16 +112,16 @@ $(VENV)/.made:
 # gigabytes of CUDA libraries. Once it is there, the second line leaves it alone.
 #
 # pip is quiet but for errors, which it shows whole.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
 	@echo "Installing PyTorch into $(VENV) (some hundred megabytes; minutes the first time)"
-	@$(PIP) install -c constraints.txt torch==2.13.0
+	@$(PIP) install -c $(CONSTRAINTS) torch==$(TORCH)
 	@echo "Installing fedweight and what else it needs (a minute or two)"
-	@$(PIP) install -c constraints.txt -e '.[studies,simulation,test]'
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[studies,simulation,test]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the tools of make lint and make build (half a minute)"
-	@$(PIP) install -c constraints.txt -e '.[studies,simulation,test,dev]'
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[studies,simulation,test,dev]'
 	@touch $@
 
 # ----------------------------------------------------------------------- clean-up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -415,6 +416,20 @@ def test_a_client_that_ends_its_process_takes_nobody_with_it(
     assert replies[1].error.reason.startswith(
         "client 1, train: its worker process died: "
     )
+
+
+def test_modules_are_found_where_the_server_finds_them(
+    make_apart: Make, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"found_by_path_{abs(hash(str(tmp_path)))}"
+    (tmp_path / f"{name}.py").write_text("value = 7")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def train(message: Message, context: Context) -> Message:
+        return answer(message, value=importlib.import_module(name).value)
+
+    grid = make_apart(app_of(train), 1)
+    assert of(grid.send_and_receive([write(grid, 0)]), "value") == [7]
 
 
 def test_torch_has_one_thread(make: Make, write: Any) -> None:

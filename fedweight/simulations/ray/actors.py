@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -18,10 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ...core.client_store import ClientRows
 from ...core.errors import EngineError
 from ..grid import Nodes
-from ..isolation import prefix_output
 from ..workers.jobs import Job
 from ..workers.pool import Crew, Sent
-from ..workers.worker import Answer, Side, Worker
+from ..workers.worker import Answer, Side, Worker, driver
 from .rows import LOST, Shard
 
 # Seconds to wait for the workers; a cluster where others work may have no room.
@@ -30,12 +28,6 @@ START_TIMEOUT = 120.0
 
 class RayWorker(Worker):
     """A worker that is a Ray actor."""
-
-    def prepare(self, paths: Sequence[str], argv: Sequence[str]) -> None:
-        """Find modules where the driver does, too, before an app is sent."""
-        sys.path += [path for path in paths if path not in sys.path]
-        sys.argv = list(argv)
-        prefix_output()
 
     def load(self, app: ClientApp, nodes: Nodes) -> str:
         """Take over an app; return the Ray node that this process is on."""
@@ -107,7 +99,7 @@ class Actors(Crew):
 
     def _start(self, worker: Any) -> Any:
         """Send the app to a worker; return what stands for where it is."""
-        worker.prepare.remote(list(filter(None, sys.path)), sys.argv)
+        worker.prepare.remote(*driver())
         return worker.load.remote(*self._app)
 
     def send(

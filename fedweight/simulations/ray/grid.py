@@ -30,7 +30,7 @@ from ...core.errors import ConfigurationError, EngineError, check_range
 from ...core.signals import own_handlers
 from ...core.threads import one_thread
 from ...messages.dispatch import Cohort, Gathered, Replies
-from ..grid import Nodes, RunConfig, answers_cohort, usable_plan
+from ..grid import Nodes, RunConfig, answers_cohort, is_stranger, usable_plan
 from ..isolation import set_for_a_while
 from ..plan import Plan, sizes_of
 from ..workers.grid import PooledGrid
@@ -52,8 +52,8 @@ class RayGrid(PooledGrid):
     """Simulated clients in Ray worker processes.
 
     A Ray that is initialised already is used, and left running by :meth:`close`.
-    Otherwise the grid starts one for itself, with what the clients print in Ray's log
-    folder (on the terminal if the logger ``fedweight`` is at ``DEBUG``).
+    Otherwise the grid starts one for itself, with what clients of our own app print in
+    Ray's log folder (on the terminal if the logger ``fedweight`` is at ``DEBUG``).
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class RayGrid(PooledGrid):
         if workers is not None:
             check_range("workers", workers, 1)
         check_range("gpus_per_worker", gpus_per_worker, 0)
-        ours = _start_ray(workers, address)
+        ours = _start_ray(workers, address, is_stranger(client_app))
         try:
             self._pool = Pool(Actors(*_resources(workers, gpus_per_worker)))
         except BaseException:
@@ -176,8 +176,13 @@ def _end(pool: Pool, ours: contextlib.ExitStack) -> None:
 # Starting Ray.
 
 
-def _start_ray(workers: int | None, address: str | None) -> contextlib.ExitStack:
-    """Make sure that Ray runs; return what ends as much of it as is ours."""
+def _start_ray(
+    workers: int | None, address: str | None, show: bool
+) -> contextlib.ExitStack:
+    """Make sure that Ray runs; return what ends as much of it as is ours.
+
+    ``show`` says whether what clients print is shown.
+    """
     ours = contextlib.ExitStack()
     if ray.is_initialized():
         if address is not None:
@@ -186,11 +191,11 @@ def _start_ray(workers: int | None, address: str | None) -> contextlib.ExitStack
                 "address out to use that Ray, or call ray.shutdown() first."
             )
         return ours
-    show = log.isEnabledFor(logging.DEBUG)
+    debug = log.isEnabledFor(logging.DEBUG)
     options: dict[str, Any] = {
         "namespace": NAMESPACE,
-        "log_to_driver": show,
-        "logging_level": logging.INFO if show else logging.ERROR,
+        "log_to_driver": show or debug,
+        "logging_level": logging.INFO if debug else logging.ERROR,
     }
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -28,10 +28,10 @@ from ...core.client_store import ClientRows
 from ...core.errors import EngineError
 from ...core.extras import Imported
 from ..grid import Nodes
-from ..isolation import prefix_output, set_environment
+from ..isolation import set_environment
 from .jobs import Job
 from .pool import Crew, Sent
-from .worker import Answer, Side, Worker
+from .worker import Answer, Side, Worker, driver
 
 cloudpickle = Imported("cloudpickle", "simulation", "a Flower app in other processes")
 
@@ -99,8 +99,9 @@ class Processes(Crew):
 
     def load(self, slots: Sequence[int], app: ClientApp, nodes: Nodes) -> None:
         """Send an app to the processes and wait until they have it."""
+        dumps = cloudpickle.dumps
         try:
-            self._app = cloudpickle.dumps((app, nodes))
+            self._app = dumps((app, nodes))
         except Exception as error:
             raise EngineError(
                 f"the ClientApp cannot be sent to other processes: {error}. Make such "
@@ -123,7 +124,7 @@ class Processes(Crew):
         """Send the app to a process, which begins with the first that it is sent."""
         worker.held = set()
         with _as_fork_server_needs(self._app):
-            worker.loaded = worker.pool.submit(_load, self._app)
+            worker.loaded = worker.pool.submit(_load, self._app, *driver())
 
     def send(
         self,
@@ -216,7 +217,6 @@ def _begin(environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     set_environment(environment)
-    prefix_output()
     _worker = Worker()
 
 
@@ -228,9 +228,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _load(app: bytes) -> int:
+def _load(app: bytes, paths: Sequence[str], argv: Sequence[str]) -> int:
     """Take over an app; return this process's number."""
     _records.clear()
+    _worker.prepare(paths, argv)
     _worker.load(*pickle.loads(app))
     return os.getpid()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +25,7 @@ from ...messages import _flower
 from ...messages.dispatch import Cohort, Reply
 from ..allocator import keep_freed_memory
 from ..grid import FIRST_NODE, Nodes, execute, is_stranger
+from ..isolation import prefix_output
 
 # Where a row lies: in which of the objects that were sent along, and where in it.
 Place = tuple[int, int]
@@ -146,6 +149,15 @@ class Worker:
         keep_freed_memory()
         self._kept: list[RecordDict] = []
 
+    def prepare(self, paths: Sequence[str], argv: Sequence[str]) -> None:
+        """Be like the server's process, of which :func:`driver` tells.
+
+        Modules are found where it finds them, besides.
+        """
+        sys.path += [path for path in paths if path not in sys.path]
+        sys.argv = list(argv)
+        prefix_output()
+
     def load(self, app: ClientApp, nodes: Nodes) -> str:
         """Take over an app; return where this process is."""
         self.app, self.nodes = app, nodes
@@ -262,6 +274,11 @@ class Worker:
             own = [_argument(argument, values) for argument in arguments]
             answers.append(getattr(rows, method)(*own).numpy())
         return answers
+
+
+def driver() -> tuple[list[str], list[str]]:
+    """Return what :meth:`Worker.prepare` is told, in the server's process."""
+    return [os.path.abspath(path) for path in sys.path], sys.argv
 
 
 @dataclass(frozen=True, slots=True)
