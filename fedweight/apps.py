@@ -61,7 +61,7 @@ client_app = ClientApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the strategy on Flower's grid, and write the run's folder."""
-    require("a server that writes a run's folder", "studies")
+    require("a server that writes a run's folder", "studies", "pandas")
     run_config = _frozen(context)
     folder = _folder(run_config, context.run_id)
     numbered = grid if hasattr(grid, "client_of") else NumberedGrid(grid)
@@ -73,6 +73,7 @@ def main(grid: Grid, context: Context) -> None:
     from .core.paths import address
     from .studies.folder import cannot_repeat, new_folder
     from .studies.recorder import Recorder
+    from .studies.report import report_or_say
     from .studies.result import Run
     from .studies.runner import make_ready, serve
 
@@ -89,14 +90,15 @@ def main(grid: Grid, context: Context) -> None:
         with recorder.recording({"name": "flower"}, own_data=own_data, preface=preface):
             serve(numbered, components, strategy, initial, recorder)
         run = Run(folder)
-        run.report()
+        reported = report_or_say(run)
     summary = run.summary()
     if summary["test_accuracy"] is not None:
         print(f"test accuracy {summary['test_accuracy']:.4f}")
     if summary["stopped"]:
         print(f"stopped early, {summary['stopped']}")
     print(f"results in {folder}", flush=True)
-    print(f"report     {address(folder / 'report.html')}", flush=True)
+    if reported:
+        print(f"report     {address(folder / 'report.html')}", flush=True)
     for warning in summary["warnings"]:
         print(f"warning: {warning}", flush=True)
     if summary["failed_rounds"]:

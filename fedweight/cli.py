@@ -523,7 +523,8 @@ def _print_summary(result: Run, summary: dict[str, Any]) -> None:
         elif value is not None:
             print(f"{label:<24} {value}")
     print(f"{'results':<24} {result.folder}")
-    print(f"{'report':<24} {address(result.folder / 'report.html')}")
+    if (report := result.folder / "report.html").is_file():
+        print(f"{'report':<24} {address(report)}")
     for warning in warnings:
         print(f"warning: {warning}")
 

@@ -13,7 +13,6 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["MPLBACKEND"] = "Agg"  # no window, wherever the tests run
 
 # hypothesis comes after: its import is harmless, the order only stays plain.
 from hypothesis import settings

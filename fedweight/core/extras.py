@@ -18,7 +18,7 @@ from .texts import listed
 EXTRAS = {
     "server": ("numba",),
     "simulation": ("cloudpickle", "ray"),
-    "studies": ("matplotlib", "pandas", "scipy", "sklearn"),
+    "studies": ("altair", "jinja2", "pandas", "scipy", "sklearn", "vl_convert"),
 }
 
 

@@ -124,7 +124,7 @@ def compare(
     ... )  # doctest: +SKIP
     >>> found.summary[["strategy", "mean", "verdict"]]  # doctest: +SKIP
     """
-    require("a comparison", "studies")
+    require("a comparison", "studies", "pandas", "scipy")
     given = Asked(strategies, objectives, data_sets, vary, sweep, seeds, target)
     asked = given.beside(file)
     study = _Study(file, asked.axes())

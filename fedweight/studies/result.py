@@ -12,11 +12,11 @@ from .summary import SummedRun, last_of
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
     from torch import Tensor
 
     from ..data import DataSet
     from .kept import PerClient
+    from .plots import Chart
 
 
 class Run(SummedRun):
@@ -39,15 +39,25 @@ class Run(SummedRun):
 
     # ------------------------------------------------------------------- figures
 
-    def plot_accuracy(self) -> Figure:
+    def plot_accuracy(self) -> Chart:
         """Draw the accuracy over rounds."""
-        return plots.figure_of(plots.accuracy(self))
+        return plots.over_rounds(self, "accuracy")
 
-    def plot_loss(self) -> Figure:
+    def plot_loss(self) -> Chart:
         """Draw the loss over rounds."""
-        return plots.figure_of(plots.loss(self))
+        return plots.over_rounds(self, "loss")
 
-    def plot_weights(self, order: str = "number") -> Figure:
+    def plot_measure(self, measure: str) -> Chart:
+        """Draw another measure of the model over rounds, such as ``"rmse"``.
+
+        Parameters
+        ----------
+        measure : str
+            As in the columns ``test_rmse`` and ``evaluate_rmse`` of ``rounds``.
+        """
+        return plots.over_rounds(self, measure)
+
+    def plot_weights(self, order: str = "number") -> Chart:
         """Draw how much each client counted in each round.
 
         Parameters
@@ -55,9 +65,9 @@ class Run(SummedRun):
         order : {"number", "size"}
             Clients by number, or those with most data first.
         """
-        return plots.figure_of(plots.weights_heatmap(self, order=order))
+        return plots.heatmap(self, order)
 
-    def plot_weight_vs_size(self, round: int | None = None) -> Figure:
+    def plot_weight_vs_size(self, round: int | None = None) -> Chart:
         """Draw the clients' weights against their shares of the data.
 
         Parameters
@@ -65,17 +75,33 @@ class Run(SummedRun):
         round : int, optional
             By default the last round with weights.
         """
-        return plots.figure_of(plots.weight_vs_size(self, round=round))
+        return plots.against_data(self, round)
 
-    def plot_client_accuracies(self) -> Figure:
-        """Draw every client's accuracy in the last evaluated round."""
-        return plots.figure_of(plots.client_accuracies(self))
+    def plot_client_accuracies(self, measure: str = "accuracy") -> Chart:
+        """Draw every client's accuracy in the last evaluated round.
 
-    def plot_client_accuracies_by_round(self) -> Figure:
-        """Draw how the clients' accuracies spread, round by round."""
-        return plots.figure_of(plots.client_accuracies_by_round(self))
+        Parameters
+        ----------
+        measure : str
+            Another column of ``clients``, such as ``"rmse"``.
+        """
+        return plots.ranked(self, measure)
 
-    def plot_labels(self, order: str = "number") -> Figure:
+    def plot_client_accuracies_by_round(self, measure: str = "accuracy") -> Chart:
+        """Draw how the clients' accuracies spread, round by round.
+
+        Parameters
+        ----------
+        measure : str
+            Another column of ``clients``, such as ``"rmse"``.
+        """
+        return plots.clients_by_round(self, measure)
+
+    def plot_personal(self) -> Chart:
+        """Draw what each client's own model reaches against the global one."""
+        return plots.own_models(self)
+
+    def plot_labels(self, order: str = "number") -> Chart:
         """Draw which classes each client holds.
 
         Parameters
@@ -83,11 +109,17 @@ class Run(SummedRun):
         order : {"number", "size"}
             Clients by number, or those with most data first.
         """
-        return plots.figure_of(plots.labels(self, order=order))
+        return plots.labels(self, order)
 
-    def plot_recorded(self) -> Figure:
-        """Draw what the method itself recorded of each round."""
-        return plots.recorded(self)
+    def plot_recorded(self, name: str = "") -> Chart:
+        """Draw a number that the method itself recorded of each round.
+
+        Parameters
+        ----------
+        name : str
+            Which column of ``rounds`` or ``clients``; by default the first.
+        """
+        return plots.recorded(self, name)
 
     def predictions(
         self,

@@ -53,6 +53,7 @@ from .keeper import Keeper, Remembers, go_on, read_checkpoint
 from .kept import write_kept
 from .progress import Wanted, check_progress, telling
 from .recorder import Recorder
+from .report import report_or_say
 from .result import Run
 
 log = logging.getLogger("fedweight")
@@ -185,7 +186,7 @@ def run(
     ... )  # doctest: +SKIP
     >>> result.rounds["test_accuracy"].plot()  # doctest: +SKIP
     """
-    require("a run", "studies")
+    require("a run", "studies", "pandas")
     settings = setting_map(settings)
     short = {"strategy": strategy, "engine.name": engine, "run.seed": seed}
     given = {key: value for key, value in short.items() if value is not None}
@@ -294,7 +295,7 @@ def resume(
     ConfigurationError
         If the run is going on, or its data were given in Python.
     """
-    require("a run", "studies")
+    require("a run", "studies", "pandas")
     before = Run(Path(folder))
     config = before.folder / "config.toml"
     check_repeats(config)
@@ -389,7 +390,7 @@ def _simulated(
             assert folder is not None
             result = Run(folder)
             if report:
-                result.report()
+                report_or_say(result)
         except BaseException as stop:
             if recorder is not None and recorder.goes_on:
                 assert folder is not None

@@ -1,78 +1,102 @@
 from __future__ import annotations
 
-import io
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from fedweight.core.errors import ConfigurationError, DataError
-from fedweight.studies import plots
+from fedweight.studies import plots, report
+from fedweight.studies.plots import weights
 from fedweight.studies.result import Run
 
 MakeRun = Any
 DRAWN = (
-    plots.accuracy,
-    plots.loss,
-    plots.weights_heatmap,
-    plots.weight_vs_size,
-    plots.client_accuracies,
-    plots.client_accuracies_by_round,
+    plots.over_rounds,
+    plots.heatmap,
+    plots.against_data,
+    plots.ranked,
+    plots.clients_by_round,
     plots.labels,
 )
 
 
-@pytest.mark.parametrize("draw", DRAWN)
-def test_draws_in_given_axes_and_leaves_settings_alone(
-    make_run: MakeRun, draw: Any
+def rows(chart: Any, *fields: str) -> list[dict[str, Any]]:
+    """Return the data of a chart that have these fields."""
+    found = [
+        values
+        for values in chart.to_dict()["datasets"].values()
+        if set(fields) <= set(values[0])
+    ]
+    assert len(found) == 1
+    return list(found[0])
+
+
+def encodings(chart: Any, channel: str) -> list[dict[str, Any]]:
+    """Return what a channel shows in each layer of a chart that has it."""
+    spec = chart.to_dict()
+    layers = spec.get("layer") or spec.get("vconcat") or [spec]
+    return [one["encoding"][channel] for one in layers if channel in one["encoding"]]
+
+
+def title(chart: Any) -> tuple[str, str]:
+    found = chart.to_dict()["title"]
+    return found["text"], found.get("subtitle", "")
+
+
+def test_plots_are_charts_that_are_written_without_a_browser(
+    make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = Run(make_run())
-    before = dict(mpl.rcParams)
-    ax = Figure().add_subplot()
-    assert draw(run, ax) is ax
-    plots.figure_of(ax).canvas.draw()
-    assert dict(mpl.rcParams) == before
-    assert ax.get_xlabel()
-    assert ax.get_ylabel()
-
-
-def test_figures_show_themselves_in_a_notebook(make_run: MakeRun) -> None:
-    run = Run(make_run())
-    for figure in (
-        run.plot_accuracy(),
-        run.plot_loss(),
-        run.plot_weights("size"),
-        run.plot_weight_vs_size(1),
-        run.plot_client_accuracies(),
-        run.plot_client_accuracies_by_round(),
-        run.plot_labels("size"),
-        run.plot_recorded(),
+    for k, chart in enumerate(
+        (
+            run.plot_accuracy(),
+            run.plot_loss(),
+            run.plot_weights("size"),
+            run.plot_weight_vs_size(1),
+            run.plot_client_accuracies(),
+            run.plot_client_accuracies_by_round(),
+            run.plot_labels("size"),
+            run.plot_recorded(),
+        )
     ):
-        assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+        chart.to_dict(validate=True)
+        chart.save(tmp_path / f"{k}.png")
+        chart.save(tmp_path / f"{k}.svg")
+        assert (tmp_path / f"{k}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{k}.svg").read_text()
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+def test_a_chart_is_the_same_each_time(make_run: MakeRun, draw: Any) -> None:
+    folder = make_run()
+    first, again = (json.dumps(draw(Run(folder)).to_dict()) for _ in range(2))
+    assert first == again
 
 
 def test_heat_map_centres_on_the_uniform_weight(make_run: MakeRun) -> None:
-    ax = plots.weights_heatmap(Run(make_run()))
-    (image,) = ax.get_images()
-    cells = image.get_array()
-    assert cells is not None
-    assert cells.shape == (4, 3)  # clients x rounds, the failed one among them
-    low, high = image.get_clim()
+    chart = plots.heatmap(Run(make_run()))
+    cells = rows(chart, "w")
+    assert [len(row["w"]) for row in cells] == [3] * 4  # the failed round among them
+    (colour,) = encodings(chart, "color")
+    low, *_, high = colour["scale"]["domain"]
     assert low == -high  # the middle is log2(1): uniform
     # Client 0 held a tenth of round 1's weight, 0.4 of the uniform 1/4.
-    assert cells[0, 0] == pytest.approx(np.log2(0.4))
-    assert cells.mask[:, 2].all()
-    assert cells.mask[0, 1]
+    assert cells[0]["w"][0] == 0.4
+    assert [row["w"][2] for row in cells] == [None] * 4
+    assert cells[0]["w"][1] is None
+    assert "took no part" in title(chart)[1]
 
 
 def test_heat_map_by_size_begins_with_the_largest(make_run: MakeRun) -> None:
-    ax = plots.weights_heatmap(Run(make_run()), order="size")
-    assert [label.get_text() for label in ax.get_yticklabels()] == list("3210")
+    chart = plots.heatmap(Run(make_run()), order="size")
+    assert [row["who"] for row in rows(chart, "w")] == list("3210")
     with pytest.raises(ConfigurationError, match="order must be one of"):
-        plots.weights_heatmap(Run(make_run("other")), order="sise")
+        plots.heatmap(Run(make_run("other")), order="sise")
 
 
 def test_zero_and_negative_weights_stand_at_the_low_end(make_run: MakeRun) -> None:
@@ -80,37 +104,79 @@ def test_zero_and_negative_weights_stand_at_the_low_end(make_run: MakeRun) -> No
     text = (folder / "clients.csv").read_text()
     text = text.replace("ok,,0.1,", "ok,,-0.1,").replace("ok,,0.2,", "ok,,0.0,")
     (folder / "clients.csv").write_text(text)
-    (image,) = plots.weights_heatmap(Run(folder)).get_images()
-    cells = image.get_array()
-    assert cells is not None
-    assert list(cells[:2, 0]) == [image.get_clim()[0]] * 2
+    chart = plots.heatmap(Run(folder))
+    assert [row["w"][0] for row in rows(chart, "w")][:2] == [-0.4, 0]
+    # What is drawn of them is computed in the figure, and drawn here for once.
+    import vl_convert
+
+    drawn = vl_convert.vegalite_to_scenegraph(chart.to_dict())
+    fills = [item.get("fill") for item in marks(drawn["scenegraph"], "rect")]
+    assert fills.count("rgb(18, 60, 107)") == 2  # the scale's low end
+
+
+def marks(scene: Any, kind: str) -> list[dict[str, Any]]:
+    """Return every mark of a kind in what was drawn."""
+    found = []
+    if isinstance(scene, dict):
+        if scene.get("marktype") == kind:
+            found += scene["items"]
+        for inner in scene.get("items", []):
+            found += marks(inner, kind)
+    return found
 
 
 def test_many_cells_are_averaged() -> None:
     values = np.arange(1200 * 5, dtype=float).reshape(1200, 5)
     values[0] = np.nan
-    blocks, rows, columns = plots._block_means(values)
-    assert (rows, columns) == (3, 1)
+    blocks, merged, every = weights.block_means(values, 400)
+    assert (merged, every) == (3, 1)
     assert blocks.shape == (400, 5)
     assert blocks[0, 0] == (5 + 10) / 2  # the gap does not count
     assert blocks[1, 0] == 20
-    odd, rows, _ = plots._block_means(np.ones((401, 2)))
-    assert (odd.shape, rows) == ((201, 2), 2)
+    odd, merged, _ = weights.block_means(np.ones((501, 2)))
+    assert (odd.shape, merged) == ((251, 2), 2)
     assert (odd == 1).all()
+    # A row a client up to 500 clients over 200 rounds; beyond, rounds are merged.
+    assert weights.block_means(np.ones((500, 200)))[1:] == (1, 1)
+    assert weights.block_means(np.ones((500, 400)))[1:] == (1, 2)
+    assert weights.block_means(np.ones((10, 5000)))[1:] == (1, 5)
+
+
+def test_a_thinned_heat_map_says_of_whom_and_when_a_cell_is(make_run: MakeRun) -> None:
+    run = Run(make_run(clients=501, rounds=1))
+    chart = plots.heatmap(run)
+    cells = rows(chart, "w")
+    assert [cells[0]["who"], cells[-1]["who"]] == ["0 to 1", "500 to 500"]
+    assert "A cell is the mean of 2 clients." in title(chart)[1]
 
 
 def test_weight_vs_size_names_who_departs_from_the_diagonal(
     make_run: MakeRun,
 ) -> None:
     folder = make_run()
-    ax = plots.weight_vs_size(Run(folder))  # shares of data, exactly: nobody
-    assert [text.get_text() for text in ax.texts] == []
+    named = [row["label"] for row in rows(plots.against_data(Run(folder)), "label")]
+    assert named == [""] * 3  # shares of data, exactly: nobody
     text = (folder / "clients.csv").read_text()
     (folder / "clients.csv").write_text(text.replace("ok,,0.1,", "ok,,0.35,"))
-    ax = plots.weight_vs_size(Run(folder), round=1)
-    assert [text.get_text() for text in ax.texts] == ["client 0"]
+    chart = plots.against_data(Run(folder), round=1)
+    found = rows(chart, "label")
+    assert [row["label"] for row in found] == ["client 0", "", "", ""]
+    assert [row["kind"] for row in found[:1]] == ["counts for more than its data"]
     with pytest.raises(DataError, match="no weights of round 3"):
-        plots.weight_vs_size(Run(folder), round=3)
+        plots.against_data(Run(folder), round=3)
+
+
+def test_of_very_many_clients_those_that_stand_out_are_drawn(
+    make_run: MakeRun,
+) -> None:
+    run = Run(make_run(clients=2000, rounds=1, classes=1))
+    first = run.clients.index[run.clients["round"] == 1][3]
+    run.clients.loc[first, "weight"] = 0.2
+    chart = plots.against_data(run)
+    found = rows(chart, "label")
+    assert len(found) <= weights.MOST_DOTS
+    assert [row["label"] for row in found if row["label"]] == ["client 3"]
+    assert f"{len(found)} of the 2000 clients are drawn" in title(chart)[1]
 
 
 @pytest.mark.parametrize(("clients", "who"), [(4, "client"), (12, "10 %")])
@@ -118,127 +184,181 @@ def test_worst_tenth_is_the_recorded_one_and_of_few_one_client(
     make_run: MakeRun, clients: int, who: str
 ) -> None:
     run = Run(make_run(clients=clients))
-    ax = plots.client_accuracies(run)
-    assert f"worst {who}: 40.0 %" in [text.get_text() for text in ax.texts]
-    ax = plots.client_accuracies_by_round(run)
-    ends = {text.get_text() for text in ax.texts}
-    assert ends == {f"worst {who}", "median client", f"best {who}"}
-    low = min(path.vertices[:, 1].min() for path in ax.collections[0].get_paths())
+    assert f"Worst {who}: 40.0 %" in title(plots.ranked(run))[1]
+    bands = rows(plots.clients_by_round(run), "a", "e")
+    low = min(row["a"] for row in bands)
     worst = run.by_number("accuracy").min().min()
     assert low == pytest.approx(worst) if clients == 4 else low > worst
+    assert {row["worst"] for row in bands} == {"0"}
+    assert {row["best"] for row in bands} == {str(clients - 1)}
+
+
+def test_of_what_is_better_when_less_the_largest_is_the_worst(
+    make_run: MakeRun,
+) -> None:
+    run = Run(make_run())
+    run.clients["rmse"] = run.clients["client"] + 1.0
+    assert plots.client_measure(run) == "accuracy"
+    ranks = rows(plots.ranked(run, "rmse"), "rank", "client")
+    assert [row["client"] for row in ranks] == list("3210")
+    assert {row["worst"] for row in rows(plots.clients_by_round(run, "rmse"), "a")} == {
+        "3"
+    }
+    del run.clients["accuracy"]
+    assert plots.client_measure(run) == "rmse"
 
 
 @pytest.mark.parametrize("clients", [3, 30])
 @pytest.mark.parametrize("order", ["number", "size"])
-def test_names_are_at_the_axes(make_run: MakeRun, clients: int, order: str) -> None:
+def test_names_are_at_the_axes_and_at_the_pointer(
+    make_run: MakeRun, clients: int, order: str
+) -> None:
     run = Run(make_run(clients=clients))
     names = {k: f"Ward {chr(65 + k % 26)}{k}" for k in range(clients)}
     names[1] = "$x^2$ of a very long name\x1b[2J"
     vars(run)["names"] = names
     first = names[0] if order == "number" else names[clients - 1]
-    for axis in (
-        plots.weights_heatmap(run, order=order).yaxis,
-        plots.labels(run, order=order).xaxis,
+    for chart, channel in (
+        (plots.heatmap(run, order), "y"),
+        (plots.labels(run, order), "x"),
     ):
-        shown = [label.get_text() for label in axis.get_ticklabels()]
+        (axis,) = (
+            found["axis"] for found in encodings(chart, channel) if found.get("axis")
+        )
+        assert len(axis["values"]) <= 24
+        shown = json.loads(axis["labelExpr"].partition("]")[0] + "]")
         assert shown[0] == first
-        assert len(shown) <= 20
         if clients == 3:
-            assert r"\$x^2\$ of a very…" in shown
-        figure = plots.figure_of(axis.axes)
-        figure.savefig(io.BytesIO())  # Nothing is taken for a formula.
+            assert "$x^2$ of a very…" in shown
+    whose = [row["who"] for row in rows(plots.heatmap(run, order), "w")]
+    assert sorted(whose) == sorted(names.values())
 
 
 def test_what_is_not_there_is_said(make_run: MakeRun) -> None:
     run = Run(make_run(weights=False, evaluated=False))
     with pytest.raises(DataError, match="'feddisco' aggregates without weights"):
-        plots.weights_heatmap(run)
+        plots.heatmap(run)
     with pytest.raises(DataError, match="no client's accuracy"):
-        plots.client_accuracies(run)
+        plots.ranked(run, "accuracy")
+    with pytest.raises(DataError, match="nothing of rmse"):
+        plots.over_rounds(run, "rmse")
+    with pytest.raises(DataError, match="nothing of personal models"):
+        plots.own_models(run)
     (run.folder / "partition.csv").write_text("client,train_examples\n0,3\n")
     with pytest.raises(DataError, match="no classes"):
         plots.labels(Run(run.folder))
 
 
-def test_class_names_with_dollars_are_no_formulas(make_run: MakeRun) -> None:
-    run = Run(
-        make_run(class_names=["$<50k$", "$\\frac", "a name too long to be shown"])
-    )
-    ax = plots.labels(run)
-    plots.figure_of(ax).canvas.draw()
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    assert names[0] == r"\$<50k\$"
-    assert names[2] == "a name too long…"
-
-
-@pytest.mark.parametrize(("clients", "classes"), [(2, 2), (450, 100)])
+@pytest.mark.parametrize(("clients", "classes"), [(2, 2), (600, 100)])
 def test_labels_of_few_and_of_many(
     make_run: MakeRun, clients: int, classes: int
 ) -> None:
-    ax = plots.labels(Run(make_run(clients=clients, classes=classes, rounds=1)))
-    plots.figure_of(ax).canvas.draw()
-    assert ("mean of 2 clients" in ax.get_xlabel()) == (clients > 400)
+    chart = plots.labels(Run(make_run(clients=clients, classes=classes, rounds=1)))
+    found = rows(chart, "s")
+    assert len(found) * len(found[0]["s"]) <= 40_000
+    assert ("mean of 2 clients" in title(chart)[1]) == (clients > 500)
+    # Shares of a client's data: together they are all of it.
+    assert sum(found[0]["s"]) == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize(("clients", "classes", "rounds"), [(1, 2, 1), (20, 3, 20)])
-@pytest.mark.parametrize("draw", [*DRAWN, plots.recorded])
-def test_nothing_is_cut_off(
-    make_run: MakeRun, draw: Any, clients: int, classes: int, rounds: int
-) -> None:
-    run = Run(make_run(clients=clients, classes=classes, rounds=rounds))
-    if clients == 20:
-        vars(run)["names"] = {k: f"Hospital {k}" for k in range(clients)}
-    drawn = draw(run)
-    figure = drawn if isinstance(drawn, Figure) else plots.figure_of(drawn)
-    canvas = FigureCanvasAgg(figure)
-    for _ in range(2):  # Drawn again, it is laid out again.
-        canvas.draw()
-        width, height = figure.get_size_inches()
-        box = figure.get_tightbbox(canvas.get_renderer())
-        assert min(box.x0, box.y0) > -0.03
-        assert box.x1 < width + 0.03
-        assert box.y1 < height + 0.03
+def test_other_measures_and_personal_models_are_drawn(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    run.rounds["test_rmse"] = [4.0, 3.0, 2.0, 1.0]
+    assert plots.measures(run) == ["accuracy", "loss", "rmse"]
+    chart = plots.over_rounds(run, "rmse")
+    assert title(chart)[0] == "RMSE over rounds"
+    assert [row["value"] for row in rows(chart, "series")] == [4, 3, 2, 1]
+    run.clients["personal_accuracy"] = run.clients["accuracy"] + [0.1, -0.1, 0, 0] * 4
+    assert "better one for 1 of 4 clients" in title(plots.own_models(run))[1]
+    (first, *_) = rows(plots.own_models(run), "client")
+    assert first["own"] == pytest.approx(first["global"] + 0.1)
+    assert {row["series"] for row in rows(plots.personal(run), "series")} == {
+        "personal models",
+        "global model",
+    }
+    assert list(plots.own_numbers(run)) == ["gamma", "discrepancy"]
+
+
+def test_failed_rounds_are_shaded_and_say_why(make_run: MakeRun) -> None:
+    chart = plots.over_rounds(Run(make_run()))
+    (failed,) = rows(chart, "why")
+    assert (failed["at"], failed["why"]) == (3, "too few replies")
+    assert title(chart)[1] == "Grey: a round that failed."
 
 
 def test_what_a_method_recorded_of_clients_is_drawn(make_run: MakeRun) -> None:
     run = Run(make_run())
-    titles = [axes.get_title(loc="left") for axes in plots.recorded(run).axes]
-    assert titles == ["gamma", "discrepancy of a client"]
+    assert list(plots.own_numbers(run)) == ["gamma", "discrepancy"]
+    assert title(plots.recorded(run))[0] == "gamma"
+    with pytest.raises(DataError, match=r"no 'disc'.* recorded gamma and discrepancy"):
+        plots.recorded(run, "disc")
     # Only the clients' numbers: most methods record no other.
     del run.rounds["gamma"]
-    (axes, _) = plots.recorded(run).axes
-    assert axes.get_title(loc="left") == "discrepancy of a client"
-    (line,) = axes.get_lines()
-    assert line.get_xdata().tolist() == [1, 2, 3]
+    chart = plots.recorded(run)
+    assert title(chart)[0] == "discrepancy of a client"
+    points = rows(chart, "c")
+    assert [row["round"] for row in points] == [1, 2, 3]
     # The clients' values are 0, 0.1, 0.2 and 0.3; in round 2 the first is missing.
-    assert line.get_ydata().tolist() == pytest.approx([0.15, 0.2, 0.15])
-
-
-def test_more_than_can_be_drawn_is_said(make_run: MakeRun) -> None:
-    run = Run(make_run())
-    for number in range(20):
-        run.clients[f"own_{number}"] = 1.0
-    figure = plots.recorded(run)
-    assert sum(axes.get_visible() for axes in figure.axes) == 12
-    assert figure.get_supxlabel() == "10 more in rounds.csv and clients.csv"
+    assert [row["c"] for row in points] == pytest.approx([0.15, 0.2, 0.15])
 
 
 def test_shares_that_nobody_knows_are_said(make_run: MakeRun) -> None:
     run = Run(make_run())
     del run.clients["examples"]
-    assert plots.weight_vs_size(run)  # The partition knows them.
+    assert plots.against_data(run)  # The partition knows them.
     (run.folder / "partition.csv").unlink()
     run = Run(run.folder)
     del run.clients["examples"]
     with pytest.raises(DataError, match="does not say how much data"):
-        plots.weight_vs_size(run)
+        plots.against_data(run)
     assert run.report().is_file()
 
 
-def test_names_at_line_ends_keep_apart(make_run: MakeRun) -> None:
-    ax = Figure(figsize=(5, 3)).add_subplot()
-    ax.set_ylim(0, 1)
-    plots._label_ends(ax, [(1.0, "a", "k"), (0.99, "b", "k"), (0.98, "c", "k")])
-    places = sorted(text.xy[1] for text in ax.texts)  # type: ignore[attr-defined]
-    assert np.diff(places).min() > 0.05
-    assert places[-1] <= 1.0
+def test_nobody_waits_for_the_plot_library_who_draws_nothing() -> None:
+    code = (
+        "import sys, fedweight.studies.report, fedweight.studies.runner\n"
+        "print([m for m in ('altair', 'jinja2', 'vl_convert') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+GROUPS = """\
+round,part,client,attribute,group,examples,accuracy,selection_rate,tpr,fpr,loss
+1,held-out,,sex,f,40,0.5,0.2,0.4,0.1,0.9
+1,held-out,,sex,m,60,0.7,0.5,0.8,0.2,0.6
+1,held-out,0,sex,f,10,0.1,,,,2.0
+2,held-out,,sex,f,40,0.6,0.3,0.5,,0.8
+2,held-out,,sex,m,60,0.9,0.4,0.7,,0.5
+2,test,,<i>age</i>,old,9,0.25,,,,0.7
+2,test,,<i>age</i>,young,1,0.75,,,,0.1
+"""
+
+
+def test_groups_are_drawn_and_how_far_apart_they_are_is_told(
+    make_run: MakeRun,
+) -> None:
+    run = Run(make_run())
+    assert plots.groups.shown(run) == []
+    (run.folder / "groups.csv").write_text(GROUPS)
+    rates = ("accuracy", "selection_rate", "tpr", "fpr", "loss")
+    assert plots.groups.shown(run) == [
+        *(("test", "<i>age</i>", rate) for rate in ("accuracy", "loss")),
+        *(("held-out", "sex", rate) for rate in rates),
+    ]
+    chart = plots.groups.over_rounds(run, "held-out", "sex", "accuracy")
+    assert [row["value"] for row in rows(chart, "series")] == [0.5, 0.6, 0.7, 0.9]
+    assert {row["series"] for row in rows(chart, "series")} == {"f", "m"}
+    with pytest.raises(DataError, match="no tpr of <i>age</i>"):
+        plots.groups.over_rounds(run, "test", "<i>age</i>", "tpr")
+    tables = dict(plots.groups.last(run))
+    held_out = tables["By sex, round 2, on all clients’ held-out data"]
+    assert held_out["group"].tolist() == ["f", "m", "largest difference"]
+    # Demographic parity: selection rates of 0.3 and 0.4; "fpr" nobody knows then.
+    assert held_out["selection_rate"].tolist() == pytest.approx([0.3, 0.4, 0.1])
+    assert held_out["tpr"].tolist() == pytest.approx([0.5, 0.7, 0.2])
+    assert "fpr" not in held_out
+    text = report.render(run)
+    assert "Selection rate by sex" in text
+    assert "By &lt;i&gt;age&lt;/i&gt;, round 2" in text
+    assert "<i>" not in text

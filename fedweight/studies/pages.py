@@ -1,0 +1,310 @@
+"""Pages of HTML that need nothing but themselves: from templates, with live figures.
+
+A page holds what it shows as data and one script that draws it; it asks for nothing
+from anywhere, and its policy lets no other script run. Its figures take their colours
+from the page, so they follow the reader's light or dark mode. The same content gives
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import ConfigurationError, DataError
+from ..core.extras import Imported, require
+from ..core.texts import plain
+from .plots import style
+
+if TYPE_CHECKING:
+    import jinja2
+    import pandas as pd
+    import vl_convert
+else:
+    jinja2 = Imported("jinja2", "studies", "a report")
+    vl_convert = Imported("vl_convert", "studies", "a report")
+    pd = Imported("pandas", "studies", "a run's folder")
+
+Part = dict[str, Any]
+
+NEEDED = ("altair", "jinja2", "vl_convert")
+
+# The colours of figures by their role; the page's style gives each two values.
+ROLES = {
+    style.INK: "ink",
+    style.MUTED: "muted",
+    style.GRID: "grid",
+    style.PAPER: "paper",
+    style.BLUE: "blue",
+    style.VERMILION: "vermilion",
+    style.GREEN: "green",
+    style.VIOLET: "violet",
+    style.OCHRE: "ochre",
+}
+
+
+def page(
+    template: str,
+    title: str,
+    facts: Iterable[tuple[str, Any]],
+    sections: Iterable[Part],
+    **more: Any,
+) -> str:
+    """Return a page as one HTML document.
+
+    Parameters
+    ----------
+    template : str
+        Its file among the templates.
+    title : str
+        The page's.
+    facts : iterable of (str, object)
+        What stands below the title; what is empty is left out.
+    sections : iterable of dict
+        What :func:`section` returns; those without parts are left out.
+    **more
+        What the template takes besides.
+
+    Raises
+    ------
+    ConfigurationError
+        A package is missing that writes reports.
+    """
+    templates = check_pages()
+    shown = [part for part in sections if part["parts"]]
+    figures = any(p["kind"] == "figure" for s in shown for p in s["parts"])
+    scripts = [_runtime()] if figures else []
+    scripts.append((templates / "report.js").read_text("utf-8"))
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    return (
+        _environment(templates)
+        .get_template(template)
+        .render(
+            title=title,
+            facts=[(name, value) for name, value in facts if value not in (None, "")],
+            sections=shown,
+            has_figures=figures,
+            scripts=scripts,
+            policy=f"default-src 'none'; script-src {hashes}; "
+            "style-src 'unsafe-inline'; img-src data:",
+            **more,
+        )
+    )
+
+
+def fragment(template: str, **content: Any) -> str:
+    """Return what a template makes, for a notebook."""
+    return _environment(check_pages()).get_template(template).render(**content)
+
+
+def check_pages() -> Path:
+    """Return the folder of the templates.
+
+    Raises
+    ------
+    ConfigurationError
+        What a page needs is not installed.
+    """
+    require("a report", "studies", *NEEDED)
+    # What Flower ships of an app holds no templates; the package installed beside does.
+    beside = [Path(place, "fedweight", "studies") for place in sys.path]
+    for place in (Path(__file__).parent, *beside):
+        if (place / "templates" / "base.html").is_file():
+            return place / "templates"
+    raise ConfigurationError(
+        "a report needs its templates, which are not in what Flower ships of an app. "
+        "Install fedweight[studies] on this machine."
+    )
+
+
+@cache
+def _environment(templates: Path) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {
+        **{"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False},
+    }
+    return environment
+
+
+@cache
+def _runtime() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script."""
+    script = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    # Within a script's element these would end it, or begin a comment.
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+# ------------------------------------------------------------------------------- parts
+
+
+def section(
+    title: str, *parts: Part | None, text: str = "", narrow: bool = False
+) -> Part:
+    """Return a section of a page; parts that are not there are left out.
+
+    Parameters
+    ----------
+    title, text : str
+        Its heading, and a sentence or two below.
+    *parts : dict, optional
+        What it shows.
+    narrow : bool
+        Whether three stand side by side, not two.
+    """
+    shown = [part for part in parts if part is not None]
+    return {"title": title, "text": text, "parts": shown, "narrow": narrow}
+
+
+def stacked(*parts: Part) -> Part | None:
+    """Return parts that stand one below the other, beside a figure."""
+    return {"kind": "column", "parts": parts} if parts else None
+
+
+def figure(chart: Any, words: str = "", wide: bool = False) -> Part | None:
+    """Return a chart as a part of a page; ``None`` where its data are missing.
+
+    Parameters
+    ----------
+    chart : Chart or partial
+        A figure, or what returns it, or raises ``DataError``.
+    words : str
+        What it shows, for those who cannot see it; by default its title.
+    wide : bool
+        Whether it takes the page's whole width.
+    """
+    try:
+        chart = chart() if isinstance(chart, partial) else chart
+    except DataError:
+        return None
+    spec = chart.to_dict(validate=False)
+    title = spec.pop("title")
+    data = spec.pop("datasets", {})
+    spec.pop("$schema")
+    spec.pop("background")
+    views = spec.get("vconcat", [spec])
+    return {
+        "kind": "figure",
+        "title": title["text"],
+        "note": title.get("subtitle", ""),
+        "words": words or title["text"],
+        "wide": wide,
+        "height": sum(view["height"] for view in views) + 60,
+        "spec": {**_by_role(spec), "datasets": data},
+    }
+
+
+def _by_role(value: Any) -> Any:
+    """Return a specification with the page's colours in place of its own."""
+    if isinstance(value, str):
+        return f"var(--fw-{ROLES[value]})" if value in ROLES else value
+    if isinstance(value, Mapping):
+        return {key: _by_role(inner) for key, inner in value.items()}
+    return [_by_role(inner) for inner in value] if isinstance(value, list) else value
+
+
+def table(caption: str, frame: pd.DataFrame, rest: str = "", closed: str = "") -> Part:
+    """Return a frame as a table in a box that scrolls.
+
+    Parameters
+    ----------
+    caption : str
+        What it holds.
+    frame : DataFrame
+        Its columns' names and values.
+    rest : str
+        What is left out.
+    closed : str
+        What to click to see it; empty: it is open.
+    """
+    columns, values = _columns(frame)
+    texts = [["" if value is None else _told(value) for value in row] for row in values]
+    return {
+        **{"kind": "table", "caption": caption, "rest": rest, "closed": closed},
+        **{"columns": columns, "rows": texts, "live": False},
+    }
+
+
+def live_table(caption: str, frame: pd.DataFrame, rest: str = "") -> Part:
+    """Return a frame as a table that a reader sorts and searches."""
+    columns, values = _columns(frame)
+    return {
+        **{"kind": "table", "caption": caption, "rest": rest, "closed": ""},
+        **{"columns": columns, "rows": values, "live": True},
+    }
+
+
+def _columns(frame: pd.DataFrame) -> tuple[list[Part], list[list[Any]]]:
+    columns, values = [], []
+    for name, kind in frame.dtypes.items():
+        is_number = pd.api.types.is_numeric_dtype(kind)
+        columns.append({"name": str(name).replace("_", " "), "number": is_number})
+        show = _number if is_number else _text
+        values.append([show(value) for value in frame[name]])
+    return columns, [list(row) for row in zip(*values, strict=True)]
+
+
+def _number(value: Any) -> Any:
+    if value is pd.NA or value is None or value != value:
+        return None
+    if isinstance(value, int | float) and abs(value) < 2**53:
+        return style.short(value, 4)
+    return _number(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or value != value else plain(value)
+
+
+def _told(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def settings(tables: Mapping[str, Any], closed: str = "") -> Part | None:
+    """Return nested tables, as of TOML or JSON, as one table of settings."""
+    loose = {k: v for k, v in tables.items() if not isinstance(v, Mapping)}
+    groups = [("", list(_flat(loose)))] if loose else []
+    groups += [(k, list(_flat(v))) for k, v in tables.items() if isinstance(v, Mapping)]
+    return {"kind": "settings", "groups": groups, "closed": closed} if groups else None
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            yield f"{prefix}{key}", value
+        else:
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False, default=str)
+
+
+def plural(count: int, what: str, none: str = "") -> str:
+    """Return how many there are of something, in words.
+
+    Examples
+    --------
+    >>> plural(1, "round"), plural(2, "round"), plural(0, "round", "no round")
+    ('1 round', '2 rounds', 'no round')
+    """
+    if count == 0 and none:
+        return none
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def more(count: int, where: str) -> str:
+    """Say where the rest of a table is, if there is one."""
+    return f"{count} more in {where}." if count > 0 else ""
