@@ -368,8 +368,8 @@ def _simulated(
                         checkpoint,
                         callbacks,
                     )
-                if configuration["run"]["keep-clients"]:
-                    write_kept(folder, grid.store, components.personal_layout)
+                    if configuration["run"]["keep-clients"]:
+                        write_kept(folder, grid.store, components.personal_layout)
                 # Only now, with the model written, is there nothing to go on with.
                 (folder / KEPT).unlink(missing_ok=True)
             finally:

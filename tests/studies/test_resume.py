@@ -50,6 +50,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "personal.name": "ditto",
         "engine.plan": "batched-2",
     },
+    "fedetf": {
+        "strategy.name": "fedavg",
+        "model.head": "etf",
+        "personal.name": "fedetf",
+        "personal.turns": 1,
+    },
     "fedbuff": {"strategy.name": "fedbuff", "server.name": "momentum", **BUFFERED},
 }
 
