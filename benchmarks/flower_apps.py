@@ -32,14 +32,22 @@ def measure(folder: Path, clients: int, workers: int, turns: int) -> list[result
     whole: dict[str, list[float]] = {name: [] for name in (*ENGINES, "flower")}
     started: dict[str, list[float]] = {name: [] for name in whole}
     agrees = dict.fromkeys(ENGINES, True)
+    app = AppFolder.read(folder)
+    # How many nodes it waits for is a setting of each app in tests/apps.
+    own = {"nodes": clients} if "nodes" in app.config() else {}
     for _ in range(turns):
-        theirs = run_on_flower(AppFolder.read(folder), {}, federation)
+        theirs = run_on_flower(app, own, federation)
         whole["flower"].append(theirs.seconds)
         started["flower"].append(theirs.seconds_started)
         for engine in ENGINES:
             with contextlib.redirect_stdout(io.StringIO()):
                 done = run_folder(
-                    folder, clients=clients, engine=engine, workers=workers, seed=0
+                    folder,
+                    run_config=[f"{key}={value}" for key, value in own.items()],
+                    clients=clients,
+                    engine=engine,
+                    workers=workers,
+                    seed=0,
                 )
             ours = FolderRun(done.ours, clients, theirs)
             whole[engine].append(ours.ours.seconds)

@@ -155,3 +155,34 @@ def test_context_of_a_client() -> None:
     context = Context(0, 1000, {"partition-id": 0}, RecordDict(), {"rate": 0.1})
     context.state = RecordDict({"x": ConfigRecord()})
     assert list(context.state) == ["x"], MOVED.format("Context.state")
+
+
+def test_what_flowers_simulation_runtime_is_called_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = private("flwr.simulation.run_simulation", "_run_simulation")
+    private("flwr.supercore.constant", "NOOP_FEDERATION_ID")
+    event = private("flwr.supercore.telemetry", "EventType")
+    assert hasattr(event, "PYTHON_API_RUN_SIMULATION_LEAVE"), MOVED.format("EventType")
+    for name in ("primary_task_id", "federation_id", "override_config"):
+        assert hasattr(_flower.empty_run(1), name), MOVED.format(f"Run.{name}")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "flwr.simulation.run_simulation._run_simulation",
+        lambda **named: given.update(named),
+    )
+    _flower.run_folder(
+        print,
+        "app:client_app",
+        "/nowhere",
+        run_config={"rate": 0.1, "more": 1},
+        overrides={"rate": 0.1},
+        num_supernodes=3,
+        backend_config={"client_resources": {"num_cpus": 1}, "init_args": {}},
+    )
+    missing = given.keys() - inspect.signature(run).parameters.keys()
+    assert not missing, MOVED.format("_run_simulation")
+    assert given["run"].override_config == {"rate": 0.1}
+    assert given["server_app_context"].run_config == {"rate": 0.1, "more": 1}
+    assert given["server_app_context"].run_id == given["run"].run_id > 0
+    assert given["backend_config"] == {"client_resources": {"num_cpus": 1}}

@@ -125,12 +125,12 @@ def test_ids_and_times_as_flowers(make: Make, write: Any) -> None:
 
 def test_a_message_that_expires(make_apart: Make, write: Any) -> None:
     grid = make_apart(app_of(sleep), 2)
-    messages = [write(grid, k, seconds=1.2 * k) for k in range(2)]
+    messages = [write(grid, k, seconds=3.0 * k) for k in range(2)]
     for message in messages:
-        message.metadata.ttl = 0.6
+        message.metadata.ttl = 1.5
     began = time.perf_counter()
     replies = list(grid.send_and_receive(messages, timeout=20))
-    assert time.perf_counter() - began < 1.1
+    assert time.perf_counter() - began < 3.0
     assert [r.has_error() for r in replies] == [False, True]
     assert replies[1].error.code == _flower.MESSAGE_UNAVAILABLE
     pushed = write(grid, 0)
@@ -365,26 +365,25 @@ def test_push_returns_at_once_and_replies_come_as_they_are_there(
 ) -> None:
     grid = make_apart(app_of(sleep), 4)
     began = time.perf_counter()
-    messages = [write(grid, k, seconds=0.8 * (k == 0)) for k in range(4)]
+    messages = [write(grid, k, seconds=3.0 * (k == 0)) for k in range(4)]
     ids = grid.push_messages(messages)
-    assert list(grid.pull_messages(ids)) == []
-    assert time.perf_counter() - began < 0.3
+    assert time.perf_counter() - began < 1.0
     found: list[int] = []
     while len(found) < 3:
         found += of(grid.pull_messages(ids), "client")
         time.sleep(0.01)
     assert sorted(found) == [1, 2, 3]
-    assert time.perf_counter() - began < 0.8
+    assert time.perf_counter() - began < 3.0
 
 
 def test_nobody_is_lost_with_a_slow_one(make_apart: Make, write: Any) -> None:
     grid = make_apart(app_of(sleep), 8)
     for _ in range(2):  # It is known by now that they are quick.
         grid.send_and_receive([write(grid, k) for k in range(8)])
-    late = [write(grid, k, tag=1, seconds=1.6 * (k == 2)) for k in range(8)]
+    late = [write(grid, k, tag=1, seconds=4.0 * (k == 2)) for k in range(8)]
     began = time.perf_counter()
-    replies = list(grid.send_and_receive(late, timeout=0.8))
-    assert time.perf_counter() - began < 1.5
+    replies = list(grid.send_and_receive(late, timeout=2.5))
+    assert time.perf_counter() - began < 4.0
     assert of(replies, "client") == [0, 1, 3, 4, 5, 6, 7]
     # The late client and its worker are there for the next round; what it replied late
     # never comes, and what it did to its state stays.

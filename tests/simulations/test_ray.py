@@ -293,8 +293,8 @@ def test_app_that_cannot_travel(ray_grid: Any) -> None:
     with pytest.raises(EngineError) as caught:
         ray_grid.load(app_of(train), 2)
     text = str(caught.value)
-    assert text.startswith("the ClientApp cannot be sent to Ray workers, because of")
-    assert "'guard' (lock)" in text
+    assert text.startswith("the ClientApp cannot be sent to Ray workers")
+    assert "lock" in text  # Ray 2.55 names 'guard', too
     assert "engine = 'local'" in text
 
 
@@ -435,6 +435,11 @@ def started(folder: Path, count: int) -> None:
         time.sleep(0.01)
 
 
+def own_lines(output: str) -> list[str]:
+    """Return what the program prints, without what its clients do."""
+    return [line for line in output.splitlines() if "(client " not in line]
+
+
 def test_interrupt(script: Any, tmp_path: Path) -> None:
     rest = """
     try:
@@ -456,7 +461,7 @@ def test_interrupt(script: Any, tmp_path: Path) -> None:
     program.interrupt()
     program.wait_for("interrupted")
     assert time.perf_counter() - began < 1
-    assert program.finish() == "closed\n"
+    assert own_lines(program.finish()) == ["closed"]
     assert program.left_behind() == []
 
 
@@ -578,6 +583,7 @@ def test_cluster_that_is_joined_stays(
             rest=rest,
         )
     )
-    assert program.finish() == "ready\n4\n", program.errors.read_text()
+    lines = own_lines(program.finish())
+    assert lines == ["ready", "4"], program.errors.read_text()
     assert program.left_behind() == []
     assert ray_session.get(ray_session.put(1)) == 1

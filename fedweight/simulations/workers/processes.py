@@ -42,6 +42,10 @@ SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 # Names the modules for the fork server to import (:mod:`.preload`).
 PRELOAD = "FEDWEIGHT_PRELOAD"
 
+# Windows has no fork: there every process imports for itself.
+HAS_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
+METHOD = "forkserver" if HAS_FORK_SERVER else "spawn"
+
 # These start threads when they are imported, and who has threads must not fork.
 WITH_THREADS = ("jax", "tensorflow")
 
@@ -55,7 +59,7 @@ class _Process:
     def __init__(self) -> None:
         self.pool = ProcessPoolExecutor(
             1,
-            mp_context=multiprocessing.get_context("forkserver"),
+            mp_context=multiprocessing.get_context(METHOD),
             initializer=_begin,
             initargs=(dict(os.environ) | SETTINGS,),
         )
@@ -183,7 +187,8 @@ def _as_fork_server_needs(app: bytes) -> Iterator[None]:
         PRELOAD: ",".join(_modules(app)),
     }
     before, main = dict(os.environ), sys.modules["__main__"]
-    multiprocessing.set_forkserver_preload([f"{__package__}.preload"])
+    if HAS_FORK_SERVER:
+        multiprocessing.set_forkserver_preload([f"{__package__}.preload"])
     with _STARTING:
         os.environ.update(settings)
         sys.modules["__main__"] = types.ModuleType("__main__")

@@ -9,6 +9,13 @@ from flwr.serverapp import Grid, ServerApp
 app = ServerApp()
 
 
+def all_nodes(grid: Grid, number: int) -> list[int]:
+    """Wait until there are as many nodes as there shall be, as a server must."""
+    while len(nodes := list(grid.get_node_ids())) < number:
+        time.sleep(0.05)
+    return nodes
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Have every client grow its trees, then ask for all of them."""
@@ -18,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
         content = RecordDict({"ask": ConfigRecord({"number": number})})
         return Message(content, node, "train.tree")
 
-    nodes = list(grid.get_node_ids())
+    nodes = all_nodes(grid, context.run_config["nodes"])
     waiting = set(grid.push_messages([ask(node, 0) for node in nodes]))
     counts = dict.fromkeys(nodes, 0)
     while waiting:

@@ -1,5 +1,7 @@
 """The server: asks for sizes, then FedAvg with everybody, and measures centrally."""
 
+import time
+
 import numpy as np
 from flwr.app import (
     Array,
@@ -18,6 +20,13 @@ from linefit.task import FEATURES, load_data, loss
 app = ServerApp()
 
 
+def all_nodes(grid: Grid, number: int) -> list[int]:
+    """Wait until there are as many nodes as there shall be, as a server must."""
+    while len(nodes := list(grid.get_node_ids())) < number:
+        time.sleep(0.05)
+    return nodes
+
+
 def measure(number: int, arrays: ArrayRecord) -> MetricRecord:
     """Measure the global line on data of nobody."""
     x, y = load_data(1000)
@@ -27,7 +36,7 @@ def measure(number: int, arrays: ArrayRecord) -> MetricRecord:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds."""
-    nodes = list(grid.get_node_ids())
+    nodes = all_nodes(grid, context.run_config["nodes"])
     asked = [Message(RecordDict(), node, "query.size") for node in nodes]
     sizes = [int(r.content["size"]["examples"]) for r in grid.send_and_receive(asked)]
     print(f"{sum(sizes)} examples on {len(nodes)} nodes")

@@ -16,10 +16,11 @@ def mean(metrics):
 
 def server_fn(context: Context) -> ServerAppComponents:
     """Make the strategy."""
+    number = context.run_config["nodes"]
     strategy = FedAvg(
-        min_fit_clients=4,
-        min_evaluate_clients=4,
-        min_available_clients=4,
+        min_fit_clients=number,
+        min_evaluate_clients=number,
+        min_available_clients=number,
         initial_parameters=ndarrays_to_parameters(arrays_of(build())),
         on_fit_config_fn=lambda number: {"scale": 1.0 / number},
         fit_metrics_aggregation_fn=lambda metrics: {"clients": len(metrics)},

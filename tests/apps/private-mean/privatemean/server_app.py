@@ -16,7 +16,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds with noise from a seed."""
     np.random.seed(7)
-    number = len(list(grid.get_node_ids()))
+    number = context.run_config["nodes"]
     everybody = FedAvg(
         min_train_nodes=number, min_evaluate_nodes=number, min_available_nodes=number
     )

@@ -13,7 +13,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run rounds of the protocol."""
-    number = len(list(grid.get_node_ids()))
+    number = context.run_config["nodes"]
 
     def show(server_round, parameters, config):
         [values] = parameters_to_ndarrays(parameters)

@@ -1,0 +1,1 @@
+"""A clipping norm that the server finds."""

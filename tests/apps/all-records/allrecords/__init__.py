@@ -1,0 +1,1 @@
+"""Every type that a record can hold, there and back."""

@@ -1,0 +1,1 @@
+"""Clients that raise now and then, whose state is as before."""

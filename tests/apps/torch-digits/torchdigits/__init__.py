@@ -1,0 +1,1 @@
+"""A small network, as Flower's first tutorial has it."""
