@@ -1,7 +1,7 @@
 """The server adds up what it cannot read."""
 
 import numpy as np
-from flwr.common import Context, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import Context, ndarrays_to_parameters
 from flwr.server import LegacyContext, ServerConfig
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
@@ -16,7 +16,7 @@ def main(grid: Grid, context: Context) -> None:
     number = context.run_config["nodes"]
 
     def show(server_round, parameters, config):
-        [values] = parameters_to_ndarrays(parameters)
+        [values] = parameters
         print(f"round {server_round}: {values.mean():.3f}")
 
     strategy = FedAvg(
