@@ -18,7 +18,7 @@ from ..metrics import Statistics
 from .client_state import read_models, write_results
 from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
-from .evaluation import sums_of_each, sums_of_own
+from .evaluation import EVALUATION_TARGETS, sums_of_each, sums_of_own
 from .modules import Modules
 from .objectives import Objective
 from .objectives.part import is_of
@@ -208,8 +208,11 @@ class PersonalModels:
         batched: bool,
     ) -> list[list[int]]:
         """Return which clients' models are evaluated at once."""
-        kinds = {kind_of(clients[k].data.held_out) for k in having}
-        if batched and len(having) > 1 and len(kinds) == 1:
+        parts = [clients[k].data.held_out for k in having]
+        kinds = {kind_of(part) for part in parts}
+        # What models say of pixels is too much to be held of all.
+        small = sum(part.y.size for part in parts) <= EVALUATION_TARGETS
+        if batched and small and len(having) > 1 and len(kinds) == 1:
             trainer, _ = self.phases[-1]
             if trainer.kind_if_batched([clients[k] for k in having]) in kinds:
                 most = max(1, MOST_VALUES // max(1, layout.num_parameters))
