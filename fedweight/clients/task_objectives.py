@@ -60,7 +60,7 @@ def for_task(objective: Objective, task: LearningTask) -> Objective:
         )
     if not (task.has_classes or objective.tasks) and name in OBJECTIVES.entries:
         raise ConfigurationError(
-            f"objective '{name}' is for examples that have a class, and {task.name} "
-            f"has none. Choose {others}, or one of your own."
+            f"objective '{name}' is for examples that have a class, and those of "
+            f"{task.name} {task.instead}. Choose {others}, or one of your own."
         )
     return objective

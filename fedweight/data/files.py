@@ -701,11 +701,12 @@ def _targets(
     source: Source, part: pd.DataFrame, task: str, classes: Sequence[Label] | None
 ) -> Array:
     """Return what is to be predicted of rows of a table."""
-    path, several = source.table.path, part[source.labels]
+    path = source.table.path
     if classes is not None:
         return _codes(path, part[source.label], classes)
     if task == MultiLabel.name:
-        return as_flags(f"{path}: labels are", several.to_numpy(np.float32))
+        flags = part[source.labels].to_numpy(np.float32)
+        return as_flags(f"{path}: labels are", flags)
     return as_numbers(f"{path}: '{source.label}' is", part[source.label].to_numpy())
 
 
