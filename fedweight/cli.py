@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import tomllib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -367,6 +368,12 @@ def _resume(given: argparse.Namespace) -> int:
 
 def _app(given: argparse.Namespace) -> int:
     from .core.errors import EngineError
+    from .simulations.workers.forking import start_early
+
+    apart = given.engine != "ray" and given.isolation != "none"
+    module = _client_module(given.folder)
+    if apart and module and not given.gpus_per_worker:
+        start_early(os.path.abspath(given.folder), module)
     from .simulations.folder_run import run_folder, trace_of
 
     _show_warnings()
@@ -380,6 +387,16 @@ def _app(given: argparse.Namespace) -> int:
         raise
     print(json.dumps(done.to_dict()) if as_json else "\n".join(done.lines()))
     return 0
+
+
+def _client_module(folder: str) -> str:
+    """Return the module of a Flower App's clients, empty where it cannot be read."""
+    try:
+        with open(os.path.join(folder, "pyproject.toml"), "rb") as file:
+            app = tomllib.load(file)["tool"]["flwr"]["app"]
+        return str(app["components"]["clientapp"]).partition(":")[0]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # What is wrong is said where it is read again.
 
 
 def _check(given: argparse.Namespace) -> int:

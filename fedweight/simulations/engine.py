@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from ..core.environment import set_for_a_while
 from ..core.errors import ConfigurationError, EngineError, check_choice, check_range
 from ..core.extras import is_installed
 from ..core.signals import interruptible
@@ -26,7 +27,6 @@ from .grid import (
     new_run_id,
     new_seed,
 )
-from .isolation import set_for_a_while
 from .local import LocalGrid
 from .plan import ENGINES, Plan
 from .seen import Seen

@@ -12,12 +12,13 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
+from ..core.environment import set_environment
 from ..core.rng import Purpose, torch_seed
 
 
@@ -88,27 +89,6 @@ def _argv() -> Callable[[], None]:
 def _environment() -> Callable[[], None]:
     before = dict(os.environ)
     return lambda: set_environment(before)
-
-
-def set_environment(wanted: dict[str, str]) -> None:
-    """Make this process's environment what is wanted, and leave alone what is so."""
-    if dict(os.environ) == wanted:
-        return
-    for name in os.environ.keys() - wanted.keys():
-        del os.environ[name]
-    os.environ.update(wanted)
-
-
-@contextlib.contextmanager
-def set_for_a_while(settings: Mapping[str, str]) -> Iterator[None]:
-    """Have variables in the environment for a ``with`` block, unless they are there."""
-    added = [name for name in settings if name not in os.environ]
-    os.environ.update({name: settings[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def _folder() -> Callable[[], None]:

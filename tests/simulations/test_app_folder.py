@@ -224,3 +224,21 @@ def test_prints_have_the_clients_number(small: Any) -> None:
     lines = done.stdout.splitlines()
     assert sorted(lines[:2]) == ["(client 0) told as it is", "(client 1) told as it is"]
     assert "INFO Clients draw random numbers from seed = " in done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("imported", "processes"), [("json", 2), ("jax", 4)])
+def test_an_app_is_imported_once_for_all_processes(
+    small: Any, imported: str, processes: int
+) -> None:
+    """By this one and by the fork server; but where it starts threads by each."""
+    folder = small()
+    (folder / "jax.py").touch()
+    [module] = folder.glob("small_*.py")
+    trace = (
+        f"import os, {imported}\nopen(f'{folder}/seen-{{os.getpid()}}', 'w').close()"
+    )
+    module.write_text(f"{trace}\n{module.read_text()}")
+    command = [sys.executable, "-m", "fedweight.cli", "app", str(folder)]
+    subprocess.run([*command, "--workers", "2", "--clients", "4"], check=True)
+    assert len(list(folder.glob("seen-*"))) == processes

@@ -26,12 +26,12 @@ import ray
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
+from ...core.environment import set_for_a_while
 from ...core.errors import ConfigurationError, EngineError, check_range
 from ...core.signals import own_handlers
 from ...core.threads import one_thread
 from ...messages.dispatch import Cohort, Gathered, Replies
 from ..grid import Nodes, RunConfig, answers_cohort, is_stranger, usable_plan
-from ..isolation import set_for_a_while
 from ..plan import Plan, sizes_of
 from ..workers.grid import PooledGrid
 from ..workers.jobs import CohortBatch

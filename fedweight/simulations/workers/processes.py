@@ -16,8 +16,7 @@ import pickletools
 import signal
 import sys
 import threading
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -25,29 +24,16 @@ from typing import Any
 from flwr.clientapp import ClientApp
 
 from ...core.client_store import ClientRows
+from ...core.environment import set_environment
 from ...core.errors import EngineError
 from ...core.extras import Imported
 from ..grid import Nodes
-from ..isolation import set_environment
+from .forking import METHOD, SETTINGS, WITH_THREADS, as_fork_server_needs
 from .jobs import Job
 from .pool import Crew, Sent
 from .worker import Answer, Side, Worker, driver
 
 cloudpickle = Imported("cloudpickle", "simulation", "a Flower app in other processes")
-
-# What the processes have in their environment, whatever this one has: no GPU, as with
-# Flower, and one thread each, as there is a process for each core.
-SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-# Names the modules for the fork server to import (:mod:`.preload`).
-PRELOAD = "FEDWEIGHT_PRELOAD"
-
-# Windows has no fork: there every process imports for itself.
-HAS_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
-METHOD = "forkserver" if HAS_FORK_SERVER else "spawn"
-
-# These start threads when they are imported, and who has threads must not fork.
-WITH_THREADS = ("jax", "tensorflow")
 
 # Seconds for an idle process to end.
 END_TIMEOUT = 2.0
@@ -127,7 +113,7 @@ class Processes(Crew):
     def _start(self, worker: _Process) -> None:
         """Send the app to a process, which begins with the first that it is sent."""
         worker.held = set()
-        with _as_fork_server_needs(self._app):
+        with as_fork_server_needs(_modules(self._app)):
             worker.loaded = worker.pool.submit(_load, self._app, *driver())
 
     def send(
@@ -172,34 +158,6 @@ class Processes(Crew):
         for worker in self.handles:
             with contextlib.suppress(Exception):
                 children[worker.loaded.result(0)].join(END_TIMEOUT)
-
-
-@contextlib.contextmanager
-def _as_fork_server_needs(app: bytes) -> Iterator[None]:
-    """Let a process, and the fork server if there is none yet, start as it must.
-
-    The server takes its environment, and what it imports, from here. Without a file
-    ``__main__`` is not run again in every process, which a script does not expect.
-    """
-    settings = {
-        **SETTINGS,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        PRELOAD: ",".join(_modules(app)),
-    }
-    before, main = dict(os.environ), sys.modules["__main__"]
-    if HAS_FORK_SERVER:
-        multiprocessing.set_forkserver_preload([f"{__package__}.preload"])
-    with _STARTING:
-        os.environ.update(settings)
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-            set_environment(before)
-
-
-_STARTING = threading.Lock()
 
 
 def _modules(app: bytes) -> list[str]:
