@@ -43,15 +43,19 @@ class _Process:
     """A process, and what it has been sent."""
 
     def __init__(self) -> None:
-        self.pool = ProcessPoolExecutor(
-            1,
-            mp_context=multiprocessing.get_context(METHOD),
-            initializer=_begin,
-            initargs=(dict(os.environ) | SETTINGS,),
-        )
+        self.pool = _pool_of_one()
         self.held: set[int] = set()
         self.loaded: Future[int] | None = None
         self.busy = False
+
+
+def _pool_of_one() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        1,
+        mp_context=multiprocessing.get_context(METHOD),
+        initializer=_begin,
+        initargs=(dict(os.environ) | SETTINGS,),
+    )
 
 
 class Processes(Crew):
@@ -113,8 +117,15 @@ class Processes(Crew):
     def _start(self, worker: _Process) -> None:
         """Send the app to a process, which begins with the first that it is sent."""
         worker.held = set()
-        with as_fork_server_needs(_modules(self._app)):
-            worker.loaded = worker.pool.submit(_load, self._app, *driver())
+        modules = _modules(self._app)
+        try:
+            with as_fork_server_needs(modules):
+                worker.loaded = worker.pool.submit(_load, self._app, *driver())
+        except (EOFError, OSError):
+            # The fork server has ended just now, because of what it has imported.
+            worker.pool = _pool_of_one()
+            with as_fork_server_needs(modules):
+                worker.loaded = worker.pool.submit(_load, self._app, *driver())
 
     def send(
         self,
