@@ -108,24 +108,43 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(runs: dict[str, fedweight.Run], path: Path) -> None:
     """Draw each strategy's weights, by client and round, side by side."""
-    from matplotlib.figure import Figure
+    import altair as alt
 
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True, sharey=True).flat
-    high = max(float(run.weights.max().max()) for run in runs.values())
-    for (strategy, run), ax in zip(runs.items(), axes, strict=False):
-        weights = run.weights.T
-        image = ax.imshow(
-            weights, aspect="auto", cmap="viridis", vmin=0, vmax=high, origin="lower"
+    rows = [
+        {"strategy": strategy, "round": number, "client": client, "weight": weight}
+        for strategy, run in runs.items()
+        for number, weights in run.weights_by_number.iterrows()
+        for client, weight in weights.items()
+    ]
+    titles = [
+        f"{strategy}: test accuracy {float(run.rounds['test_accuracy'].iloc[-1]):.3f}"
+        for strategy, run in runs.items()
+    ]
+    chart = (
+        alt.Chart(alt.InlineData(values=rows))
+        .mark_rect()
+        .encode(
+            x=alt.X("round:O", axis=alt.Axis(labelOverlap=True)),
+            y=alt.Y("client:O", sort="descending", axis=alt.Axis(labelOverlap=True)),
+            color=alt.Color(
+                "weight:Q",
+                scale=alt.Scale(scheme="viridis", zero=True),
+                title="aggregation weight",
+            ),
+            facet=alt.Facet(
+                "strategy:N",
+                columns=3,
+                sort=list(runs),
+                title=None,
+                header=alt.Header(
+                    labelExpr=f"{titles}[indexof({list(runs)}, datum.value)]"
+                ),
+            ),
         )
-        accuracy = float(run.rounds["test_accuracy"].iloc[-1])
-        ax.set_title(f"{strategy}: test accuracy {accuracy:.3f}", fontsize=10)
-        ax.set_xticks(range(0, weights.shape[1], 5), weights.columns[::5])
-    figure.supxlabel("round")
-    figure.supylabel("client")
-    figure.colorbar(image, ax=figure.axes, label="aggregation weight", shrink=0.8)
+        .properties(width=260, height=190)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    chart.save(path, scale_factor=1.3)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def main(grid: Grid, context: Context) -> None:
 
     from .core.paths import address
     from .studies.folder import cannot_repeat, new_folder
+    from .studies.pages import report_or_say
     from .studies.recorder import Recorder
-    from .studies.report import report_or_say
     from .studies.result import Run
     from .studies.runner import make_ready, serve
 

@@ -214,9 +214,11 @@ def parser() -> argparse.ArgumentParser:
     )
     resumed.add_argument("folder", help="a run's folder")
     report = command(
-        "report", "write a run's report again", "fedweight report runs/my-run"
+        "report",
+        "write the report of a run or a comparison again",
+        "fedweight report runs/my-run",
     )
-    report.add_argument("folder", help="a run's folder")
+    report.add_argument("folder", help="the folder of a run or a comparison")
     data = command(
         "data",
         "fetch a public data set and verify it",
@@ -320,6 +322,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _compare(given: argparse.Namespace) -> int:
+    from .core.paths import address
     from .studies.comparing import compare
 
     _show_warnings()
@@ -342,6 +345,8 @@ def _compare(given: argparse.Namespace) -> int:
     else:
         print(found)
         print(f"\nresults  {found.folder}")
+        if (report := found.folder / "report.html").is_file():
+            print(f"report   {address(report)}")
     return 1 if found.failures or found.failed_rounds else 0
 
 
@@ -463,9 +468,11 @@ def _schema(given: argparse.Namespace) -> int:
 
 def _report(given: argparse.Namespace) -> int:
     from .core.paths import address
+    from .studies.comparison import PLAN, Comparison
     from .studies.result import Run
 
-    path = Run(given.folder).report()
+    compared = os.path.isfile(os.path.join(given.folder, PLAN))
+    path = (Comparison if compared else Run)(given.folder).report()
     print(json.dumps({"report": str(path)}) if given.json else address(path))
     return 0
 

@@ -70,7 +70,7 @@ def test_the_helpers_see_what_is_there():
 
 
 def test_importing_fedweight_imports_nothing_heavy():
-    heavy = ("torch", "flwr", "ray", "matplotlib", "pandas", "sklearn", "numpy")
+    heavy = ("torch", "flwr", "ray", "altair", "pandas", "sklearn", "numpy")
     code = f"import sys, fedweight; print([m for m in {heavy} if m in sys.modules])"
     assert python(code) == "[]"
 
@@ -234,7 +234,7 @@ def test_what_is_exported_is_there_and_listed(name):
 def test_a_server_or_a_device_needs_no_ray_and_no_plots():
     code = (
         "import sys\n"
-        "for name in ('ray', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in ('ray', 'altair', 'vl_convert'): sys.modules[name] = None\n"
         "import fedweight.clients, fedweight.strategies, fedweight.apps\n"
         "from fedweight.strategies import STRATEGIES\n"
         "from fedweight.clients import OBJECTIVES\n"

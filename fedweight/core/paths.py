@@ -127,3 +127,12 @@ def why_unreadable(path: Path) -> str | None:
     if not os.access(path, os.R_OK):
         return "permission to read it is missing"
     return None
+
+
+def cache_folder() -> Path:
+    """Return where this machine keeps what would take long to make again.
+
+    ``fedweight`` in the folder that ``XDG_CACHE_HOME`` names, or in ``~/.cache``.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fedweight"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from ..core.errors import OutputError
+from ..core.paths import cache_folder
 from ..core.threads import num_cores
 from ..core.version import __version__
 from ..core.writing import write_whole
@@ -151,8 +151,7 @@ def machine() -> dict[str, Any]:
 
 def default_cache() -> Path:
     """Return the file of the machine's plans."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fedweight" / "plans.json"
+    return cache_folder() / "plans.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from .configuration import Configuration
 from .folder import check_repeats
 from .given import as_settings, of_main, setting_map, whole_tables
 from .methods import Method, joined
+from .pages import report_or_say
 from .progress import watched
 from .runner import make_ready, name_of_own, preface_of
 from .summarizing import Row, reached, write_comparison
@@ -151,7 +152,9 @@ def compare(
             )
             raise
     write_comparison(folder, study.rows(folder, ended), study.axes.target)
-    return Comparison(folder)
+    found = Comparison(folder)
+    report_or_say(found)
+    return found
 
 
 def _told(progress: Any) -> Callable[[Ended], None]:

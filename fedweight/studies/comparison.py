@@ -178,6 +178,12 @@ class Comparison:
         except ValueError as error:
             raise DataError(f"{path} cannot be read: {plain(error)}.") from error
 
+    def report(self) -> Path:
+        """Write ``report.html`` anew and return its path."""
+        from .comparison_report import write_comparison_report
+
+        return write_comparison_report(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all of it, ready for JSON; None is what is not known."""
         return {

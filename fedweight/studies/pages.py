@@ -11,15 +11,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..core.errors import ConfigurationError, DataError
+from ..core.errors import ConfigurationError, DataError, OutputError
 from ..core.extras import Imported, require
+from ..core.paths import cache_folder
 from ..core.texts import plain
+from ..core.writing import write_whole
 from .plots import style
 
 if TYPE_CHECKING:
@@ -32,6 +37,8 @@ else:
     pd = Imported("pandas", "studies", "a run's folder")
 
 Part = dict[str, Any]
+
+log = logging.getLogger("fedweight")
 
 NEEDED = ("altair", "jinja2", "vl_convert")
 
@@ -103,6 +110,30 @@ def fragment(template: str, **content: Any) -> str:
     return _environment(check_pages()).get_template(template).render(**content)
 
 
+class Reported(Protocol):
+    """What has a report: a run, or a comparison."""
+
+    def report(self) -> Path:
+        """Write it."""
+
+
+def report_or_say(found: Reported) -> bool:
+    """Write the report at an end; without what it needs say so, and go without.
+
+    Returns
+    -------
+    bool
+        Whether it was written.
+    """
+    try:
+        check_pages()
+    except ConfigurationError as missing:
+        log.warning("no report.html is written: %s", missing)
+        return False
+    found.report()
+    return True
+
+
 def check_pages() -> Path:
     """Return the folder of the templates.
 
@@ -139,10 +170,22 @@ def _environment(templates: Path) -> jinja2.Environment:
 
 @cache
 def _runtime() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script.
+
+    Putting it together takes a second or two, so this machine keeps it.
+    """
+    kept = cache_folder() / f"vega-{version('vl-convert-python')}.js"
+    with suppress(OSError, ValueError):
+        digest, _, script = kept.read_text("utf-8").partition("\n")
+        if digest == _sha256(script):
+            return script
     script = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     # Within a script's element these would end it, or begin a comment.
-    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    script = script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    with suppress(OSError, OutputError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, f"{_sha256(script)}\n{script}", shared=True)
+    return script
 
 
 def _sha256(script: str) -> str:

@@ -6,21 +6,19 @@ depends on the clock: the same run gives the same bytes.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import ConfigurationError, DataError
+from ..core.errors import DataError
 from ..core.extras import Imported
 from ..core.writing import write_whole
 from . import plots
 from .client_table import all_clients, extremes, with_names
 from .pages import (
     Part,
-    check_pages,
     figure,
     fragment,
     more,
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
     import pandas as pd
 else:
     pd = Imported("pandas", "studies", "a run's folder")
-
-log = logging.getLogger("fedweight")
 
 _MOST_BAD_REPLIES = 200
 _MOST_ROUNDS = 200
@@ -72,23 +68,6 @@ def write_report(run: SummedRun) -> Path:
     path = run.folder / "report.html"
     write_whole(path, render(run))
     return path
-
-
-def report_or_say(run: SummedRun) -> bool:
-    """Write the report at a run's end; without what it needs say so, and go without.
-
-    Returns
-    -------
-    bool
-        Whether it was written.
-    """
-    try:
-        check_pages()
-    except ConfigurationError as missing:
-        log.warning("no report.html is written: %s", missing)
-        return False
-    write_report(run)
-    return True
 
 
 def render(run: SummedRun) -> str:

@@ -51,9 +51,9 @@ from .given import as_settings, of_main, setting_map, whole_tables
 from .keeper import NAME as KEPT
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
 from .kept import write_kept
+from .pages import report_or_say
 from .progress import Wanted, check_progress, telling
 from .recorder import Recorder
-from .report import report_or_say
 from .result import Run
 
 log = logging.getLogger("fedweight")

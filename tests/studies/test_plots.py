@@ -86,7 +86,7 @@ def test_heat_map_centres_on_the_uniform_weight(make_run: MakeRun) -> None:
     low, *_, high = colour["scale"]["domain"]
     assert low == -high  # the middle is log2(1): uniform
     # Client 0 held a tenth of round 1's weight, 0.4 of the uniform 1/4.
-    assert cells[0]["w"][0] == 0.4
+    assert cells[0]["w"][0] == 400  # thousandths
     assert [row["w"][2] for row in cells] == [None] * 4
     assert cells[0]["w"][1] is None
     assert "took no part" in title(chart)[1]
@@ -105,7 +105,7 @@ def test_zero_and_negative_weights_stand_at_the_low_end(make_run: MakeRun) -> No
     text = text.replace("ok,,0.1,", "ok,,-0.1,").replace("ok,,0.2,", "ok,,0.0,")
     (folder / "clients.csv").write_text(text)
     chart = plots.heatmap(Run(folder))
-    assert [row["w"][0] for row in rows(chart, "w")][:2] == [-0.4, 0]
+    assert [row["w"][0] for row in rows(chart, "w")][:2] == [-400, 0]
     # What is drawn of them is computed in the figure, and drawn here for once.
     import vl_convert
 
@@ -362,3 +362,17 @@ def test_groups_are_drawn_and_how_far_apart_they_are_is_told(
     assert "Selection rate by sex" in text
     assert "By &lt;i&gt;age&lt;/i&gt;, round 2" in text
     assert "<i>" not in text
+
+
+def test_losses_that_exploded_leave_a_report(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    for column in ("loss", "accuracy", "discrepancy"):
+        run.clients[column] = np.inf
+    run.clients["personal_accuracy"] = np.inf
+    run.rounds["test_loss"] = np.inf
+    text = report.render(run)
+    assert "Infinity" not in text
+    with pytest.raises(DataError, match="no client's accuracy"):
+        plots.ranked(run, "accuracy")
+    run.clients.loc[run.clients["client"] == 1, "accuracy"] = 0.5
+    assert len(rows(plots.ranked(run, "accuracy"), "rank", "client")) == 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from . import groups
 from .clients import labels, own_models, ranked
 from .over_rounds import (
+    called,
     client_measure,
     clients_by_round,
     measures,
@@ -18,13 +19,14 @@ from .over_rounds import (
     personal,
     recorded,
 )
-from .weights import against_data, heatmap
+from .weights import against_data, heatmap, reach
 
 if TYPE_CHECKING:
     from .style import Chart as Chart
 
 __all__ = [
     "against_data",
+    "called",
     "client_measure",
     "clients_by_round",
     "groups",
@@ -36,5 +38,6 @@ __all__ = [
     "own_numbers",
     "personal",
     "ranked",
+    "reach",
     "recorded",
 ]

@@ -139,7 +139,7 @@ def own_models(run: RunFolder) -> alt.LayerChart:
         path = run.folder / "clients.csv"
         if not path.is_file() or not {column, measure} <= {*run.clients}:
             continue
-        known = run.clients.dropna(subset=[column, measure])
+        known = run.clients[np.isfinite(run.clients[[column, measure]]).all(axis=1)]
         if known.empty:
             continue
         number = int(known["round"].max())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +55,7 @@ def better(measure: str) -> int:
     (1, -1, 0)
     """
     found = MEASURES.get(PERSONAL.get(measure, measure).replace("_", "-"))
-    if found is None or not (found.high == 1 or math.isinf(found.high)):
-        return 0
-    return 1 if found.high == 1 else -1
+    return 0 if found is None else found.sign
 
 
 def bounds(measure: str) -> tuple[float, float]:
@@ -209,10 +206,12 @@ def client_values(run: RunFolder, measure: str) -> pd.DataFrame:
         No client was evaluated so.
     """
     path = run.folder / "clients.csv"
-    frame = run.by_number(measure) if path.is_file() else None
-    if frame is None or frame.empty:
-        raise DataError(f"{path} holds no client's {measure}.")
-    return frame
+    if path.is_file():
+        frame = run.by_number(measure)
+        frame = frame.where(np.isfinite(frame)).dropna(how="all")
+        if not frame.empty:
+            return frame
+    raise DataError(f"{path} holds no client's {measure}.")
 
 
 def client_measure(run: RunFolder) -> str:

@@ -145,7 +145,7 @@ def limits(
     >>> limits([0.0, 0.5, None], (0.0, 1.0))
     [-0.0075, 0.53]
     """
-    known = [v for v in values if v is not None and math.isfinite(v)]
+    known = [v for v in values if v is not None and math.isfinite(v)] or [0.0, 1.0]
     low, high = min(known), max(known)
     air = 0.06 * (high - low) or 0.05 * max(abs(high), 0.1)
     # A dot or a line at the very bound still needs its own thickness.

@@ -30,7 +30,12 @@ _DIVERGING = (
 )
 
 
-def heatmap(run: RunFolder, order: str = "number") -> alt.Chart:
+def heatmap(
+    run: RunFolder,
+    order: str = "number",
+    most_cells: int = MOST_CELLS,
+    limit: float | None = None,
+) -> alt.Chart:
     """Draw how much each client counted in each round.
 
     The colour is the client's weight relative to the uniform weight, one over the
@@ -43,6 +48,11 @@ def heatmap(run: RunFolder, order: str = "number") -> alt.Chart:
         What to draw.
     order : {"number", "size"}
         Clients by number, or those with most data first.
+    most_cells : int
+        What exceeds it is averaged.
+    limit : float, optional
+        Where the scale ends, as the binary logarithm of weight over uniform weight,
+        such as 2 for a quarter to four times; by default :func:`reach`.
 
     Raises
     ------
@@ -55,9 +65,13 @@ def heatmap(run: RunFolder, order: str = "number") -> alt.Chart:
     rounds = max(run.rounds_done, int(weights.index.max()))
     values = weights.reindex(index=range(1, rounds + 1), columns=clients).to_numpy().T
     counted = np.isfinite(values).sum(axis=0)
-    relative, merged, every = block_means(values * np.where(counted, counted, np.nan))
+    relative, merged, every = block_means(
+        values * np.where(counted, counted, np.nan),
+        min(MOST_ROWS, most_cells // 20),
+        most_cells,
+    )
 
-    limit = _scale_limit(relative)
+    limit = _scale_limit(relative) if limit is None else limit
     rows, columns = relative.shape
     names = [run.name_of(client) for client in clients]
     called = [
@@ -163,6 +177,18 @@ def _legend_title(counted: Array) -> str:
     uniform = set(counted[counted > 0].tolist())
     share = f" = {1 / uniform.pop():.3g}" if len(uniform) == 1 else ""
     return f"weight ÷ uniform weight 1/K{share}"
+
+
+def reach(run: RunFolder) -> float:
+    """Return where the scale of a run's weights ends, or say why it has none.
+
+    Raises
+    ------
+    DataError
+        The run holds no weights.
+    """
+    values = weights_of(run).to_numpy()
+    return _scale_limit(values * np.isfinite(values).sum(axis=1, keepdims=True))
 
 
 def _scale_limit(relative: Array) -> float:

@@ -1,0 +1,214 @@
+"""The report of a comparison: one HTML file that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import DataError
+from ..core.extras import Imported
+from ..core.writing import write_whole
+from . import plots
+from .pages import Part, figure, page, section, table
+from .plots import comparing
+from .report import in_bytes
+from .result import Run
+from .statistics import LEVEL
+from .summarizing import ALL_DATA, METRICS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .comparison import Comparison
+else:
+    pd = Imported("pandas", "studies", "a run's folder")
+
+_MOST_HEATMAPS = 12
+
+
+def write_comparison_report(found: Comparison) -> Path:
+    """Write ``report.html`` in the comparison's folder, whole or not at all.
+
+    Parameters
+    ----------
+    found : Comparison
+        What was run, and what it is worth.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    OutputError
+        It cannot be written; one that was there still is.
+    ConfigurationError
+        A package is missing that writes reports.
+    """
+    path = found.folder / "report.html"
+    write_whole(path, render(found))
+    return path
+
+
+def render(found: Comparison) -> str:
+    """Return the report as one HTML document."""
+    several = len(found.data_sets) > 1
+    sections = [section("What differs for real", *_tables(found))]
+    for data in found.data_sets:
+        sections += _of_data(found, data, f" on {data}" if several else "")
+    sections.append(section("Runs", _runs(found)))
+    facts = (
+        ("strategies", len(found.strategies)),
+        ("data", ", ".join(found.data_sets)),
+        ("seeds", ", ".join(map(str, found.seeds))),
+        ("runs", len(found.cells)),
+    )
+    return page(
+        "comparison.html", found.folder.name, facts, sections, notes=found.notes
+    )
+
+
+def _tables(found: Comparison) -> Iterable[Part]:
+    """Return what was compared, metric by metric, with the winners marked."""
+    first = found.strategies[0]
+    summary = found.summary
+    for metric, one in METRICS.items():
+        for data in [*found.data_sets, ALL_DATA]:
+            own = summary[(summary["metric"] == metric) & (summary["data"] == data)]
+            if own.empty:
+                continue
+            frame = pd.DataFrame(
+                {
+                    # Only what the test says is better is marked.
+                    "": ["★" if v == "better" else "" for v in own["verdict"]],
+                    "strategy": own["strategy"].to_numpy(),
+                    "runs": own["n"].to_numpy(),
+                    "mean": own["mean"].to_numpy(),
+                    "from": own["low"].to_numpy(),
+                    "to": own["high"].to_numpy(),
+                    f"minus {first}": own["difference"].to_numpy(),
+                    "from ": own["difference_low"].to_numpy(),
+                    "to ": own["difference_high"].to_numpy(),
+                    "p": own["p"].to_numpy(),
+                    "Holm p": own["p_holm"].to_numpy(),
+                    "verdict": own["verdict"].to_numpy(),
+                }
+            )
+            where = f", {data}" if len(found.data_sets) > 1 else ""
+            yield table(
+                f"{one.title[:1].upper()}{one.title[1:]}{where}",
+                frame.dropna(axis=1, how="all"),
+                f"★ better than {first} by the paired t test at {LEVEL:g}, after Holm."
+                if len(found.strategies) > 1
+                else "",
+            )
+
+
+def _of_data(found: Comparison, data: str, on: str) -> Iterable[Part]:
+    """Return the sections about one data set."""
+    cells = found.cells
+    compared = (cells["data"] == data) & (cells["chosen"] == 1)
+    cells = cells[compared & (cells["status"] == "complete")]
+    runs: dict[str, list[tuple[int, Run]]] = {
+        name: [
+            (int(row["seed"]), Run(found.folder / row["folder"]))
+            for row in cells[cells["strategy"] == name].to_dict("records")
+        ]
+        for name in found.strategies
+    }
+    runs = {name: several for name, several in runs.items() if several}
+    if not runs:
+        return
+    first = next(iter(runs.values()))[0][1]
+    measure = next(iter(plots.measures(first)), "loss")
+    percent = measure == "accuracy"
+    title = plots.called(measure)
+    place = "test" if len(first.measured(f"test_{measure}")) else "evaluate"
+    client = _client_measure(runs)
+    yield section(
+        f"Over the rounds{on}",
+        figure(partial(comparing.curves, runs, f"{place}_{measure}", title, percent)),
+        figure(partial(comparing.curves, runs, f"{place}_loss", "Loss", False))
+        if measure != "loss"
+        else None,
+    )
+    yield section(
+        f"Accuracy and fairness{on}",
+        figure(
+            partial(
+                comparing.clients_beside,
+                runs,
+                client,
+                plots.called(client),
+                client.endswith("accuracy"),
+            )
+        ),
+        figure(partial(comparing.front, cells, list(runs))),
+    )
+    yield section(f"Costs{on}", _costs(cells, list(runs)))
+    yield _weights(runs, on)
+
+
+def _weights(runs: Mapping[str, list[tuple[int, Run]]], on: str) -> Part:
+    """Return how much each client counted, strategy by strategy, on one scale."""
+    shown = {}
+    for name, several in runs.items():
+        with suppress(DataError):  # It aggregates without weights.
+            shown[name] = several[0][1], plots.reach(several[0][1])
+    limit = max((reach for _, reach in shown.values()), default=None)
+    drawn = list(shown.items())[:_MOST_HEATMAPS]
+    most = comparing.most_cells(max(len(drawn), 1))
+    maps = []
+    for name, (run, _) in drawn:
+        part = figure(plots.heatmap(run, most_cells=most, limit=limit), name)
+        maps.append({**part, "title": name} if part else None)
+    seed = next(iter(runs.values()))[0][0]
+    return section(
+        f"How much each client counted{on}",
+        *maps,
+        text=f"With seed {seed}, on one scale."
+        + (
+            f" {len(shown) - len(drawn)} more are left out." * (len(shown) > len(drawn))
+        ),
+    )
+
+
+def _client_measure(runs: Mapping[str, list[tuple[int, Run]]]) -> str:
+    for several in runs.values():
+        for _, run in several:
+            try:
+                return plots.client_measure(run)
+            except DataError:
+                continue
+    return "accuracy"
+
+
+def _costs(cells: pd.DataFrame, strategies: list[str]) -> Part:
+    """Return what a run cost, on average over the seeds."""
+    rows = []
+    for name in strategies:
+        own = cells[cells["strategy"] == name]
+        row: dict[str, Any] = {"strategy": name, "rounds": own["rounds"].mean()}
+        row["down"] = in_bytes(own["bytes_down"].mean())
+        row["up"] = in_bytes(own["bytes_up"].mean())
+        row["rounds to target"] = own["rounds_to_target"].mean()
+        to_target = own["bytes_to_target"].mean()
+        row["traffic to target"] = "" if to_target != to_target else in_bytes(to_target)
+        row["reached"] = f"{own['rounds_to_target'].notna().sum()} of {len(own)}"
+        rows.append(row)
+    return table(
+        "What a run cost, on average",
+        pd.DataFrame(rows),
+        "The target is a test accuracy: see the notes above. A mean of rounds or "
+        "traffic to it is over the runs that reached it.",
+    )
+
+
+def _runs(found: Comparison) -> Part:
+    frame = found.cells.dropna(axis=1, how="all")
+    empty = [c for c in frame if frame[c].eq("").all()]
+    return table("cells.csv", frame.drop(columns=empty), closed="Every run in numbers")

@@ -1,0 +1,301 @@
+"""Figures of a comparison: strategies side by side, over their seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...core.errors import DataError
+from ...core.extras import Imported
+from ..reader import RunFolder
+from ..statistics import t_interval
+from . import style
+from .style import INK, MUTED, SEVERAL, finished
+
+if TYPE_CHECKING:
+    import altair as alt
+    import pandas as pd
+else:
+    alt = Imported("altair", "studies", "a plot")
+
+Runs = Mapping[str, Sequence[tuple[int, RunFolder]]]  # by strategy: seeds and runs
+
+_MOST_DOTS = 3000
+
+
+def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChart:
+    """Draw a measure over the rounds: the mean over the seeds, and how sure it is.
+
+    Parameters
+    ----------
+    runs : Mapping[str, sequence of (int, RunFolder)]
+        Each strategy's seeds and runs.
+    measure : str
+        A column of ``rounds.csv``.
+    title : str
+        What it is called.
+    percent : bool
+        Whether it is told in percent.
+
+    Raises
+    ------
+    DataError
+        No run holds it.
+    """
+    rows: list[style.Row] = []
+    for which, (strategy, several) in enumerate(runs.items()):
+        values = [run.measured(measure) for _, run in several]
+        rounds = sorted(set().union(*(one.index.tolist() for one in values)))
+        for place in style.thinned(len(rounds), style.MOST_ROUNDS // len(runs)):
+            number = rounds[place]
+            known = np.array([one[number] for one in values if number in one.index])
+            low, high = t_interval(known)
+            row = {"round": number, "strategy": strategy, "key": f"v{which}"}
+            row |= {"mean": style.short(known.mean())}
+            rows.append(row | {"low": style.short(low), "high": style.short(high)})
+    if not rows:
+        raise DataError(f"no run holds {measure}.")
+    places = [row["round"] for row in rows]
+    x = style.rounds_axis([min(places) - 0.2, max(places) + 0.2])
+    ends = (row[key] for row in rows for key in ("mean", "low", "high"))
+    domain = style.limits(ends, (0.0, 1.0) if percent else (-1e300, 1e300))
+    colour = _colour(list(runs))
+    base = alt.Chart(style.data_of(rows))
+    band = base.mark_area(opacity=0.16, clip=True).encode(
+        x=x,
+        y=style.value_axis("low", title, domain, percent=percent),
+        y2="high",
+        color=colour,
+    )
+    line = base.mark_line(strokeWidth=2, clip=True, point=len(set(places)) < 3)
+    means = line.encode(
+        x=x, y=style.value_axis("mean", title, domain, percent=percent), color=colour
+    )
+    told = [
+        style.number(f"v{which}", name, percent=percent)
+        for which, name in enumerate(runs)
+    ]
+    pointer = style.at_pointer(
+        base.transform_pivot("key", value="mean", groupby=["round"]), told
+    )
+    several = max(map(len, runs.values())) > 1
+    return finished(
+        style.layered(band, style.zoomable(means), pointer),
+        f"{title} over rounds",
+        "The line is the mean over the seeds, the band its 95% t interval."
+        if several
+        else "",
+        height=270,
+    )
+
+
+def _colour(strategies: Sequence[str], **more: Any) -> alt.Color:
+    colours = [SEVERAL[k % len(SEVERAL)] for k in range(len(strategies))]
+    scale = alt.Scale(domain=list(strategies), range=colours)
+    legend = alt.Legend(columns=2, symbolOpacity=1)
+    return alt.Color("strategy:N", scale=scale, **{"legend": legend, **more})
+
+
+def clients_beside(
+    runs: Runs, measure: str, title: str, percent: bool
+) -> alt.LayerChart:
+    """Draw how all clients fare at the end, strategy beside strategy.
+
+    A dot is a client of one seed, the bar holds the middle half of them, its line is
+    the median client.
+
+    Parameters
+    ----------
+    runs, measure, title, percent
+        As :func:`curves` takes them; the measure is a column of ``clients.csv``.
+
+    Raises
+    ------
+    DataError
+        No run holds it.
+    """
+    dots: list[style.Row] = []
+    bars: list[style.Row] = []
+    for which, (strategy, several) in enumerate(runs.items()):
+        found: list[tuple[str, int, float]] = []
+        for seed, run in several:
+            if (run.folder / "clients.csv").is_file():
+                frame = run.by_number(measure)
+                last = frame.iloc[-1].dropna() if len(frame) else []
+                names = map(run.name_of, getattr(last, "index", []))
+                found += [
+                    (name, seed, float(value))
+                    for name, value in zip(names, last, strict=True)
+                ]
+        if not found:
+            continue
+        low, middle, high = np.quantile([f[2] for f in found], [0.25, 0.5, 0.75])
+        bars.append(
+            {"strategy": strategy, "at": which, "low": style.short(low)}
+            | {"middle": style.short(middle), "high": style.short(high)}
+        )
+        for place in style.thinned(len(found), _MOST_DOTS // len(runs)):
+            name, seed, value = found[place]
+            # Dots beside each other, by the golden ratio: no draw, and no pattern.
+            aside = (place * 0.618034) % 1 - 0.5
+            dots.append(
+                {"strategy": strategy, "at": style.short(which + 0.6 * aside, 4)}
+                | {"client": name, "seed": seed, "value": style.short(value, 4)}
+            )
+    if not dots:
+        raise DataError(f"no run holds the clients' {measure}.")
+    names = list(runs)
+    domain = style.limits(
+        (dot["value"] for dot in dots), (0.0, 1.0) if percent else (-1e300, 1e300)
+    )
+    x = alt.X(
+        "at:Q",
+        title=None,
+        scale=alt.Scale(domain=[-0.5, len(names) - 0.5], nice=False),
+        axis=alt.Axis(
+            values=list(range(len(names))),
+            labelExpr=f"{style.literal(names)}[datum.value]",
+            ticks=False,
+            labelLimit=140,
+            labelAngle=0 if len(names) <= 4 else -30,
+            labelOverlap=False,
+        ),
+    )
+    told = f"Clients’ {title.lower()}"
+    y = style.value_axis("value", told, domain, percent=percent)
+    cloud = alt.Chart(style.data_of(dots)).mark_circle(size=14, opacity=0.45, clip=True)
+    base = alt.Chart(style.data_of(bars))
+    half = base.mark_rule(strokeWidth=9, opacity=0.35, color=MUTED)
+    median = base.mark_tick(thickness=3, size=34, color=INK, orient="horizontal")
+    return finished(
+        style.layered(
+            half.encode(
+                x=x,
+                y=style.value_axis("low", told, domain, percent=percent),
+                y2="high",
+            ),
+            style.zoomable(
+                cloud.encode(
+                    x=x,
+                    y=y,
+                    color=_colour(names, legend=None),
+                    tooltip=[
+                        alt.Tooltip("client:N"),
+                        alt.Tooltip("seed:Q"),
+                        alt.Tooltip("strategy:N"),
+                        style.number("value", title.lower(), percent=percent),
+                    ],
+                ),
+                "y",
+            ),
+            median.encode(
+                x=x,
+                y=style.value_axis("middle", told, domain, percent=percent),
+                tooltip=[
+                    alt.Tooltip("strategy:N"),
+                    style.number("middle", "median client", percent=percent),
+                    style.number("low", "a quarter is below", percent=percent),
+                    style.number("high", "a quarter is above", percent=percent),
+                ],
+            ),
+        ),
+        f"All clients’ {title.lower()}, at the end",
+        "A dot is a client; the bar holds the middle half, the line is the median.",
+        height=270,
+    )
+
+
+def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
+    """Draw what a strategy's clients reach on average against what the worst do.
+
+    A large dot is a strategy's mean over the seeds, a small one a run. The line joins
+    the strategies than which no other is better in both.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        The comparison's, of one data set.
+    strategies : sequence of str
+        In their order.
+
+    Raises
+    ------
+    DataError
+        The clients were not evaluated.
+    """
+    x_name, y_name = "client_accuracy_mean", "client_accuracy_worst10"
+    known = cells.dropna(subset=[x_name, y_name]) if y_name in cells else cells[:0]
+    if known.empty:
+        raise DataError("no run evaluated single clients.")
+    runs = [
+        {"strategy": row["strategy"], "seed": int(row["seed"])}
+        | {"x": style.short(row[x_name]), "y": style.short(row[y_name])}
+        for row in known.to_dict("records")
+    ]
+    means = [
+        {"strategy": name, "x": style.short(own[x_name].mean())}
+        | {"y": style.short(own[y_name].mean())}
+        for name in strategies
+        for own in [known[known["strategy"] == name]]
+        if len(own)
+    ]
+    best = [
+        one
+        for one in means
+        if not any(
+            other["x"] >= one["x"] and other["y"] >= one["y"] and other is not one
+            for other in means
+            if (other["x"], other["y"]) != (one["x"], one["y"])
+        )
+    ]
+    x = alt.X(
+        "x:Q",
+        title="Mean of the clients’ accuracies",
+        scale=alt.Scale(
+            domain=style.limits([r["x"] for r in runs], (0.0, 1.0)), nice=False
+        ),
+        axis=alt.Axis(tickCount=6, **style.value_format(True)),
+    )
+    y = style.value_axis(
+        "y",
+        "Worst tenth of the clients",
+        style.limits([r["y"] for r in runs], (0.0, 1.0)),
+        percent=True,
+    )
+    told = [
+        alt.Tooltip("strategy:N"),
+        style.number("x", "mean", percent=True),
+        style.number("y", "worst tenth", percent=True),
+    ]
+    colour = _colour(strategies)
+    line = alt.Chart(style.data_of(sorted(best, key=lambda one: float(one["x"] or 0))))
+    small = alt.Chart(style.data_of(runs)).mark_circle(size=22, opacity=0.4, clip=True)
+    large = alt.Chart(style.data_of(means)).mark_circle(size=130, opacity=1, clip=True)
+    return finished(
+        style.layered(
+            line.mark_line(color=MUTED, strokeDash=[5, 3], strokeWidth=1).encode(
+                x=x, y=y
+            ),
+            small.encode(
+                x=x, y=y, color=colour, tooltip=[*told, alt.Tooltip("seed:Q")]
+            ),
+            style.zoomable(
+                large.encode(x=x, y=y, color=colour, tooltip=told), "x", "y"
+            ),
+        ),
+        "Accuracy against fairness",
+        "Right is more accurate, up is fairer. Large: a strategy’s mean over the "
+        "seeds; small: one run. Dashed: those than which none is better in both.",
+        height=290,
+    )
+
+
+def most_cells(count: int) -> int:
+    """Return how many cells each of several heat maps may have."""
+    return max(2000, math.floor(60_000 / count))
+
+
+__all__ = ["Runs", "clients_beside", "curves", "front", "most_cells"]

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedweight.core.errors import DataError
+from fedweight.studies import plots
+from fedweight.studies.comparison import PLAN, Comparison
+from fedweight.studies.comparison_report import render
+from fedweight.studies.plots import comparing
+from fedweight.studies.result import Run
+from fedweight.studies.summarizing import reached, write_comparison
+
+from .chromium import Browser
+
+MakeRun = Any
+STRATEGIES = ("fedavg", "<i>mine</i>")
+
+
+def shift(folder: Path, by: float) -> None:
+    """Add to every test accuracy of a run, and a little to each client's."""
+    for name, columns in (
+        ("rounds.csv", ("test_accuracy", "client_accuracy_worst10")),
+        ("clients.csv", ("accuracy",)),
+    ):
+        frame = Run(folder).rounds if name == "rounds.csv" else Run(folder).clients
+        for column in columns:
+            frame[column] += by
+        frame.to_csv(folder / name, index=False)
+
+
+@pytest.fixture
+def found(make_run: MakeRun, tmp_path: Path) -> Comparison:
+    """Two strategies with three seeds; the second one is better each time."""
+    cells = []
+    for strategy in STRATEGIES:
+        for seed in range(3):
+            name = f"{'mine' if strategy == STRATEGIES[1] else strategy}-seed{seed}"
+            folder = make_run(name)
+            better = 0.05 + 0.001 * seed if strategy == STRATEGIES[1] else 0.01 * seed
+            shift(folder, better)
+            cell = {"strategy": strategy, "data": "digits", "seed": seed}
+            cells.append({**cell, "candidate": "", "folder": name} | reached(folder))
+    plan = {"strategies": [*STRATEGIES], "data-sets": ["digits"], "seeds": [0, 1, 2]}
+    (tmp_path / PLAN).write_text(tomli_w.dumps({"comparison": plan}))
+    write_comparison(tmp_path, cells)
+    return Comparison(tmp_path)
+
+
+def figures(text: str) -> dict[str, Any]:
+    """Return the specifications of a page's figures by their titles."""
+    found = re.findall(
+        r"<h3>(.*?)</h3>.*?class=\"spec\">(.*?)</script>", text, re.DOTALL
+    )
+    return {title: json.loads(spec) for title, spec in found}
+
+
+def data(spec: Any, *fields: str) -> list[dict[str, Any]]:
+    (rows,) = (v for v in spec["datasets"].values() if set(fields) <= set(v[0]))
+    return list(rows)
+
+
+def test_a_comparison_has_a_report(found: Comparison) -> None:
+    path = found.report()
+    assert path == found.folder / "report.html"
+    text = path.read_text("utf-8")
+    drawn = figures(text)
+    assert list(drawn) == [
+        *("Accuracy over rounds", "Loss over rounds"),
+        *("All clients’ accuracy, at the end", "Accuracy against fairness"),
+        *("fedavg", "&lt;i&gt;mine&lt;/i&gt;"),
+    ]
+    assert render(found) == text  # the same bytes
+    shown = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert "<i>" not in shown
+    for note in found.notes:
+        assert note.split(":")[0].replace("<i>", "&lt;i&gt;").split("<")[0] in shown
+
+
+def test_curves_are_means_over_seeds_with_their_intervals(found: Comparison) -> None:
+    rows = data(figures(render(found))["Accuracy over rounds"], "mean", "low")
+    (last,) = (r for r in rows if r["strategy"] == "fedavg" and r["round"] == 3)
+    assert last["mean"] == pytest.approx(0.71)
+    # Student's interval of 0.70, 0.71 and 0.72, as scipy.stats has it.
+    assert last["low"] == pytest.approx(0.71 - 4.302653 * 0.01 / 3**0.5, abs=1e-5)
+    assert last["high"] == pytest.approx(0.71 + 4.302653 * 0.01 / 3**0.5, abs=1e-5)
+
+
+def test_all_clients_stand_side_by_side(found: Comparison) -> None:
+    spec = figures(render(found))["All clients’ accuracy, at the end"]
+    dots = data(spec, "client", "seed")
+    assert len(dots) == 2 * 3 * 4
+    assert {round(dot["at"]) for dot in dots if dot["strategy"] == "fedavg"} == {0}
+    (bar, _) = data(spec, "low", "middle", "high")
+    values = sorted(dot["value"] for dot in dots if dot["strategy"] == "fedavg")
+    assert bar["middle"] == pytest.approx((values[5] + values[6]) / 2)
+
+
+def test_the_front_holds_whom_nobody_beats(found: Comparison) -> None:
+    cells = found.cells
+    spec = comparing.front(cells, found.strategies).to_dict()
+    large = next(v for v in spec["datasets"].values() if len(v) == 2)
+    assert [row["strategy"] for row in large] == list(STRATEGIES)
+    joined = next(v for v in spec["datasets"].values() if len(v) == 1)
+    assert [row["strategy"] for row in joined] == ["<i>mine</i>"]
+    with pytest.raises(DataError, match="no run evaluated"):
+        comparing.front(cells.drop(columns="client_accuracy_worst10"), STRATEGIES)
+
+
+def test_winners_are_marked_only_where_the_test_says_so(found: Comparison) -> None:
+    text = render(found)
+    verdicts = found.summary["verdict"].tolist()
+    assert "better" in verdicts
+    assert text.count("<td>★</td>") == verdicts.count("better")
+    summary = found.summary.assign(verdict="undecided")
+    vars(found)["summary"] = summary
+    assert "<td>★</td>" not in render(found)
+
+
+def test_weights_of_all_strategies_are_on_one_scale(found: Comparison) -> None:
+    folder = found.folder / "mine-seed0"
+    text = (folder / "clients.csv").read_text()
+    (folder / "clients.csv").write_text(text.replace("ok,,0.1,", "ok,,0.001,"))
+    drawn = figures(render(found))
+    scales = [
+        spec["encoding"]["color"]["scale"]["domain"]
+        for title, spec in drawn.items()
+        if title in ("fedavg", "&lt;i&gt;mine&lt;/i&gt;")
+    ]
+    assert scales[0] == scales[1]
+    assert plots.reach(Run(folder)) == scales[0][-1]
+
+
+def test_runs_that_failed_are_told_and_the_rest_is_drawn(found: Comparison) -> None:
+    found.cells.loc[0, ["status", "reason"]] = ["failed", "no <b>power</b>"]
+    text = render(found)
+    assert "failed: fedavg-seed0: no &lt;b&gt;power&lt;/b&gt;" in text
+    rows = data(figures(text)["Accuracy over rounds"], "mean", "low")
+    (last,) = (r for r in rows if r["strategy"] == "fedavg" and r["round"] == 3)
+    assert last["mean"] == pytest.approx(0.715)
+
+
+@pytest.mark.browser
+def test_it_opens_on_a_desk_and_on_a_phone(found: Comparison, tmp_path: Path) -> None:
+    browser = Browser(tmp_path / "profile")
+    try:
+        path = found.report()
+        for width in (1400, 390):
+            browser.size(width)
+            browser.open(path)
+            assert browser.complaints == []
+            assert len(browser.requests) == 1
+            assert browser.ask("document.querySelectorAll('.chart svg').length") == 6
+            assert browser.ask("document.documentElement.scrollWidth") == width
+    finally:
+        browser.close()
