@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..data.tasks import CLASSIFICATION
 from ..messages import keys
 from ..messages.arrays import arrays_of
 from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
-from ..metrics import Statistics, task_named
+from ..metrics import Groups, Statistics, task_named
 from .bases import take_base
 from .client_tasks import ClientTask, Instructions, client_number, config_of
 from .coding import Coding
@@ -93,6 +94,9 @@ class TrainingApp(ClientApp):
     num_groups : Mapping[str, int], optional
         By attribute of the examples whose codes name groups, how many there are; for
         an objective that wants groups.
+    groups : Groups, optional
+        By which groups of the held-out examples is measured, too, and how small one may
+        be. What is left out of it never leaves the client.
     personal : Personal, optional
         What clients train for themselves, and keep; see
         :mod:`fedweight.clients.personal`.
@@ -131,6 +135,7 @@ class TrainingApp(ClientApp):
         probes: Mapping[str, Probe] | None = None,
         queries: Mapping[str, Query] | None = None,
         num_groups: Mapping[str, int] | None = None,
+        groups: Groups | None = None,
         personal: Personal | None = None,
         trace: bool = True,
         mods: list[Any] | None = None,
@@ -147,7 +152,7 @@ class TrainingApp(ClientApp):
         self.model = model
         self.data = data
         self.num_classes = num_classes
-        statistics = Statistics(task_named(task), num_classes, metrics)
+        statistics = Statistics(task_named(task), num_classes, metrics, groups=groups)
         self.task = statistics.task
         self.objective = for_task(objective or Plain(), self.task)
         self.settings = settings or TrainingSettings()
@@ -181,7 +186,11 @@ class TrainingApp(ClientApp):
                 owner="personal",
             )
             own = PersonalModels(
-                personal, self.objective, modules, make_trainer, statistics
+                personal,
+                self.objective,
+                modules,
+                make_trainer,
+                replace(statistics, groups=None),
             )
         self._modules = modules
         self._work = LocalWork(

@@ -42,7 +42,12 @@ def evaluate(
     ``loss``, their mean, and what else the statistics measure: ``accuracy`` by default.
     NaN where there are no examples.
     """
-    measured = statistics.result(sums_of_each(module, model, [examples], statistics))
+    return measured_of(statistics, sums_of_each(module, model, [examples], statistics))
+
+
+def measured_of(statistics: Statistics, sums: Sums) -> dict[str, float]:
+    """Return what is measured of one client's sums, by name."""
+    measured = statistics.result(sums)
     return {n: float(values[0]) for n, values in measured.items() if values.ndim == 1}
 
 
@@ -85,7 +90,9 @@ def _sums_of_each(
     parts: Sequence[Examples],
 ) -> Sums:
     """Do the work of :func:`sums_of_each`, on the streams as they are."""
-    adding = statistics.begin([len(part) for part in parts])
+    adding = statistics.begin(
+        [len(part) for part in parts], [part.attributes for part in parts]
+    )
     some = [part for part in parts if len(part)]
     if not some:
         return adding.sums()

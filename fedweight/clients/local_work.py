@@ -227,7 +227,7 @@ class LocalWork:
         result = self._usual.result(sums)
         columns: dict[str, list[Any]] = {keys.NUM_EXAMPLES: list(map(len, parts))}
         columns |= {name: values.tolist() for name, values in result.items()}
-        if self.statistics.extra:
+        if self.statistics.sends:
             columns[keys.STATISTICS] = self.statistics.rows(sums).tolist()
         return [
             Reply(client.node, metrics={**dict(zip(columns, row, strict=True)), **own})

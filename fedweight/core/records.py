@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 Status = Literal["ok", "rejected", "failed", "missing", "dropped", "evaluated"]
 
@@ -36,12 +36,19 @@ class ClientRecord:
     own_metrics: Mapping[str, float] = field(default_factory=lambda: NOTHING)
 
 
+class ByGroup(NamedTuple):
+    """What clients added up by group: their numbers, and ``metrics.Sums`` of them."""
+
+    clients: list[int]
+    sums: Any
+
+
 @dataclass
 class RoundRecord:
     """What is recorded of one round.
 
     ``status`` is ``ok``, or ``failed`` where the global model was kept because of
-    ``reason``.
+    ``reason``. ``by_group`` is there where clients measured by group.
     """
 
     number: int
@@ -49,6 +56,7 @@ class RoundRecord:
     reason: str = ""
     clients: list[ClientRecord] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    by_group: ByGroup | None = None
 
     def count(self, status: Status) -> int:
         """Return how many clients have a status."""

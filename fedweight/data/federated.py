@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..core.errors import ConfigurationError, DataError, check_range
 from ..core.rng import Purpose, generator
 from .examples import DataSet, Examples, cast
+from .groups import name_groups
 from .lazy import LazyParts
 from .partitions import natural_choice
 from .partitions import partition as divide
@@ -378,7 +379,7 @@ def federate(
     >>> len(data.client(0).train) == int(data.sizes[0])
     True
     """
-    dataset = cast(dataset)
+    dataset = name_groups(cast(dataset))
     everybody = np.ones(len(dataset.train), bool)
     everybody[np.concatenate(_server_rows(dataset, proxy, validation, seed))] = False
     rows = np.flatnonzero(everybody)

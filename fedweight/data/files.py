@@ -20,6 +20,7 @@ from ..core.paths import clean_path, readable_file
 from ..core.rng import Purpose, generator
 from ..core.texts import listed, shown
 from .examples import DataSet, Examples, as_inputs, check, name_clients
+from .groups import groups_of
 from .schema import NUMBER, TEXT, Schema
 from .tables import (
     FEW_CLASSES,
@@ -106,7 +107,8 @@ def load_csv(
         the sorted order of their names, whichever rows are drawn for testing.
     sensitive : str or sequence of str
         Columns that become attributes. Those that are not numeric become codes in
-        sorted order, named in ``attribute_names``.
+        sorted order, named in ``attribute_names``. A run measures by their groups
+        (``groups.csv``); whole numbers of few different values are groups, too.
     sensitive_features : bool
         Whether the sensitive columns are also features.
     standardise : bool
@@ -622,6 +624,14 @@ def remarks(source: Source, task: str = CLASSIFICATION) -> list[str]:
             lines.append(
                 f"{table.path.name}: '{column}' holds {shown(alike[0])} and "
                 f"{shown(alike[1])}, which differ by capitals only and count as two"
+            )
+    for name in source.sensitive:
+        if groups_of(table.frame[name].to_numpy()) is None:
+            lines.append(
+                f"{table.path.name}: the sensitive column '{name}' has "
+                f"{table.frame[name].nunique():,} different values, which make no "
+                "groups; nothing is measured by it. Add a column with ranges of it, "
+                "such as 20-29, and name that"
             )
     for name in source.features:
         if len(table) >= MANY_ROWS and _counts_rows(table.frame[name]):

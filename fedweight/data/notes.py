@@ -20,7 +20,7 @@ def notes(data: FederatedData) -> list[str]:
 
     What the data set says of itself comes first; then features of which some are
     :data:`TIMES_WIDER` times as wide as others, more clients than examples, and classes
-    that no client has an example of. Most data give none.
+    and groups that no client has an example of. Most data give none.
 
     Parameters
     ----------
@@ -33,7 +33,8 @@ def notes(data: FederatedData) -> list[str]:
     >>> notes(federate(load("digits"), num_clients=5))
     []
     """
-    return [*data.notes, *_scale(data), *_clients(data), *_classes(data)]
+    found = [*data.notes, *_scale(data), *_clients(data), *_classes(data)]
+    return [*found, *_groups(data)]
 
 
 def _scale(data: FederatedData) -> list[str]:
@@ -81,3 +82,20 @@ def _classes(data: FederatedData) -> list[str]:
         f"{len(missing):,} of {data.num_classes:,} classes have no training example: "
         f"{listed([names[k] for k in missing], most=5)}"
     ]
+
+
+def _groups(data: FederatedData) -> list[str]:
+    """Name the groups of sensitive attributes that no client has."""
+    lines = []
+    for attribute, names in data.attribute_names.items():
+        codes = data.examples.attributes.get(attribute)
+        if codes is None or not len(codes) or codes.dtype.kind not in "iu":
+            continue
+        there = {*np.unique(codes).tolist()}
+        missing = [name for k, name in enumerate(names) if k not in there]
+        if missing:
+            lines.append(
+                f"no training example is of group {attribute}: "
+                f"{listed(missing, most=5)}"
+            )
+    return lines

@@ -33,10 +33,12 @@ from .spread import (
 
 if TYPE_CHECKING:
     from .additive import Statistics, Sums
+    from .groups import Groups
 
 __all__ = [
     "TASKS",
     "Contribution",
+    "Groups",
     "LearningTask",
     "Statistics",
     "Sums",
@@ -63,5 +65,6 @@ __getattr__, __dir__ = lazy_exports(
     {
         "Statistics": ".additive",
         "Sums": ".additive",
+        "Groups": ".groups",
     },
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..core.errors import AggregationError, ConfigurationError, check_range, closest
 from ..core.texts import listed, shown
 from ..data.tasks import LearningTask
+from .groups import Groups
 from .measures import MEASURES, Array
 from .parts import EXACT, PARTS, Seen
 
@@ -108,6 +109,9 @@ class Statistics:
     pixels : int, optional
         1 or more: how many pixels each image has, if all have as many and it is known;
         clients' counts of a segmentation must then be of exactly those.
+    groups : Groups, optional
+        By which groups examples are counted besides: of each one the loss and how often
+        each class is decided on for each; without classes, how much is right.
 
     Raises
     ------
@@ -131,6 +135,7 @@ class Statistics:
     num_classes: int = 0
     metrics: Sequence[str] | None = None
     pixels: int | None = None
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         """Check what is asked for."""
@@ -152,12 +157,35 @@ class Statistics:
                 f"{self.num_classes}: {listed(by_class, most=9)} of {self.task.name} "
                 "counts each class. Say how many there are."
             )
+        if self.groups is not None:
+            self._check_groups(self.groups)
         if self.num_numbers > MOST_NUMBERS:
             raise ConfigurationError(
                 f"metrics: {listed(self.extra, most=9)} of {self.num_classes:,} "
                 f"classes takes {self.num_numbers:,} numbers of each client; at most "
                 f"{MOST_NUMBERS:,} are sent. Leave out those that take the most."
             )
+
+    def _check_groups(self, groups: Groups) -> None:
+        own = sum(math.prod(self.parts[n]) for n in self.parts if PARTS[n].by_group)
+        if own > MOST_NUMBERS:
+            raise ConfigurationError(
+                f"groups: {groups.count:,} groups of {self.num_classes:,} classes take "
+                f"{own:,} numbers of each client; at most {MOST_NUMBERS:,} are sent. "
+                "Name fewer attributes, or do not cross them."
+            )
+        if groups.positive is not None:
+            if not self.task.has_classes:
+                raise ConfigurationError(
+                    f"groups: positive names a class, and {self.task.name} has none. "
+                    "Leave it out."
+                )
+            check_range("positive", groups.positive, 0, self.num_classes - 1)
+
+    @property
+    def sends(self) -> bool:
+        """Whether clients send their sums: loss and accuracy alone are sent as such."""
+        return bool(self.extra) or self.groups is not None
 
     @property
     def extra(self) -> tuple[str, ...]:
@@ -185,8 +213,19 @@ class Statistics:
     def parts(self) -> dict[str, tuple[int, ...]]:
         """What is added up: the shape of each part, of one client, by name."""
         names = [name for one in self.measures for name in MEASURES[one].parts]
+        count = 0
+        if self.groups is not None:
+            count = self.groups.count
+            names += ["group-examples", "group-loss"]
+            if self.task.has_classes:
+                names.append("group-confusion")
+            elif self.task.counts_hits:
+                names.append("group-hits")
         return {
-            name: PARTS[name].shape(self.num_classes)
+            name: (
+                *((count,) if PARTS[name].by_group else ()),
+                *PARTS[name].shape(self.num_classes),
+            )
             for name in dict.fromkeys(["examples", *names])
         }
 
@@ -207,7 +246,11 @@ class Statistics:
         )
 
     def of(
-        self, outputs: Tensor, targets: Tensor, sizes: Sequence[int] | None = None
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        sizes: Sequence[int] | None = None,
+        attributes: Sequence[Mapping[str, Array]] | None = None,
     ) -> Sums:
         """Add up what a model makes of some examples.
 
@@ -220,14 +263,23 @@ class Statistics:
         sizes : sequence of int, optional
             How many of the examples each client has, in their order; by default they
             are all of one.
+        attributes : sequence of Mapping[str, ndarray], optional
+            Of each client's examples, the attributes that :attr:`groups` counts by.
         """
-        adding = self.begin([len(targets)] if sizes is None else sizes)
+        adding = self.begin([len(targets)] if sizes is None else sizes, attributes)
         adding.add(outputs, targets)
         return adding.sums()
 
-    def begin(self, sizes: Sequence[int]) -> Adding:
+    def begin(
+        self,
+        sizes: Sequence[int],
+        attributes: Sequence[Mapping[str, Array]] | None = None,
+    ) -> Adding:
         """Begin to add up, batch by batch, the examples of clients of some sizes."""
-        return Adding(self, np.asarray(sizes, np.int64))
+        codes = None
+        if self.groups is not None:
+            codes = self.groups.codes(attributes or [{} for _ in sizes], sizes)
+        return Adding(self, np.asarray(sizes, np.int64), codes)
 
     def result(self, sums: Sums) -> dict[str, Array]:
         """Return what is measured of each client, ``[C]`` each, by name.
@@ -326,6 +378,7 @@ class Adding:
 
     statistics: Statistics
     sizes: npt.NDArray[np.int64]
+    codes: npt.NDArray[np.int64] | None = None  # The examples' groups, [n, tables].
     _seen: int = 0
     _counts: dict[str, Array] = field(default_factory=dict)
     _values: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -352,6 +405,10 @@ class Adding:
             first, last = int(owners[0]), int(owners[-1])
             seen.owners = torch.from_numpy(owners - first).to(outputs.device)
             seen.clients = last - first + 1
+            if self.codes is not None and self.statistics.groups is not None:
+                own = self.codes[self._seen : self._seen + len(targets)]
+                seen.groups = torch.from_numpy(own).to(outputs.device)
+                seen.num_groups = self.statistics.groups.count
             for name, counts in self._counts.items():
                 found = PARTS[name].of(seen).cpu().numpy()
                 counts[first : last + 1] += found.reshape(-1, *counts.shape[1:])
@@ -369,15 +426,37 @@ class Adding:
                 f"{self._seen} came."
             )
         found: dict[str, Array] = {"examples": self.sizes, **self._counts}
-        if self._seen:
-            several = [
-                torch.cat(v).double().cpu().numpy() for v in self._values.values()
-            ]
-            sums = segment_sums(np.stack(several), self.sizes)
-        else:
-            sums = np.zeros((len(self._values), len(self.sizes)))
-        found |= dict(zip(self._values, sums, strict=True))
-        return Sums({name: found[name] for name in self.statistics.parts})
+        values = {
+            name: torch.cat(v).double().cpu().numpy() if v else np.empty(0)
+            for name, v in self._values.items()
+        }
+        whole = [name for name in values if not PARTS[name].by_group]
+        sums = segment_sums(np.stack([values[name] for name in whole]), self.sizes)
+        found |= dict(zip(whole, sums, strict=True))
+        by_group = {n: own for n, own in values.items() if PARTS[n].by_group}
+        return Sums(
+            {
+                name: found[name] if name in found else self._by_group(by_group[name])
+                for name in self.statistics.parts
+            }
+        )
+
+    def _by_group(self, values: npt.NDArray[np.float64]) -> Array:
+        """Return the sum of each client's values by group, ``[C, G]``."""
+        groups = self.statistics.groups
+        assert groups is not None
+        assert self.codes is not None
+        sums = np.zeros((len(self.sizes), groups.count))
+        for codes, table in zip(self.codes.T, groups.slices, strict=True):
+            told = np.flatnonzero(codes >= 0)
+            width = table.stop - table.start
+            cells = self._owners[told] * width + codes[told] - table.start
+            # In a cell the examples keep their order, so it decides the last bit.
+            order = told[np.argsort(cells, kind="stable")]
+            counts = np.bincount(cells, minlength=len(self.sizes) * width)
+            found = segment_sums(values[None, order], counts)
+            sums[:, table] = found.reshape(-1, width)
+        return sums
 
 
 def segment_sums(

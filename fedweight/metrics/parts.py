@@ -54,6 +54,10 @@ class Seen:
         ``[n]``: whose each example is, from 0.
     clients : int
         How many owners there are.
+    groups : Tensor, optional
+        ``[n, tables]``: in which group of each table an example is, or in none.
+    num_groups : int
+        G.
     """
 
     task: LearningTask
@@ -62,6 +66,18 @@ class Seen:
     num_classes: int
     owners: Tensor | None = None
     clients: int = 1
+    groups: Tensor | None = None
+    num_groups: int = 0
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """The loss of each example, ``[n]``."""
+        return self.task.example_losses(self.outputs, self.targets)
+
+    @cached_property
+    def hits(self) -> Tensor:
+        """Which share of each example's decisions is right, ``[n]``."""
+        return self.task.example_hits(self.outputs, self.targets)
 
     @cached_property
     def truth(self) -> Tensor:
@@ -110,12 +126,16 @@ class Part:
         Which clients' cannot be, ``[C]``.
     counts : bool
         Whether it is counted, and so exact.
+    by_group : bool
+        Whether there is one of each group: counts ``[C, G, ...]``, and values of
+        examples that are added up by group.
     """
 
     of: Callable[[Seen], Tensor]
     impossible: Impossible
     shape: Callable[[int], tuple[int, ...]] = lambda num_classes: ()
     counts: bool = False
+    by_group: bool = False
 
 
 def _labels_of(seen: Seen) -> Tensor:
@@ -140,6 +160,27 @@ def _confusion_of(seen: Seen) -> Tensor:
     """Return how often class j was decided on where i is true, ``[C, K, K]``."""
     places = (seen.codes + seen.truth) * seen.num_classes + seen.decided
     return seen.count(places, seen.num_classes**2)
+
+
+def _group_examples_of(seen: Seen) -> Tensor:
+    """Return how many examples are in each group, ``[C, G]``."""
+    places, told = _group_places(seen)
+    return seen.count(places[told], seen.num_groups)
+
+
+def _group_confusion_of(seen: Seen) -> Tensor:
+    """Return, by group, how often class j was decided on where i is true."""
+    places, told = _group_places(seen)
+    pairs = seen.truth * seen.num_classes + seen.decided
+    cells = places * seen.num_classes**2 + pairs[:, None]
+    return seen.count(cells[told], seen.num_groups * seen.num_classes**2)
+
+
+def _group_places(seen: Seen) -> tuple[Tensor, Tensor]:
+    """Return where each example's owner counts its groups, and which of them are."""
+    assert seen.groups is not None
+    assert seen.owners is not None
+    return seen.owners[:, None] * seen.num_groups + seen.groups, seen.groups >= 0
 
 
 def _scores_of(seen: Seen) -> Tensor:
@@ -237,6 +278,31 @@ def _odd_squares(sums: Sums, which: Statistics) -> Flags:
     return odd | _any(squares < (1 - 1e-9) * least)
 
 
+def _odd_group_examples(sums: Sums, which: Statistics) -> Flags:
+    """Tell where the groups of a table have more examples than there are."""
+    counts = sums["group-examples"]
+    odd = _any(counts < 0)
+    for table in which.groups.slices if which.groups is not None else ():
+        odd |= _added(counts[:, table], 1) > sums["examples"]
+    return odd
+
+
+def _odd_group_loss(sums: Sums, which: Statistics) -> Flags:
+    most = MOST_MEAN if which.task.counts_hits else MOST_MEAN**2
+    values, n = sums["group-loss"], sums["group-examples"]
+    return _any((values < -ROUNDING * n) | (values > most * n))
+
+
+def _odd_group_hits(sums: Sums, which: Statistics) -> Flags:
+    values = sums["group-hits"]
+    return _any((values < 0) | (values > sums["group-examples"]))
+
+
+def _odd_group_confusion(sums: Sums, which: Statistics) -> Flags:
+    counts = sums["group-confusion"]
+    return _any(counts < 0) | _any(_added(counts, (2, 3)) != sums["group-examples"])
+
+
 def _any(flags: npt.NDArray[np.bool_]) -> Flags:
     """Tell of each client whether any of its values is flagged."""
     return np.asarray(flags.any(axis=tuple(range(1, flags.ndim))))
@@ -245,19 +311,27 @@ def _any(flags: npt.NDArray[np.bool_]) -> Flags:
 # By name.
 PARTS: Mapping[str, Part] = {
     "examples": Part(lambda seen: seen.targets, _odd_examples, counts=True),
-    "loss": Part(
-        lambda seen: seen.task.example_losses(seen.outputs, seen.targets), _odd_loss
-    ),
+    "loss": Part(lambda seen: seen.losses, _odd_loss),
     "squared-error": Part(
         lambda seen: (seen.outputs[:, 0].double() - seen.targets.double()) ** 2,
         _odd_errors,
     ),
-    "hits": Part(
-        lambda seen: seen.task.example_hits(seen.outputs, seen.targets), _too_many_hits
-    ),
+    "hits": Part(lambda seen: seen.hits, _too_many_hits),
     "targets": Part(lambda seen: seen.targets.double(), _odd_targets),
     "squared-targets": Part(lambda seen: seen.targets.double() ** 2, _odd_squares),
     "labels": Part(_labels_of, _odd_labels, lambda k: (3, k), counts=True),
     "confusion": Part(_confusion_of, _odd_confusion, lambda k: (k, k), counts=True),
     "scores": Part(_scores_of, _odd_scores, lambda k: (k, 2, BINS), counts=True),
+    "group-examples": Part(
+        _group_examples_of, _odd_group_examples, counts=True, by_group=True
+    ),
+    "group-loss": Part(lambda seen: seen.losses, _odd_group_loss, by_group=True),
+    "group-hits": Part(lambda seen: seen.hits, _odd_group_hits, by_group=True),
+    "group-confusion": Part(
+        _group_confusion_of,
+        _odd_group_confusion,
+        lambda k: (k, k),
+        counts=True,
+        by_group=True,
+    ),
 }

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import MetricRecord
 
-from ..core.records import NOTHING, ClientRecord
+from ..core.records import NOTHING, ByGroup, ClientRecord
 from ..core.texts import NAME_LENGTH, listed, plain
 from ..messages import keys
 from ..messages.dispatch import Reply
@@ -231,9 +231,30 @@ def _means_of_known(
     return means
 
 
+class Measured(NamedTuple):
+    """What clients' sums say.
+
+    Attributes
+    ----------
+    whole : dict[str, float]
+        What is measured of all of them together, without what is not finite.
+    each : dict[int, dict[str, float]]
+        What is measured of each client whose sums can be.
+    odd : dict[int, str]
+        By client, why the sums of the others cannot. They have no share in the rest.
+    by_group : ByGroup or None
+        What was added up by group, where that is asked for.
+    """
+
+    whole: dict[str, float]
+    each: dict[int, dict[str, float]]
+    odd: dict[int, str]
+    by_group: ByGroup | None
+
+
 def measured(
     statistics: Statistics, reported: Mapping[int, Mapping[str, Any]]
-) -> tuple[dict[str, float], dict[int, dict[str, float]], dict[int, str]]:
+) -> Measured:
     """Return what clients' sums say: of all of them together, and of each.
 
     Parameters
@@ -242,13 +263,6 @@ def measured(
         What they added up.
     reported : Mapping[int, Mapping[str, Any]]
         The metrics of each client's reply, by client.
-
-    Returns
-    -------
-    tuple
-        What is measured of all, without what is not finite; what is measured of each
-        client whose sums can be; and by client why those of the others cannot. They
-        have no share in the first.
     """
     clients = [*reported]
     sums, odd = statistics.read([m.get(keys.STATISTICS) for m in reported.values()])
@@ -260,7 +274,7 @@ def measured(
     of_all, of_each = statistics.result(sums.total()), statistics.result(sums)
     known = {name: float(of_all[name][0]) for name in statistics.besides}
     columns = [of_each[name].tolist() for name in statistics.besides]
-    return (
+    return Measured(
         {name: value for name, value in known.items() if math.isfinite(value)},
         {
             client: dict(zip(statistics.besides, row, strict=True))
@@ -268,6 +282,7 @@ def measured(
             if place not in odd
         },
         {clients[place]: why for place, why in odd.items()},
+        None if statistics.groups is None else ByGroup(clients, sums),
     )
 
 

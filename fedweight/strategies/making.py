@@ -428,14 +428,13 @@ def mean_evaluation(
     whole: dict[str, float] = {}
     if strategy.statistics is not None and good:
         reported = {client: one.reply.metrics for client, one in good.items()}
-        whole, each, odd = measured(strategy.statistics, reported)
+        whole, each, odd, record.by_group = measured(strategy.statistics, reported)
         for client, why in odd.items():
             reject(client, why)
             del good[client]
         for client in good:
-            found = each[client]
             entries[client].metrics |= {
-                f"evaluate-{name}": found[name] for name in found
+                f"evaluate-{name}": value for name, value in each[client].items()
             }
         if good:
             now.errors.left_out(number, set(strategy.statistics.besides) - whole.keys())

@@ -37,7 +37,7 @@ from ..data import (
 from ..data import check as check_data
 from ..data.files import load_one_csv
 from ..messages.arrays import FlatRecord
-from ..metrics import LearningTask, Statistics, task_named
+from ..metrics import Groups, LearningTask, Statistics, task_named
 from ..server.schedules import SCHEDULES, Buffered, Schedule, make_schedule
 from ..server.wrapped import with_inner
 from ..simulations import Plan
@@ -53,6 +53,7 @@ from ..simulations.planner import (
 from ..strategies import WeightingStrategy, strategy_class
 from ..strategies.server_optimizers import server_optimizer
 from .configuration import Configuration
+from .grouping import groups_asked
 
 T = TypeVar("T")
 
@@ -124,8 +125,14 @@ class Components:
             self.data.num_classes,
             metrics or None,
             math.prod(self.data.target_shape) if self.task.of_pixels else None,
+            self.groups,
         )
         return named("run", made)
+
+    @cached_property
+    def groups(self) -> Groups | None:
+        """By which groups it is measured, or ``None``."""
+        return groups_asked(self.configuration, self.data)
 
     def client_data(self, context: Context) -> ClientData:
         """Return a client's data: its part of a simulation, or its own file."""
@@ -173,6 +180,7 @@ class Components:
             queries={n: f for one in methods for n, f in one.queries.items()},
             personal=self.personal(),
             trace=self.configuration["engine"]["trace"],
+            groups=self.groups,
             num_groups={
                 name: len(codes) for name, codes in self.data.attribute_names.items()
             },
@@ -296,7 +304,7 @@ class Components:
         }
         if self.data.num_classes:
             ours["num_classes"] = self.data.num_classes
-        if self.statistics.extra:
+        if self.statistics.sends:
             ours["statistics"] = self.statistics
         if self.configuration["engine"]["threads"]:
             ours["threads"] = self.configuration["engine"]["threads"]

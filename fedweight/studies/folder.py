@@ -36,6 +36,7 @@ FILES = (
     "environment.json",
     "rounds.csv",
     "clients.csv",
+    "groups.csv",
     "partition.csv",
     "personal.csv",
     "personal-models.safetensors",

@@ -118,10 +118,11 @@ class Listener:
 
         Whose sums cannot be is written down, too.
         """
-        whole, each, odd = measured(statistics, reported)
+        whole, each, odd, by_group = measured(statistics, reported)
         self.measured = {f"evaluate-{name}": whole[name] for name in whole}
         if not (self.records and self.records[-1].number == round):
             self.records.append(RoundRecord(round))
+        self.records[-1].by_group = by_group
         rows = self.records[-1].clients
         entries: dict[int, ClientRecord] = {}
         for row in rows:

@@ -32,7 +32,7 @@ else:
 # What makes a folder a run; the rest may be missing where a run was stopped early.
 _REQUIRED = ("config.toml", "rounds.csv")
 
-_TEXT = frozenset({"name", "status", "reason"})
+_TEXT = frozenset({"name", "status", "reason", "part", "attribute", "group"})
 _KEYS = frozenset({"round", "client"})
 _COUNTS = frozenset(
     {
@@ -48,6 +48,7 @@ _COUNTS = frozenset(
         "steps",
         "train_examples",
         "held_out_examples",
+        "positives",
     }
 )
 _NUMBERS = frozenset(
@@ -121,6 +122,27 @@ class RunFolder:
     def clients(self) -> pd.DataFrame:
         """``clients.csv``: a row per round and client."""
         return self._frame("clients.csv", ("round", "client", "status"))
+
+    @cached_property
+    def groups(self) -> pd.DataFrame:
+        """``groups.csv``: a row per round, group and client.
+
+        ``part`` is ``held-out`` for clients' own data (``client`` is empty for all of
+        them together) and ``test`` for the server's; ``attribute`` is the sensitive
+        attribute, or two of them, and ``group`` its group.
+
+        Raises
+        ------
+        DataError
+            If no groups were measured.
+        """
+        if not (self.folder / "groups.csv").is_file():
+            raise DataError(
+                f"{self.folder / 'groups.csv'} is missing: a run has it where "
+                "groups.attributes or data.sensitive names sensitive attributes."
+            )
+        required = ("round", "part", "client", "attribute", "group", "examples")
+        return self._frame("groups.csv", required, gaps="client")
 
     @cached_property
     def partition(self) -> pd.DataFrame:
@@ -415,9 +437,12 @@ class RunFolder:
         return path
 
     def _frame(
-        self, name: str, required: tuple[str, ...], unique: str = ""
+        self, name: str, required: tuple[str, ...], unique: str = "", gaps: str = ""
     ) -> pd.DataFrame:
-        """Read a table; what is not one of a run's is refused here, once for all."""
+        """Read a table; what is not one of a run's is refused here, once for all.
+
+        ``gaps`` is a column of keys that may be empty.
+        """
         path = self._file(name)
         try:
             text_of_table = whole_rows(path)
@@ -432,7 +457,7 @@ class RunFolder:
             # A reason may well read "NaN": text columns are never taken for empty.
             frame = pd.read_csv(
                 io.StringIO(text_of_table, newline=""),
-                dtype=dict.fromkeys(text, "str"),
+                dtype=dict.fromkeys(text, "str") | ({gaps: "UInt64"} if gaps else {}),
                 keep_default_na=False,
                 na_values=dict.fromkeys(others, _EMPTY),
             )
@@ -457,6 +482,8 @@ def _typed(name: str, column: pd.Series[Any]) -> pd.Series[Any]:
     """Return a column of a table in the type that its name promises."""
     if name in _TEXT:
         return column.fillna("").astype("str")
+    if isinstance(column.dtype, pd.UInt64Dtype):
+        return column  # Keys, of which some are none.
     if name in _KEYS:
         # A real node's number may need all 64 bits.
         keys = column if column.dtype == "uint64" else column.astype("int64")

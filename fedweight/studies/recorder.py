@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ..clients.evaluation import evaluate
+from ..clients.evaluation import measured_of, sums_of_each
 from ..core.errors import OutputError
 from ..core.layout import Base, Layout
 from ..core.module import FlatModule
@@ -31,6 +32,7 @@ from ..core.writing import write_whole
 from ..data import Examples, notes
 from ..messages.arrays import FlatRecord, complete
 from ..messages.grids import connected, name_of, number_of
+from ..metrics import Sums
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
 from ..server.wrapped import with_inner
@@ -45,6 +47,7 @@ from .columns import (
 )
 from .components import Components
 from .folder import Table, rows_of
+from .grouping import group_rows, group_table
 from .listener import Listener
 from .progress import Progress, Report
 from .records import (
@@ -98,6 +101,9 @@ class Recorder:
         optional = OPTIONAL if hits else OPTIONAL | ACCURACIES
         self.rounds = Table(folder / "rounds.csv", ROUND_COLUMNS, optional)
         self.clients = Table(folder / "clients.csv", CLIENT_COLUMNS, optional)
+        self.groups: Table | None = None
+        if components.groups is not None:
+            self.groups = group_table(folder)
         self.errors = ErrorLog(folder / "errors.log")
         self.timings = Table(folder / "timings.csv", ("round", "seconds", "elapsed"))
         self.partition: Table | None = None
@@ -125,7 +131,7 @@ class Recorder:
         strategy.configure_train = listener.asks(strategy.configure_train)  # type: ignore[method-assign]
         strategy.aggregate_train = listener.hears(strategy.aggregate_train)  # type: ignore[method-assign]
         statistics = self.components.statistics
-        if statistics.extra:
+        if statistics.sends:
             strategy.aggregate_evaluate = listener.measures(  # type: ignore[method-assign]
                 statistics, strategy.aggregate_evaluate
             )
@@ -208,9 +214,8 @@ class Recorder:
             "clients": self.clients,
             "timings": self.timings,
         }
-        return (
-            tables if self.partition is None else tables | {"partition": self.partition}
-        )
+        optional = {"groups": self.groups, "partition": self.partition}
+        return tables | {n: table for n, table in optional.items() if table is not None}
 
     def _begin(
         self, engine: dict[str, Any], own_data: bool, preface: str, anew: bool
@@ -283,7 +288,7 @@ class Recorder:
     ) -> MetricRecord | None:
         """Evaluate the global model, and record the round; Flower's evaluate_fn."""
         self._arrays = arrays
-        test = self._test(number, arrays)
+        test, tested = self._test(number, arrays)
         self._tested = bool(test)
         self._record_before()
         history = self._history
@@ -302,6 +307,7 @@ class Recorder:
         hits = self.components.task.counts_hits
         row = round_row(record, test, accuracies=hits)
         self.rounds.append([row | (self._validated(arrays) if test else {})])
+        self._record_groups(record, tested)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.timings.append(
@@ -318,6 +324,14 @@ class Recorder:
                 )
             )
         return MetricRecord(dict(test)) if test else None
+
+    def _record_groups(self, record: RoundRecord, tested: Sums | None) -> None:
+        """Record what clients, or the server's test data, say of groups."""
+        groups = self.components.groups
+        if self.groups is not None and groups is not None:
+            rows = group_rows(groups, record, tested)
+            if rows:
+                self.groups.append(rows)
 
     @property
     def _history(self) -> list[RoundRecord]:
@@ -337,9 +351,8 @@ class Recorder:
         """Write all that is still to be written; return why some of it cannot be."""
         if not self.goes_on:
             return None
-        tables = (self.rounds, self.clients, self.timings, self.partition)
         jobs = [self._record_before]
-        jobs += [table.write for table in tables if table is not None]
+        jobs += [table.write for table in self._tables().values()]
         jobs += [self.errors.write, self._write_connected, self._write_model]
         failure = None
         for write in jobs:
@@ -423,8 +436,10 @@ class Recorder:
         Where that was not known when it was recorded, its model is tested now.
         """
         if not self._tested and self._arrays is not None:
-            tested = measured_columns(self._evaluate(self._arrays))
-            self.rounds.complete(tested | self._validated(self._arrays))
+            test, tested = self._evaluate(self._arrays)
+            row = measured_columns(test) | self._validated(self._arrays)
+            self.rounds.complete(row)
+            self._record_groups(RoundRecord(number), tested)
         self._environment["stopped"] = {"round": number, "reason": reason}
         self._write_environment()
 
@@ -442,11 +457,13 @@ class Recorder:
         assert self._base is not None
         return self._base
 
-    def _test(self, number: int, arrays: ArrayRecord) -> dict[str, float]:
+    def _test(
+        self, number: int, arrays: ArrayRecord
+    ) -> tuple[dict[str, float], Sums | None]:
         table = self.components.configuration["run"]
         last = number == table["rounds"] or self.over()
         if number % table["evaluate-every"] and not last:
-            return {}
+            return {}, None
         return self._evaluate(arrays)
 
     def _validated(self, arrays: ArrayRecord) -> dict[str, Any]:
@@ -454,16 +471,26 @@ class Recorder:
         validation = self.components.data.validation
         if not len(validation):
             return {}
-        return measured_columns(self._evaluate(arrays, validation), "validation")
+        measured, _ = self._evaluate(arrays, validation)
+        return measured_columns(measured, "validation")
 
     def _evaluate(
         self, arrays: ArrayRecord, examples: Examples | None = None
-    ) -> dict[str, float]:
-        """Evaluate the global model, on the test set unless told otherwise."""
+    ) -> tuple[dict[str, float], Sums | None]:
+        """Return what is measured of the global model, and what was added up.
+
+        It is measured on the test set unless told otherwise, and then not by group.
+        """
         module = self._ready_module()
         model = complete(arrays, self.base)
-        of = self.components.data.test if examples is None else examples
-        return evaluate(module, model, of, self.components.statistics)
+        statistics, test = self.components.statistics, self.components.data.test
+        groups = None
+        if statistics.groups is not None and examples is None:
+            groups = statistics.groups.untold
+        statistics = replace(statistics, groups=groups)
+        of = test if examples is None else examples
+        sums = sums_of_each(module, model, [of], statistics)
+        return measured_of(statistics, sums), sums if len(of) else None
 
 
 def environment_of(components: Components) -> dict[str, Any]:

@@ -189,6 +189,38 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class EvaluatedGroups:
+    """[groups]: by which sensitive attributes is measured."""
+
+    attributes: Annotated[
+        Sequence[str],
+        Field(
+            description="sensitive attributes whose groups are measured (groups.csv); "
+            "none: those that data.sensitive names, if it is there"
+        ),
+    ] = field(default_factory=list)
+    intersections: Annotated[
+        bool,
+        Field(description="whether the groups of each two attributes are crossed"),
+    ] = False
+    min_size: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=MOST,
+            description="examples of a group that a client must have to tell of it",
+        ),
+    ] = 1
+    positive: Annotated[
+        str,
+        Field(
+            description="the class, by name or number, whose selection rate, true and "
+            "false positive rate are measured; empty: class 1 of two"
+        ),
+    ] = ""
+
+
+@dataclass(frozen=True)
 class Model:
     """[model]: what is trained."""
 
@@ -323,6 +355,7 @@ SCHEMA: dict[str, dict[str, Option]] = {
     "run": _run(),
     "data": _table(Data),
     "partition": _table(Partition),
+    "groups": _table(EvaluatedGroups),
     "model": _table(Model),
     "objective": _table(LocalObjective),
     "personal": _table(PersonalModels),
