@@ -349,9 +349,19 @@ def _own_client_app(message: Message, context: Context) -> ClientApp:
     run_config = _frozen(context)
     configuration = _configuration(run_config)
     _check_task(configuration)
-    own = client_data(configuration, context, None, _schema(message))
-    name = str(context.node_config["data-path"])
-    dataset = check(DataSet(name, own.train, own.held_out, _num_classes(run_config)))
+    schema = _schema(message)
+    if schema is None:  # Nobody knows the groups, and nobody asks for them now.
+        configuration = configuration.without("groups")
+    own = client_data(configuration, context, None, schema)
+    name, classes = str(context.node_config["data-path"]), _num_classes(run_config)
+    dataset = DataSet(
+        name,
+        own.train,
+        own.held_out,
+        classes,
+        attribute_names={} if schema is None else schema.groups,
+    )
+    dataset = check(dataset)
     everything = np.arange(len(own.train))
     data = FederatedData(dataset, [everything], held_out=0)
     app = Components(configuration, data).client_app()
@@ -447,6 +457,7 @@ def _server_components(run_config: Frozen) -> Components:
     from .data import DataSet, FederatedData, check, take_proxy
     from .data.examples import MOST_CLASSES
     from .data.files import load_one, load_one_csv
+    from .data.groups import name_groups
     from .studies.components import Components
 
     configuration = _configuration(run_config)
@@ -477,7 +488,8 @@ def _server_components(run_config: Frozen) -> Components:
     rows = take_proxy(examples.y, data["proxy"], generator(seed, Purpose.PROXY))
     test = examples.take(np.setdiff1d(np.arange(len(examples)), rows))
     name = Path(data["path"]).stem
-    dataset = check(DataSet(name, examples, test, num_classes))
+    dataset = name_groups(check(DataSet(name, examples, test, num_classes)))
+    schema = replace(schema, groups=dataset.attribute_names)
     nobody = [np.empty(0, np.int64)]
     federated = FederatedData(dataset, nobody, proxy=data["proxy"], seed=seed)
     return Components(configuration, federated, schema)

@@ -459,6 +459,54 @@ def test_the_server_tells_its_columns_and_classes(sites: dict[str, str]) -> None
     assert schema.classes == ("0", "1", "2")
 
 
+def with_sex(path: str, names: tuple[str, str] = ("f", "m")) -> None:
+    """Add a column of sex to a file, whose every third row is of the first."""
+    header, *rows = Path(path).read_text().splitlines()
+    rows = [f"{row},{names[bool(k % 4)]}" for k, row in enumerate(rows)]
+    Path(path).write_text("\n".join([header + ",sex", *rows]) + "\n")
+
+
+GROUPED = (
+    'data.label="class" data.sensitive=["sex"] data.sensitive-features=false '
+    "groups.positive=2"
+)
+
+
+def test_nodes_measure_by_the_groups_that_the_server_has(
+    start: Start, sites: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "b.csv").write_bytes(Path(sites["a.csv"]).read_bytes())
+    with_sex(sites["a.csv"])
+    with_sex(str(tmp_path / "b.csv"), ("m", "m"))  # Its own values would be one code.
+    with_sex(sites["test.csv"])
+    config = OWN | {"data.path": sites["test.csv"], "settings": GROUPED}
+    nodes = [{"data-path": sites["a.csv"]}, {"data-path": str(tmp_path / "b.csv")}]
+    folder = start(FlowerLikeGrid(DeviceGrid(nodes, config)), config)
+
+    groups = fedweight.Run(folder).groups
+    last = groups[groups["round"] == groups["round"].max()]
+    assert set(last["part"]) == {"held-out", "test"}
+    own = last[last["client"].notna()]
+    each = {c: rows["group"].tolist() for c, rows in own.groupby("client")}
+    assert sorted(each.values()) == [["f", "m"], ["m"]]
+    assert last["tpr"].notna().any()
+
+
+def test_a_node_with_a_group_that_the_server_lacks_says_so(
+    start: Start, sites: dict[str, str]
+) -> None:
+    with_sex(sites["a.csv"], ("f", "x"))
+    with_sex(sites["test.csv"])
+    config = OWN | {"data.path": sites["test.csv"], "settings": GROUPED}
+    config |= {"run.rounds": 1}
+    nodes = [{"data-path": sites["a.csv"]}, {"data-path": sites["a.csv"]}]
+    folder = start(FlowerLikeGrid(DeviceGrid(nodes, config)), config)
+    clients = fedweight.Run(folder).clients
+    reasons = clients[clients["status"] == "failed"]["reason"]
+    assert len(reasons) == 2
+    assert all("'sex' holds 'x', which is none of 'f' and 'm'" in r for r in reasons)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -534,6 +534,44 @@ def local_round(rng: np.random.Generator, k: int) -> Round:
     )
 
 
+def test_the_pages_way_to_the_gaps_between_groups_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    lines = ["dose,age,sex,site,outcome"]
+    for k in range(300):
+        dose, sex = rng.normal(), "f" if rng.random() < 0.4 else "m"
+        outcome = "well" if dose + (sex == "m") > 0.5 else "ill"
+        lines.append(f"{dose:.3f},{rng.normal(50, 9):.1f},{sex},s{k % 3},{outcome}")
+    Path("patients.csv").write_text("\n".join(lines) + "\n")
+    first, second = code_blocks("docs/groups.md", "python")
+    assert len([line for line in first.splitlines() if line]) <= 10
+    space: dict[str, Any] = {}
+    exec(first, space)
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if " " not in line] == [
+        *("fedavg", "qfedavg")
+    ]
+    gaps = space["run"].gaps("sex", resamples=0)
+    for row in table("docs/groups.md", "gap"):
+        [name] = names(row["gap"])
+        assert {name, name.replace("difference", "ratio")} <= {*gaps.index}
+        assert printed.count(name) == 2
+    exec(second, space)
+    by_group = eval(second[second.index("MetricFrame(\n") :], space)
+    rates = by_group.to_numpy(np.float64)
+    assert rates.max() - rates.min() == pytest.approx(
+        gaps.loc["demographic_parity_difference", "value"]
+    )
+
+
+def test_the_keys_of_groups_are_those_of_their_page() -> None:
+    rows = {names(r["key"])[0]: r["default"] for r in table("docs/groups.md", "key")}
+    own = Configuration.of({})["groups"]
+    assert {key: json.loads(names(rows[key])[0]) for key in rows} == own
+
+
 def test_the_readmes_strategy_is_the_worked_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

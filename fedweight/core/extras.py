@@ -18,7 +18,15 @@ from .texts import listed
 EXTRAS = {
     "server": ("numba",),
     "simulation": ("cloudpickle", "ray"),
-    "studies": ("altair", "jinja2", "pandas", "scipy", "sklearn", "vl_convert"),
+    "studies": (
+        "altair",
+        "fairlearn",
+        "jinja2",
+        "pandas",
+        "scipy",
+        "sklearn",
+        "vl_convert",
+    ),
 }
 
 

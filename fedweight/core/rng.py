@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     CONTRIBUTION = 18
     VALIDATION = 19
     CLIENT_APP = 20
+    FLIPS = 22
 
 
 def generator(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .lazy import LazyParts
 from .partitions import natural_choice
 from .partitions import partition as divide
 from .schema import Schema
+from .skews import flipped_labels
 from .tasks import CLASSIFICATION, TASKS
 
 Indices = npt.NDArray[np.int64]
@@ -77,6 +78,9 @@ class FederatedData:
         Draws the proxy, the validation and the held-out examples.
     names : sequence of str
         The clients' names, or nothing where they go by their numbers.
+    labels : ndarray, optional
+        Shape ``[len(dataset.train)]``: what clients have in place of the true labels,
+        which the server's proxy keeps.
 
     Attributes
     ----------
@@ -116,6 +120,7 @@ class FederatedData:
         validation: float = 0.0,
         seed: int = 0,
         names: Sequence[str] = (),
+        labels: Indices | None = None,
     ) -> None:
         check_range("held_out", held_out, 0, 1, high_open=True)
         kept, chosen_by = _server_rows(dataset, proxy, validation, seed)
@@ -143,10 +148,11 @@ class FederatedData:
         self.is_lazy = isinstance(partition, LazyParts)
         _check_partition(partition, free)
         self._clients: _Drawn | _InOrder
+        train = dataset.train if labels is None else replace(dataset.train, y=labels)
         if isinstance(partition, LazyParts):
-            self._clients = _Drawn(dataset.train, partition, held_out, seed)
+            self._clients = _Drawn(train, partition, held_out, seed)
         else:
-            self._clients = _InOrder(dataset.train, partition, free, held_out, seed)
+            self._clients = _InOrder(train, partition, free, held_out, seed)
         self.sizes = self._clients.sizes
         self.holds_out = self._clients.holds_out
         self._lately: dict[int, tuple[Indices, Indices]] = {}
@@ -345,6 +351,7 @@ def federate(
     seed: int = 0,
     leave_out: Collection[int] = (),
     validation: float = 0.0,
+    flips: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FederatedData:
     """Divide a data set among clients.
@@ -369,6 +376,10 @@ def federate(
         with them.
     validation : float
         See :class:`FederatedData`.
+    flips : Mapping[str, Any], optional
+        Labels of clients are flipped, in some groups more often than in others: what
+        :func:`~fedweight.data.skews.flipped_labels` takes, ``attribute``, ``rates`` and
+        ``strength``.
     **options
         The partition's options, such as ``alpha``.
 
@@ -388,6 +399,9 @@ def federate(
     names: tuple[str, ...] = ()
     if partition == "natural":
         names = _natural_names(dataset, natural_choice(dataset, num_clients))
+    labels = None
+    if flips:
+        labels = flipped_labels(dataset, parts, seed, **flips)
     return FederatedData(
         dataset,
         parts,
@@ -396,6 +410,7 @@ def federate(
         validation=validation,
         seed=seed,
         names=names,
+        labels=labels,
     )
 
 

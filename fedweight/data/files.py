@@ -260,7 +260,8 @@ def load_one_csv(
     Nothing is derived from the rows, since other clients have other rows: columns must
     be numbers that were scaled and encoded alike everywhere, and labels must be class
     numbers unless ``classes`` lists them. With a ``schema`` the columns are put in its
-    order, or refused. Other options are those of :func:`load_csv`.
+    order, or refused, and sensitive columns become codes of the groups that it has;
+    otherwise they stay as they are. Other options are those of :func:`load_csv`.
     """
     if schema is not None:
         label = (schema.label or None) if label is None else label
@@ -273,7 +274,9 @@ def load_one_csv(
         raise DataError(table.fault)
     if schema is not None:
         features = schema.check_columns(table.path, source.kinds())
-    for column in [*features, *source.sensitive]:
+    groups = {} if schema is None else schema.groups
+    coded = [c for c in source.sensitive if schema is None or c in groups]
+    for column in [*features, *(c for c in source.sensitive if c not in coded)]:
         if not is_numeric(table.frame[column]):
             fault = text_fault(table, table.frame[column], feature=False)
             raise DataError(
@@ -286,7 +289,12 @@ def load_one_csv(
         y = as_labels(f"{table.path}: '{source.label}' is", labels.to_numpy())
     else:
         y = _codes(table.path, labels, classes)
-    attributes = {c: table.frame[c].to_numpy() for c in source.sensitive}
+    attributes = {
+        c: _codes(table.path, table.frame[c], groups[c])
+        if c in groups
+        else table.frame[c].to_numpy()
+        for c in source.sensitive
+    }
     with np.errstate(over="ignore"):
         x = table.frame[features].to_numpy(np.float32)
     _check_range(table.path, features, x)

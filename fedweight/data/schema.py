@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Schema:
         The features by name, each ``"number"`` or ``"text"``; empty for arrays.
     shape : tuple of int
         The shape of one example.
+    groups : Mapping[str, tuple of str]
+        By sensitive column, what each group is called, in the order of their codes.
 
     Examples
     --------
@@ -48,6 +50,7 @@ class Schema:
     classes: tuple[str, ...]
     columns: Mapping[str, str]
     shape: tuple[int, ...]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def write(self) -> str:
         """Return the schema as JSON."""
@@ -70,6 +73,10 @@ class Schema:
                 classes=tuple(map(str, _list(given["classes"]))),
                 columns={str(k): str(v) for k, v in dict(given["columns"]).items()},
                 shape=tuple(int(n) for n in _list(given["shape"])),
+                groups={
+                    str(k): tuple(map(str, _list(v)))
+                    for k, v in dict(given.get("groups", {})).items()
+                },
             )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(

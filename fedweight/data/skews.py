@@ -1,7 +1,8 @@
-"""Bias on purpose: who has which groups of a sensitive attribute."""
+"""Bias on purpose: who has which groups, and whose labels are wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,8 +11,10 @@ from pydantic import Field
 
 from ..core.errors import ConfigurationError, closest
 from ..core.options import validated
-from ..core.texts import shown
+from ..core.rng import Purpose, generator
+from ..core.texts import listed, shown
 from .examples import DataSet
+from .lazy import LazyParts
 from .tasks import TASKS
 
 Indices = npt.NDArray[np.int64]
@@ -86,6 +89,107 @@ def attribute_skew(
     # Whose piece is an example longer is not, if possible, dealt one more, too.
     dealt = np.array_split(even, num_clients)[::-1]
     return [np.sort(np.concatenate([dealt[k], pieces[k]])) for k in hands]
+
+
+@validated
+def flipped_labels(
+    dataset: DataSet,
+    parts: Sequence[Indices],
+    seed: int,
+    *,
+    attribute: str,
+    rates: Sequence[Annotated[float, Field(ge=0, le=1)]],
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.0,
+) -> Indices:
+    """Flip labels of clients' examples, in some groups more often than in others.
+
+    An example of group g at client k has a label of another class with probability
+    ``rates[g] * f_k``. With two classes that is the other one, with more each of the
+    others is as likely. The same examples are flipped whatever the rates, and more of
+    them where rates are higher: an example that is flipped at a low rate is at a higher
+    one, too.
+
+    Parameters
+    ----------
+    dataset : DataSet
+        Its training examples have the attribute. It stays as it is, and so does what is
+        in nobody's part: test examples and the server's proxy keep their true labels.
+    parts : sequence of ndarray
+        For each of K clients, the numbers of its training examples.
+    seed : int
+        The same seed flips the same examples.
+    attribute : str
+        Whose groups, such as ``"sex"`` of Adult.
+    rates : sequence of float
+        One a group, in the order of ``attribute_names``, each in [0, 1]: the mean over
+        clients.
+    strength : float
+        In [0, 1], how much clients differ: ``f_k`` are K numbers of equal distance from
+        ``1 - strength`` to ``1 + strength``, in random order. At 0 all flip alike; at 1
+        one client does not flip at all, and another one twice as often as the mean. No
+        rate times ``1 + strength`` may be above 1.
+
+    Returns
+    -------
+    ndarray
+        Shape ``[len(dataset.train)]``, the labels that clients have.
+
+    Raises
+    ------
+    ConfigurationError
+        If the data have no such groups or no classes, there are not as many rates as
+        groups, a rate would be above 1, or clients that differ share examples.
+
+    Examples
+    --------
+    >>> from fedweight.data import Examples
+    >>> sex = np.repeat([0, 1], 500)
+    >>> some = Examples(np.zeros((1000, 1)), np.zeros(1000, np.int64), {"sex": sex})
+    >>> data = DataSet("people", some, some, 2, attribute_names={"sex": ("f", "m")})
+    >>> parts = [np.arange(1000)]
+    >>> y = flipped_labels(data, parts, 0, attribute="sex", rates=[0.3, 0.0])
+    >>> bool(0.25 < y[:500].mean() < 0.35), int(y[500:].sum())
+    (True, 0)
+    """
+    groups, labels = _groups_of(dataset, attribute), dataset.train.y
+    names = dataset.attribute_names[attribute]
+    if not TASKS[dataset.task].has_classes:
+        raise ConfigurationError(
+            f"rates flip the examples' classes, and those of data '{dataset.name}' "
+            f"have none ({dataset.task})."
+        )
+    if len(rates) != len(names):
+        raise ConfigurationError(
+            f"rates must be {len(names)}, one for each group of '{attribute}', "
+            f"{listed(names, most=9)}, got {len(rates)}."
+        )
+    if max(rates) * (1 + strength) > 1:
+        raise ConfigurationError(
+            f"a rate times 1 + strength is the one of the client that flips most, and "
+            f"must be at most 1, got {max(rates):g} * (1 + {strength:g}). Lower one."
+        )
+    # Drawn for every example, so that nobody's depend on who has which.
+    n, stream = len(labels), generator(seed, Purpose.FLIPS)
+    chance, which = stream.random(n), stream.random(n)
+    factors = np.zeros(n)
+    if isinstance(parts, LazyParts):
+        if strength > 0:
+            raise ConfigurationError(
+                "strength has clients flip different shares of their labels, and "
+                "clients of this partition share examples. Set it to 0, or take "
+                "another partition."
+            )
+        factors[parts.rows] = 1.0
+    else:
+        spread = np.linspace(1 - strength, 1 + strength, len(parts))
+        spread = spread if len(parts) > 1 else np.ones(1)
+        for part, factor in zip(parts, stream.permutation(spread), strict=True):
+            factors[part] = factor
+    flips = chance < np.asarray(rates)[groups] * factors
+    others = dataset.num_classes - 1
+    steps = 1 + np.minimum((which * others).astype(np.int64), max(others - 1, 0))
+    flipped: Indices = np.where(flips, (labels + steps) % dataset.num_classes, labels)
+    return flipped
 
 
 def _groups_of(dataset: DataSet, attribute: str) -> Indices:

@@ -26,6 +26,7 @@ from .spread import (
     jain,
     mean,
     minimum,
+    spread_measures,
     uniform_cosine,
     variance,
     worst10,
@@ -33,7 +34,7 @@ from .spread import (
 
 if TYPE_CHECKING:
     from .additive import Statistics, Sums
-    from .groups import Groups
+    from .groups import Groups, equity_scaled
 
 __all__ = [
     "TASKS",
@@ -48,12 +49,14 @@ __all__ = [
     "contribution_cost",
     "deviation",
     "entropy",
+    "equity_scaled",
     "gini",
     "jain",
     "leave_one_out",
     "mean",
     "minimum",
     "shapley",
+    "spread_measures",
     "task_named",
     "uniform_cosine",
     "variance",
@@ -66,5 +69,6 @@ __getattr__, __dir__ = lazy_exports(
         "Statistics": ".additive",
         "Sums": ".additive",
         "Groups": ".groups",
+        "equity_scaled": ".groups",
     },
 )

@@ -33,6 +33,38 @@ AND = " & "
 MASKED = -1
 
 
+def equity_scaled(overall: float, groups: Sequence[float]) -> float:
+    """Return a measure that groups' differences make smaller: m / (1 + sum |m_g - m|).
+
+    Parameters
+    ----------
+    overall : float
+        The measure m of all examples, such as an accuracy or Dice; more is better.
+    groups : sequence of float
+        m_g, of each group. NaN, of a group without examples, is left out.
+
+    Returns
+    -------
+    float
+        ``overall`` where all groups have that, less where some have more or less. For a
+        measure in [0, 1] it lies in [0, 1]: 0 where m is 0, and 1 where m and all m_g
+        are 1.
+
+    References
+    ----------
+    Y. Tian et al., "FairSeg: A Large-Scale Medical Image Segmentation Dataset for
+    Fairness Learning Using Segment Anything Model with Fair Error-Bound Scaling", ICLR
+    2024, with a weight of 1.
+
+    Examples
+    --------
+    >>> round(equity_scaled(0.8, [0.9, 0.7]), 8)
+    0.66666667
+    """
+    gaps = [abs(own - overall) for own in groups if not math.isnan(own)]
+    return overall / (1 + math.fsum(gaps))
+
+
 @dataclass(frozen=True)
 class Groups:
     """By which groups examples are counted.

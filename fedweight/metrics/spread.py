@@ -341,6 +341,50 @@ def client_spread(values: Values) -> dict[str, float]:
     }
 
 
+def spread_measures(values: Values, sizes: Values | None = None) -> dict[str, float]:
+    """Return all that this module has of a measure that every client has.
+
+    Parameters
+    ----------
+    values : Iterable[float]
+        One a client; more is better.
+    sizes : Iterable[float], optional
+        How much each client counts in what is weighted, as :func:`mean` takes them.
+
+    Returns
+    -------
+    dict[str, float]
+        ``mean``, ``variance``, ``deviation``, ``worst10``, ``best10``, ``minimum``,
+        ``jain``, ``gini``, ``entropy`` and ``uniform_cosine`` are what the functions of
+        these names return, each client counting once; with sizes ``weighted_mean``,
+        ``weighted_variance`` and ``weighted_deviation``, too. The four of how an amount
+        is shared out are NaN where a value is below 0 or infinite: then there is none.
+
+    Examples
+    --------
+    >>> found = spread_measures([0.5, 1.0], sizes=[3, 1])
+    >>> found["mean"], found["weighted_mean"], found["jain"]
+    (0.75, 0.625, 0.9)
+    """
+    several = list(values)
+    weights = None if sizes is None else list(sizes)
+    found = {
+        "mean": mean(several),
+        "variance": variance(several),
+        "deviation": deviation(several),
+    }
+    if weights is not None:
+        found["weighted_mean"] = mean(several, weights)
+        found["weighted_variance"] = variance(several, weights)
+        found["weighted_deviation"] = deviation(several, weights)
+    found |= {f.__name__: f(several) for f in (worst10, best10, minimum)}
+    known, _ = _known(several)
+    amounts = bool((np.isfinite(known) & (known >= 0)).all())
+    shared_out = (jain, gini, entropy, uniform_cosine)
+    found |= {f.__name__: f(several) if amounts else math.nan for f in shared_out}
+    return found
+
+
 def _known(values: Values, sizes: Values | None = None) -> tuple[_Array, _Array | None]:
     """Return the values that there are, sorted, and their sizes."""
     x = vector("values", values)

@@ -53,7 +53,7 @@ from ..simulations.planner import (
 from ..strategies import WeightingStrategy, strategy_class
 from ..strategies.server_optimizers import server_optimizer
 from .configuration import Configuration
-from .grouping import groups_asked
+from .grouping import flips_asked, groups_asked
 
 T = TypeVar("T")
 
@@ -365,6 +365,7 @@ def prepare(
         validation=data["validation"],
         seed=seed,
         leave_out=partition["leave-out"],
+        flips=flips_asked(configuration),
         **configuration.options("partition"),
     )
     return Components(configuration, federated)

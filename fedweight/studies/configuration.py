@@ -160,6 +160,10 @@ class Configuration:
         """Return the same configuration with another value of one key."""
         return Configuration({**self.tables, table: {**self.tables[table], key: value}})
 
+    def without(self, table: str) -> Configuration:
+        """Return the same configuration with the defaults of one table."""
+        return Configuration({**self.tables, table: Configuration.of({})[table]})
+
     def options(self, table: str) -> dict[str, Any]:
         """Return the options of what a table's ``name`` picks, in snake_case."""
         name = self.tables[table].get("name", "")

@@ -1,4 +1,4 @@
-"""Groups of sensitive attributes in a run: what is asked for, and its table."""
+"""Groups of sensitive attributes in a run: what is asked for, and their table."""
 
 from __future__ import annotations
 
@@ -72,6 +72,35 @@ def groups_asked(configuration: Configuration, data: FederatedData) -> Groups | 
         table["min-size"],
         _positive(table["positive"], data),
     )
+
+
+def flips_asked(configuration: Configuration) -> dict[str, Any] | None:
+    """Return how labels are flipped by group, as ``fedweight.data.federate`` takes it.
+
+    Raises
+    ------
+    ConfigurationError
+        If a part of it is said and another one is not.
+    """
+    table = configuration["bias"]
+    if not table["attribute"] and not table["flip-rates"]:
+        if table["strength"]:
+            raise ConfigurationError(
+                f"bias.strength is {table['strength']:g}, but bias.attribute names no "
+                "attribute by which labels are flipped. Name it, with bias.flip-rates."
+            )
+        return None
+    if not table["attribute"] or not table["flip-rates"]:
+        lacks = "flip-rates" if table["attribute"] else "attribute"
+        raise ConfigurationError(
+            f"[bias] flips labels by group, and has no {lacks}. Set attribute = "
+            '"sex" and flip-rates = [0.3, 0.0], or neither.'
+        )
+    return {
+        "attribute": table["attribute"],
+        "rates": table["flip-rates"],
+        "strength": table["strength"],
+    }
 
 
 def _positive(text: str, data: FederatedData) -> int | None:

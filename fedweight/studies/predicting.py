@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,18 +40,18 @@ def predictions(
     dataset: DataSet | None,
 ) -> pd.DataFrame:
     """Return what :meth:`fedweight.Run.predictions` returns."""
-    from .components import prepare
-
     check_choice("part", part, ("held-out", "train", "test"))
-    config = run.folder / "config.toml"
-    if dataset is None:
-        check_repeats(config)
-    name = None if dataset is None else dataset.name
-    components = prepare(Configuration.read(config, data=name), dataset)
+    components = components_of(run, dataset)
     module = _with(components, run.model() if model is None else model)
     task = components.task
     frames = [
-        _frame(task, client, examples, outputs_of(module, examples))
+        _frame(
+            task,
+            client,
+            examples,
+            outputs_of(module, examples),
+            components.data.attribute_names,
+        )
         for client, examples in _parts(components, part, clients)
         if len(examples)
     ]
@@ -61,6 +62,25 @@ def predictions(
     if part != "test" and data.names:
         found.insert(1, "name", found["client"].map(data.name_of))
     return found
+
+
+def components_of(run: RunFolder, dataset: DataSet | None) -> Components:
+    """Return a run's parts, its data loaded and divided as it did it."""
+    from .components import prepare
+
+    config = run.folder / "config.toml"
+    if dataset is None:
+        check_repeats(config)
+    name = None if dataset is None else dataset.name
+    return prepare(Configuration.read(config, data=name), dataset)
+
+
+def _named(values: Any, names: tuple[str, ...] | None) -> Any:
+    """Return what an attribute's codes stand for, or its values as they are."""
+    if names is None:
+        return values
+    codes: npt.NDArray[np.int64] = values.astype(np.int64)
+    return pd.Categorical.from_codes(codes, categories=pd.Index(names))
 
 
 def _with(components: Components, model: Mapping[str, Tensor]) -> FlatModule:
@@ -98,7 +118,11 @@ def _parts(
 
 
 def _frame(
-    task: LearningTask, client: int | None, examples: Examples, outputs: Tensor
+    task: LearningTask,
+    client: int | None,
+    examples: Examples,
+    outputs: Tensor,
+    names: Mapping[str, tuple[str, ...]],
 ) -> pd.DataFrame:
     """Return a client's examples as rows."""
     y = torch.from_numpy(np.ascontiguousarray(examples.y))
@@ -122,4 +146,9 @@ def _frame(
         columns |= {"accuracy": hits.numpy()}
     if scores is not None:
         columns |= {f"score_{k}": s.numpy() for k, s in enumerate(scores.unbind(1))}
+    for attribute, values in examples.attributes.items():
+        if values.ndim == 1:
+            taken = attribute in columns or attribute == "name"
+            column = f"attribute_{attribute}" if taken else attribute
+            columns[column] = _named(values, names.get(attribute))
     return pd.DataFrame(columns)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..core.errors import DataError, check_choice
+from ..core.extras import Imported
+from ..metrics import spread_measures
 from . import plots
 from .summary import SummedRun, last_of
 
@@ -14,9 +16,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from ..data import DataSet
+    from ..data import DataSet, FederatedData
     from .kept import PerClient
     from .plots import Chart
+else:
+    pd = Imported("pandas", "studies", "a run's folder")
 
 
 class Run(SummedRun):
@@ -151,7 +155,10 @@ class Run(SummedRun):
             ``client`` (none for the test set), ``name`` where clients have names,
             ``row`` (the example's place among the client's), ``target`` and
             ``prediction``, and ``score_0``, ``score_1``, ..., the probability of each
-            class, where there are classes.
+            class, where there are classes; and the examples' attributes, each by its
+            name, as fairlearn's ``MetricFrame`` takes them: ``sensitive_features =
+            frame["sex"]``. One called as another column is has ``attribute_`` before
+            its name.
 
         Raises
         ------
@@ -228,6 +235,139 @@ class Run(SummedRun):
                 "clients keep something, unless run.keep-clients = false."
             )
         return PerClient(path, self.name_of, others)
+
+    def data(self, dataset: DataSet | None = None) -> FederatedData:
+        """Return the run's data, divided as the run did it, from its ``config.toml``.
+
+        ``run.data().test`` and ``run.data().client(3).held_out`` have inputs ``x``,
+        targets ``y`` and ``attributes``, by name; what codes of attributes stand for is
+        in ``run.data().attribute_names``.
+
+        Parameters
+        ----------
+        dataset : DataSet, optional
+            The data, where they were given in Python.
+
+        Raises
+        ------
+        ConfigurationError
+            If the data were given in Python, and are not given again.
+        """
+        from .predicting import components_of
+
+        return components_of(self, dataset).data
+
+    def spread(self, column: str = "accuracy") -> pd.DataFrame:
+        """Return how a measure is spread over the clients, round by round.
+
+        Parameters
+        ----------
+        column : str
+            One of ``clients.csv`` of which more is better.
+
+        Returns
+        -------
+        DataFrame
+            A row for each round in which a client has it: what
+            :func:`fedweight.metrics.spread_measures` returns, weighted by the numbers
+            of held-out examples where they are recorded.
+        """
+        values = self.by_number(column)
+        sizes = self.by_number("held_out_examples").reindex(columns=values.columns)
+        known = set(sizes.index)
+        rows = {
+            number: spread_measures(
+                row, sizes.loc[number].fillna(0) if number in known else None
+            )
+            for number, row in zip(values.index, values.to_numpy(), strict=True)
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("round")
+
+    def gaps(
+        self,
+        attribute: str | Sequence[str],
+        *,
+        part: Literal["held-out", "test"] | None = None,
+        round: int | None = None,
+        method: Literal["between_groups", "to_overall"] = "between_groups",
+        agg: Literal["worst_case", "mean"] = "worst_case",
+        control_features: str | None = None,
+        resamples: int = 1000,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Return gaps between the groups of a sensitive attribute, with intervals.
+
+        They are fairlearn's, of the rates that :attr:`groups` has. ``difference`` lies
+        in [0, 1] and is 0 where all groups have the same; ``ratio`` lies in [0, 1] and
+        is 1 where they have. A rate that is not defined for a group, such as the true
+        positive rate of one without a positive example, leaves that group out.
+
+        Parameters
+        ----------
+        attribute : str or sequence of str
+            The attribute, such as ``"sex"``; or two of them, whose groups were crossed
+            (``groups.intersections``).
+        part : {"held-out", "test"}, optional
+            Of all clients' held-out examples together, or of the server's test set; by
+            default the latter if there is one.
+        round : int, optional
+            By default the last one that was measured.
+        method : {"between_groups", "to_overall"}
+            The largest gap between two groups, or between a group and everybody.
+        agg : {"worst_case", "mean"}
+            How equalised odds are one number: the larger one of the gaps in true and in
+            false positive rates (of ratios the smaller), or their mean.
+        control_features : str, optional
+            Another attribute, within each of whose groups gaps are taken.
+        resamples : int
+            How often the examples are drawn anew for the intervals; 0 has none.
+        confidence : float
+            In (0, 1): the share of resamples that an interval holds, half of the others
+            on each side of it. It tells how far the examples that were measured decide
+            the gap of this model; not how far a seed decides the model.
+        seed : int
+            Draws them.
+
+        Returns
+        -------
+        DataFrame
+            ``value``, ``low`` and ``high`` by gap: ``accuracy_difference``;
+            ``demographic_parity_difference``, of the selection rates;
+            ``equal_opportunity_difference``, of the true positive rates;
+            ``equalized_odds_difference``, of both rates; and ``..._ratio`` of each. The
+            index has the control group besides, if any. Without a positive class (see
+            ``groups.positive``) there are only those of the accuracy.
+
+        Raises
+        ------
+        DataError
+            If no groups were measured, or only one has examples.
+        ConfigurationError
+            If those groups or that round were not measured.
+
+        References
+        ----------
+        S. Bird et al., "Fairlearn: A toolkit for assessing and improving fairness in
+        AI", Microsoft MSR-TR-2020-32, 2020. Equalised odds and equal opportunity:
+        M. Hardt, E. Price, N. Srebro, "Equality of Opportunity in Supervised Learning",
+        NeurIPS 2016. The percentile bootstrap: B. Efron, R. Tibshirani, "An
+        Introduction to the Bootstrap", 1993, chapter 13.
+        """
+        from .gaps import group_gaps
+
+        return group_gaps(
+            self,
+            attribute,
+            part,
+            round,
+            method,
+            agg,
+            control_features,
+            resamples,
+            confidence,
+            seed,
+        )
 
     def report(self) -> Path:
         """Write ``report.html`` anew and return its path."""

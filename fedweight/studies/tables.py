@@ -189,6 +189,32 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class Bias:
+    """[bias]: labels that are wrong on purpose, in some groups more than in others."""
+
+    attribute: Annotated[
+        str,
+        Field(description="the sensitive attribute by which labels are flipped"),
+    ] = ""
+    flip_rates: Annotated[
+        Sequence[Annotated[float, Field(ge=0, le=1)]],
+        Field(
+            description="share of the clients' labels that is flipped, one a group in "
+            "the order of their names; the test set keeps its true labels"
+        ),
+    ] = field(default_factory=list)
+    strength: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="how much clients differ: from 0, all flip alike, to 1, from "
+            "none at one client to twice the rates at another",
+        ),
+    ] = 0.0
+
+
+@dataclass(frozen=True)
 class EvaluatedGroups:
     """[groups]: by which sensitive attributes is measured."""
 
@@ -355,6 +381,7 @@ SCHEMA: dict[str, dict[str, Option]] = {
     "run": _run(),
     "data": _table(Data),
     "partition": _table(Partition),
+    "bias": _table(Bias),
     "groups": _table(EvaluatedGroups),
     "model": _table(Model),
     "objective": _table(LocalObjective),

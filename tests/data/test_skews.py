@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedweight.core.errors import ConfigurationError
-from fedweight.data import DataSet, Examples
+from fedweight.data import DataSet, Examples, federate
 from fedweight.data.partitions import partition
-from fedweight.data.skews import attribute_skew
+from fedweight.data.skews import attribute_skew, flipped_labels
 
 
 def people(groups, labels, number=None):
@@ -113,3 +115,125 @@ def test_what_is_no_group_is_refused(name):
         partition(drawn(), "attribute", 5, 0, attribute=name)
     with pytest.raises(ConfigurationError, match=r"strength must be in \[0, 1\]"):
         split(drawn(), 5, strength=1.5)
+
+
+# --------------------------------------------------------------- labels that are wrong
+
+
+def flip(data, parts, rates=(0.3, 0.0), seed=0, **options):
+    return flipped_labels(
+        data, parts, seed, attribute="sex", rates=list(rates), **options
+    )
+
+
+def test_labels_are_flipped_as_often_as_their_group_says():
+    data = drawn(6000)
+    groups, y = data.train.attributes["sex"], data.train.y
+    rates = (0.35, 0.1)
+    found = flip(data, [np.arange(6000)], rates)
+    wrong = found != y
+    for group, rate in enumerate(rates):
+        members = groups == group
+        assert wrong[members].mean() == pytest.approx(rate, abs=0.03)
+    # Each of the two other classes is as likely.
+    steps = np.bincount((found - y)[wrong] % 3, minlength=3)
+    assert steps[0] == 0
+    assert steps[1] / steps.sum() == pytest.approx(0.5, abs=0.04)
+    assert data.train.y is y
+    np.testing.assert_array_equal(data.test.y, y)
+
+
+def test_higher_rates_flip_the_same_and_more():
+    data = drawn()
+    parts = np.array_split(np.arange(900), 5)
+    y = data.train.y
+    low, high = (flip(data, parts, (rate, rate)) for rate in (0.2, 0.5))
+    assert set(np.flatnonzero(low != y)) < set(np.flatnonzero(high != y))
+    np.testing.assert_array_equal(high[low != y], low[low != y])
+    np.testing.assert_array_equal(flip(data, parts, (0.0, 0.0)), y)
+    assert (flip(data, parts, (1.0, 1.0)) != y).all()
+    assert (flip(data, parts, seed=1) != flip(data, parts, seed=2)).any()
+
+
+def test_what_a_client_flips_does_not_depend_on_who_else_there_is():
+    data = drawn()
+    few = flip(data, [np.arange(300)])
+    many = flip(data, np.array_split(np.arange(900), 3))
+    np.testing.assert_array_equal(few[:300], many[:300])
+    np.testing.assert_array_equal(few[300:], data.train.y[300:])
+
+
+def test_with_a_strength_clients_differ_and_the_mean_stays():
+    data = drawn(12000)
+    parts = np.array_split(np.arange(12000), 6)
+    wrong = flip(data, parts, (0.3, 0.3), strength=1.0) != data.train.y
+    shares = sorted(wrong[part].mean() for part in parts)
+    np.testing.assert_allclose(shares, np.linspace(0, 0.6, 6), atol=0.04)
+    assert shares[0] == 0
+    alone = flip(data, [np.arange(12000)], (0.3, 0.3), strength=1.0)
+    assert (alone != data.train.y).mean() == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rates": (0.3,)}, "rates must be 2, one for each group of 'sex'"),
+        ({"rates": (0.6, 0.0), "strength": 0.8}, r"at most 1, got 0\.6 \* \(1 \+ 0\.8"),
+        ({"rates": (1.2, 0.0)}, "rates"),
+        ({"rates": (0.1, 0.0), "strength": 1.5}, "strength"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(options, text):
+    with pytest.raises(ConfigurationError, match=text):
+        flip(drawn(), [np.arange(900)], **options)
+
+
+def test_flips_reach_clients_and_nobody_else():
+    rng = np.random.default_rng(0)
+    x = np.arange(1000, dtype=np.float32)[:, None]  # Tells which example it is.
+    own = {"sex": rng.choice(["f", "m"], 1000)}
+    every = Examples(x, rng.integers(0, 2, 1000), own)
+    data = DataSet("people", every, every, 2)
+    flips = {"attribute": "sex", "rates": [1.0, 0.0]}
+    found = federate(data, "iid", num_clients=4, proxy=0.1, flips=flips)
+    plain = federate(data, "iid", num_clients=4, proxy=0.1)
+    for k in range(4):
+        for one, other in zip(
+            (found.client(k).train, found.client(k).held_out),
+            (plain.client(k).train, plain.client(k).held_out),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one.x, other.x)
+            np.testing.assert_array_equal(one.y != other.y, one.attributes["sex"] == 0)
+    np.testing.assert_array_equal(found.proxy.y, plain.proxy.y)
+    np.testing.assert_array_equal(found.test.y, every.y)
+    assert not np.array_equal(found.label_counts, plain.label_counts)
+
+
+def test_flips_of_clients_that_share_examples():
+    data = drawn()
+    flips = {"attribute": "sex", "rates": [1.0, 1.0]}
+    found = federate(data, "dirichlet-sampled", num_clients=3, proxy=0, flips=flips)
+    plain = federate(data, "dirichlet-sampled", num_clients=3, proxy=0)
+    assert (found.client(0).train.y != plain.client(0).train.y).all()
+    with pytest.raises(ConfigurationError, match="share examples"):
+        federate(
+            data,
+            "dirichlet-sampled",
+            num_clients=3,
+            flips={"attribute": "sex", "rates": [0.2, 0.1], "strength": 0.5},
+        )
+
+
+def test_flips_need_groups_and_classes():
+    data = drawn()
+    with pytest.raises(ConfigurationError, match="Did you mean 'sex'"):
+        flipped_labels(data, [np.arange(900)], 0, attribute="sx", rates=[0.1, 0.1])
+    numbers = replace(
+        data,
+        task="regression",
+        num_classes=0,
+        train=replace(data.train, y=np.ones(900)),
+    )
+    with pytest.raises(ConfigurationError, match="have none"):
+        flip(numbers, [np.arange(900)])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
 
 from fedweight.core.errors import ConfigurationError, DataError
-from fedweight.metrics import Groups, Statistics, task_named
+from fedweight.metrics import Groups, Statistics, equity_scaled, task_named
 
 SEX, RACE = ("f", "m"), ("a", "b", "c")
 
@@ -273,3 +273,9 @@ def test_sums_travel_as_rows():
     back, _ = which.read(which.rows(sums).tolist())
     for name in which.parts:
         np.testing.assert_array_equal(back[name], sums[name])
+
+
+def test_equity_scaled():
+    assert equity_scaled(0.8, [0.9, 0.7]) == pytest.approx(0.66666667, abs=1e-8)
+    assert equity_scaled(0.8, [0.8, 0.8, float("nan")]) == 0.8
+    assert equity_scaled(0.0, [0.5]) == 0.0

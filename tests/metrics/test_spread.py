@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import spatial, stats
 
+from fedweight import metrics
 from fedweight.core.errors import ConfigurationError
 from fedweight.metrics import (
     best10,
@@ -195,3 +196,22 @@ def test_what_cannot_be_measured_is_refused(call, said):
     with pytest.raises(ConfigurationError) as caught:
         call()
     assert said in str(caught.value)
+
+
+def test_all_measures_at_once_are_those_of_the_functions():
+    values, sizes = [0.2, 0.9, float("nan"), 0.7], [5, 1, 8, 2]
+    found = metrics.spread_measures(values, sizes)
+    for name in ("mean", "variance", "deviation"):
+        measure = getattr(metrics, name)
+        assert found[name] == measure(values)
+        assert found[f"weighted_{name}"] == measure(values, sizes)
+    for name in (
+        *("worst10", "best10", "minimum", "jain", "gini", "entropy"),
+        "uniform_cosine",
+    ):
+        assert found[name] == getattr(metrics, name)(values)
+    assert "weighted_mean" not in metrics.spread_measures(values)
+    negative = metrics.spread_measures([-1.0, 2.0])
+    assert negative["mean"] == 0.5
+    assert math.isnan(negative["jain"])
+    assert all(map(math.isnan, metrics.spread_measures([]).values()))

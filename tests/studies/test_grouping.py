@@ -359,3 +359,44 @@ def test_a_client_whose_sums_cannot_be_has_no_row() -> None:
     assert set(odd) == {0}
     assert which.groups is not None
     assert {client for client, _ in which.groups.rows(found)} == {1}
+
+
+# ---------------------------------------------------------------- bias on purpose
+
+
+def test_labels_flipped_on_purpose_are_recorded_as_clients_have_them(
+    file: Path, tmp_path: Path
+) -> None:
+    bias = {"bias.attribute": "sex", "bias.flip-rates": [0.9, 0.0]}
+    one, other = start(file, tmp_path / "a"), start(file, tmp_path / "b", **bias)
+    found = [r.groups.query("round == 4 and attribute == 'sex'") for r in (one, other)]
+    plain, wrong = (f[f["part"] == "test"].set_index("group") for f in found)
+    assert wrong["positives"].equals(plain["positives"])
+    plain, wrong = (
+        f[(f["part"] == "held-out") & f["client"].isna()].set_index("group")
+        for f in found
+    )
+    assert wrong.loc["m", "positives"] == plain.loc["m", "positives"]
+    assert wrong.loc["f", "positives"] != plain.loc["f", "positives"]
+    assert not one.partition.equals(other.partition)
+
+
+@pytest.mark.parametrize(
+    ("more", "texts"),
+    [
+        ({"bias.attribute": "sex"}, ["[bias]", "no flip-rates"]),
+        ({"bias.flip-rates": [0.1, 0.0]}, ["[bias]", "no attribute"]),
+        ({"bias.strength": 0.5}, ["bias.strength is 0.5", "bias.attribute"]),
+        ({"bias.attribute": "sex", "bias.flip-rates": [0.1]}, ["must be 2", "f and m"]),
+        ({"bias.attribute": "sx", "bias.flip-rates": [0.1]}, ["Did you mean 'sex'"]),
+        ({"bias.attribute": "sex", "bias.flip-rates": [1.1, 0]}, ["bias.flip-rates"]),
+    ],
+)
+def test_a_bias_that_cannot_be_is_one_line(
+    file: Path, tmp_path: Path, more: dict[str, Any], texts: list[str]
+) -> None:
+    with pytest.raises((ConfigurationError, DataError)) as caught:
+        start(file, tmp_path / "run", **more)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(text in message for text in texts), message

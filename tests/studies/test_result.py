@@ -316,3 +316,18 @@ def test_notebook_summary(make_run: MakeRun) -> None:
 def test_a_folder_that_none_can_be_is_an_error_of_ours(folder):
     with pytest.raises(ConfigurationError, match="the folder"):
         Run(folder)
+
+
+def test_how_a_measure_is_spread_over_the_clients(make_run: MakeRun) -> None:
+    result = Run(make_run(clients=4, rounds=2))
+    found = result.spread()
+    assert found.index.tolist() == result.rounds["round"].tolist()
+    assert found["worst10"].tolist() == pytest.approx(
+        result.rounds["client_accuracy_worst10"].tolist()
+    )
+    accuracies = result.by_number("accuracy").loc[2].tolist()
+    assert found.loc[2, "jain"] == pytest.approx(
+        sum(accuracies) ** 2 / (4 * sum(a * a for a in accuracies))
+    )
+    assert found.loc[2, "weighted_mean"] == pytest.approx(found.loc[2, "mean"])
+    assert not len(result.spread("no_such_column"))

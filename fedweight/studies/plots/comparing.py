@@ -53,7 +53,7 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
             number = rounds[place]
             known = np.array([one[number] for one in values if number in one.index])
             low, high = t_interval(known)
-            row = {"round": number, "strategy": strategy, "key": f"v{which}"}
+            row: style.Row = {"round": number, "strategy": strategy, "key": f"v{which}"}
             row |= {"mean": style.short(known.mean())}
             rows.append(row | {"low": style.short(low), "high": style.short(high)})
     if not rows:
@@ -81,12 +81,12 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
     pointer = style.at_pointer(
         base.transform_pivot("key", value="mean", groupby=["round"]), told
     )
-    several = max(map(len, runs.values())) > 1
+    seeds = max(map(len, runs.values()))
     return finished(
         style.layered(band, style.zoomable(means), pointer),
         f"{title} over rounds",
         "The line is the mean over the seeds, the band its 95% t interval."
-        if several
+        if seeds > 1
         else "",
         height=270,
     )
@@ -124,12 +124,10 @@ def clients_beside(
         for seed, run in several:
             if (run.folder / "clients.csv").is_file():
                 frame = run.by_number(measure)
-                last = frame.iloc[-1].dropna() if len(frame) else []
-                names = map(run.name_of, getattr(last, "index", []))
-                found += [
-                    (name, seed, float(value))
-                    for name, value in zip(names, last, strict=True)
-                ]
+                for number in frame.columns if len(frame) else ():
+                    value = float(frame[number].iloc[-1])
+                    if not math.isnan(value):
+                        found.append((run.name_of(number), seed, value))
         if not found:
             continue
         low, middle, high = np.quantile([f[2] for f in found], [0.25, 0.5, 0.75])
@@ -235,7 +233,7 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
         | {"x": style.short(row[x_name]), "y": style.short(row[y_name])}
         for row in known.to_dict("records")
     ]
-    means = [
+    means: list[style.Row] = [
         {"strategy": name, "x": style.short(own[x_name].mean())}
         | {"y": style.short(own[y_name].mean())}
         for name in strategies

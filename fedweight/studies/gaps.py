@@ -1,0 +1,250 @@
+"""Gaps between the groups of a sensitive attribute, by fairlearn, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.errors import ConfigurationError, DataError, check_choice, check_range
+from ..core.extras import Imported, require
+from ..core.rng import Purpose, generator
+from ..core.texts import listed, shown
+from ..metrics.groups import AND
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .reader import RunFolder
+else:
+    pd = Imported("pandas", "studies", "gaps between groups")
+
+Array = npt.NDArray[Any]
+Part = Literal["held-out", "test"]
+Method = Literal["between_groups", "to_overall"]
+Aggregation = Literal["worst_case", "mean"]
+
+# What a positive class has, and of which rates each gap is one.
+RATES = {
+    "demographic_parity": ("selection_rate",),
+    "equal_opportunity": ("tpr",),
+    "equalized_odds": ("tpr", "fpr"),
+}
+KINDS = ("difference", "ratio")
+
+
+def group_gaps(
+    run: RunFolder,
+    attribute: str | Sequence[str],
+    part: Part | None,
+    round: int | None,
+    method: Method,
+    agg: Aggregation,
+    control_features: str | None,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> pd.DataFrame:
+    """Return what :meth:`fedweight.Run.gaps` returns."""
+    require("gaps between groups", "studies", "fairlearn")
+    check_choice("method", method, ("between_groups", "to_overall"))
+    check_choice("agg", agg, ("worst_case", "mean"))
+    check_range("resamples", resamples, 0)
+    check_range("confidence", confidence, 0, 1, low_open=True, high_open=True)
+    rows = _rows(run, part, round)
+    names = [attribute] if isinstance(attribute, str) else list(attribute)
+    table = _table(run, rows, names, control_features)
+    own = table[table["examples"] > 0]
+    if own["group"].nunique() < 2:
+        have = listed(own["group"].unique().tolist()) or "none"
+        raise DataError(
+            f"{run.folder}: gaps are between two groups of {AND.join(names)} or more, "
+            f"and those that have examples are {have}."
+        )
+    n = table["examples"].to_numpy(np.float64)
+    right = np.rint(np.nan_to_num(table["accuracy"].to_numpy(np.float64)) * n)
+    cells = np.stack([right, n - right], 1)  # [G, 2]: right, wrong.
+    stream = generator(seed, Purpose.BOOTSTRAP)
+    found: dict[tuple[str, str], pd.DataFrame] = {}
+    several = _resampled(cells, resamples, stream)
+    found |= _gaps(table, several, {"accuracy": _share}, method)
+    names_of: dict[str, tuple[str, ...]] = {"accuracy": ("accuracy",)}
+    if "selection_rate" in table:
+        several = _resampled(_confusion(table, n), resamples, stream)
+        metrics = {"selection_rate": _selection, "tpr": _tpr, "fpr": _fpr}
+        found |= _gaps(table, several, metrics, method)
+        names_of |= RATES
+    return _summed_up(found, names_of, agg, confidence, resamples)
+
+
+def _rows(run: RunFolder, part: Part | None, round: int | None) -> pd.DataFrame:
+    """Return the rows of one round, of all clients together or of the test data."""
+    groups = run.groups
+    groups = groups[groups["client"].isna()]
+    if part is None:
+        part = "test" if (groups["part"] == "test").any() else "held-out"
+    check_choice("part", part, ("held-out", "test"))
+    groups = groups[groups["part"] == part]
+    if not len(groups):
+        raise DataError(f"{run.folder}: no groups of the part '{part}' were measured.")
+    measured = groups["round"].unique().tolist()
+    round = measured[-1] if round is None else round
+    if round not in measured:
+        raise ConfigurationError(
+            f"round must be one of those in which groups were measured, "
+            f"{listed(measured, most=12)}, got {shown(round)}."
+        )
+    return groups[groups["round"] == round]
+
+
+def _table(
+    run: RunFolder, rows: pd.DataFrame, names: list[str], control: str | None
+) -> pd.DataFrame:
+    """Return the groups between which gaps are, and their control groups if any."""
+    if "accuracy" not in rows or not _whole(rows):
+        raise DataError(
+            f"{run.folder}: gaps are of accuracies and rates of classes, which this "
+            "task has not. Run.groups has the loss of each group."
+        )
+    known = rows["attribute"].unique().tolist()
+    wanted = names if control is None else [*names, control]
+    table = next(
+        (a for a in known if sorted(a.split(AND)) == sorted(wanted)), AND.join(wanted)
+    )
+    if table in known and control is None:
+        return rows[rows["attribute"] == table].assign(control="")
+    if table not in known or len(wanted) != 2:
+        crossed = " They are crossed with groups.intersections = true."
+        raise ConfigurationError(
+            f"the groups of {' and '.join(map(repr, wanted))} were not measured in "
+            f"{run.folder}; those of {listed(list(map(repr, known)), most=9)} were."
+            f"{crossed if len(wanted) == 2 else ''}"
+        )
+    # In the order of the product of both, whatever their names hold.
+    first, second = table.split(AND)
+    pairs = [
+        {first: a, second: b}
+        for a in rows[rows["attribute"] == first]["group"]
+        for b in rows[rows["attribute"] == second]["group"]
+    ]
+    found = rows[rows["attribute"] == table]
+    return found.assign(
+        group=[pair[names[0]] for pair in pairs],
+        control=[pair[str(control)] for pair in pairs],
+    )
+
+
+def _whole(rows: pd.DataFrame) -> bool:
+    """Tell whether each prediction is right or wrong, and nothing between."""
+    right = (rows["accuracy"] * rows["examples"].astype(float)).dropna()
+    return bool((abs(right - right.round()) < 1e-6).all())
+
+
+def _confusion(table: pd.DataFrame, n: Array) -> Array:
+    """Return how many examples are truly positive, and selected: ``[G, 4]``.
+
+    Both, the first alone, the second alone, neither.
+    """
+    positives = table["positives"].to_numpy(np.float64)
+    columns = [table[c].to_numpy(np.float64) for c in ("selection_rate", "tpr")]
+    selection, tpr = np.nan_to_num(columns)
+    both = np.rint(tpr * positives)
+    selected = np.rint(selection * n)
+    alone = selected - both
+    return np.stack([both, positives - both, alone, n - positives - alone], 1)
+
+
+def _resampled(counts: Array, resamples: int, stream: np.random.Generator) -> Array:
+    """Return counts ``[G, m]``, and such of as many examples drawn anew: ``[1 + B]``.
+
+    Drawing examples with replacement and counting them is one multinomial draw.
+    """
+    total = int(counts.sum())
+    drawn = stream.multinomial(total, (counts / total).ravel(), size=resamples)
+    return np.concatenate([counts[None], drawn.reshape(resamples, *counts.shape)])
+
+
+def _gaps(
+    table: pd.DataFrame, counts: Array, metrics: dict[str, Any], method: Method
+) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return gaps of each metric, ``[1 + B, control groups]``, by metric and kind."""
+    from fairlearn.metrics import MetricFrame
+
+    several, groups, width = counts.shape
+    # Each resample is a control group of its own: fairlearn makes all gaps at once.
+    shape = (several, groups, width)
+    numbers = np.broadcast_to(np.arange(several)[:, None, None], shape).ravel()
+    of_group = np.broadcast_to(table["group"].to_numpy(str)[None, :, None], shape)
+    control = np.broadcast_to(table["control"].to_numpy(str)[None, :, None], shape)
+    cell = np.broadcast_to(np.arange(width), shape).ravel()
+    frame = MetricFrame(
+        metrics=metrics,
+        y_true=np.isin(cell, (0, 1)).astype(int),
+        y_pred=np.isin(cell, (0, 2)).astype(int),
+        sensitive_features=pd.Series(of_group.ravel(), name="group"),
+        control_features=pd.DataFrame({"number": numbers, "control": control.ravel()}),
+        sample_params={
+            name: {"sample_weight": counts.ravel().astype(np.float64)}
+            for name in metrics
+        },
+    )
+    found = {"difference": frame.difference(method), "ratio": frame.ratio(method)}
+    return {
+        (name, kind): values[name].astype(float).unstack("control")
+        for kind, values in found.items()
+        for name in metrics
+    }
+
+
+def _summed_up(
+    found: dict[tuple[str, str], pd.DataFrame],
+    names: dict[str, tuple[str, ...]],
+    agg: Aggregation,
+    confidence: float,
+    resamples: int,
+) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    for kind in KINDS:
+        worst = "max" if kind == "difference" else "min"
+        for name, rates in names.items():
+            each = pd.concat({rate: found[rate, kind] for rate in rates})
+            gaps = each.groupby(level=1).agg("mean" if agg == "mean" else worst)
+            for control in gaps:
+                values = gaps[control].to_numpy(np.float64)
+                known = values[1:][np.isfinite(values[1:])]
+                # Where half of the resamples have no gap, nothing is known of it.
+                enough = 2 * len(known) > resamples
+                low, high = np.quantile(known, tails) if enough else (math.nan,) * 2
+                row = {"gap": f"{name}_{kind}", "control": control}
+                rows.append({**row, "value": values[0], "low": low, "high": high})
+    frame = pd.DataFrame(rows)
+    if (frame["control"] == "").all():
+        return frame.drop(columns="control").set_index("gap")
+    return frame.set_index(["gap", "control"])
+
+
+def _weighed(mask: Array, within: Array, sample_weight: Array) -> float:
+    """Return which share of some examples is such; NaN where there are none."""
+    total = float(sample_weight[within].sum())
+    return float(sample_weight[within & mask].sum()) / total if total else math.nan
+
+
+def _selection(y_true: Array, y_pred: Array, sample_weight: Array) -> float:
+    return _weighed(y_pred == 1, np.ones(len(y_pred), bool), sample_weight)
+
+
+def _tpr(y_true: Array, y_pred: Array, sample_weight: Array) -> float:
+    return _weighed(y_pred == 1, y_true == 1, sample_weight)
+
+
+def _fpr(y_true: Array, y_pred: Array, sample_weight: Array) -> float:
+    return _weighed(y_pred == 1, y_true == 0, sample_weight)
+
+
+def _share(y_true: Array, y_pred: Array, sample_weight: Array) -> float:
+    """Return the share of the first of two cells, which stands for the right ones."""
+    return _selection(y_true, y_pred, sample_weight)

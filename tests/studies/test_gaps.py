@@ -1,0 +1,235 @@
+"""Gaps between groups, held against fairlearn on the predictions themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fairlearn import metrics as fairlearn
+from sklearn.metrics import accuracy_score
+
+from fedweight import Run, run
+from fedweight.core.errors import ConfigurationError, DataError
+from fedweight.data import DataSet, Examples, FederatedData
+
+SETTINGS: dict[str, Any] = {
+    "run.rounds": 2,
+    "partition.clients": 4,
+    "model.name": "softmax",
+    "training.epochs": 1,
+    "engine.name": "local",
+    "groups.attributes": ["sex", "race"],
+    "groups.intersections": True,
+}
+
+
+def people(n: int = 900, classes: int = 2) -> DataSet:
+    rng = np.random.default_rng(0)
+    sex, race = rng.choice(["f", "m"], n), rng.choice(["R & D", "b", "c"], n)
+    x = rng.normal(size=(n, 4))
+    score = x[:, 0] + 0.8 * (sex == "m") + 0.5 * (race == "b") + rng.normal(size=n)
+    y = np.digitize(score, np.quantile(score, np.arange(1, classes) / classes))
+    # A model sees the sex, as most do by what goes with it.
+    x[:, 1] = (sex == "m") + 0.1 * x[:, 1]
+    every = Examples(x.astype(np.float32), y, {"sex": sex, "race": race})
+    train, test = every.take(slice(0, 600)), every.take(slice(600, n))
+    return DataSet("people", train, test, classes)
+
+
+DATA = people()
+
+
+def start(folder: Path, data: DataSet = DATA, **more: Any) -> Run:
+    return run(
+        dataset=data,
+        settings={**SETTINGS, **more},
+        out=folder,
+        report=False,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return start(tmp_path_factory.mktemp("gaps") / "run")
+
+
+GAPS = {
+    "demographic_parity_difference": fairlearn.demographic_parity_difference,
+    "demographic_parity_ratio": fairlearn.demographic_parity_ratio,
+    "equal_opportunity_difference": fairlearn.equal_opportunity_difference,
+    "equal_opportunity_ratio": fairlearn.equal_opportunity_ratio,
+    "equalized_odds_difference": fairlearn.equalized_odds_difference,
+    "equalized_odds_ratio": fairlearn.equalized_odds_ratio,
+}
+
+
+@pytest.mark.parametrize("part", ["test", "held-out"])
+@pytest.mark.parametrize("method", ["between_groups", "to_overall"])
+@pytest.mark.parametrize("agg", ["worst_case", "mean"])
+@pytest.mark.parametrize("attribute", ["sex", "race", ["race", "sex"]])
+def test_gaps_are_those_of_fairlearn(
+    made: Run, part: Any, method: Any, agg: Any, attribute: Any
+) -> None:
+    found = made.gaps(attribute, part=part, method=method, agg=agg, resamples=0)
+    frame = made.predictions(part, dataset=DATA)
+    columns = {
+        "y_true": frame["target"],
+        "y_pred": frame["prediction"],
+        "sensitive_features": frame[attribute].astype(str),
+    }
+    for name, gap in GAPS.items():
+        more = {"agg": agg} if name.startswith("equalized") else {}
+        wanted = gap(**columns, method=method, **more)
+        assert found.loc[name, "value"] == pytest.approx(wanted, abs=1e-12), name
+    right = fairlearn.MetricFrame(metrics=accuracy_score, **columns)
+    for kind in ("difference", "ratio"):
+        wanted = getattr(right, kind)(method=method)
+        assert found.loc[f"accuracy_{kind}", "value"] == pytest.approx(wanted)
+    assert found[["low", "high"]].isna().all(axis=None)
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize(("attribute", "control"), [("sex", "race"), ("race", "sex")])
+def test_gaps_within_control_groups_are_those_of_fairlearn(
+    made: Run, attribute: str, control: str
+) -> None:
+    found = made.gaps(attribute, control_features=control, resamples=0)
+    frame = made.predictions("test", dataset=DATA)
+    rates = fairlearn.MetricFrame(
+        metrics={
+            "demographic_parity": fairlearn.selection_rate,
+            "equal_opportunity": fairlearn.true_positive_rate,
+        },
+        y_true=frame["target"],
+        y_pred=frame["prediction"],
+        sensitive_features=frame[attribute].astype(str),
+        control_features=frame[control].astype(str),
+    )
+    for name in ("demographic_parity", "equal_opportunity"):
+        for kind in ("difference", "ratio"):
+            wanted = getattr(rates, kind)()[name]
+            assert len(wanted) == frame[control].nunique()
+            for group, value in wanted.items():
+                own = found.loc[(f"{name}_{kind}", group), "value"]
+                assert own == pytest.approx(value, abs=1e-12)
+
+
+def test_intervals_are_those_of_examples_drawn_anew(made: Run) -> None:
+    found = made.gaps("sex", resamples=600, confidence=0.9, seed=1)
+    again = made.gaps("sex", resamples=600, confidence=0.9, seed=1)
+    assert found.equals(again)
+    assert not found.equals(made.gaps("sex", resamples=600, confidence=0.9, seed=2))
+    frame = made.predictions("test", dataset=DATA)
+    rng = np.random.default_rng(5)
+    y, guess = frame["target"].to_numpy(), frame["prediction"].to_numpy()
+    women = (frame["sex"] == "f").to_numpy()
+    gaps = []
+    for _ in range(4000):
+        rows = rng.integers(0, len(y), len(y))
+        of_women, of_men = guess[rows][women[rows]], guess[rows][~women[rows]]
+        gaps.append(abs(of_women.mean() - of_men.mean()))
+    low, high = np.quantile(gaps, [0.05, 0.95])
+    row = found.loc["demographic_parity_difference"]
+    assert row["low"] == pytest.approx(low, abs=0.015)
+    assert row["high"] == pytest.approx(high, abs=0.015)
+    assert row["low"] < row["value"] < row["high"]
+
+
+def test_gaps_of_an_earlier_round(made: Run) -> None:
+    before = made.gaps("sex", round=0, resamples=0)
+    assert not before.equals(made.gaps("sex", resamples=0))
+    with pytest.raises(ConfigurationError, match=r"round must be .* 0, 1 and 2, got 7"):
+        made.gaps("sex", round=7)
+
+
+def test_predictions_and_data_have_the_attributes(made: Run) -> None:
+    frame = made.predictions("held-out", dataset=DATA)
+    data = made.data(DATA)
+    assert isinstance(data, FederatedData)
+    assert data.attribute_names["sex"] == ("f", "m")
+    own = data.client(2).held_out
+    rows = frame[frame["client"] == 2]
+    names = [data.attribute_names["sex"][code] for code in own.attributes["sex"]]
+    assert rows["sex"].tolist() == names
+    with pytest.raises(ConfigurationError, match=r"dataset=\.\.\."):
+        made.data()
+
+
+def test_with_more_classes_the_positive_one_is_named(tmp_path: Path) -> None:
+    data = people(classes=3)
+    without = start(tmp_path / "a", data).gaps("sex", resamples=10)
+    assert without.index.tolist() == ["accuracy_difference", "accuracy_ratio"]
+    named = start(tmp_path / "b", data, **{"groups.positive": "2"})
+    found = named.gaps("sex", resamples=0)
+    frame = named.predictions("test", dataset=data)
+    wanted = fairlearn.equalized_odds_difference(
+        frame["target"] == 2,
+        frame["prediction"] == 2,
+        sensitive_features=frame["sex"].astype(str),
+    )
+    assert found.loc["equalized_odds_difference", "value"] == pytest.approx(wanted)
+
+
+def test_a_rate_that_is_not_defined_leaves_its_group_out(tmp_path: Path) -> None:
+    data = people()
+    y = np.where(data.test.attributes["race"] == "c", 0, data.test.y)
+    test = Examples(data.test.x, y, data.test.attributes)
+    made = start(tmp_path / "a", DataSet("people", data.train, test, 2))
+    rates = made.groups.query("part == 'test' and round == 2 and attribute == 'race'")
+    rates = rates.set_index("group")["tpr"]
+    assert np.isnan(rates["c"])
+    found = made.gaps("race", resamples=0).loc["equal_opportunity_difference", "value"]
+    assert found == pytest.approx(abs(rates["b"] - rates["R & D"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"attribute": "sx"}, ConfigurationError, "groups of 'sx' were not measured"),
+        ({"attribute": ["sex", "age"]}, ConfigurationError, "groups.intersections"),
+        ({"attribute": "sex", "method": "x"}, ConfigurationError, "between_groups"),
+        ({"attribute": "sex", "agg": "x"}, ConfigurationError, "worst_case"),
+        ({"attribute": "sex", "part": "train"}, ConfigurationError, "held-out"),
+        ({"attribute": "sex", "confidence": 1.0}, ConfigurationError, "confidence"),
+    ],
+)
+def test_gaps_that_there_are_not_are_one_line(
+    made: Run, arguments: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text) as caught:
+        made.gaps(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_group_has_no_gap(tmp_path: Path) -> None:
+    part = Examples(np.zeros((30, 2)), np.arange(30) % 2, {"sex": np.zeros(30, int)})
+    data = DataSet("p", part, part, 2, attribute_names={"sex": ("f", "m")})
+    made = start(
+        tmp_path / "a",
+        data,
+        **{"groups.attributes": ["sex"], "groups.intersections": False},
+    )
+    with pytest.raises(DataError, match=r"two groups of sex or more.* are f"):
+        made.gaps("sex")
+
+
+def test_numbers_to_predict_have_no_such_gaps(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    part = Examples(x, x[:, 0], {"sex": np.array(["f", "m"] * 30)})
+    data = DataSet("p", part, part, task="regression")
+    made = start(
+        tmp_path / "a",
+        data,
+        **{
+            "partition.name": "iid",
+            "groups.attributes": ["sex"],
+            "groups.intersections": False,
+        },
+    )
+    assert {"loss", "examples"} < {*made.groups}
+    assert not {"accuracy", "tpr"} & {*made.groups}
+    with pytest.raises(DataError, match=r"which this task has not.*Run\.groups"):
+        made.gaps("sex")
