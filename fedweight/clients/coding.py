@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ClientError
+from ..core.texts import shown
 from ..data.examples import Examples
 from ..data.tasks import CLASSIFICATION
 from ..metrics import TASKS, LearningTask
-from .objectives.base import Objective
+from .objectives.base import TOLD, Objective
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,26 @@ class Coding:
             facts["round"] = torch.tensor(float(round))
         return facts
 
+    def heard(self, objective: Objective, told: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return what an objective hears of what the server told a client.
+
+        Raises
+        ------
+        ClientError
+            If it is not told, or is no number and no list of numbers.
+        """
+        heard: dict[str, Tensor] = {}
+        for name in objective.hears:
+            value = told.get(name)
+            if not isinstance(value, int | float | list) or value == []:
+                raise ClientError(
+                    f"objective {type(objective).__name__} hears '{name}' from the "
+                    f"strategy, which tells {shown(value)}. Choose the strategy that "
+                    "it belongs to, or another objective."
+                )
+            heard[TOLD + name] = torch.tensor(value, dtype=torch.float32)
+        return heard
+
     def groups(
         self, objective: Objective, examples: Examples
     ) -> npt.NDArray[np.int64] | None:
@@ -91,17 +113,37 @@ class Coding:
         """
         if "groups" not in objective.wants:
             return None
-        name = objective.group
+        return self.groups_by(objective.group, examples, "objective.group")
+
+    def groups_by(
+        self, name: str, examples: Examples, asked_by: str
+    ) -> npt.NDArray[np.int64]:
+        """Return the group of each example by an attribute, ``[n]``.
+
+        Parameters
+        ----------
+        name : str
+            The attribute's.
+        examples : Examples
+            Whose.
+        asked_by : str
+            Who wants to know, as a message begins.
+
+        Raises
+        ------
+        ClientError
+            If the examples have no such attribute, or one that is no code of a group.
+        """
         if name not in examples.attributes or name not in self.num_groups:
             known = sorted(examples.attributes.keys() & self.num_groups.keys())
             raise ClientError(
-                f"objective.group: the data have no groups '{name}'; they have "
+                f"{asked_by}: the data have no groups '{name}'; they have "
                 f"{', '.join(known) or 'none'}."
             )
         groups, number = examples.attributes[name], self.num_groups[name]
         if len(groups) and not 0 <= groups.min() <= groups.max() < number:
             raise ClientError(
-                f"objective.group: the codes of '{name}' reach from {groups.min()} to "
+                f"{asked_by}: the codes of '{name}' reach from {groups.min()} to "
                 f"{groups.max()}, but there are {number} groups."
             )
         return groups.astype(np.int64)

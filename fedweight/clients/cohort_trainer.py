@@ -299,19 +299,35 @@ class CohortTrainer:
             return tasks
         carried = read_carried(clients, self.owner) if self.carries else {}
         nothing: tuple[Named | None, Named] = None, {}
+        # Most clients share their instructions, so each is read once.
+        told = {id(c.instructions): c.instructions.told for c in clients}
+        heard = {
+            key: self.coding.heard(self.objective, dict(one))
+            for key, one in told.items()
+        }
         return [
             replace(
-                task, known=self._known(client, *carried.get(client.number, nothing))
+                task,
+                known=self._known(
+                    client,
+                    heard[id(client.instructions)],
+                    *carried.get(client.number, nothing),
+                ),
             )
             for task, client in zip(tasks, clients, strict=True)
         ]
 
-    def _known(self, client: ClientTask, carry: Named | None, kept: Named) -> Known:
+    def _known(
+        self, client: ClientTask, heard: Named, carry: Named | None, kept: Named
+    ) -> Known:
         """Return what the objective wants to know of a client, and has kept."""
         train = client.data.train
         totals: Any = client.instructions.told.get(keys.CLASS_TOTALS)
+        facts = self.coding.facts(
+            self.objective, train, totals, client.instructions.round
+        )
         return Known(
-            self.coding.facts(self.objective, train, totals, client.instructions.round),
+            {**facts, **heard},
             carry,
             kept,
             self.coding.groups(self.objective, train),

@@ -232,6 +232,12 @@ def _batch_size(y: Tensor) -> int:
     return max(1, min(EVALUATION_BATCH, EVALUATION_TARGETS // max(targets, 1)))
 
 
+def predicted(module: FlatModule, model: FlatModel, examples: Examples) -> Tensor:
+    """Return what a model makes of some examples, as :func:`outputs_of` does."""
+    module.load(model)
+    return outputs_of(module, examples)
+
+
 def _batches(parts: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:
     """Yield rows of several tensors, ``size`` at a time, and where they begin."""
     if len(parts) == 1:

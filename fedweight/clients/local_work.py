@@ -23,7 +23,7 @@ from .bases import base_of
 from .client_state import write_results
 from .client_tasks import ClientTask
 from .cohort_trainer import CohortTrainer
-from .evaluation import evaluate, sums_of_each
+from .evaluation import evaluate, predicted, sums_of_each
 from .modules import Modules
 from .personal_models import PersonalModels
 from .probes import ClientRound, Probe
@@ -170,6 +170,8 @@ class LocalWork:
             self.settings,
             instructions.learning_rate_in(self.settings),
             partial(evaluate, module, statistics=self._probed),
+            partial(predicted, module),
+            self.trainer.coding,
             client.context.state,
             self.task.score,
         )

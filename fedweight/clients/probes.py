@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
 
 from ..core.errors import ClientError, ConfigurationError
-from ..core.layout import FlatModel
+from ..core.layout import FlatModel, as_tensor
 from ..core.registry import Registry
 from ..core.texts import shown
 from ..messages import keys
@@ -25,6 +28,7 @@ from ..messages.arrays import FlatRecord, flatten
 if TYPE_CHECKING:
     from ..data.examples import Examples
     from ..data.federated import ClientData
+    from .coding import Coding
     from .settings import TrainingSettings
 
 Part = Literal["train", "held-out"]
@@ -108,9 +112,12 @@ class ClientRound:
     settings: TrainingSettings
     learning_rate: float
     _evaluate: Callable[[FlatModel, Examples], Mapping[str, float]]
+    _outputs: Callable[[FlatModel, Examples], Tensor]
+    _coding: Coding
     _state: RecordDict
     _score: str = keys.ACCURACY
     _known: dict[tuple[int, Part], Evaluation] = field(default_factory=dict)
+    _known_outputs: dict[Part, Tensor] = field(default_factory=dict)
     _new: dict[str, ArrayRecord | MetricRecord] = field(default_factory=dict)
 
     def evaluate(self, model: FlatModel, part: Part = "train") -> Evaluation:
@@ -123,6 +130,33 @@ class ClientRound:
             found = self._evaluate(model, self.part(part))
             self._known[key] = Evaluation.of(found, self._score)
         return self._known[key]
+
+    def outputs(self, part: Part = "train") -> Tensor:
+        """Return what the received model makes of a part's examples, ``[n, ...]``."""
+        if part not in self._known_outputs:
+            found = self._outputs(self.received, self.part(part))
+            self._known_outputs[part] = found
+        return self._known_outputs[part]
+
+    def losses(self, part: Part = "train") -> Tensor:
+        """Return the task's loss of each of a part's examples, ``[n]``, likewise."""
+        labels = as_tensor(self.part(part).y)
+        if not len(labels):
+            return torch.zeros(0)
+        return self._coding.task.example_losses(self.outputs(part), labels)
+
+    def groups(
+        self, attribute: str, part: Part = "train"
+    ) -> tuple[npt.NDArray[np.int64], int]:
+        """Return the group of each example, ``[n]``, and how many groups there are.
+
+        Raises
+        ------
+        ClientError
+            If the examples have no groups by that attribute.
+        """
+        found = self._coding.groups_by(attribute, self.part(part), "group")
+        return found, self._coding.num_groups[attribute]
 
     def part(self, name: Part) -> Examples:
         """Return a part of the client's data."""
@@ -239,3 +273,19 @@ def held_out_accuracy_before(client: ClientRound) -> float:
 def held_out_accuracy_after(client: ClientRound) -> float:
     """Return the locally trained model's accuracy on the held-out examples."""
     return client.evaluate(client.trained, "held-out").accuracy
+
+
+def group_counts(client: ClientRound) -> list[int]:
+    """Return how many training examples of each group the client has: ``[G]``.
+
+    Groups are those of the attribute that the server tells as ``group``.
+    """
+    codes, number = client.groups(str(client.told.get(keys.GROUP)))
+    return [int(n) for n in np.bincount(codes, minlength=number)]
+
+
+def group_losses(client: ClientRound) -> list[float]:
+    """Return the sum of the received model's losses on each group's, ``[G]``."""
+    codes, number = client.groups(str(client.told.get(keys.GROUP)))
+    losses = client.losses().double().numpy()
+    return [float(v) for v in np.bincount(codes, losses, minlength=number)]

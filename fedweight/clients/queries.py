@@ -114,3 +114,40 @@ def label_counts(asked: ClientQuery) -> Answer:
     train = asked.data.train
     counts = class_counts(train, asked.num_classes)
     return Answer({keys.NUM_EXAMPLES: len(train)}, profile={keys.LABEL_COUNTS: counts})
+
+
+def group_counts(asked: ClientQuery) -> Answer:
+    """Answer how many training examples there are, and of each group: ``[G]``.
+
+    Groups are those of the attribute that the server tells as ``group``; where it is
+    there, G is the largest code that the client has, and one.
+    """
+    name = str(asked.told.get(keys.GROUP))
+    train = asked.data.train
+    if name not in train.attributes:
+        raise ClientError(
+            f"group: the data have no attribute '{name}'; they have "
+            f"{', '.join(sorted(train.attributes)) or 'none'}."
+        )
+    codes = train.attributes[name]
+    if codes.dtype.kind not in "iu" or (len(codes) and codes.min() < 0):
+        raise ClientError(
+            f"group: '{name}' must be codes of groups, from 0, and is {codes.dtype}."
+        )
+    counts = np.bincount(codes, minlength=1).tolist()
+    return Answer({keys.NUM_EXAMPLES: len(train)}, profile={keys.GROUP_COUNTS: counts})
+
+
+def feature_sums(asked: ClientQuery) -> Answer:
+    """Answer the sum of each feature, or of its squared distances from a ``mean``."""
+    x = asked.data.train.x
+    if len(x) and (x.ndim != 2 or x.dtype.kind != "f"):
+        raise ClientError(
+            "features are wanted, one row of numbers an example, and these inputs are "
+            f"{x.dtype} of shape {list(x.shape[1:])}. Take tables, or a fixed "
+            "embedding."
+        )
+    values = x.reshape(len(x), -1).astype(np.float64)
+    if "mean" in asked.arrays and len(x):
+        values = np.square(values - asked.arrays["mean"])
+    return Answer({keys.NUM_EXAMPLES: len(x)}, arrays={"sums": values.sum(0)})

@@ -19,7 +19,10 @@ PROBES = Registry(
         keys.HELD_OUT_LOSS_AFTER: f"{_PROBES}:held_out_loss_after",
         keys.HELD_OUT_ACCURACY_BEFORE: f"{_PROBES}:held_out_accuracy_before",
         keys.HELD_OUT_ACCURACY_AFTER: f"{_PROBES}:held_out_accuracy_after",
+        keys.GROUP_COUNTS: f"{_PROBES}:group_counts",
+        keys.GROUP_LOSSES: f"{_PROBES}:group_losses",
         keys.MINUS_ERROR: "fedweight.strategies.fedce:minus_error",
+        "agnostic-sums": "fedweight.strategies.agnostic_fair:agnostic_sums",
         keys.NORMALISER: "fedweight.strategies.fednova:normaliser",
     },
 )
@@ -28,6 +31,8 @@ QUERIES = Registry(
     "query",
     {
         keys.LABEL_COUNTS: "fedweight.clients.queries:label_counts",
+        keys.GROUP_COUNTS: "fedweight.clients.queries:group_counts",
+        keys.FEATURE_SUMS: "fedweight.clients.queries:feature_sums",
         "discriminate": "fedweight.strategies.fedcollab:discriminate",
     },
 )

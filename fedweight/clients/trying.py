@@ -22,7 +22,7 @@ from ..data.examples import Examples
 from .batchable import instead_of
 from .coding import Coding
 from .noise import LocalTraining, own_streams
-from .objectives import Objective
+from .objectives.base import TOLD, Facts, Objective
 from .samples import ROWS
 from .settings import TrainingSettings
 from .steps._torch.recording import Observer
@@ -171,16 +171,12 @@ def task_of(
     if coding.task.has_classes:
         counts = np.bincount(examples.y, minlength=coding.num_classes)
         totals = (2 * counts).tolist()
-    return Task(
-        examples,
-        epochs,
-        key,
-        key,
-        Known(
-            coding.facts(objective, examples, totals, LATE),
-            groups=coding.groups(objective, examples),
-        ),
-    )
+    facts = coding.facts(objective, examples, totals, LATE)
+    x = as_tensor(examples.x)
+    heard = objective.unheard(x, Facts(torch.zeros(0), facts))
+    facts |= {TOLD + name: value for name, value in heard.items()}
+    known = Known(facts, groups=coding.groups(objective, examples))
+    return Task(examples, epochs, key, key, known)
 
 
 def _streams(device: torch.device) -> dict[str, object]:

@@ -254,6 +254,60 @@ def label_totals(population: Population) -> list[int]:
     return [sum(of_class) for of_class in zip(*whole, strict=True)]
 
 
+def feature_moments(
+    population: Population,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the mean and the deviation of each feature over all clients, ``[d]``.
+
+    Of sums that clients are asked for twice: the deviation of a feature that is the
+    same everywhere is 1. A client whose sums are none, or are of another length than
+    most clients', does not count.
+
+    Raises
+    ------
+    ConfigurationError
+        If nobody's do.
+    """
+    everybody = population.clients
+    first = population.ask(keys.FEATURE_SUMS, dict.fromkeys(everybody, Question()))
+    total, n = _sums(population, first)
+    mean = total / n
+    again = dict.fromkeys(everybody, Question(arrays={"mean": mean}))
+    given = population.ask(keys.FEATURE_SUMS, again)
+    squares, n = _sums(population, given, len(mean))
+    deviation = np.sqrt(squares / n)
+    return mean, np.where(deviation > 0, deviation, 1.0)
+
+
+def _sums(
+    population: Population, answers: Mapping[int, Given], width: int = 0
+) -> tuple[npt.NDArray[np.float64], int]:
+    """Return the sums of features that fit, added up, and of how many examples."""
+    good: dict[int, tuple[npt.NDArray[np.float64], int]] = {}
+    for client, given in answers.items():
+        own, n = given.arrays.get("sums"), given.metrics.get(keys.NUM_EXAMPLES)
+        if n == 0:
+            continue
+        number = own is not None and own.dtype == np.float64 and own.ndim == 1
+        if own is not None and number and np.isfinite(own).all() and is_count(n):
+            good[client] = own, int(n or 0)
+        else:
+            why = "it gave no finite sums of its features"
+            population.reject(keys.FEATURE_SUMS, client, why)
+    lengths = Counter(len(own) for own, _ in good.values())
+    most = width or max(lengths, key=lambda d: (lengths[d], d), default=0)
+    whole = [(own, n) for own, n in good.values() if len(own) == most]
+    for client, (own, _) in good.items():
+        if len(own) != most:
+            why = f"it has {len(own)} features, and most have {most}"
+            population.reject(keys.FEATURE_SUMS, client, why)
+    if not whole:
+        raise ConfigurationError(
+            "features: no client told the sums of its features; the log says why."
+        )
+    return np.sum([own for own, _ in whole], axis=0), sum(n for _, n in whole)
+
+
 def _label_counts(given: Given) -> list[int]:
     """Return a client's counts of labels, if they are counts."""
     own = given.profile.get(keys.LABEL_COUNTS)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..core.records import ClientRecord, RoundRecord
     from ..server.sampling import Draw
     from .afl import AFL
+    from .agnostic_fair import AgnosticFair
     from .base import WeightingStrategy
     from .fair_incentive import FairIncentive
     from .fedasync import FedAsync
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
     from .fedlaw import FedLAW
     from .fednova import FedNova
     from .fedprox import FedProx
+    from .global_group_dro import GlobalGroupDRO
     from .ida import IDA
     from .qfedavg import QFedAvg
-    from .round import Report, Round, Selection
+    from .round import Report, Round, Selection, Vector
 
 __all__ = [
     "AFL",
     "IDA",
     "SERVER_OPTIMIZERS",
     "STRATEGIES",
+    "AgnosticFair",
     "ClientRecord",
     "Draw",
     "FairIncentive",
@@ -48,11 +51,13 @@ __all__ = [
     "FedLAW",
     "FedNova",
     "FedProx",
+    "GlobalGroupDRO",
     "QFedAvg",
     "Report",
     "Round",
     "RoundRecord",
     "Selection",
+    "Vector",
     "WeightingStrategy",
     "strategy_class",
 ]
@@ -62,6 +67,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "FedAsync": ".fedasync",
         "AFL": ".afl",
+        "AgnosticFair": ".agnostic_fair",
         "FairIncentive": ".fair_incentive",
         "FedAU": ".fedau",
         "FedAvg": ".fedavg",
@@ -72,12 +78,14 @@ __getattr__, __dir__ = lazy_exports(
         "FedLAW": ".fedlaw",
         "FedNova": ".fednova",
         "FedProx": ".fedprox",
+        "GlobalGroupDRO": ".global_group_dro",
         "IDA": ".ida",
         "QFedAvg": ".qfedavg",
         "WeightingStrategy": ".base",
         "Report": ".round",
         "Round": ".round",
         "Selection": ".round",
+        "Vector": ".round",
         "ClientRecord": "..core.records",
         "Draw": "..server.sampling",
         "RoundRecord": "..core.records",
@@ -100,6 +108,8 @@ STRATEGIES = Registry(
         "qfedavg": "fedweight.strategies.qfedavg:QFedAvg",
         "fedau": "fedweight.strategies.fedau:FedAU",
         "fair-incentive": "fedweight.strategies.fair_incentive:FairIncentive",
+        "agnostic-fair": "fedweight.strategies.agnostic_fair:AgnosticFair",
+        "global-group-dro": "fedweight.strategies.global_group_dro:GlobalGroupDRO",
         "fednova": "fedweight.strategies.fednova:FedNova",
     },
 )

@@ -26,6 +26,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import Field
 from torch import Tensor
 
+from ..clients.objectives.base import Objective
 from ..clients.probes import OF_CLASSES, SCORES, Probe, check_named
 from ..clients.queries import Query
 from ..clients.registries import PROBES, QUERIES
@@ -45,14 +46,14 @@ from . import asking, making
 from .checks import as_weights
 from .making import MetricsFn, has_state
 from .now import GlobalModel, Now
-from .round import Report, Round, Selection
+from .round import Report, Round, Selection, Vector
 from .server_optimizers import ServerOptimizer
 from .weights import cap
 
 log = logging.getLogger("fedweight")
 
-# A number for all clients, or one for each.
-Told = float | int | Sequence[float | int | None] | Tensor
+# A number or a text for all clients, one for each, or several numbers for all.
+Told = float | int | str | Sequence[float | int | None] | Tensor | Vector
 
 
 @dataclass_transform(
@@ -282,6 +283,23 @@ class WeightingStrategy(Strategy):
 
     # What a method answers.
 
+    @classmethod
+    def objective(cls, chosen: Objective, options: Mapping[str, Any]) -> Objective:
+        """Return what clients minimise: by default what was chosen.
+
+        A method that is more than weights puts an objective of its own around it,
+        such as one that :attr:`~fedweight.clients.Objective.hears` what it tells. In a
+        run of this library that happens by itself; elsewhere the ClientApp is given it.
+
+        Parameters
+        ----------
+        chosen : Objective
+            What was chosen, plain training for one.
+        options : Mapping[str, Any]
+            The method's options, by name; on a device, too, where there is no strategy.
+        """
+        return chosen
+
     def begin(self) -> Any:
         """Return the method's state before the first round; ``None`` without memory."""
         return None
@@ -369,8 +387,9 @@ class WeightingStrategy(Strategy):
     def tell(self, selection: Selection) -> Mapping[str, Told]:
         """Return what the method tells the clients of a round; nothing by default.
 
-        By name a number for all, or a number for each (``None``: that one is told
-        nothing).
+        By name a number for all, a number for each (``None``: that one is told
+        nothing), or a :class:`~fedweight.strategies.Vector` of numbers for all. What
+        the clients' objective :attr:`~fedweight.clients.Objective.hears` is told so.
         """
         return {}
 

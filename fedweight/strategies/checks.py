@@ -13,9 +13,9 @@ from torch import Tensor
 from ..core.errors import AggregationError, ConfigurationError
 from ..core.texts import clients_called, shown
 from ..messages import keys
-from ..messages.records import fits_config
+from ..messages.records import MOST_NUMBERS, as_measured, fits_config
 from ..server.sampling import Draw
-from .round import Round, Selection
+from .round import Round, Selection, Vector
 
 if TYPE_CHECKING:
     from .base import WeightingStrategy
@@ -129,7 +129,7 @@ def as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tenso
 def told_columns(
     strategy: WeightingStrategy, selection: Selection
 ) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
-    """Return what ``tell`` gives: numbers for all, and a column for each other name."""
+    """Return what ``tell`` gives: what all are told, and a column for other names."""
     shared: dict[str, Any] = {}
     columns: dict[str, Sequence[Any]] = {}
     for name, told in _by_name(strategy, "tell", strategy.tell(selection)):
@@ -138,6 +138,9 @@ def told_columns(
                 f"{type(strategy).__name__}.tell gave '{name}', which the server tells "
                 "clients itself. Choose another name."
             )
+        if isinstance(told, Vector):
+            shared[name] = _numbers(strategy, name, told)
+            continue
         told = _scalar(told)
         if not isinstance(told, Iterable) or isinstance(told, str | bytes):
             several = [told]
@@ -154,6 +157,17 @@ def told_columns(
         if name not in columns:
             shared[name] = told
     return shared, columns
+
+
+def _numbers(strategy: WeightingStrategy, name: str, told: Vector) -> list[float]:
+    """Return several numbers for all clients as a record carries them."""
+    found = as_measured(told.values)
+    if not isinstance(found, list) or not found or not np.isfinite(found).all():
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.tell gave {shown(told)} for '{name}'. Give a "
+            f"Vector of 1 to {MOST_NUMBERS:,} finite numbers."
+        )
+    return [float(value) for value in found]
 
 
 def asked_names(

@@ -74,6 +74,18 @@ class Selection(NamedTuple):
     population: int = 0
 
 
+class Vector(NamedTuple):
+    """Several numbers that a strategy tells, the same ones to every client.
+
+    Attributes
+    ----------
+    values : Sequence[float]
+        One or more, finite; also an array or a tensor of one dimension.
+    """
+
+    values: Any
+
+
 class Report(NamedTuple):
     """What one client reported: its number, metrics, and the side data asked for."""
 

@@ -139,7 +139,13 @@ class Components:
         return client_data(self.configuration, context, self.data)
 
     def objective(self) -> Objective:
-        """Make what clients minimise."""
+        """Make what clients minimise, with what the strategy puts around it."""
+        made = self._chosen_objective()
+        for method, options in self._methods():
+            made = named("strategy", partial(method.objective, made, options))
+        return made
+
+    def _chosen_objective(self) -> Objective:
         name = self.configuration["objective"]["name"]
         options = self.configuration.options("objective")
         return named("objective", partial(objective, name, **options))
@@ -176,8 +182,8 @@ class Components:
             device=self.device,
             sizes=self.data.sizes,
             name_of=self.data.name_of if self.data.names else None,
-            probes={n: f for one in methods for n, f in one.probes.items()},
-            queries={n: f for one in methods for n, f in one.queries.items()},
+            probes={n: f for one, _ in methods for n, f in one.probes.items()},
+            queries={n: f for one, _ in methods for n, f in one.queries.items()},
             personal=self.personal(),
             trace=self.configuration["engine"]["trace"],
             groups=self.groups,
@@ -186,8 +192,8 @@ class Components:
             },
         )
 
-    def _methods(self) -> list[type[WeightingStrategy]]:
-        """Return the classes whose probes and queries clients need.
+    def _methods(self) -> list[tuple[type[WeightingStrategy], dict[str, Any]]]:
+        """Return the classes whose client halves are needed, with their options.
 
         That of the strategy, or those of the strategies that it wraps: they are known
         when it is made.
@@ -195,11 +201,20 @@ class Components:
         name = self.configuration["strategy"]["name"]
         outer = strategy_class(name)
         if issubclass(outer, WeightingStrategy):
-            return [outer]
+            usual = {n: o.default for n, o in options_of(outer).items()}
+            return [(outer, usual | self.configuration.options("strategy"))]
         if outer.__module__.partition(".")[0] == "flwr":
             return []  # By itself it wraps nothing.
         inside = with_inner(self.strategy())
-        return [type(one) for one in inside if isinstance(one, WeightingStrategy)]
+        return [
+            (type(one), {n: getattr(one, n) for n in options_of(type(one))})
+            for one in inside
+            if isinstance(one, WeightingStrategy)
+        ]
+
+    def _group(self) -> str:
+        """Return the attribute that the strategy groups examples by, if it does."""
+        return str(self.configuration.options("strategy").get("group", ""))
 
     def engine(self) -> str:
         """Return the engine that ``auto`` stands for."""
@@ -242,6 +257,8 @@ class Components:
         share = self.configuration["strategy"].get("fraction-train") or 1.0
         cohort = max(1, int(self.data.num_clients * share))
         traced = self.configuration["engine"]["trace"]
+        made, own = self.objective(), self._chosen_objective()
+        around = "" if type(made) is type(own) else type(made).__name__
         schedule = self.schedule()
         if isinstance(schedule, Buffered):
             cohort = min(cohort, schedule.buffer_size)
@@ -266,6 +283,7 @@ class Components:
             about={
                 "model": str(module),
                 "objective": dict(self.configuration["objective"]),
+                **({"around it": around} if around else {}),
                 "training": dict(training),
                 "cohort": cohort,
                 "examples": int(np.median(sizes)),
@@ -300,10 +318,15 @@ class Components:
             ),
             "device": self.device,
             "local_learning_rate": self.configuration["training"]["learning-rate"],
-            "class_totals": "class-totals" in self.objective().wants,
+            "class_totals": "class-totals" in self._chosen_objective().wants,
         }
         if self.data.num_classes:
             ours["num_classes"] = self.data.num_classes
+        ours["input_shape"] = self.data.input_shape
+        if "num_groups" in takes and (group := self._group()):
+            names = self.data.attribute_names
+            check_choice("strategy.group", group, names)
+            ours["num_groups"] = len(names[group])
         if self.statistics.sends:
             ours["statistics"] = self.statistics
         if self.configuration["engine"]["threads"]:

@@ -115,7 +115,9 @@ def _check_wants(components: Components, strategy: Strategy, chosen: Objective) 
             "a strategy of fedweight's."
         )
     if "groups" in chosen.wants and components.schema is None:
-        check_choice("objective.group", chosen.group, components.data.attribute_names)
+        by = [one for one in with_inner(strategy) if hasattr(one, "num_groups")]
+        key = "strategy.group" if by else "objective.group"
+        check_choice(key, chosen.group, components.data.attribute_names)
 
 
 def _check_clients(components: Components, strategy: Strategy) -> None:

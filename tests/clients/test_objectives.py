@@ -27,6 +27,7 @@ from fedweight.clients.objectives import (
     Proximal,
 )
 from fedweight.clients.objectives.balanced_softmax import BalancedSoftmax
+from fedweight.clients.objectives.base import TOLD
 from fedweight.clients.objectives.class_balanced import ClassBalanced
 from fedweight.clients.objectives.dynamic import Dynamic
 from fedweight.clients.objectives.fair_error_bound import FairErrorBound
@@ -43,6 +44,8 @@ from fedweight.clients.steps.task import Known, Task
 from fedweight.core.errors import ClientError, ConfigurationError
 from fedweight.core.module import FlatModule
 from fedweight.data import Examples
+from fedweight.strategies.agnostic_fair import KernelWeighted
+from fedweight.strategies.global_group_dro import GroupWeighted
 
 CLASSES, GROUPS = 3, 4
 CODING = Coding(CLASSES, {"site": GROUPS})
@@ -298,6 +301,10 @@ GOALS = {
     "sam-distils": SAM(0.05, Distils()),
     "carries": Carries(),
     "masks": Masks(),
+    "group-weighted": GroupWeighted("site", Focal()),
+    "kernel-weighted": KernelWeighted("site", 0.5, Focal()),
+    "sam-kernel-weighted": SAM(0.05, KernelWeighted()),
+    "sam-group-weighted": SAM(0.05, GroupWeighted("site")),
 }
 
 SETTINGS = {
@@ -317,6 +324,8 @@ def tasks_of(goal, sizes, epochs=2):
             {"site": rng.integers(0, GROUPS, n)},
         )
         facts = CODING.facts(goal, examples, [50, 20, 9], ROUND)
+        heard = goal.unheard(torch.from_numpy(examples.x), Facts(torch.zeros(0), facts))
+        facts |= {TOLD + name: value for name, value in heard.items()}
         groups = CODING.groups(goal, examples)
         tasks.append(Task(examples, epochs, k, k + 9, Known(facts, groups=groups)))
     return tasks

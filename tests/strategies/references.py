@@ -331,3 +331,16 @@ class FedLAW:
         if not after <= before:
             return p, p @ rows
         return weights, gamma * (weights @ rows)
+
+
+class GroupDRO(FedAvg):
+    def __init__(self, step=0.1, adjustment=0.0):
+        self.rate, self.adjustment, self.logs = step, adjustment, {}
+
+    def weights(self, start, sent):
+        for one in sent:
+            loss = one.loss + self.adjustment / one.num_examples**0.5
+            known = self.logs.get(one.client, 0.0)
+            self.logs[one.client] = known + self.rate * loss
+        logs = np.array([self.logs[one.client] for one in sent])
+        return shares(np.exp(logs - logs.max()))

@@ -65,6 +65,13 @@ VARIANTS = {
             {"floor": 1e-3, "clip": "after"},
         )
     ],
+    # Each client a group; groups of examples have their twin in their own tests.
+    "global-group-dro": [
+        (options, plain.GroupDRO, options)
+        for options in ({}, {"step": 2.0}, {"adjustment": 3.0})
+    ],
+    # Without bases, as it begins; with some it has its twin in its own tests.
+    "agnostic-fair": [({}, plain.FedAvg, {})],
     "fedbuff": [({}, plain.FedBuff, {})],
     # While exploring, as here; what it measures then has its own twin in its own tests.
     "fair-incentive": [({}, plain.FedAvg, {})],

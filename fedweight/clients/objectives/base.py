@@ -18,6 +18,9 @@ Fact = Literal["class-counts", "class-totals", "groups", "round"]
 
 _NOTHING: Mapping[str, Tensor] = {}
 
+# How names of facts begin that a strategy tells.
+TOLD = "told "
+
 
 @dataclass
 class Batch:
@@ -205,6 +208,18 @@ class Facts:
         """The number of the round, from 1, 0-d, float."""
         return self._wanted("round")
 
+    def told(self, name: str) -> Tensor:
+        """Return what the strategy told by a name that is in ``hears``, float.
+
+        0-d where it is a number, ``[n]`` where it is a list.
+        """
+        if TOLD + name not in self._known:
+            raise ConfigurationError(
+                f"objective: what is told as '{name}' is known only to one that hears "
+                f"it. Name it: hears = ('{name}',)."
+            )
+        return self._known[TOLD + name]
+
     def _wanted(self, name: Fact) -> Tensor:
         if name not in self._known:
             raise ConfigurationError(
@@ -229,6 +244,9 @@ class Objective:
     wants : frozenset of str
         What it reads of ``facts`` and ``batch``: ``"class-counts"``,
         ``"class-totals"``, ``"groups"``, ``"round"``.
+    hears : tuple of str
+        What it reads of what the strategy tells, a number or a list of them by each
+        name; a client that is not told fails.
     group : str
         The attribute of the examples that groups them, where it wants ``"groups"``.
     per_example : Mapping[str, float]
@@ -240,8 +258,23 @@ class Objective:
 
     tasks: ClassVar[tuple[str, ...]] = ()
     wants: ClassVar[frozenset[Fact]] = frozenset()
+    hears: ClassVar[tuple[str, ...]] = ()
     group: str = ""
     per_example: Mapping[str, float] = {}
+
+    def unheard(self, x: Tensor, facts: Facts) -> Mapping[str, Tensor]:
+        """Return, for what it ``hears``, something that a strategy might tell.
+
+        A trial of the model, in which there is no server, is made with it.
+
+        Parameters
+        ----------
+        x : Tensor
+            A few inputs, ``[n, ...]``.
+        facts : Facts
+            What is known besides.
+        """
+        return {}
 
     def begin(self, facts: Facts) -> Mapping[str, Tensor]:
         """Return what the client carries before its first step in its first round."""
@@ -372,6 +405,11 @@ class Around(Objective):
         return self.inner.wants
 
     @property
+    def hears(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the other one hears."""
+        return self.inner.hears
+
+    @property
     def group(self) -> str:  # type: ignore[override]
         """By what the other one groups examples."""
         return self.inner.group
@@ -380,6 +418,10 @@ class Around(Objective):
     def per_example(self) -> Mapping[str, float]:  # type: ignore[override]
         """What the other one keeps of each example."""
         return self.inner.per_example
+
+    def unheard(self, x: Tensor, facts: Facts) -> Mapping[str, Tensor]:
+        """Return what the other one might be told."""
+        return self.inner.unheard(x, facts)
 
     def begin(self, facts: Facts) -> Mapping[str, Tensor]:
         """Return what the other one carries."""
@@ -428,7 +470,7 @@ class Around(Objective):
 def tracks(objective: Objective) -> bool:
     """Tell whether an objective wants to know, carry or keep anything of a client."""
     keeps = bool(objective.per_example) or defines(objective, "begin")
-    return keeps or bool(objective.wants)
+    return keeps or bool(objective.wants) or bool(objective.hears)
 
 
 def defines(objective: Objective, name: str) -> bool:

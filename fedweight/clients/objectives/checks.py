@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.errors import ClientError
-from .base import Loss, Objective
+from ...core.errors import ClientError, ConfigurationError
+from .base import Around, Loss, Objective, defines
+from .plain import Plain
 
 
 def check_loss(
@@ -116,6 +117,27 @@ def check_gradient(
         raise ClientError(
             f"{name}: gradient returned {given}, not a tensor of the parameters' shape "
             f"{list(parameters.shape)}."
+        )
+
+
+def check_mean(inner: Objective) -> None:
+    """Refuse an objective whose examples another one cannot weigh.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is no plain mean of its examples' losses.
+    """
+    own = inner
+    while isinstance(own, Around):
+        own = own.inner
+    if isinstance(own, Plain):
+        return
+    if defines(inner, "loss") or defines(inner, "batch_loss"):
+        raise ConfigurationError(
+            f"objective {type(own).__name__} makes a batch's loss in its own way, so "
+            "that its examples cannot be weighed besides. Choose one that defines "
+            "example_losses alone, such as 'plain' or 'focal'."
         )
 
 

@@ -124,10 +124,10 @@ def clients_beside(
         for seed, run in several:
             if (run.folder / "clients.csv").is_file():
                 frame = run.by_number(measure)
-                for number in frame.columns if len(frame) else ():
-                    value = float(frame[number].iloc[-1])
+                last = frame.to_numpy(float)[-1].tolist() if len(frame) else []
+                for number, value in zip(frame.columns.tolist(), last, strict=False):
                     if not math.isnan(value):
-                        found.append((run.name_of(number), seed, value))
+                        found.append((run.name_of(int(number)), seed, value))
         if not found:
             continue
         low, middle, high = np.quantile([f[2] for f in found], [0.25, 0.5, 0.75])
