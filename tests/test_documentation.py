@@ -6,6 +6,7 @@ say of a method is true is tested beside the method.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import math
@@ -55,6 +56,7 @@ from fedweight.studies.tables import options_in_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+OF_FAIRNESS = [f"strategies/{n}.md" for n in ("global-group-dro", "agnostic-fair")]
 METHODS = sorted(STRATEGIES.entries)
 PAGES = sorted(p for p in ROOT.glob("**/*.md") if ".venv" not in p.parts)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -439,6 +441,26 @@ def test_the_local_methods_are_those_of_the_registry() -> None:
     assert sorted(kept) == sorted(PERSONAL.entries)
 
 
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.entries))
+def test_a_local_method_has_a_card_with_its_options(name: str) -> None:
+    own = options_of(OBJECTIVES.resolve(name))
+    listed = {
+        names(row["option"])[0]: default_of(row["default"])
+        for rows in tables(f"clients/{name}.md")
+        for row in rows
+        if "option" in row
+    }
+    assert listed.keys() == {option.replace("_", "-") for option in own}
+    for option, rule in own.items():
+        usual = "plain" if option == "inner" else rule.default
+        assert listed[option.replace("_", "-")] == usual
+    card = text_of(f"clients/{name}.md")
+    for part in ("**Idea.**", "**Equation.**", "**Assumes", "**When.**"):
+        assert part in card
+    assert card.index("**When not.**") < card.index("## What we measured")
+    assert f"[`{name}`]({name}.md)" in text_of("clients/README.md")
+
+
 @pytest.mark.parametrize(
     ("registry", "key"),
     [(OPTIMIZERS, "optimizer"), (RATE_SCHEDULES, "learning-rate-schedule")],
@@ -682,12 +704,38 @@ def test_the_readmes_results_are_the_recorded_ones() -> None:
 def test_a_cards_results_are_the_recorded_ones(name: str) -> None:
     card = " ".join(text_of(f"strategies/{name}.md").split())
     if name not in reached():
-        assert card.endswith("## What we measured Nothing yet.")
+        measured = "`benchmarks/fairness.py`" in card
+        assert measured or card.endswith("## What we measured Nothing yet.")
         return
     card = card[card.index("## What we measured") :]
     row = reached()[name]
     for key, form in MEASURED.values():
         assert f" {form.format(row[key])}" in card, key
+
+
+def test_what_cards_say_of_fairness_is_recorded() -> None:
+    """The last record of the program, and its date."""
+    path = ROOT / "benchmarks" / "fairness.py"
+    spec = importlib.util.spec_from_file_location("fairness", path)
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    record = json.loads(sorted(RESULTS.glob("fairness-*.json"))[-1].read_text("utf-8"))
+    assert record["settings"] == program.SETTINGS
+    assert record["methods"] == program.METHODS
+    seeds = [row["seed"] for row in record["rows"] if row["method"] == "fedavg"]
+    assert sorted(seeds) == [*range(10)]
+    found = program.means(record["rows"])
+    said = set()
+    for page in ["strategies/afl.md", "clients/group-dro.md", *OF_FAIRNESS]:
+        rows = table(page, "method", *program.COLUMNS.values())
+        for row in rows:
+            cells = {n: row[text] for n, text in program.COLUMNS.items()}
+            assert cells == found[row["method"].replace("`", "")], (page, row)
+            said.add(row["method"].replace("`", ""))
+        assert record["date"] in text_of(page)
+    assert said == found.keys()
 
 
 ENGINES = {

@@ -84,6 +84,8 @@ class Coding:
     def heard(self, objective: Objective, told: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return what an objective hears of what the server told a client.
 
+        Of what is pooled nothing, where it is not known yet.
+
         Raises
         ------
         ClientError
@@ -92,6 +94,8 @@ class Coding:
         heard: dict[str, Tensor] = {}
         for name in objective.hears:
             value = told.get(name)
+            if value is None and name in objective.pools:
+                continue
             if not isinstance(value, int | float | list) or value == []:
                 raise ClientError(
                     f"objective {type(objective).__name__} hears '{name}' from the "

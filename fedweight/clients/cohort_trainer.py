@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Context
 
 from ..core import rng
 from ..core.errors import ClientError
-from ..core.layout import FlatModel
+from ..core.layout import FlatModel, as_tensor
 from ..core.module import FlatModule
 from ..core.rng import Purpose, part_of
 from ..messages import keys
@@ -25,7 +26,7 @@ from .client_tasks import ClientTask, Instructions, client_number
 from .coding import Coding
 from .modules import Modules
 from .objectives import OBJECTIVES, Objective
-from .objectives.base import defines, tracks
+from .objectives.base import TOLD, Facts, defines, tracks
 from .optimizers import OPTIMIZERS
 from .samples import Kind, kind_of
 from .settings import TrainingSettings
@@ -326,6 +327,11 @@ class CohortTrainer:
         facts = self.coding.facts(
             self.objective, train, totals, client.instructions.round
         )
+        missing = [n for n in self.objective.pools if TOLD + n not in heard]
+        if missing:
+            known, x = Facts(torch.zeros(0), facts), as_tensor(train.x[:1])
+            usual = self.objective.unheard(x, known)
+            heard = {**heard, **{TOLD + name: usual[name] for name in missing}}
         return Known(
             {**facts, **heard},
             carry,

@@ -23,6 +23,9 @@ PROBES = Registry(
         keys.GROUP_LOSSES: f"{_PROBES}:group_losses",
         keys.MINUS_ERROR: "fedweight.strategies.fedce:minus_error",
         "agnostic-sums": "fedweight.strategies.agnostic_fair:agnostic_sums",
+        keys.TRANSITION_SUMS: (
+            "fedweight.clients.objectives.noisy_labels:transition_sums"
+        ),
         keys.NORMALISER: "fedweight.strategies.fednova:normaliser",
     },
 )

@@ -169,7 +169,7 @@ class AgnosticFair(WeightingStrategy):
 
     def begin(self) -> dict[str, Any]:
         """Have no bases: then all examples count alike."""
-        return {"bases": None, "widths": None, "coefficients": None}
+        return {"bases": None, "widths": None, "coefficients": None, "feasible": True}
 
     def prepare(self, population: Population) -> dict[str, Any]:
         """Measure the features; choose the bases and the kernels' widths."""
@@ -191,6 +191,7 @@ class AgnosticFair(WeightingStrategy):
             "bases": chosen,
             "widths": sigma * deviation,
             "coefficients": [1.0] * self.bases,
+            "feasible": True,
         }
 
     def _bases(self, mean: _Array, deviation: _Array) -> _Array:
@@ -254,7 +255,7 @@ class AgnosticFair(WeightingStrategy):
         total = Sums.of(sums.sum(0), float(round.num_examples.sum()))
         tolerance = self.tolerance if self.group else math.inf
         found = worst_coefficients(total, self.bound, tolerance)
-        if found is None:
+        if found is None and state["feasible"]:  # Said again where it comes anew.
             log.warning(
                 "round %d: no weighing of the examples is feasible (strategy.bound %g, "
                 "strategy.tolerance %g): all bases count alike",
@@ -268,7 +269,8 @@ class AgnosticFair(WeightingStrategy):
         if self.group:
             round.log("unfairness", abs(float(a @ total.unfairness)))
         weights = normalise(own, round.size_weights)
-        return weights, {**state, "coefficients": a.tolist()}
+        feasible = found is not None
+        return weights, {**state, "coefficients": a.tolist(), "feasible": feasible}
 
 
 class Sums(NamedTuple):

@@ -65,6 +65,8 @@ def train_messages(
     config[keys.ROUND] = round
     if now.class_totals:
         config[keys.CLASS_TOTALS] = now.class_totals
+    for name, pooled in now.pooled.items():
+        config[name] = pooled
     chosen = _chosen(strategy, now, round, config, grid)
     clients = tuple(client for client, _, _ in chosen)
     selection = Selection(round, clients, now.method, now.population)
@@ -72,7 +74,8 @@ def train_messages(
     shared, columns = told_columns(strategy, selection)
     for key, value in shared.items():
         config[key] = value
-    asks = asked_names(strategy, selection)
+    wanted = unpooled(strategy, now, round)
+    asks = [(*own, *wanted) for own in asked_names(strategy, selection)]
     arrivals = {arrival.client: arrival for arrival in now.arrivals or ()}
     own = {}
     # Clients that are told the same share one record.
@@ -132,6 +135,12 @@ def train_messages(
         ],
     )
     return now.cohort
+
+
+def unpooled(strategy: WeightingStrategy, now: Now, round: int) -> list[str]:
+    """Return what a round's clients are asked for that is to be added up over them."""
+    pools = (strategy.pools or {}).items()
+    return [name for name, since in pools if round >= since and name not in now.pooled]
 
 
 def _prepare(strategy: WeightingStrategy, now: Now, grid: Grid) -> None:

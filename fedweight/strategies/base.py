@@ -115,6 +115,11 @@ class WeightingStrategy(Strategy):
     class_totals : bool
         Whether all clients are asked before the first round how many examples of each
         class they have, and then told the sum, as some local objectives want.
+    pools : Mapping[str, int], optional
+        What some local objective wants added up over clients, by the name of a probe,
+        a list of sums over the examples of numbers from 0 to 1: the round from which on
+        the clients drawn are asked, until some have answered. All are told the sums,
+        by the same name, from then on.
     statistics : Statistics, optional
         What clients add up of their held-out examples, besides loss and accuracy: the
         round's measures are those of the sum over all of them. See
@@ -169,6 +174,7 @@ class WeightingStrategy(Strategy):
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
     threads: Annotated[Annotated[int, Field(ge=1)] | None, GIVEN] = None
     class_totals: Annotated[bool, GIVEN] = False
+    pools: Annotated[Mapping[str, int] | None, GIVEN] = None
     statistics: Annotated[Any, GIVEN] = None
 
     _now: Now = field(init=False)
@@ -252,6 +258,7 @@ class WeightingStrategy(Strategy):
             "first-model": now.first and now.first._asdict(),
             "prepared": now.prepared,
             "class-totals": now.class_totals,
+            "pooled": now.pooled,
             "without-examples": sorted(now.without_examples),
             "own-metrics": now.own_metrics.names,
         }
@@ -278,6 +285,7 @@ class WeightingStrategy(Strategy):
         self._now.first = first and GlobalModel(**first)
         self._now.prepared = state["prepared"]
         self._now.class_totals = list(state["class-totals"])
+        self._now.pooled = dict(state["pooled"])
         self._now.without_examples = set(state["without-examples"])
         self._now.own_metrics.restore(state["own-metrics"])
 

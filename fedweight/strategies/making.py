@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +31,7 @@ from ..server.reported import (
     recorded_metrics,
     sort_metrics,
 )
+from .asking import unpooled
 from .checks import as_parameters, check_values, check_weights
 from .now import Asked, GlobalModel, Now
 from .receiving import read, reason_of, sort
@@ -76,6 +79,8 @@ def next_model(
             return _fail(record, str(error))
     # Only now: a failed round leaves all that is carried as it was.
     now.method, now.optimizers = state, optimizers
+    for name in unpooled(strategy, now, number):
+        _pool(now, name, accepted)
     metrics = _metrics(strategy, accepted, chosen, strategy.train_metrics_aggr_fn)
     record.status, record.reason = "ok", ""
     record.metrics |= recorded_metrics(metrics)
@@ -92,6 +97,32 @@ def next_model(
         for which, own in enumerate(now.models)
     ]
     return FlatRecord(mean_model(now)), metrics
+
+
+def _pool(now: Now, name: str, accepted: Sequence[AcceptedReply]) -> None:
+    """Add up what clients measured; what no examples can have does not count.
+
+    Each number is a sum over a client's examples of numbers from 0 to 1.
+    """
+    lists = []
+    for one in accepted:
+        own, most = one.reply.profile.get(name), one.num_examples * (1 + 1e-6)
+        if isinstance(own, list) and own and 0 <= min(own) <= max(own) <= most:
+            lists.append(own)
+    lengths = Counter(map(len, lists))
+    usual = max(lengths, key=lambda length: (lengths[length], length), default=0)
+    some = [own for own in lists if len(own) == usual]
+    if len(some) < len(accepted):
+        log.warning(
+            "'%s' is of %d of %d clients alone: the others gave no sums that they can "
+            "have",
+            name,
+            len(some),
+            len(accepted),
+        )
+    if some:
+        sums = [math.fsum(column) for column in zip(*some, strict=True)]
+        now.pooled = {**now.pooled, name: sums}
 
 
 def _made(

@@ -79,6 +79,8 @@ class Now:
         Whether what comes before the first round is done.
     class_totals : list[int]
         How many examples of each class all clients have, where clients are told.
+    pooled : dict[str, list[float]]
+        By probe, the sums over clients that these are told.
     history : list[RoundRecord]
         The weight log.
     model : FlatModel, optional
@@ -110,6 +112,7 @@ class Now:
     first: GlobalModel | None = None
     prepared: bool = False
     class_totals: list[int] = field(default_factory=list)
+    pooled: dict[str, list[float]] = field(default_factory=dict)
     history: list[RoundRecord] = field(default_factory=list)
     model: FlatModel | None = None
     asked: dict[int, Asked] = field(default_factory=dict)

@@ -319,6 +319,7 @@ class Components:
             "device": self.device,
             "local_learning_rate": self.configuration["training"]["learning-rate"],
             "class_totals": "class-totals" in self._chosen_objective().wants,
+            "pools": self._chosen_objective().pools,
         }
         if self.data.num_classes:
             ours["num_classes"] = self.data.num_classes

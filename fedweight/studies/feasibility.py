@@ -114,6 +114,14 @@ def _check_wants(components: Components, strategy: Strategy, chosen: Objective) 
             f"clients have, which {type(strategy).__name__} does not tell them. Choose "
             "a strategy of fedweight's."
         )
+    pools = [getattr(one, "pools", None) or {} for one in with_inner(strategy)]
+    if not any(one.keys() >= chosen.pools.keys() for one in pools):
+        name = components.configuration["objective"]["name"]
+        raise ConfigurationError(
+            f"objective '{name}' wants {', '.join(chosen.pools)} added up over the "
+            f"clients, which {type(strategy).__name__} does not do. Choose a strategy "
+            "of fedweight's."
+        )
     if "groups" in chosen.wants and components.schema is None:
         by = [one for one in with_inner(strategy) if hasattr(one, "num_groups")]
         key = "strategy.group" if by else "objective.group"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,21 @@ def in_benchmarks(code):
         timeout=PATIENCE,
     )
     return result.stdout.split()
+
+
+def test_fairness_measures_gaps_between_groups():
+    code = """
+import numpy as np, fairness
+y = np.array([1, 1, 0, 0, 1, 0])
+score = np.array([0.9, 0.2, 0.1, 0.6, 0.8, 0.3])
+women = np.array([True, True, True, False, False, False])
+print(*fairness.by_sex(y, score, women).values())
+"""
+    accuracy, worst, loss, risk, tpr = map(float, in_benchmarks(code))
+    assert accuracy == worst == pytest.approx(4 / 6)
+    assert loss == pytest.approx(-np.log([0.9, 0.2, 0.9]).mean())
+    assert risk == pytest.approx(2 / 3 - 1 / 3)
+    assert tpr == pytest.approx(0.5)
 
 
 def test_throughput_measures_the_floor_and_the_local_grid(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scipy import stats
 
 from fedweight.clients.noise import GAMMA_UNIFORMS, log_gamma
 from fedweight.clients.objectives import Batch, Facts, Objective
+from fedweight.clients.objectives.base import TOLD
 from fedweight.clients.objectives.class_balanced import ClassBalanced, class_balanced
 from fedweight.clients.objectives.dice import dice_losses
 from fedweight.clients.objectives.dynamic import Dynamic, dynamic_weights
@@ -27,9 +29,14 @@ from fedweight.clients.objectives.noisy_labels import (
     DWS,
     RENT,
     label_weights,
+    pooled_transition,
     resampled,
     transition_matrix,
+    transition_sums,
 )
+from fedweight.core.errors import ConfigurationError
+from fedweight.data import ClientData, Examples
+from fedweight.messages import keys
 
 COUNTS = torch.tensor([100.0, 10.0, 1.0], dtype=torch.float64)
 
@@ -358,6 +365,59 @@ def test_random_numbers_of_a_batch_are_gammas_of_its_own_stream():
     batch.begin()
     expected = log_gamma(shape, batch.uniform(6, GAMMA_UNIFORMS))
     assert torch.equal(found, expected)
+
+
+def examples_of(likely, labels):
+    """A client whose received model has these probabilities."""
+    part = Examples(np.zeros((len(labels), 1), np.float32), labels.numpy())
+    return SimpleNamespace(
+        data=ClientData(part, part),
+        num_classes=likely.shape[1],
+        outputs=lambda: likely.log(),
+    )
+
+
+def test_pooled_it_is_the_mean_of_the_clients_columns_by_their_examples():
+    rng = np.random.default_rng(0)
+    classes, sums, matrices, counts = 3, [], [], []
+    for n in (40, 7, 1, 0):
+        likely = torch.from_numpy(rng.dirichlet(np.ones(classes), n))
+        labels = torch.from_numpy(rng.integers(0, classes - 1, n))  # None of class 2.
+        sums.append(transition_sums(examples_of(likely, labels)))
+        matrices.append(transition_matrix(likely, labels).numpy())
+        counts.append(np.bincount(labels, minlength=classes))
+    found = pooled_transition(doubles(*np.sum(sums, axis=0)), classes).numpy()
+    for c in (0, 1):
+        of_class = [n[c] for n in counts]
+        expected = np.average([m[:, c] for m in matrices], axis=0, weights=of_class)
+        np.testing.assert_allclose(found[:, c], expected, atol=1e-12)
+    assert found[:, 2].tolist() == [0, 0, 1]
+    np.testing.assert_allclose(found.sum(0), 1)
+
+
+@pytest.mark.parametrize("goal", [RENT, DWS])
+def test_pooled_it_weighs_by_what_it_is_told(goal):
+    own, pooled = goal(start=5), goal(start=5, estimate="pooled")
+    logits, batch = batch_of(8)
+    transition = torch.from_numpy(
+        np.random.default_rng(1).dirichlet(np.ones(3), 3).T.copy()
+    )
+    counts = doubles(3.0, 5.0, 2.0)
+    told = torch.cat([(transition * counts).flatten(), counts])
+    name = TOLD + keys.TRANSITION_SUMS
+    expected = loss(own, logits, batch, known_of(own, transition=transition))
+    known = {"class-counts": counts, "round": doubles(5.0)[0], name: told}
+    found = loss(pooled, logits, batch, Facts(torch.zeros(0), known, {}))
+    assert found == pytest.approx(expected, abs=1e-12)
+    usual = pooled.unheard(logits, Facts(torch.zeros(0), known))
+    none = {**known, name: usual[keys.TRANSITION_SUMS].double()}
+    found = loss(pooled, logits, batch, Facts(torch.zeros(0), none, {}))
+    assert found == pytest.approx(cross_entropy(logits, batch), abs=1e-12)
+
+
+def test_what_is_known_is_not_estimated():
+    with pytest.raises(ConfigurationError, match="nothing is estimated"):
+        RENT(flip=0.2, estimate="pooled")
 
 
 def known_of(goal, round=5, transition=None):

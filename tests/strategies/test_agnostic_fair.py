@@ -277,6 +277,7 @@ def federation(kit, sums, sizes, **options):
         "bases": np.zeros((bases, 1)),
         "widths": np.ones(1),
         "coefficients": [1.0] * bases,
+        "feasible": True,
     }
     strategy.restore({**strategy.state, "prepared": True, "method": state})
     clients = {
@@ -318,7 +319,8 @@ def test_infeasible_is_said_and_all_bases_count_alike(kit, golden, caplog):
         record = run.round()
     assert "round 1: no weighing of the examples is feasible" in caplog.text
     assert record.metrics["feasible"] == 0
-    run.round()
+    assert run.round().metrics["feasible"] == 0
+    assert "round 2" not in caplog.text  # Said once.
     mass = 2 * table["masses"][0]
     told = run.clients[1].told[-1][COEFFICIENTS]
     assert told == pytest.approx([3 / mass] * 2, abs=1e-7)

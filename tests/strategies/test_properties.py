@@ -760,3 +760,32 @@ def test_the_largest_value_of_a_model_leaves_float32_in_four_layers():
     layers = torch.full((4,), LARGEST_VALUE, dtype=torch.float32)
     assert layers[:3].prod().isfinite()
     assert layers.prod().isinf()
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([[1.0, 2.0], [3.0, 0.5], [0.0, 4.0]], [4.0, 6.5]),
+        ([[1.0, 2.0], [3.0, -0.5], [0.0, 11.0]], [1.0, 2.0]),
+        ([[1.0, 2.0], [3.0], [0.0, 4.0]], [1.0, 6.0]),
+        ([[-1.0], [99.0], [-1.0]], None),
+    ],
+)
+def test_sums_are_asked_for_until_some_have_answered(kit, answers, expected):
+    """And clients whose sums cannot be take part all the same, but for that."""
+    name = keys.TRANSITION_SUMS
+    strategy = build("fedavg", pools={name: 2})
+    run = federation(kit, strategy, random_models(3))
+    for k, own in enumerate(answers):
+        run.clients[k].profile = {name: own}
+    for _ in range(3):
+        assert run.round().status == "ok"
+    told = run.clients[0].told
+    assert keys.REQUEST not in told[0]
+    assert told[1][keys.REQUEST] == [name]
+    assert name not in told[1]
+    assert (keys.REQUEST in told[2]) == (expected is None)
+    assert told[2].get(name) == expected
+    again = build("fedavg", pools={name: 2})
+    again.restore(unpack(*pack(strategy.state)))
+    assert again.state["pooled"] == ({} if expected is None else {name: expected})

@@ -11,7 +11,8 @@ import pytest
 from fedweight import run
 from fedweight.clients.objectives import OBJECTIVES, noisy_labels
 from fedweight.clients.objectives.group_dro import GroupDRO
-from fedweight.clients.objectives.noisy_labels import RENT
+from fedweight.clients.objectives.noisy_labels import DWS, RENT
+from fedweight.clients.objectives.plain import Plain
 from fedweight.core.errors import ConfigurationError
 from fedweight.data import DataSet, Examples
 from fedweight.studies.result import Run
@@ -98,6 +99,52 @@ def test_what_clients_estimate_on_the_way_is_kept(
         assert sum(n > 40 for n in asked) == 4
         losses.append(made.rounds["test_loss"].tolist())
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "afl"])
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]
+)
+@pytest.mark.parametrize("goal", [RENT, DWS])
+def test_what_clients_estimate_together_is_told_to_all(
+    tmp_path: Path, goal: Any, engine: str, strategy: str
+) -> None:
+    losses = {}
+    more = {"engine.name": engine, **({"engine.workers": 2} if engine == "ray" else {})}
+    for name, own in {
+        "plain": Plain(),
+        "pooled": goal(start=3, estimate="pooled"),
+        "own": goal(start=3),
+    }.items():
+        made = run(
+            settings={
+                **QUICK,
+                **more,
+                "run.rounds": 5,
+                "objective": own,
+                "strategy.name": strategy,
+            },
+            dataset=points(),
+            out=tmp_path / name,
+            report=False,
+        )
+        assert made.rounds["ok"].tolist()[1:] == [4] * 5
+        losses[name] = made.rounds["test_loss"].tolist()
+    # Warm-up is the cross-entropy; then all clients have one matrix.
+    assert losses["pooled"][:3] == pytest.approx(losses["plain"][:3], rel=1e-6)
+    assert losses["pooled"][3] != pytest.approx(losses["plain"][3], rel=1e-6)
+    assert losses["pooled"][3] != pytest.approx(losses["own"][3], rel=1e-6)
+
+
+def test_a_strategy_that_pools_nothing_is_refused(tmp_path: Path) -> None:
+    settings = {
+        **QUICK,
+        "objective.name": "rent",
+        "objective.estimate": "pooled",
+        "strategy.name": "flwr.serverapp.strategy:FedAvg",
+    }
+    with pytest.raises(ConfigurationError, match="which FedAvg does not do"):
+        run(settings=settings, dataset=points(), out=tmp_path / "run", report=False)
 
 
 @pytest.mark.parametrize("group", ["", "sight"])

@@ -247,6 +247,11 @@ class Objective:
     hears : tuple of str
         What it reads of what the strategy tells, a number or a list of them by each
         name; a client that is not told fails.
+    pools : Mapping[str, int]
+        Of what it hears, what is added up over clients, by the name of the probe that
+        measures it: a round from which on clients are asked, until some have answered.
+        They are told the sums from the next round on; until then it hears what
+        ``unheard`` returns.
     group : str
         The attribute of the examples that groups them, where it wants ``"groups"``.
     per_example : Mapping[str, float]
@@ -259,13 +264,15 @@ class Objective:
     tasks: ClassVar[tuple[str, ...]] = ()
     wants: ClassVar[frozenset[Fact]] = frozenset()
     hears: ClassVar[tuple[str, ...]] = ()
+    pools: Mapping[str, int] = {}
     group: str = ""
     per_example: Mapping[str, float] = {}
 
     def unheard(self, x: Tensor, facts: Facts) -> Mapping[str, Tensor]:
         """Return, for what it ``hears``, something that a strategy might tell.
 
-        A trial of the model, in which there is no server, is made with it.
+        A trial of the model, in which there is no server, is made with it; of what it
+        ``pools`` that is what it takes before it is told.
 
         Parameters
         ----------
@@ -408,6 +415,11 @@ class Around(Objective):
     def hears(self) -> tuple[str, ...]:  # type: ignore[override]
         """What the other one hears."""
         return self.inner.hears
+
+    @property
+    def pools(self) -> Mapping[str, int]:  # type: ignore[override]
+        """What of that is added up over clients."""
+        return self.inner.pools
 
     @property
     def group(self) -> str:  # type: ignore[override]

@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ...core.errors import ConfigurationError
+from ...core.layout import as_tensor
 from ...core.options import MOST, checked_fields
+from ...messages import keys
 from ..batchable import one_hot
 from .base import Batch, Facts, Loss, Model, Objective
+
+if TYPE_CHECKING:
+    from ..probes import ClientRound
 
 # The share of the examples of a class that may be more sure of it than the one that
 # its column of the transition matrix is taken from.
@@ -54,6 +60,44 @@ def transition_matrix(likely: Tensor, labels: Tensor) -> Tensor:
             order = of_class[:, c].argsort(descending=True, stable=True)
             matrix[:, c] = of_class[order[int(SURER * len(of_class))]]
     return matrix
+
+
+def transition_sums(client: ClientRound) -> list[float]:
+    """Return what a client adds to the transition matrix of all, ``[C * C + C]``.
+
+    Its own matrix by :func:`transition_matrix` with the received model, each column
+    times the number of examples with that label, row by row; then these numbers.
+    """
+    labels = as_tensor(client.data.train.y)
+    counts = torch.bincount(labels, minlength=client.num_classes).double()
+    if not len(labels):
+        return [0.0] * (len(counts) ** 2 + len(counts))
+    own = transition_matrix(client.outputs().double().softmax(1), labels)
+    return torch.cat([(own * counts).flatten(), counts]).tolist()
+
+
+def pooled_transition(sums: Tensor, classes: int) -> Tensor:
+    """Return the transition matrix of which clients gave the sums, ``[C, C]``.
+
+    Labels of a class that nobody has an example of are taken to be right.
+
+    Parameters
+    ----------
+    sums : Tensor
+        ``[C * C + C]``; those of :func:`transition_sums`, added up.
+    classes : int
+        C.
+
+    Examples
+    --------
+    >>> pooled_transition(torch.tensor([2.7, 0.0, 0.3, 0.0, 3.0, 0.0]), 2)
+    tensor([[0.9000, 0.0000],
+            [0.1000, 1.0000]])
+    """
+    counts = sums[classes * classes :]
+    columns = sums[: classes * classes].view(classes, classes)
+    right = torch.eye(classes, dtype=sums.dtype, device=sums.device)
+    return torch.where(counts > 0, columns / counts.clamp(min=1), right)
 
 
 def label_weights(likely: Tensor, labels: Tensor, transition: Tensor) -> Tensor:
@@ -124,23 +168,56 @@ class RENT(Objective):
         from which the model learns what the right labels look like.
     flip : float, optional
         In [0, 1): the share of labels that are wrong, each other class alike, where
-        that is known. By default every client estimates ``T`` in its first round from
-        ``start`` on, with the model that it receives and its own examples, and keeps
-        it.
+        that is known. By default ``T`` is estimated.
+    estimate : {"own", "pooled"}
+        Whose examples that is with. ``own``: every client's own, in its first round
+        from ``start`` on, with the model that it receives, and it keeps the estimate.
+        ``pooled``: those of all clients of the round before ``start`` together: each
+        estimates, the strategy adds the columns up by the number of examples with each
+        label, and tells all clients the sums.
 
     Notes
     -----
     A client that has few examples of a class estimates that column badly, and takes
-    the labels of a class that it has not for right.
+    the labels of a class that it has not for right; pooled, a client with few of them
+    counts little for their column. Pooled with ``start = 1`` it begins in round 2.
     """
 
     start: Annotated[int, Field(ge=1, le=MOST)] = 10
     flip: Annotated[float, Field(ge=0, lt=1)] | None = None
+    estimate: Literal["own", "pooled"] = "own"
 
     wants = frozenset({"class-counts", "round"})
 
+    def __post_init__(self) -> None:
+        """Refuse to estimate what is known."""
+        if self.estimate == "pooled" and self.flip is not None:
+            raise ConfigurationError(
+                f"objective.flip is {self.flip:g}, so that nothing is estimated: leave "
+                "it out, or leave out objective.estimate."
+            )
+
+    @property
+    def pools(self) -> Mapping[str, int]:  # type: ignore[override]
+        """The sums of the clients' matrices, where they are pooled."""
+        pooled = self.estimate == "pooled"
+        return {keys.TRANSITION_SUMS: max(self.start - 1, 1)} if pooled else {}
+
+    @property
+    def hears(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The same."""
+        return tuple(self.pools)
+
+    def unheard(self, x: Tensor, facts: Facts) -> Mapping[str, Tensor]:
+        """Return sums of nobody's examples."""
+        classes = len(facts.class_counts)
+        none = torch.zeros(classes * classes + classes)
+        return dict.fromkeys(self.pools, none)
+
     def begin(self, facts: Facts) -> Mapping[str, Tensor]:
         """Return what is known of the transition matrix: nothing, or all."""
+        if self.estimate == "pooled":
+            return {}
         counts = facts.class_counts
         right = torch.eye(len(counts), dtype=counts.dtype)
         if self.flip is None:
@@ -153,7 +230,11 @@ class RENT(Objective):
         self, predict: Callable[[], Tensor], labels: Tensor, facts: Facts
     ) -> Mapping[str, Tensor]:
         """Estimate the transition matrix, once."""
-        if facts.carry["estimated"] > 0 or facts.round < self.start:
+        if (
+            self.estimate == "pooled"
+            or facts.carry["estimated"] > 0
+            or facts.round < self.start
+        ):
             return {}
         likely = predict().softmax(1)
         done = torch.ones_like(facts.carry["estimated"])
@@ -164,9 +245,15 @@ class RENT(Objective):
         outputs = model(batch.x)
         losses = F.cross_entropy(outputs, batch.y, reduction="none")
         likely = outputs.detach().softmax(1)
-        right = label_weights(likely, batch.y, facts.carry["transition"])
-        weights = self.weights(right, batch)
         begun = facts.round >= self.start
+        if self.estimate == "pooled":
+            sums, classes = facts.told(keys.TRANSITION_SUMS), outputs.shape[1]
+            transition = pooled_transition(sums, classes)
+            begun = begun & (sums[classes * classes :].sum() > 0)
+        else:
+            transition = facts.carry["transition"]
+        right = label_weights(likely, batch.y, transition)
+        weights = self.weights(right, batch)
         return Loss(batch.mean(losses, torch.where(begun, weights, 1)), outputs)
 
     def weights(self, right: Tensor, batch: Batch) -> Tensor:
