@@ -343,6 +343,7 @@ def make_grid(
                 gpus_per_worker=gpus_per_worker,
                 address=address,
                 plan=plan,
+                show=stranger,
                 **nodes,
             )
         elif apart:

@@ -167,10 +167,8 @@ def test_what_flowers_simulation_runtime_is_called_with(
     for name in ("primary_task_id", "federation_id", "override_config"):
         assert hasattr(_flower.empty_run(1), name), MOVED.format(f"Run.{name}")
     given: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "flwr.simulation.run_simulation._run_simulation",
-        lambda **named: given.update(named),
-    )
+    module = importlib.import_module("flwr.simulation.run_simulation")
+    monkeypatch.setattr(module, "_run_simulation", lambda **own: given.update(own))
     _flower.run_folder(
         print,
         "app:client_app",

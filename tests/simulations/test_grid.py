@@ -144,7 +144,7 @@ def test_a_million_clients(make: Make, write: Any) -> None:
     began = time.perf_counter()
     grid = make(app_of(number), 1_000_000)
     nodes = grid.get_node_ids()
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < 2.0
     assert len(list(nodes)) == 1_000_000
     (reply,) = grid.send_and_receive([write(grid, 999_999)])
     assert reply.content["metrics"]["client"] == 999_999

@@ -31,7 +31,7 @@ from ...core.errors import ConfigurationError, EngineError, check_range
 from ...core.signals import own_handlers
 from ...core.threads import one_thread
 from ...messages.dispatch import Cohort, Gathered, Replies
-from ..grid import Nodes, RunConfig, answers_cohort, is_stranger, usable_plan
+from ..grid import Nodes, RunConfig, answers_cohort, usable_plan
 from ..plan import Plan, sizes_of
 from ..workers.grid import PooledGrid
 from ..workers.jobs import CohortBatch
@@ -52,8 +52,8 @@ class RayGrid(PooledGrid):
     """Simulated clients in Ray worker processes.
 
     A Ray that is initialised already is used, and left running by :meth:`close`.
-    Otherwise the grid starts one for itself, with what clients of our own app print in
-    Ray's log folder (on the terminal if the logger ``fedweight`` is at ``DEBUG``).
+    Otherwise the grid starts one for itself, with what the clients print in Ray's log
+    folder (on the terminal if the logger ``fedweight`` is at ``DEBUG``).
 
     Parameters
     ----------
@@ -72,6 +72,8 @@ class RayGrid(PooledGrid):
         A running Ray cluster to join; ``"auto"`` finds one on this machine.
     plan : Plan, optional
         How our own app trains clients; one after another by default.
+    show : bool
+        Whether what clients print is on the terminal anyway, each line with a number.
     **nodes
         The other parameters of :class:`~fedweight.simulations.grid.Nodes`.
 
@@ -91,6 +93,7 @@ class RayGrid(PooledGrid):
         gpus_per_worker: float = 0.0,
         address: str | None = None,
         plan: Plan | None = None,
+        show: bool = False,
         **nodes: Any,
     ) -> None:
         of_run = Nodes(num_clients, dict(run_config or {}), **nodes)
@@ -98,7 +101,7 @@ class RayGrid(PooledGrid):
         if workers is not None:
             check_range("workers", workers, 1)
         check_range("gpus_per_worker", gpus_per_worker, 0)
-        ours = _start_ray(workers, address, is_stranger(client_app))
+        ours = _start_ray(workers, address, show)
         try:
             self._pool = Pool(Actors(*_resources(workers, gpus_per_worker)))
         except BaseException:
