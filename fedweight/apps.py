@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .core.layout import Base
     from .data import Schema
     from .messages.bases import BaseSender
+    from .messages.codecs import Codec
+    from .messages.wire import Wire
     from .studies.components import Components
     from .studies.configuration import Configuration
 
@@ -129,6 +131,7 @@ class NumberedGrid(Grid):
         self._names: dict[int, str] = {}
         self._told: set[tuple[int, str]] = set()
         self._sender: BaseSender | None = None
+        self._wire: Wire | None = None
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes that are connected, and ask new ones who they are."""
@@ -210,7 +213,18 @@ class NumberedGrid(Grid):
 
         self._sender = BaseSender(base, self.grid, ANSWER_SECONDS)
 
+    def read_by(self, codec: Codec) -> None:
+        """Have clients write models with a codec, from now on, and read them by it."""
+        from .messages.wire import Wire
+
+        self._wire = Wire(codec)
+
+    def _written(self, messages: Iterable[Message]) -> Iterable[Message]:
+        return messages if self._wire is None else self._wire.write(messages)
+
     def _watched(self, replies: Iterable[Message]) -> Iterable[Message]:
+        if self._wire is not None:
+            replies = self._wire.read(replies)
         return replies if self._sender is None else self._sender.watched(replies)
 
     # The rest of a grid, as it is.
@@ -230,7 +244,7 @@ class NumberedGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Pass on."""
-        return self.grid.push_messages(messages)
+        return self.grid.push_messages(self._written(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pass on."""
@@ -240,7 +254,8 @@ class NumberedGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Pass on."""
-        return self._watched(self.grid.send_and_receive(messages, timeout=timeout))
+        sent = self._written(messages)
+        return self._watched(self.grid.send_and_receive(sent, timeout=timeout))
 
 
 def _number(identity: ConfigRecord) -> int | None:

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 from safetensors.numpy import load_file
 
@@ -613,3 +614,81 @@ def test_the_nodes_say_how_many_clients_there_are() -> None:
     assert count(None) is None
     with pytest.raises(ConfigurationError, match="disagree on num-partitions"):
         count(7, 8)
+
+
+# ------------------------------------------------------------------------- codecs
+
+
+class WeighingGrid(FlowerLikeGrid):
+    """Brings every message as bytes, as a network does, and weighs it."""
+
+    def __init__(self, inner: LocalGrid) -> None:
+        super().__init__(inner)
+        self.down = self.up = 0
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        several = list(messages)
+        kinds = {m.metadata.message_type for m in several}
+        sent = [as_on_a_network(message) for message in several]
+        replies = super().send_and_receive([m for m, _ in sent])
+        come = [as_on_a_network(reply) for reply in replies]
+        if kinds <= {"train", "evaluate"}:
+            self.down += sum(size for _, size in sent)
+            self.up += sum(size for _, size in come) if kinds == {"train"} else 0
+        return [reply for reply, _ in come]
+
+
+def as_on_a_network(message: Message) -> tuple[Message, int]:
+    """Return a message as it arrives, and how many bytes its content took."""
+    if message.has_error():
+        return message, 0
+    proto = recorddict_to_proto(message.content)
+    content = recorddict_from_proto(proto)
+    return _flower.message_of(content, message.metadata), proto.ByteSize()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"codec.name": "bfloat16"},
+        {"codec.name": "low-bits", "settings": "codec.bits=3"},
+        {"strategy.name": "autoflip", "settings": "strategy.explorers=0.5"},
+        {
+            "strategy.name": "autoflip",
+            "codec.name": "low-bits",
+            "settings": "strategy.prune=0.8 codec.rounding=nearest",
+        },
+        {"strategy.name": "fedlex", "settings": "strategy.explore-epochs=1"},
+    ],
+)
+def test_what_a_codec_writes_is_what_a_simulation_counts(
+    start: Start, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    wide = {"model.name": "mlp", "data.held-out": 0.1}
+    config = QUICK | wide | more
+    config["run.rounds"] = 1
+    config["settings"] = f"{config.get('settings', '')} model.hidden=[512,128]".strip()
+    grid = WeighingGrid(LocalGrid(apps.client_app, 4, config))
+    folder = start(grid, config)
+    local = {k: v for k, v in config.items() if k != "settings"}
+    texts = [f"{key}={json.dumps(value)}" for key, value in local.items()]
+    texts += str(config["settings"]).split()
+    simulated = fedweight.run(
+        settings=[*texts, "engine.plan=loop"],
+        out=tmp_path / "simulated",
+        report=False,
+        progress=False,
+    )
+    flower = fedweight.Run(folder)
+    assert flower.clients.status.tolist() == simulated.clients.status.tolist()
+    # A level that is read otherwise would be much farther off than a sum's last bits.
+    both = flower.folder, simulated.folder
+    found, expected = (load_file(folder / "model.safetensors") for folder in both)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=3e-7)
+    for column, carried in (("bytes_up", grid.up), ("bytes_down", grid.down)):
+        assert flower.clients[column].tolist() == simulated.clients[column].tolist()
+        assert flower.clients[column].sum() == pytest.approx(carried, rel=0.02)

@@ -141,6 +141,7 @@ def test_list_shows_every_name_with_a_line(capsys):
         "adapters",
         "server optimisers",
         "schedules",
+        "codecs",
         "local optimisers",
         "learning-rate schedules",
         "probes",

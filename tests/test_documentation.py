@@ -42,6 +42,7 @@ from fedweight.data.partitions import PARTITIONS
 from fedweight.data.skews import attribute_skew
 from fedweight.messages import keys
 from fedweight.messages.arrays import FlatRecord
+from fedweight.messages.codecs import CODECS, codec
 from fedweight.server.admission import FAR_LONGER
 from fedweight.server.reported import OWN_METRICS
 from fedweight.server.schedules import make_schedule
@@ -777,6 +778,25 @@ def is_of(run: dict[str, Any], row: Row) -> bool:
         if engine != "floor" and not found["agrees"]:
             return False
     return True
+
+
+def test_codecs_are_those_of_the_registry() -> None:
+    listed = [names(row["codec"])[0] for row in table("docs/codecs.md", "codec")]
+    assert sorted(listed) == sorted(CODECS.entries)
+    rows = table("docs/codecs.md", "key")
+    options = options_in_file("codec", "low-bits")
+    assert [names(row["key"])[0] for row in rows] == list(options)
+    for row, (option, rule) in zip(rows, options.items(), strict=True):
+        assert json.loads(names(row["default"])[0]) == rule.default
+        choices = [json.loads(choice) for choice in names(row["range"])]
+        limits = Range.find(row["range"], whole=True)
+
+        def take(value: Any, option: str = option) -> Any:
+            return codec("low-bits", **{option: value})
+
+        check(take, choices, ["another"] if choices else [])
+        if limits:
+            check(take, limits.allowed(), limits.refused())
 
 
 def test_the_options_of_lora_are_those_of_its_page() -> None:

@@ -26,7 +26,9 @@ from ..data.federated import ClientData
 from ..data.tasks import CLASSIFICATION
 from ..messages import keys
 from ..messages.arrays import arrays_of
-from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent, only_arrays
+from ..messages.codecs import DENSE, Codec
+from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent
+from ..messages.wire import opened
 from ..metrics import Groups, Statistics, task_named
 from .bases import take_base
 from .client_tasks import ClientTask, Instructions, client_number, config_of
@@ -35,6 +37,7 @@ from .cohort_trainer import CohortTrainer
 from .local_work import LocalWork
 from .modules import Modules
 from .objectives import Objective, Plain
+from .objectives.base import unshared
 from .own_objectives import is_own
 from .personal.base import Personal
 from .personal_models import PersonalModels
@@ -100,6 +103,9 @@ class TrainingApp(ClientApp):
     personal : Personal, optional
         What clients train for themselves, and keep; see
         :mod:`fedweight.clients.personal`.
+    codec : Codec
+        How trained models are written on the wire; by default as they are. The
+        server's strategy has the same.
     trace : bool
         Whether the training step of many clients at once is traced. Without, it stands
         on PyTorch's public functions alone, and is slower.
@@ -137,6 +143,7 @@ class TrainingApp(ClientApp):
         num_groups: Mapping[str, int] | None = None,
         groups: Groups | None = None,
         personal: Personal | None = None,
+        codec: Codec = DENSE,
         trace: bool = True,
         mods: list[Any] | None = None,
     ) -> None:
@@ -187,7 +194,7 @@ class TrainingApp(ClientApp):
             )
             own = PersonalModels(
                 personal,
-                self.objective,
+                unshared(self.objective),
                 modules,
                 make_trainer,
                 replace(statistics, groups=None),
@@ -201,6 +208,8 @@ class TrainingApp(ClientApp):
             statistics,
             self.probes,
             own,
+            codec=codec,
+            seed=seed,
         )
         self._cancelled = threading.Event()
         self.train()(self._train)
@@ -346,7 +355,6 @@ class TrainingApp(ClientApp):
         stage, cancelled = cohort.message_type, self._cancelled
         if stage == "train":
             self._trainer.prepare(cohort, context_of)
-        record = cohort.arrays
 
         def attempt(some: Sequence[int]) -> list[Reply]:
             # Most clients are told the same.
@@ -362,7 +370,7 @@ class TrainingApp(ClientApp):
             at_once = batched and len(some) > 1
             stopped = self._cancelled.is_set  # Of now: see cancel().
             work = self._work.train if stage == "train" else self._work.evaluate
-            return work(record, clients, batched=at_once, cancelled=stopped)
+            return work(cohort.content, clients, batched=at_once, cancelled=stopped)
 
         try:
             return attempt(nodes)
@@ -389,20 +397,18 @@ class TrainingApp(ClientApp):
     def _train(self, message: Message, context: Context) -> Message:
         instructions = Instructions.of(config_of(message.content))
         client = self._client_task(context.node_id, instructions, context)
-        record = only_arrays(message.content)
         cancelled = self._cancelled.is_set
         (reply,) = self._work.train(
-            record, [client], batched=False, cancelled=cancelled
+            opened(message.content), [client], batched=False, cancelled=cancelled
         )
         return reply.message(message)
 
     def _evaluate(self, message: Message, context: Context) -> Message:
         instructions = Instructions.of(config_of(message.content))
         client = self._client_task(context.node_id, instructions, context)
-        record = only_arrays(message.content)
         cancelled = self._cancelled.is_set
         (reply,) = self._work.evaluate(
-            record, [client], batched=False, cancelled=cancelled
+            opened(message.content), [client], batched=False, cancelled=cancelled
         )
         return reply.message(message)
 

@@ -6,13 +6,14 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Context
+from torch import Tensor
 
 from ..core import rng
 from ..core.errors import ClientError
@@ -27,6 +28,7 @@ from .coding import Coding
 from .modules import Modules
 from .objectives import OBJECTIVES, Objective
 from .objectives.base import TOLD, Facts, defines, tracks
+from .objectives.checks import check_shared
 from .optimizers import OPTIMIZERS
 from .samples import Kind, kind_of
 from .settings import TrainingSettings
@@ -146,6 +148,7 @@ class CohortTrainer:
         module: FlatModule,
         start: FlatModel,
         clients: Sequence[ClientTask],
+        shared: Mapping[str, Tensor],
         *,
         batched: bool,
         cancelled: Callable[[], bool],
@@ -162,6 +165,8 @@ class CohortTrainer:
             The global model.
         clients : Sequence[ClientTask]
             Whom to train.
+        shared : Mapping[str, Tensor]
+            ``[P]`` each: what the server tells all of them alike.
         batched : bool
             Whether to train them at once.
         cancelled : Callable[[], bool]
@@ -181,7 +186,7 @@ class CohortTrainer:
         alike = {(one.round, one.mu) for one in told}
         batched = batched and len(alike) == 1 and self._optimizer_batches()
         kind = self.kind_if_batched(clients, cancelled) if batched else None
-        tasks = self._training_tasks(clients, part)
+        tasks = self._training_tasks(clients, part, shared)
         if own is not None:
             tasks = [replace(t, own=model) for t, model in zip(tasks, own, strict=True)]
         if kind is not None:
@@ -263,7 +268,9 @@ class CohortTrainer:
             results[k] = result
         return results
 
-    def _training_tasks(self, clients: Sequence[ClientTask], part: int) -> list[Task]:
+    def _training_tasks(
+        self, clients: Sequence[ClientTask], part: int, shared: Mapping[str, Tensor]
+    ) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
         for client in clients if self.coding.task.whole else ():
             labels = client.data.train.y
@@ -298,6 +305,7 @@ class CohortTrainer:
             ]
         if not self.tracks:
             return tasks
+        read = check_shared(self.objective, shared)
         carried = read_carried(clients, self.owner) if self.carries else {}
         nothing: tuple[Named | None, Named] = None, {}
         # Most clients share their instructions, so each is read once.
@@ -313,13 +321,19 @@ class CohortTrainer:
                     client,
                     heard[id(client.instructions)],
                     *carried.get(client.number, nothing),
+                    shared=read,
                 ),
             )
             for task, client in zip(tasks, clients, strict=True)
         ]
 
     def _known(
-        self, client: ClientTask, heard: Named, carry: Named | None, kept: Named
+        self,
+        client: ClientTask,
+        heard: Named,
+        carry: Named | None,
+        kept: Named,
+        shared: Mapping[str, Tensor],
     ) -> Known:
         """Return what the objective wants to know of a client, and has kept."""
         train = client.data.train
@@ -337,6 +351,7 @@ class CohortTrainer:
             carry,
             kept,
             self.coding.groups(self.objective, train),
+            shared,
         )
 
     def _streams_of(

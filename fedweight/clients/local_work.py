@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, RecordDict
 
 from ..core.errors import ClientError
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
+from ..core.rng import Purpose, generator
 from ..core.texts import shown
 from ..messages import keys
 from ..messages.arrays import complete, leaves_out_base
-from ..messages.dispatch import Reply
+from ..messages.codecs import DENSE, Codec, Draw, as_read
+from ..messages.dispatch import Reply, only_arrays
 from ..messages.records import NUMBERS, as_measured
+from ..messages.shared import MASK, shared_vectors, sizes_of
+from ..messages.wire import asks_to_write, written
 from ..metrics import Statistics
 from .bases import base_of
 from .client_state import write_results
@@ -56,6 +60,10 @@ class LocalWork:
         What may be asked for by these names, besides what is registered.
     personal : PersonalModels, optional
         Trains and evaluates the clients' personal models, if they have some.
+    codec : Codec
+        How trained models are written on the wire.
+    seed : int
+        The run's.
     """
 
     def __init__(
@@ -67,6 +75,9 @@ class LocalWork:
         statistics: Statistics,
         probes: Mapping[str, Probe],
         personal: PersonalModels | None = None,
+        *,
+        codec: Codec = DENSE,
+        seed: int = 0,
     ) -> None:
         self.modules = modules
         self.trials = trials
@@ -76,6 +87,8 @@ class LocalWork:
         self.task = statistics.task
         self.probes = probes
         self.personal = personal
+        self.codec = codec
+        self.seed = seed
         # Loss and accuracy, if there is one: what every client reports.
         self._usual = Statistics(self.task, statistics.num_classes, ())
         score = tuple({self.task.score} & {*self.task.offered})
@@ -84,27 +97,42 @@ class LocalWork:
 
     def train(
         self,
-        record: ArrayRecord,
+        content: RecordDict,
         clients: Sequence[ClientTask],
         *,
         batched: bool,
         cancelled: Callable[[], bool],
     ) -> list[Reply]:
-        """Train some clients from the same global model."""
+        """Train some clients from the same global model.
+
+        ``content`` is what all of them are sent.
+        """
+        record = only_arrays(content)
         with self.modules.lend() as module:
             dtype = _dtype(module)
             clients = [client.cast(dtype, self.task.name) for client in clients]
             start = self._received(record, module, clients)
+            names = [e.name for e in module.layout.parameters]
+            shared = shared_vectors(content, sizes_of(module.layout), names)
             results = self.trainer.train(
-                module, start, clients, batched=batched, cancelled=cancelled
+                module,
+                start,
+                clients,
+                shared,
+                batched=batched,
+                cancelled=cancelled,
             )
             part = leaves_out_base(record, module.layout)
             pairs = list(zip(clients, results, strict=True))
+            mask = shared.get(MASK)
+            draws = self._draws(clients)
+            trained = [result.model for result in results]
+            models = as_read(self.codec, trained, start, draws, mask)
             hits = self.task.counts_hits
             replies = [
                 Reply(
                     client.node,
-                    result.model.travelling() if part else result.model,
+                    model.travelling() if part else model,
                     {
                         keys.NUM_EXAMPLES: len(client.data.train),
                         keys.TRAIN_LOSS: result.loss,
@@ -112,8 +140,13 @@ class LocalWork:
                         keys.NUM_STEPS: result.num_steps,
                     },
                 )
-                for client, result in pairs
+                for (client, result), model in zip(pairs, models, strict=True)
             ]
+            if asks_to_write(content):
+                for k, reply in enumerate(replies):
+                    model = trained[k].travelling() if part else trained[k]
+                    draw = draws[k] if draws else None
+                    reply.written = written(self.codec, model, start, draw, mask)
             probed = [
                 self._probe(module, start, *pair, reply)
                 for pair, reply in zip(pairs, replies, strict=True)
@@ -137,6 +170,12 @@ class LocalWork:
         for view in probed:
             view.commit()
         return replies
+
+    def _draws(self, clients: Sequence[ClientTask]) -> list[Draw]:
+        """Return what gives clients' random numbers, where the codec needs some."""
+        stream = partial(generator, self.seed, Purpose.CODING)
+        drawing = clients if self.codec.draws else ()
+        return [partial(stream, c.instructions.round, c.number) for c in drawing]
 
     def _received(
         self, record: ArrayRecord, module: FlatModule, clients: Sequence[ClientTask]
@@ -199,7 +238,7 @@ class LocalWork:
 
     def evaluate(
         self,
-        record: ArrayRecord,
+        content: RecordDict,
         clients: Sequence[ClientTask],
         *,
         batched: bool,
@@ -208,7 +247,9 @@ class LocalWork:
         """Evaluate the global model on some clients' held-out data.
 
         And their personal models, which they train before if the rounds are over.
+        ``content`` is what all of them are sent.
         """
+        record = only_arrays(content)
         with self.modules.lend() as module:
             dtype = _dtype(module)
             clients = [client.cast(dtype, self.task.name) for client in clients]

@@ -114,10 +114,11 @@ def _step(
     """Make a step with an objective, as a client does that has these examples."""
     with own_streams(SEED, torch.device(device)):
         module = FlatModule(make(), device)
+        size = module.layout.num_parameters
         train(
             module,
             module.save(),
-            task_of(examples, 1, SEED, objective, coding),
+            task_of(examples, 1, SEED, objective, coding, size),
             objective,
             TrainingSettings(batch_size=ROWS),
             learning_rate=0.01,

@@ -143,6 +143,7 @@ class PersonalModels:
                         c._replace(instructions=told[id(c.instructions)])
                         for c in clients
                     ],
+                    {},
                     batched=batched,
                     cancelled=cancelled,
                     own=own,

@@ -170,7 +170,11 @@ or RateSchedule
         return found | named | dataclasses.asdict(rule)
 
     def learning_rate_in(self, round: int) -> float:
-        """Return the learning rate that a round begins with; rounds count from 1."""
+        """Return the learning rate that a round begins with; rounds count from 1.
+
+        What comes before them begins as the first one.
+        """
+        round = max(round, 1)
         rate = float(self.learning_rate * self.learning_rate_decay ** (round - 1))
         schedule = self.rate_schedule
         if schedule.over_steps or isinstance(schedule, Constant):

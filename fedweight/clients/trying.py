@@ -116,7 +116,8 @@ def try_alone(
         module: FlatModule, rows: slice, epochs: int = 2, rate: float = 0.01
     ) -> tuple[LocalResult, list[str]]:
         """Train as a client with these examples; tell which streams were drawn from."""
-        task = task_of(examples.take(rows), epochs, SEED, objective, coding)
+        size = start.layout.num_parameters
+        task = task_of(examples.take(rows), epochs, SEED, objective, coding, size)
         with own_streams(SEED, module.parameters.device):
             before = _streams(module.parameters.device)
             result = run_steps(
@@ -164,9 +165,17 @@ def try_alone(
 
 
 def task_of(
-    examples: Examples, epochs: int, key: int, objective: Objective, coding: Coding
+    examples: Examples,
+    epochs: int,
+    key: int,
+    objective: Objective,
+    coding: Coding,
+    size: int,
 ) -> Task:
-    """Return a client's task, as if all clients had twice its examples together."""
+    """Return a client's task, as if all clients had twice its examples together.
+
+    ``size`` is P, how many parameters are trained.
+    """
     totals: list[int] = []
     if coding.task.has_classes:
         counts = np.bincount(examples.y, minlength=coding.num_classes)
@@ -175,8 +184,18 @@ def task_of(
     x = as_tensor(examples.x)
     heard = objective.unheard(x, Facts(torch.zeros(0), facts))
     facts |= {TOLD + name: value for name, value in heard.items()}
-    known = Known(facts, groups=coding.groups(objective, examples))
+    known = Known(
+        facts,
+        groups=coding.groups(objective, examples),
+        shared=_shared(objective, size),
+    )
     return Task(examples, epochs, key, key, known)
+
+
+def _shared(objective: Objective, size: int) -> dict[str, Tensor]:
+    """Return something that the server might tell: a 0 and a 1 in turns."""
+    turns = torch.arange(size) % 2
+    return {name: turns.float() for name in sorted(objective.shared)}
 
 
 def _streams(device: torch.device) -> dict[str, object]:
@@ -305,7 +324,9 @@ def _compare(
     )
 
     def task(k: int, n: int, epochs: int) -> Task:
-        return task_of(some.take(slice(n)), epochs, SEED + k, objective, coding)
+        parameters = start.layout.num_parameters
+        own = some.take(slice(n))
+        return task_of(own, epochs, SEED + k, objective, coding, parameters)
 
     # A rate at which the largest change of a step is small.
     slope = alone(task=task(0, size, 1), learning_rate=1.0)

@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     CONTRIBUTION = 18
     VALIDATION = 19
     CLIENT_APP = 20
+    CODING = 21
     FLIPS = 22
 
 

@@ -105,6 +105,8 @@ class Cohort(_Messages):
         this metric of its client, and keep none.
     left_out : Collection[int]
         Nodes whose models are not wanted in that sum.
+    num_bytes : int, optional
+        How many bytes each client receives, without Flower's headers.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Cohort(_Messages):
         starts: Mapping[int, ArrayRecord] | None = None,
         summed_by: str | None = None,
         left_out: Collection[int] = (),
+        num_bytes: int | None = None,
     ) -> None:
         self.content = content
         self.nodes = list(nodes)
@@ -127,6 +130,7 @@ class Cohort(_Messages):
         self.starts = dict(starts or {})
         self.summed_by = summed_by
         self.left_out = frozenset(left_out)
+        self.num_bytes = num_bytes
         super().__init__()
 
     @property
@@ -220,6 +224,8 @@ class Reply:
         Whether the model went into the cohort's sum, and was not kept.
     lost : bool
         Whether the client did not answer, and the error is the SuperLink's.
+    written : ArrayRecord, optional
+        The model as a codec writes it, where it goes over a network so.
     """
 
     node: int
@@ -230,6 +236,7 @@ class Reply:
     finite: bool | None = None
     summed: bool = False
     lost: bool = False
+    written: ArrayRecord | None = None
 
     @classmethod
     def of(cls, message: Message, layout: Layout, arrays_key: str) -> Reply:
@@ -292,7 +299,9 @@ class Reply:
             )
         content = RecordDict({keys.METRICS: MetricRecord(dict(self.metrics))})
         model = self.model if not callable(self.model) else self.model()
-        if model is not None:
+        if self.written is not None:
+            content[keys.ARRAYS] = self.written
+        elif model is not None:
             content[keys.ARRAYS] = FlatRecord(model)
         if self.profile:
             content[keys.PROFILE] = ConfigRecord(dict(self.profile))

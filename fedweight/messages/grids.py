@@ -13,6 +13,7 @@ from ..core.client_store import ClientStore
 
 if TYPE_CHECKING:
     from ..core.layout import Base
+    from .codecs import Codec
 
 
 def number_of(grid: object) -> Callable[[int], int]:
@@ -57,6 +58,13 @@ def staged(grid: object) -> AbstractContextManager[Callable[[], None]]:
     """
     store: ClientStore | None = getattr(grid, "store", None)
     return nullcontext(lambda: None) if store is None else store.staged()
+
+
+def read_by(grid: object, codec: Codec) -> None:
+    """Have clients write models with a codec, where they go over a network."""
+    reads = getattr(grid, "read_by", None)
+    if reads is not None:
+        reads(codec)
 
 
 def bring_base(grid: object, base: Base) -> None:

@@ -11,6 +11,7 @@ ARRAYS: Final = "arrays"
 CONFIG: Final = "config"
 METRICS: Final = "metrics"
 PROFILE: Final = "profile"
+SHARED: Final = "shared"
 
 # What the server tells a client in the config record.
 ROUND: Final = "server-round"
@@ -25,10 +26,14 @@ GROUP: Final = "group"
 GROUP_WEIGHTS: Final = "group-weights"
 SCHEMA: Final = "schema"
 BASE: Final = "base"
+WRITTEN: Final = "written"
 AFTER_ROUNDS: Final = "after-rounds"
 
 # What of it no strategy tells otherwise.
-OF_THE_SERVER: Final = (ROUND, REQUEST, QUERY, SCHEMA, BASE, AFTER_ROUNDS)
+OF_THE_SERVER: Final = (
+    *(ROUND, REQUEST, QUERY, SCHEMA, BASE),
+    *(WRITTEN, AFTER_ROUNDS),
+)
 
 # What every reply to a train message reports.
 NUM_EXAMPLES: Final = "num-examples"

@@ -73,7 +73,8 @@ def after_rounds(
         messages = Cohort(content, [*node_of.values()], MessageType.EVALUATE)
     with staged(grid) as keep:
         replies = grid.send_and_receive(messages, timeout=timeout)
-        record = _recorded(state, node_of, replies, grid)
+        size = messages.num_bytes if isinstance(messages, Cohort) else None
+        record = _recorded(state, node_of, replies, grid, size)
         keep()
     return record
 
@@ -83,8 +84,9 @@ def _recorded(
     node_of: dict[int, int],
     replies: Iterable[Message],
     grid: Grid,
+    num_bytes: int | None,
 ) -> RoundRecord:
-    """Sort what clients answered."""
+    """Sort what clients answered; each of them was sent so many bytes."""
     layout, names = layout_of(state.arrays), name_of(grid)
     client_of = {node: client for client, node in node_of.items()}
     accepted: dict[int, AcceptedReply] = {}
@@ -95,7 +97,7 @@ def _recorded(
             "missing",
             "no reply in time",
             name=own_name(client, names(client)),
-            bytes_down=layout.num_bytes,
+            bytes_down=layout.num_bytes if num_bytes is None else num_bytes,
         )
         for client in node_of
     }

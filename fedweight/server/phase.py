@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from ..core.annotations import plain_value
 from ..core.errors import AggregationError, ConfigurationError, closest
@@ -60,6 +61,8 @@ class Population:
         The run's.
     queries : Iterable[str]
         The names of those that there are.
+    explore : Callable, optional
+        Lets clients train, for :meth:`train`.
 
     Attributes
     ----------
@@ -69,10 +72,17 @@ class Population:
         Of round 0: who did not answer which query, each of them once, and why.
     """
 
-    def __init__(self, grid: Grid, seed: int, queries: Iterable[str]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        seed: int,
+        queries: Iterable[str],
+        explore: Callable[..., Any] | None = None,
+    ) -> None:
         self.grid = grid
         self.seed = seed
         self.queries = sorted(queries)
+        self._explore = explore
         self.record = RoundRecord(0)
         self._node = numbered(grid)
         self.clients = tuple(self._node)
@@ -146,6 +156,57 @@ class Population:
                 lost[client] = "missing", "no reply in time"
         self._note(query, lost)
         return dict(sorted(answers.items()))
+
+    def train(
+        self,
+        clients: Sequence[int],
+        *,
+        epochs: int,
+        start: Tensor | None = None,
+        shared: Callable[[int], Mapping[str, Tensor]] | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Let some clients train before the first round, and return what they made.
+
+        Nothing becomes of it but what the method makes of it: the global model stays,
+        and so does what clients keep. Who trained is in round 0 of the log, with the
+        bytes.
+
+        Parameters
+        ----------
+        clients : Sequence[int]
+            Some of :attr:`clients`, each once.
+        epochs : int
+            1 or more; passes over their data.
+        start : Tensor, optional
+            ``[P]``: the parameters that they begin with; by default the global model's.
+        shared : Callable, optional
+            Returns, for P, what the strategy's ``share`` would give.
+        timeout : float, optional
+            Seconds to wait; as long as it takes by default.
+
+        Returns
+        -------
+        fedweight.strategies.Round
+            Its number is 0; of the clients whose replies were good, one or more.
+
+        Raises
+        ------
+        ConfigurationError
+            If there is no such client.
+        AggregationError
+            If fewer good replies come than the strategy's ``min_replies``.
+        """
+        known = [int(c) for c in clients if c in self._node]
+        if not known or len(known) != len(clients) or len({*known}) != len(known):
+            raise ConfigurationError(
+                "population.train: clients must be some of population.clients, each "
+                f"once, got {shown(clients)}."
+            )
+        if self._explore is None:
+            raise ConfigurationError("population.train: nobody trains here.")
+        nodes = {client: self._node[client] for client in sorted(known)}
+        return self._explore(self.record, nodes, epochs, start, shared, timeout)
 
     def _checked(self, query: Any, questions: Any, timeout: Any) -> dict[int, Question]:
         """Return the questions by the clients' numbers, or refuse what is no such."""

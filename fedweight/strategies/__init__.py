@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..server.sampling import Draw
     from .afl import AFL
     from .agnostic_fair import AgnosticFair
+    from .autoflip import AutoFLIP
     from .base import WeightingStrategy
     from .fair_incentive import FairIncentive
     from .fedasync import FedAsync
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .fedcollab import FedCollab
     from .feddisco import FedDisco
     from .fedlaw import FedLAW
+    from .fedlex import FedLEx
     from .fednova import FedNova
     from .fedprox import FedProx
     from .global_group_dro import GlobalGroupDRO
@@ -38,6 +40,7 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "STRATEGIES",
     "AgnosticFair",
+    "AutoFLIP",
     "ClientRecord",
     "Draw",
     "FairIncentive",
@@ -49,6 +52,7 @@ __all__ = [
     "FedCollab",
     "FedDisco",
     "FedLAW",
+    "FedLEx",
     "FedNova",
     "FedProx",
     "GlobalGroupDRO",
@@ -68,6 +72,7 @@ __getattr__, __dir__ = lazy_exports(
         "FedAsync": ".fedasync",
         "AFL": ".afl",
         "AgnosticFair": ".agnostic_fair",
+        "AutoFLIP": ".autoflip",
         "FairIncentive": ".fair_incentive",
         "FedAU": ".fedau",
         "FedAvg": ".fedavg",
@@ -76,6 +81,7 @@ __getattr__, __dir__ = lazy_exports(
         "FedCollab": ".fedcollab",
         "FedDisco": ".feddisco",
         "FedLAW": ".fedlaw",
+        "FedLEx": ".fedlex",
         "FedNova": ".fednova",
         "FedProx": ".fedprox",
         "GlobalGroupDRO": ".global_group_dro",
@@ -111,6 +117,8 @@ STRATEGIES = Registry(
         "agnostic-fair": "fedweight.strategies.agnostic_fair:AgnosticFair",
         "global-group-dro": "fedweight.strategies.global_group_dro:GlobalGroupDRO",
         "fednova": "fedweight.strategies.fednova:FedNova",
+        "fedlex": "fedweight.strategies.fedlex:FedLEx",
+        "autoflip": "fedweight.strategies.autoflip:AutoFLIP",
     },
 )
 

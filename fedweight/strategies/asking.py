@@ -16,9 +16,12 @@ from ..core.records import RoundRecord
 from ..core.rng import Purpose, generator
 from ..core.texts import shown
 from ..messages import keys
+from ..messages import shared as told_alike
 from ..messages.arrays import FlatRecord, flatten, layout_of
+from ..messages.codecs import DENSE, num_bytes
 from ..messages.dispatch import Cohort
 from ..messages.grids import is_complete, name_of, number_of, sizes_of, sums_models
+from ..messages.shared import MASK, shared_record
 from ..server.phase import Population, label_totals
 from ..server.sampling import (
     Drawing,
@@ -31,7 +34,15 @@ from ..server.sampling import (
     straggler_epochs,
 )
 from ..server.timetable import Moment, Timetable
-from .checks import as_draw, asked_names, assigned, told_columns
+from .checks import (
+    as_draw,
+    asked_names,
+    assigned,
+    checked_vectors,
+    constrained_model,
+    told_columns,
+)
+from .exploring import explore
 from .now import Asked, GlobalModel, Now
 from .round import Selection
 
@@ -59,8 +70,9 @@ def train_messages(
     now.name_of = name_of(grid)
     if not now.prepared:
         if strategy.overrides("prepare") or strategy.class_totals:
-            _prepare(strategy, now, grid)
+            _prepare(strategy, now, grid, config)
         now.prepared = True
+    now.model = constrained_model(strategy, now.model, now.method)
     now.history.append(unfinished)
     config[keys.ROUND] = round
     if now.class_totals:
@@ -74,7 +86,7 @@ def train_messages(
     shared, columns = told_columns(strategy, selection)
     for key, value in shared.items():
         config[key] = value
-    wanted = unpooled(strategy, now, round)
+    wanted = now.unpooled(strategy.pools, round)
     asks = [(*own, *wanted) for own in asked_names(strategy, selection)]
     arrivals = {arrival.client: arrival for arrival in now.arrivals or ()}
     own = {}
@@ -118,6 +130,7 @@ def train_messages(
         {
             strategy.arrayrecord_key: _flat(arrays, now.model),
             strategy.configrecord_key: config,
+            **_shared(strategy, now),
         }
     )
     now.cohort = Cohort(
@@ -137,16 +150,17 @@ def train_messages(
     return now.cohort
 
 
-def unpooled(strategy: WeightingStrategy, now: Now, round: int) -> list[str]:
-    """Return what a round's clients are asked for that is to be added up over them."""
-    pools = (strategy.pools or {}).items()
-    return [name for name, since in pools if round >= since and name not in now.pooled]
-
-
-def _prepare(strategy: WeightingStrategy, now: Now, grid: Grid) -> None:
+def _prepare(
+    strategy: WeightingStrategy, now: Now, grid: Grid, config: ConfigRecord
+) -> None:
     """Let the method ask clients before the first round; record who did not answer."""
     nodes_there(grid, max(strategy.min_available_nodes, strategy.min_train_nodes))
-    population = Population(grid, strategy.seed, {*QUERIES.entries, *strategy.queries})
+    population = Population(
+        grid,
+        strategy.seed,
+        {*QUERIES.entries, *strategy.queries},
+        partial(explore, strategy, now, grid, config),
+    )
     try:
         if strategy.overrides("prepare"):
             now.method = strategy.prepare(population)
@@ -155,6 +169,27 @@ def _prepare(strategy: WeightingStrategy, now: Now, grid: Grid) -> None:
     finally:
         if population.record.clients:
             now.history.append(population.record)
+
+
+def _shared(
+    strategy: WeightingStrategy, now: Now, only: Collection[str] | None = None
+) -> dict[str, ConfigRecord]:
+    """Return what all clients are told of every parameter, as a record of a message.
+
+    ``only`` some of it, by name. What a client is sent in all, and sends back, is
+    noted.
+    """
+    if now.model is None:  # Nobody has trained.
+        return {}
+    vectors = checked_vectors(strategy, now.method, now.model)
+    mask = vectors.get(MASK)
+    if only is not None:
+        vectors = {name: one for name, one in vectors.items() if name in only}
+    layout = now.model.layout
+    told = told_alike.num_bytes(vectors)
+    now.bytes_down = num_bytes(DENSE, layout, mask) + told
+    now.bytes_up = num_bytes(strategy.codec, layout, mask)
+    return {keys.SHARED: shared_record(vectors, layout)} if vectors else {}
 
 
 def evaluate_messages(
@@ -218,8 +253,15 @@ def _evaluation(
         node: Asked(client, False, (), own)
         for (client, node), own in zip(nodes, which, strict=True)
     }
+    if strategy.overrides("constrain") and now.model is not None:
+        model = flatten(arrays, now.model.layout)
+        arrays = _flat(arrays, constrained_model(strategy, model, now.method))
     content = RecordDict(
-        {strategy.arrayrecord_key: arrays, strategy.configrecord_key: config}
+        {
+            strategy.arrayrecord_key: arrays,
+            strategy.configrecord_key: config,
+            **_shared(strategy, now, (MASK,)),
+        }
     )
     now.cohort = Cohort(
         content,
@@ -227,6 +269,7 @@ def _evaluation(
         MessageType.EVALUATE,
         config_key=strategy.configrecord_key,
         starts=_starts(now),
+        num_bytes=now.bytes_down,
     )
     return now.cohort
 

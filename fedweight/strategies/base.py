@@ -38,6 +38,7 @@ from ..core.texts import shown
 from ..core.threads import one_thread
 from ..core.updates import Accumulate, Updates
 from ..messages import keys
+from ..messages.codecs import DENSE, Codec
 from ..messages.dispatch import Replies
 from ..server.phase import Population
 from ..server.sampling import Draw
@@ -120,6 +121,9 @@ class WeightingStrategy(Strategy):
         a list of sums over the examples of numbers from 0 to 1: the round from which on
         the clients drawn are asked, until some have answered. All are told the sums,
         by the same name, from then on.
+    codec : Codec
+        How trained models are written on the wire; by default as they are. The clients'
+        app has the same.
     statistics : Statistics, optional
         What clients add up of their held-out examples, besides loss and accuracy: the
         round's measures are those of the sum over all of them. See
@@ -175,6 +179,7 @@ class WeightingStrategy(Strategy):
     threads: Annotated[Annotated[int, Field(ge=1)] | None, GIVEN] = None
     class_totals: Annotated[bool, GIVEN] = False
     pools: Annotated[Mapping[str, int] | None, GIVEN] = None
+    codec: Annotated[Codec, GIVEN] = DENSE
     statistics: Annotated[Any, GIVEN] = None
 
     _now: Now = field(init=False)
@@ -323,6 +328,34 @@ class WeightingStrategy(Strategy):
             All clients, and ``population.ask`` to ask them.
         """
         return self.begin()
+
+    def share(self, state: Any) -> Mapping[str, Tensor]:
+        """Return what all clients are told of every parameter; nothing by default.
+
+        They are sent it with the global model of each round, which ``bytes_down``
+        counts; what :meth:`objective` puts around theirs has it in ``facts.shared``.
+
+        Parameters
+        ----------
+        state : Any
+            What the method carries.
+
+        Returns
+        -------
+        Mapping[str, Tensor]
+            By name ``[P]``: floating numbers, or bool, which takes a bit an element.
+            ``"mask"`` says which parameters are 0 in every model from now on where it
+            is 0, and are not sent; :meth:`constrain` sees to it on the server.
+        """
+        return {}
+
+    def constrain(self, parameters: Tensor, state: Any) -> Tensor:
+        """Return the global parameters as the method allows them to be, ``[P]``.
+
+        Asked for the first model, and for what the server's optimiser makes of each
+        round's; as they are by default.
+        """
+        return parameters
 
     def assign(self, selection: Selection) -> Sequence[int] | None:
         """Return which global model each client starts from, and trains.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AggregationError, ConfigurationError
+from ..core.layout import FlatModel
 from ..core.texts import clients_called, shown
 from ..messages import keys
 from ..messages.records import MOST_NUMBERS, as_measured, fits_config
@@ -168,6 +169,49 @@ def _numbers(strategy: WeightingStrategy, name: str, told: Vector) -> list[float
             f"Vector of 1 to {MOST_NUMBERS:,} finite numbers."
         )
     return [float(value) for value in found]
+
+
+def checked_vectors(
+    strategy: WeightingStrategy, state: Any, model: FlatModel
+) -> dict[str, Tensor]:
+    """Return what ``share`` gives: vectors of a value for each parameter, by name."""
+    found = dict(_by_name(strategy, "share", strategy.share(state)))
+    for name, vector in found.items():
+        good = isinstance(vector, Tensor) and vector.shape == model.parameters.shape
+        if good and vector.dtype == torch.bool:
+            continue
+        if not good or not vector.is_floating_point():
+            raise ConfigurationError(
+                f"{type(strategy).__name__}.share must give floating or bool tensors "
+                f"of shape [{model.parameters.numel()}], got {shown(vector)} for "
+                f"'{name}'."
+            )
+        found[name] = vector.to(model.layout.dtype)
+    return found
+
+
+def constrained(strategy: WeightingStrategy, parameters: Tensor, state: Any) -> Tensor:
+    """Return what ``constrain`` makes of parameters, if it is as many."""
+    if not strategy.overrides("constrain"):
+        return parameters
+    given: Any = strategy.constrain(parameters, state)
+    if not isinstance(given, Tensor) or given.shape != parameters.shape:
+        raise ConfigurationError(
+            f"{type(strategy).__name__}.constrain must return parameters, shape "
+            f"[{parameters.numel()}], got {shown(given)}."
+        )
+    return given
+
+
+def constrained_model(
+    strategy: WeightingStrategy, model: FlatModel, state: Any
+) -> FlatModel:
+    """Return a global model as the method allows it to be."""
+    if not strategy.overrides("constrain"):
+        return model
+    given = constrained(strategy, model.parameters, state)
+    same = torch.equal(given, model.parameters)
+    return model if same else model.with_parameters(given)
 
 
 def asked_names(

@@ -31,8 +31,7 @@ from ..server.reported import (
     recorded_metrics,
     sort_metrics,
 )
-from .asking import unpooled
-from .checks import as_parameters, check_values, check_weights
+from .checks import as_parameters, check_values, check_weights, constrained
 from .now import Asked, GlobalModel, Now
 from .receiving import read, reason_of, sort
 from .round import OddReplies, Round
@@ -79,7 +78,7 @@ def next_model(
             return _fail(record, str(error))
     # Only now: a failed round leaves all that is carried as it was.
     now.method, now.optimizers = state, optimizers
-    for name in unpooled(strategy, now, number):
+    for name in now.unpooled(strategy.pools, number):
         _pool(now, name, accepted)
     metrics = _metrics(strategy, accepted, chosen, strategy.train_metrics_aggr_fn)
     record.status, record.reason = "ok", ""
@@ -137,11 +136,12 @@ def _made(
     state, optimizers = now.method, dict(now.optimizers)
     for which, some in _by_model(now, accepted).items():
         start = now.global_model(which)
-        round = _round(strategy, now, number, start, some, models, state)
+        round = round_of(strategy, now, number, start, some, models, state)
         parameters, state = parted(strategy.aggregate(round), state)
         parameters, optimizers[which] = _stepped(
             strategy, now, parameters, round, optimizers.get(which)
         )
+        parameters = constrained(strategy, parameters, state)
         made[which] = (
             round,
             _with_buffers(strategy, parameters, round, some, models),
@@ -200,7 +200,7 @@ def _sent(now: Now, one: AcceptedReply) -> Asked:
     return now.sent.get(one.client) or Asked(one.client, False, ())
 
 
-def _round(
+def round_of(
     strategy: WeightingStrategy,
     now: Now,
     number: int,
@@ -428,7 +428,6 @@ def mean_evaluation(
     entries: dict[int, ClientRecord] = {}
     for row in record.clients:  # Of a client that replied twice, the first.
         entries.setdefault(row.client, row)
-    nbytes = now.model.layout.num_bytes if now.model else 0
     good: dict[int, AcceptedReply] = {}
     bad: list[ClientRecord] = []
 
@@ -443,7 +442,7 @@ def mean_evaluation(
         if entry is None:
             entry = entries[client] = now.entry(client, "evaluated")
             record.clients.append(entry)
-        entry.bytes_down += nbytes if sent else 0
+        entry.bytes_down += now.bytes_down if sent else 0
         try:
             if isinstance(reply, AggregationError):
                 raise AggregationError(str(reply))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -98,6 +98,8 @@ class Now:
         How many clients there were when the last ones were drawn, without these.
     cohort : Cohort, optional
         The messages of the phase that goes on.
+    bytes_down, bytes_up : int
+        What a client is sent in the phase that goes on, and sends back.
     clock : Clock, optional
         The loop's schedule.
     outermost : bool
@@ -124,9 +126,18 @@ class Now:
     own_metrics: OwnMetrics = field(default_factory=OwnMetrics)
     name_of: Callable[[int], str] = str
     cohort: Cohort | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
     clock: Clock | None = None
     outermost: bool = False
     forgets: bool = False
+
+    def unpooled(self, pools: Mapping[str, int] | None, round: int) -> list[str]:
+        """Return what clients are asked for in a round, to be added up over them."""
+        since = (pools or {}).items()
+        return [
+            name for name, begin in since if round >= begin and name not in self.pooled
+        ]
 
     @property
     def arrivals(self) -> tuple[Arrival, ...] | None:

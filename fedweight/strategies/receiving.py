@@ -89,7 +89,6 @@ def sort(
 ) -> tuple[list[AcceptedReply], LocalModels]:
     """Tell good replies from bad ones, in the order of the clients' numbers."""
     assert now.model is not None
-    nbytes = now.model.layout.num_bytes
     anybody = not (now.asked or now.not_asked)
     entries = {c: now.entry(c, "dropped", why) for c, why in now.not_asked.items()}
     record.clients += entries.values()
@@ -103,14 +102,14 @@ def sort(
     for client, sent, reply in found:
         entry = now.entry(client, "ok")
         record.clients.append(entry)
-        entry.bytes_down = nbytes if sent else 0
+        entry.bytes_down = now.bytes_down if sent else 0
         try:
             check_sender(sent is not None or anybody, client in answered)
             answered.add(client)
             if isinstance(reply, AggregationError):
                 raise reply
             if reply.model is not None or reply.summed:
-                entry.bytes_up = nbytes
+                entry.bytes_up = now.bytes_up
             sent = sent or Asked(client, False, strategy.request)
             accepted[client] = _admit(strategy, round, sent, reply, entry, looks)
             entries[client] = entry

@@ -35,6 +35,7 @@ KINDS = {
     "adapters": "model.adapters",
     "server optimisers": "server",
     "schedules": "schedule",
+    "codecs": "codec",
     "local optimisers": "training.optimizer",
     "learning-rate schedules": "training.learning-rate-schedule",
 }

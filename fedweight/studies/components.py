@@ -37,6 +37,7 @@ from ..data import (
 from ..data import check as check_data
 from ..data.files import load_one_csv
 from ..messages.arrays import FlatRecord
+from ..messages.codecs import Codec, codec
 from ..metrics import Groups, LearningTask, Statistics, task_named
 from ..server.schedules import SCHEDULES, Buffered, Schedule, make_schedule
 from ..server.wrapped import with_inner
@@ -89,12 +90,13 @@ class Components:
         ConfigurationError
             If nothing of it is trained.
         """
+        table = self.configuration["model"]
         model = models.build(
-            self.configuration["model"]["name"],
+            table["name"],
             self.data.input_shape,
             self.task.width(self.data.num_classes),
             seed=self.configuration.seed("model"),
-            adapters=self.configuration["model"]["adapters"],
+            adapters=table["adapters"],
             **self.configuration.options("model"),
         )
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -163,6 +165,13 @@ class Components:
             return Layout.of_module(self.make_model())
         return Layout.of_module(own_layers(self.make_model, personal))
 
+    def codec(self) -> Codec:
+        """Make what writes trained models on the wire."""
+        name = self.configuration["codec"]["name"]
+        return named(
+            "codec", partial(codec, name, **self.configuration.options("codec"))
+        )
+
     def client_app(self) -> TrainingApp:
         """Make the ClientApp."""
         training = self.configuration["training"]
@@ -185,6 +194,7 @@ class Components:
             probes={n: f for one, _ in methods for n, f in one.probes.items()},
             queries={n: f for one, _ in methods for n, f in one.queries.items()},
             personal=self.personal(),
+            codec=self.codec(),
             trace=self.configuration["engine"]["trace"],
             groups=self.groups,
             num_groups={
@@ -320,6 +330,7 @@ class Components:
             "local_learning_rate": self.configuration["training"]["learning-rate"],
             "class_totals": "class-totals" in self._chosen_objective().wants,
             "pools": self._chosen_objective().pools,
+            "codec": self.codec(),
         }
         if self.data.num_classes:
             ours["num_classes"] = self.data.num_classes

@@ -50,6 +50,7 @@ def check_feasible(
         if simulated:
             _check_clients(components, one)
     _check_wants(components, strategy, client_app.objective)
+    _check_codec(components, strategy)
     _check_schedule(components, strategy, simulated=simulated)
     _check_decisions(components, strategy)
     _check_model(components)
@@ -126,6 +127,17 @@ def _check_wants(components: Components, strategy: Strategy, chosen: Objective) 
         by = [one for one in with_inner(strategy) if hasattr(one, "num_groups")]
         key = "strategy.group" if by else "objective.group"
         check_choice(key, chosen.group, components.data.attribute_names)
+
+
+def _check_codec(components: Components, strategy: Strategy) -> None:
+    """Refuse a codec that the server does not know of."""
+    ours = any(isinstance(one, WeightingStrategy) for one in with_inner(strategy))
+    if not ours and not components.codec().exact:
+        raise ConfigurationError(
+            f"codec.name is '{components.configuration['codec']['name']}', which "
+            f"{type(strategy).__name__} cannot read. Choose a strategy of fedweight's, "
+            "or 'dense'."
+        )
 
 
 def _check_clients(components: Components, strategy: Strategy) -> None:

@@ -27,7 +27,7 @@ from ..core.threads import one_thread
 from ..data import DataSet
 from ..messages import keys
 from ..messages.arrays import FlatRecord, leaves_out_base
-from ..messages.grids import bring_base
+from ..messages.grids import bring_base, read_by
 from ..server import loop
 from ..server.checkpoint import not_carried
 from ..server.last_phase import after_rounds
@@ -444,6 +444,8 @@ def serve(
     ends = personal is not None and personal.when == "end"
     if ends:
         recorder.will_end()
+    if any(isinstance(one, WeightingStrategy) for one in with_inner(strategy)):
+        read_by(grid, components.codec())
     epochs = configuration["training"]["epochs"]
     table = configuration["run"]
     rounds, timeout = table["rounds"], table["timeout"] or None

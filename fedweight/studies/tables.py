@@ -24,6 +24,7 @@ from ..core.settings import kebab
 from ..data import DATA_SETS
 from ..data.partitions import PARTITIONS
 from ..messages import keys
+from ..messages.codecs import CODECS
 from ..models import MODELS
 from ..models.adapters import ADAPTERS
 from ..server.schedules import SCHEDULES
@@ -310,6 +311,19 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Wire:
+    """[codec]: how clients write what they have trained."""
+
+    name: Annotated[
+        str,
+        Field(
+            description="how trained models are sent: dense, bfloat16 or low-bits, or "
+            "'module:Class'"
+        ),
+    ] = "dense"
+
+
+@dataclass(frozen=True)
 class Engine:
     """[engine]: where clients run, and how."""
 
@@ -391,6 +405,7 @@ SCHEMA: dict[str, dict[str, Option]] = {
     "strategy": _table(ServerStrategy),
     "server": _table(Server),
     "schedule": _table(Timing),
+    "codec": _table(Wire),
     "engine": _table(Engine),
 }
 
@@ -446,12 +461,13 @@ PICKS: dict[str, Pick] = {
                 *("arrayrecord_key", "configrecord_key", "weighted_by_key"),
                 *("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"),
                 *("buffers", "frozen", "device", "model", "num_classes", "proxy"),
-                *("seed", "server_optimizer", "statistics", "threads"),
+                *("seed", "server_optimizer", "statistics", "threads", "codec"),
             }
         ),
     ),
     "server": Pick(SERVER_OPTIMIZERS, "Class(**options)"),
     "schedule": Pick(SCHEDULES, "Class(**options)"),
+    "codec": Pick(CODECS, "Class(**options)"),
 }
 
 # What other keys of a table than its name pick, by table and key.

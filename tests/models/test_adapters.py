@@ -192,7 +192,10 @@ def federate(name, plan, make=two, rounds=2):
     )
     assert {r.status for r in strategy.history} == {"ok"}
     size = 4 * whole.layout.num_parameters
-    assert {c.bytes_up for r in strategy.history for c in r.clients} == {size}
+    if name == "autoflip":
+        size //= 2  # It prunes as much.
+    after = [record for record in strategy.history if record.number]
+    assert {c.bytes_up for record in after for c in record.clients} == {size}
     return whole, complete(result.arrays, whole.base).state_dict()
 
 

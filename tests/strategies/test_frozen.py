@@ -71,7 +71,9 @@ def build(name, **options):
     cls = strategy_class(name)
     inputs = {"model": network(), "proxy": PROXY}
     needed = {key: inputs[key] for key in cls.needs}
-    return cls(**needed, fraction_evaluate=0.0, **options)
+    # Pruned, a bias of zeros stays one.
+    few = {"fedlex": {"explore_epochs": 1}, "autoflip": {"prune": 0.1}}.get(name, {})
+    return cls(**needed, fraction_evaluate=0.0, **few, **options)
 
 
 def run(strategy, grid=LocalGrid, told=True, chunk=1, rounds=3, model=network):
@@ -86,7 +88,8 @@ def run(strategy, grid=LocalGrid, told=True, chunk=1, rounds=3, model=network):
     else:
         start = ArrayRecord(model().state_dict())
     result = strategy.start(grid, start, num_rounds=rounds, train_config=ConfigRecord())
-    assert [record.status for record in strategy.history] == ["ok"] * rounds
+    statuses = [record.status for record in strategy.history if record.number]
+    assert statuses == ["ok"] * rounds
     if told == "part":
         assert not {*FROZEN} & {*result.arrays}
         return dict(complete(result.arrays, whole.base).named_arrays())
@@ -117,7 +120,10 @@ def test_it_makes_no_difference_whether_they_travel(name, grid):
     for tensor, values in run(with_them, grid, True, 5).items():
         np.testing.assert_array_equal(found[tensor], values)
     frozen = 4 * (6 * FEATURES + 6 + CLASSES)
+    # What comes before the rounds may ask a client twice.
     for k, one in enumerate(without.history):
+        if not one.number:
+            continue
         for mine, other in zip(one.clients, with_them.history[k].clients, strict=True):
             assert other.bytes_up - mine.bytes_up == frozen
             assert other.bytes_down - mine.bytes_down == frozen

@@ -34,6 +34,9 @@ PROXY = SimpleNamespace(
 VARIANTS = {
     "fedavg": [({}, plain.FedAvg, {})],
     "fedprox": [({}, plain.FedAvg, {})],
+    # What they change of it comes of exploring: see test_exploration.
+    "fedlex": [({}, plain.FedAvg, {})],
+    "autoflip": [({}, plain.FedAvg, {})],
     "feddisco": [
         (options, plain.FedDisco, options)
         for options in (

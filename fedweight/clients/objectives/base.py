@@ -176,6 +176,9 @@ class Facts:
     carry : Mapping[str, Tensor]
         What the client carries from step to step, and from round to round: as
         :meth:`Objective.begin` made it, or the last step left it.
+    shared : Mapping[str, Tensor]
+        ``[P]`` each: what the server tells all clients, by the names in the objective's
+        ``shared``.
     """
 
     def __init__(
@@ -183,9 +186,11 @@ class Facts:
         received: Tensor,
         known: Mapping[str, Tensor] = _NOTHING,
         carry: Mapping[str, Tensor] = _NOTHING,
+        shared: Mapping[str, Tensor] = _NOTHING,
     ) -> None:
         self.received = received
         self.carry = carry
+        self.shared = shared
         self._known = known
 
     @property
@@ -259,12 +264,15 @@ class Objective:
         what it is at first.
     tasks : tuple of str
         Which tasks it is for, where it names some: another is refused.
+    shared : frozenset of str
+        What it reads of ``facts.shared``: names of what a strategy's ``share`` gives.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ()
     wants: ClassVar[frozenset[Fact]] = frozenset()
     hears: ClassVar[tuple[str, ...]] = ()
     pools: Mapping[str, int] = {}
+    shared: ClassVar[frozenset[str]] = frozenset()
     group: str = ""
     per_example: Mapping[str, float] = {}
 
@@ -422,6 +430,11 @@ class Around(Objective):
         return self.inner.pools
 
     @property
+    def shared(self) -> frozenset[str]:  # type: ignore[override]
+        """What the other one reads of what the server tells all clients."""
+        return self.inner.shared
+
+    @property
     def group(self) -> str:  # type: ignore[override]
         """By what the other one groups examples."""
         return self.inner.group
@@ -479,10 +492,22 @@ class Around(Objective):
         return self.inner.trains(name)
 
 
+def unshared(objective: Objective) -> Objective:
+    """Return what is inside the objectives that read ``facts.shared``.
+
+    Personal models, which may have other parameters and are trained when nothing of
+    them is told, are trained with that.
+    """
+    while objective.shared and isinstance(objective, Around):
+        objective = objective.inner
+    return objective
+
+
 def tracks(objective: Objective) -> bool:
     """Tell whether an objective wants to know, carry or keep anything of a client."""
     keeps = bool(objective.per_example) or defines(objective, "begin")
-    return keeps or bool(objective.wants) or bool(objective.hears)
+    wants = objective.wants or objective.hears or objective.shared
+    return keeps or bool(wants)
 
 
 def defines(objective: Objective, name: str) -> bool:

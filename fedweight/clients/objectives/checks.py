@@ -57,6 +57,26 @@ def check_loss(
         _check_kept(f"{name}: what it keeps of each example", found.state, state)
 
 
+def check_shared(
+    objective: Objective, shared: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what an objective reads of what the server tells all clients alike.
+
+    Raises
+    ------
+    ClientError
+        If the server does not tell it.
+    """
+    missing = sorted(objective.shared - shared.keys())
+    if missing:
+        raise ClientError(
+            f"objective {type(objective).__name__} reads {missing[0]!r} of what the "
+            "server tells all clients, which it does not tell. Its strategy's share "
+            "gives it."
+        )
+    return {name: shared[name] for name in sorted(objective.shared)}
+
+
 def check_carry(
     objective: Objective, by: str, found: Any, carry: Mapping[str, Tensor]
 ) -> None:

@@ -241,6 +241,7 @@ class BatchedTrainer:
             tuple(carried.carry),
             tuple(carried.kept),
             tuple(carried.facts),
+            tuple(carried.shared),
             ("x", "y", "seeds", *of_steps),
         )
         done: dict[int, list[Tensor]] = {}
@@ -259,6 +260,7 @@ class BatchedTrainer:
             [*carried.carry.values()],
             [*carried.kept.values()],
             [*carried.facts.values()],
+            [*carried.shared.values()],
             [],
         )
         plan.check(self._least)  # As far as it is known; a trace may tell more.

@@ -32,11 +32,14 @@ class Carried:
     kept : dict[str, Tensor]
         ``[C, N + 1]``: a value of each example of the client that has most, N, and a
         place for padding.
+    shared : dict[str, Tensor]
+        ``[P]`` each: what all clients are told alike.
     """
 
     facts: dict[str, Tensor] = field(default_factory=dict)
     carry: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -73,12 +76,19 @@ class Carried:
             for row, task in zip(rows, tasks, strict=True):
                 row[:-1][: len(task.examples)] = kept_of(name, value, task)
             kept[name] = rows.to(device)
-        return cls(_stacked(of_clients, device), _stacked(carries, device), kept)
+        shared = shared_of(tasks[0], received)
+        return cls(
+            _stacked(of_clients, device),
+            _stacked(carries, device),
+            kept,
+            # A copy: memory that is kept is written to.
+            {name: shared[name].to(device, copy=True) for name in sorted(shared)},
+        )
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of it."""
-        parts = (self.facts, self.carry, self.kept)
+        parts = (self.facts, self.carry, self.kept, self.shared)
         return [tensor for part in parts for tensor in part.values()]
 
     @property
@@ -95,6 +105,11 @@ class Carried:
 def facts_of(task: Task, received: Tensor) -> Named:
     """Return what the objective knows of a client, in the model's dtype."""
     return {name: value.to(received.dtype) for name, value in task.known.facts.items()}
+
+
+def shared_of(task: Task, received: Tensor) -> Named:
+    """Return what all clients are told alike, in the model's dtype."""
+    return {name: value.to(received.dtype) for name, value in task.known.shared.items()}
 
 
 def carry_of(
@@ -115,7 +130,8 @@ def carry_of(
     """
     carry = task.known.carry
     if carry is None:
-        carry = objective.begin(Facts(received, facts_of(task, received)))
+        facts = Facts(received, facts_of(task, received), {}, shared_of(task, received))
+        carry = objective.begin(facts)
         for name, value in carry.items():
             if not isinstance(value, Tensor):
                 raise ClientError(
@@ -123,7 +139,9 @@ def carry_of(
                     f"{type(value).__name__} for '{name}'. Return tensors by name."
                 )
     if defines(objective, "look"):
-        facts = Facts(received, facts_of(task, received), carry)
+        facts = Facts(
+            received, facts_of(task, received), carry, shared_of(task, received)
+        )
         labels = as_tensor(task.examples.y)
         found = objective.look(partial(predict, task.examples), labels, facts)
         check_carry(objective, "look", found, carry)

@@ -124,7 +124,7 @@ class ClientStep:
         client: Mapping[str, dict[str, Tensor]],
     ) -> tuple[list[Tensor], Besides]:
         """Return the gradients that the objective makes of some, and the rest."""
-        facts = Facts(received, client["facts"], client["carry"])
+        facts = _facts(received, client)
         first: list[Besides] = []
         moved: set[int] = set()
         spare = [[t.clone() for t in some] for some in (buffers, counters)]
@@ -185,7 +185,7 @@ class ClientStep:
         x, y, mask = batch["x"], batch["y"], batch.get("mask")
         stream = batch["seeds"], batch["step"]
         model = _Model(self, found, parameters, frozen, buffers, counters, stream, mask)
-        facts = Facts(received, client["facts"], client["carry"])
+        facts = _facts(received, client)
         with OfLabels(y):
             loss = self.objective.loss(
                 model,
@@ -201,6 +201,11 @@ class ClientStep:
             {name: value.detach() for name, value in loss.state.items()},
         )
         return loss.value * scale, besides
+
+
+def _facts(received: Tensor, client: Mapping[str, dict[str, Tensor]]) -> Facts:
+    """Return what one client's objective may know."""
+    return Facts(received, client["facts"], client["carry"], client["shared"])
 
 
 class _Model:

@@ -34,6 +34,8 @@ class StepInputs(NamedTuple):
         ``[C, N + 1]``: what is kept of each example; the last place is for padding.
     facts : list of Tensor
         ``[C, ...]``: what the objective wants to know of each client.
+    shared : list of Tensor
+        ``[P]``: what all clients are told alike.
     batch : list of Tensor
         In the order of :attr:`StepNames.batch`.
     """
@@ -47,6 +49,7 @@ class StepInputs(NamedTuple):
     carry: list[Tensor]
     kept: list[Tensor]
     facts: list[Tensor]
+    shared: list[Tensor]
     batch: list[Tensor]
 
 
@@ -55,7 +58,7 @@ class StepNames(NamedTuple):
 
     Attributes
     ----------
-    carry, kept, facts : tuple of str
+    carry, kept, facts, shared : tuple of str
         As the objective calls them.
     batch : tuple of str
         ``x``, ``y``, ``groups`` where they are wanted, ``seeds``, ``counts`` (real
@@ -66,15 +69,24 @@ class StepNames(NamedTuple):
     carry: tuple[str, ...]
     kept: tuple[str, ...]
     facts: tuple[str, ...]
+    shared: tuple[str, ...]
     batch: tuple[str, ...]
 
 
 def facts_of_client(
-    names: StepNames, received: Tensor, facts: list[Tensor], carry: list[Tensor]
+    names: StepNames,
+    received: Tensor,
+    facts: list[Tensor],
+    carry: list[Tensor],
+    shared: list[Tensor],
 ) -> Facts:
     """Return what one client's objective may know."""
-    known = dict(zip(names.facts, facts, strict=True))
-    return Facts(received, known, dict(zip(names.carry, carry, strict=True)))
+    return Facts(
+        received,
+        dict(zip(names.facts, facts, strict=True)),
+        dict(zip(names.carry, carry, strict=True)),
+        dict(zip(names.shared, shared, strict=True)),
+    )
 
 
 def views(rows: Tensor, entries: Sequence[Entry]) -> list[Tensor]:

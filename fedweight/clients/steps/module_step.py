@@ -15,7 +15,7 @@ from ...core.module import FlatModule
 from ..noise import LocalTraining, Streams
 from ..objectives.base import Batch, Facts, Loss, Objective, defines
 from ..objectives.checks import check_gradient, check_loss
-from .carried import carry_of, facts_of, kept_of
+from .carried import carry_of, facts_of, kept_of, shared_of
 from .predictions import predictions
 from .task import Task
 
@@ -63,6 +63,8 @@ class ModuleStep:
         self.received = start.parameters.to(device)
         facts = facts_of(task, start.parameters)
         self.facts = {name: value.to(device) for name, value in facts.items()}
+        shared = shared_of(task, start.parameters)
+        self.shared = {name: value.to(device) for name, value in shared.items()}
         predict = partial(predictions, module, start)
         carried = carry_of(objective, task, start.parameters, predict)
         self.carry = {name: value.to(device) for name, value in carried.items()}
@@ -104,7 +106,7 @@ class ModuleStep:
             What the objective found, and whether every parameter has a gradient, as
             where there is a penalty.
         """
-        module, facts = self.module, Facts(self.received, self.facts, self.carry)
+        module, facts = self.module, self._facts()
         batch.stream = self.key, step
         if self.kept:
             batch.state = {n: v.index_select(0, rows) for n, v in self.kept.items()}
@@ -149,10 +151,14 @@ class ModuleStep:
     def change_after(self) -> None:
         """Change the parameters after a step, as the objective says."""
         if self._changes_after:
-            facts = Facts(self.received, self.facts, self.carry)
+            facts = self._facts()
             with torch.no_grad():
                 parameters = self.module.parameters
                 parameters.copy_(self.objective.after_step(parameters, facts))
+
+    def _facts(self) -> Facts:
+        """Return what the objective may know now."""
+        return Facts(self.received, self.facts, self.carry, self.shared)
 
     def _backward(
         self,

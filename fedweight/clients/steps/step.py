@@ -27,6 +27,9 @@ from .inputs import SHARED, StepInputs, StepNames, facts_of_client
 
 Step = Callable[..., Any]
 
+# How what an objective sees of clients is batched over them.
+OF_CLIENTS = {"facts": 0, "carry": 0, "kept": 0, "shared": None}
+
 
 @dataclass(frozen=True)
 class MadeStep:
@@ -169,8 +172,9 @@ class ChunkStep:
             return self.objective.after_step(row, facts_of_client(names, *others))
 
         rows, received = given.ends
-        of_clients: Callable[..., Any] = vmap(of_client, in_dims=(0, None, 0, 0))
-        rows.copy_(of_clients(rows, received, given.facts, given.carry))
+        of_clients: Callable[..., Any] = vmap(of_client, in_dims=(0, None, 0, 0, None))
+        told = given.facts, given.carry, given.shared
+        rows.copy_(of_clients(rows, received, *told))
 
     # Parts of a step.
 
@@ -276,7 +280,7 @@ class ChunkStep:
         of_client = step.of_objective if self._own_gradient else step.of_loss
         batched: Callable[..., Any] = vmap(
             partial(of_client, found),
-            in_dims=(0, 0, None, 0, 0, None, None, along, 0),
+            in_dims=(0, 0, None, 0, 0, None, None, along, OF_CLIENTS),
         )
         return batched(  # type: ignore[no-any-return]
             given.parameters,
@@ -307,15 +311,20 @@ class ChunkStep:
             received,
             torch.ones_like(given.sums[2]),
             {name: t if name in SHARED else t[0] for name, t in own.items()},
-            {part: {n: t[0] for n, t in some.items()} for part, some in client.items()},
+            {
+                part: some
+                if OF_CLIENTS[part] is None
+                else {n: t[0] for n, t in some.items()}
+                for part, some in client.items()
+            },
         )
         return found
 
     def _is_penalised(self, given: StepInputs, names: StepNames) -> bool:
         """Tell whether there is a penalty on the parameters."""
         received = given.ends[1]
-        of_first = ([t[0] for t in values] for values in (given.facts, given.carry))
-        facts = facts_of_client(names, received, *of_first)
+        known, carry = ([t[0] for t in part] for part in (given.facts, given.carry))
+        facts = facts_of_client(names, received, known, carry, given.shared)
         return self.objective.penalty_gradient(received, facts) is not None
 
     def _penalties(self, given: StepInputs, names: StepNames) -> Tensor:
@@ -324,8 +333,9 @@ class ChunkStep:
         def of_client(row: Tensor, *others: Any) -> Tensor | None:
             return self.objective.penalty_gradient(row, facts_of_client(names, *others))
 
-        of_clients: Callable[..., Any] = vmap(of_client, in_dims=(0, None, 0, 0))
-        return of_clients(*given.ends, given.facts, given.carry)  # type: ignore[no-any-return]
+        of_clients: Callable[..., Any] = vmap(of_client, in_dims=(0, None, 0, 0, None))
+        told = given.facts, given.carry, given.shared
+        return of_clients(*given.ends, *told)  # type: ignore[no-any-return]
 
     def _count(
         self,
@@ -375,7 +385,8 @@ def _of_objective(
     }
     facts = dict(zip(names.facts, given.facts, strict=True))
     carry = dict(zip(names.carry, given.carry, strict=True))
-    return own, {"facts": facts, "carry": carry, "kept": kept}
+    shared = dict(zip(names.shared, given.shared, strict=True))
+    return own, {"facts": facts, "carry": carry, "kept": kept, "shared": shared}
 
 
 def _sum(gradient: Tensor | None, penalty: Tensor | None) -> Tensor | None:

@@ -31,12 +31,15 @@ class Known:
         ``[n]`` each: what was kept of its examples in earlier rounds.
     groups : ndarray, optional
         ``[n]``: the group of each example, where the objective wants it.
+    shared : Mapping[str, Tensor]
+        ``[P]`` each: what the server tells all clients alike.
     """
 
     facts: Mapping[str, Tensor] = field(default_factory=dict)
     carry: Mapping[str, Tensor] | None = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     groups: npt.NDArray[np.int64] | None = None
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 NOTHING_KNOWN = Known()
