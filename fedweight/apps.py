@@ -432,6 +432,8 @@ def _configuration(run_config: Frozen) -> Configuration:
     configuration = Configuration.unflatten(flat)
     if configuration["data"]["path"]:
         _absolute("data.path", configuration["data"]["path"])
+    if configuration["model"]["weights"]:
+        _absolute("model.weights", configuration["model"]["weights"])
     return configuration
 
 

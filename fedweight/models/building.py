@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..core.rng import Purpose, torch_seed
 from ..core.texts import shown
 from . import MODELS
 from .adapters import ADAPTERS
+from .weights import has_tensors_of, load_weights
 
 # A matrix of so many values or more is looked at before it is made.
 LARGE = 10**8
@@ -33,6 +35,7 @@ def build(
     *,
     seed: int | None = None,
     adapters: str = "none",
+    weights: str | Path = "",
     **options: Any,
 ) -> nn.Module:
     """Build a model with fresh weights.
@@ -54,6 +57,10 @@ def build(
         :data:`~fedweight.models.adapters.ADAPTERS`, or ``"module:function"`` for one of
         your own, called as ``function(model, **options)``. The weights of the model
         are those that it has without.
+    weights : str or Path
+        A safetensors file with the weights that the model begins with, such as a run's
+        ``model.safetensors``: those of the model without adapters, or those with them.
+        See :func:`~fedweight.models.weights.load_weights`.
     **options
         The model's options, such as ``hidden``, and those of the adapters.
 
@@ -73,9 +80,14 @@ def build(
     with contextlib.nullcontext() if seed is None else _seeded(seed):
         module = make(what, lambda: model(tuple(input_shape), num_classes, **options))
         if isinstance(module, nn.Module):
+            base = bool(weights) and has_tensors_of(weights, module)
+            if base:
+                load_weights(module, weights)
             module = make(
                 f"model.adapters '{adapters}'", lambda: adapted(module, **own)
             )
+            if weights and not base:
+                load_weights(module, weights)
     if not isinstance(module, nn.Module):
         raise ConfigurationError(
             f"model '{name}' gave {type(module).__name__}. Return a torch.nn.Module."

@@ -24,6 +24,7 @@ from ..clients.personal_models import own_layers
 from ..core.errors import ConfigurationError, check_choice
 from ..core.layout import Layout
 from ..core.options import options_of
+from ..core.paths import why_unreadable
 from ..core.registry import make
 from ..data import (
     ClientData,
@@ -82,8 +83,22 @@ class Components:
         check_choice("engine.device", wanted, ["auto", *allowed])
         self.device = wanted
 
-    def make_model(self) -> nn.Module:
+    def clients_model(self) -> nn.Module:
+        """Build the model as a client does, which may not have the server's file.
+
+        What it trains comes from the server, and what it lacks of the rest, too.
+        """
+        path = self.configuration["model"]["weights"]
+        there = bool(path) and why_unreadable(Path(path)) is None
+        return self.make_model(path if there else "")
+
+    def make_model(self, weights: str | None = None) -> nn.Module:
         """Build the model with the run's initial weights.
+
+        Parameters
+        ----------
+        weights : str, optional
+            Another file than the configuration's; ``""`` for random ones.
 
         Raises
         ------
@@ -97,6 +112,7 @@ class Components:
             self.task.width(self.data.num_classes),
             seed=self.configuration.seed("model"),
             adapters=table["adapters"],
+            weights=table["weights"] if weights is None else weights,
             **self.configuration.options("model"),
         )
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -177,7 +193,7 @@ class Components:
         training = self.configuration["training"]
         methods = self._methods()
         return TrainingApp(
-            self.make_model,
+            self.clients_model,
             self.client_data,
             num_classes=self.data.num_classes,
             task=self.data.task,

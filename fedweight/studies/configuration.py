@@ -239,7 +239,7 @@ def _replace(table: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def make_paths_whole(
     given: Mapping[str, Any], changes: Mapping[str, Any], folder: Path
 ) -> None:
-    """Make the paths of [data] absolute, so that they hold wherever a run is repeated.
+    """Make paths absolute, so that they hold wherever a run is repeated.
 
     Those of a file are relative to it, those of settings to the working directory.
     """
@@ -251,12 +251,11 @@ def make_paths_whole(
         kinds = {key: typing.get_args(o.annotation) for key, o in options.items()}
         paths |= {key for key, kind in kinds.items() if Path in kind}
     for tables, start in ((given, folder), (changes, Path())):
-        data = tables.get("data")
-        if not isinstance(data, dict):
-            continue
-        for key in paths:
-            if isinstance(data.get(key), str) and data[key]:
-                data[key] = str(absolute(f"data.{key}", data[key], start))
+        for name, keys in (("data", paths), ("model", {"weights"})):
+            table: Any = tables.get(name)
+            for key in keys if isinstance(table, dict) else ():
+                if isinstance(table.get(key), str) and table[key]:
+                    table[key] = str(absolute(f"{name}.{key}", table[key], start))
 
 
 def read_tables(path: str | Path) -> dict[str, Any]:

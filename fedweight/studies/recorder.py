@@ -33,6 +33,7 @@ from ..data import Examples, notes
 from ..messages.arrays import FlatRecord, complete
 from ..messages.grids import connected, name_of, number_of
 from ..metrics import Sums
+from ..models.weights import digest
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
 from ..server.wrapped import with_inner
@@ -60,6 +61,9 @@ from .records import (
 )
 
 log = logging.getLogger("fedweight")
+
+# In environment.json, of the file that the model begins with.
+WEIGHTS_DIGEST = "weights-sha256"
 
 
 class Recorder:
@@ -290,7 +294,7 @@ class Recorder:
         self._arrays = arrays
         test, tested = self._test(number, arrays)
         self._tested = bool(test)
-        self._record_before()
+        before = self._record_before()
         history = self._history
         if history and history[-1].number == number:
             record = history[-1]
@@ -306,6 +310,9 @@ class Recorder:
             self._write_partition(c.client for c in record.clients)
         hits = self.components.task.counts_hits
         row = round_row(record, test, accuracies=hits)
+        # What was sent before the first round is in its sums: row 0 is written.
+        for name in ("bytes_down", "bytes_up"):
+            row[name] += sum(getattr(c, name) for r in before for c in r.clients)
         self.rounds.append([row | (self._validated(arrays) if test else {})])
         self._record_groups(record, tested)
         now = time.perf_counter()
@@ -337,21 +344,22 @@ class Recorder:
     def _history(self) -> list[RoundRecord]:
         return getattr(self.strategy, "history", self._heard)
 
-    def _record_before(self) -> None:
-        """Record who did not answer what the strategy asked before the first round."""
+    def _record_before(self) -> list[RoundRecord]:
+        """Record what clients did before the first round, once; return what is new."""
         if self._before:
-            return
+            return []
         histories = [getattr(s, "history", ()) for s in with_inner(self.strategy)]
         self._before = [r for one in histories for r in one if r.number == 0]
         for record in self._before:
             self.clients.append(client_row(0, client) for client in record.clients)
             self.errors.add(record)
+        return self._before
 
     def _end(self) -> OutputError | None:
         """Write all that is still to be written; return why some of it cannot be."""
         if not self.goes_on:
             return None
-        jobs = [self._record_before]
+        jobs: list[Callable[[], Any]] = [self._record_before]
         jobs += [table.write for table in self._tables().values()]
         jobs += [self.errors.write, self._write_connected, self._write_model]
         failure = None
@@ -523,9 +531,16 @@ def environment_of(components: Components) -> dict[str, Any]:
             "largest_test_class": components.task.guessed(test.y),
         },
         "model": {
-            "parameters": Layout.of_module(components.make_model()).num_parameters
+            "parameters": Layout.of_module(components.make_model()).num_parameters,
+            **_weights(components),
         },
     }
+
+
+def _weights(components: Components) -> dict[str, str]:
+    """Return the digest of the file that the model begins with, if there is one."""
+    path = components.configuration["model"]["weights"]
+    return {WEIGHTS_DIGEST: digest(path)} if path else {}
 
 
 def _version(package: str) -> str | None:

@@ -28,6 +28,7 @@ from ..data import DataSet
 from ..messages import keys
 from ..messages.arrays import FlatRecord, leaves_out_base
 from ..messages.grids import bring_base, read_by
+from ..models.weights import digest
 from ..server import loop
 from ..server.checkpoint import not_carried
 from ..server.last_phase import after_rounds
@@ -53,7 +54,8 @@ from .keeper import Keeper, Remembers, go_on, read_checkpoint
 from .kept import write_kept
 from .pages import report_or_say
 from .progress import Wanted, check_progress, telling
-from .recorder import Recorder
+from .reader import table_of
+from .recorder import WEIGHTS_DIGEST, Recorder
 from .result import Run
 
 log = logging.getLogger("fedweight")
@@ -306,6 +308,7 @@ def resume(
         )
     own_callbacks = checked_callbacks(callbacks)
     check_progress(progress)
+    _check_weights(before, configuration)
     checkpoint = read_checkpoint(before.folder, configuration)
     components = prepare(configuration)
     made = make_ready(components, callbacks=own_callbacks)
@@ -320,6 +323,17 @@ def resume(
         callbacks=own_callbacks,
         checkpoint=checkpoint,
     )
+
+
+def _check_weights(before: Run, configuration: Configuration) -> None:
+    """Refuse to go on with other weights than those that a run began with."""
+    path = configuration["model"]["weights"]
+    expected = table_of(before.environment, "model").get(WEIGHTS_DIGEST)
+    if path and expected and digest(path) != expected:
+        raise DataError(
+            f"model.weights: {path} is not the file that the run began with: its "
+            f"SHA-256 was {expected[:12]}..."
+        )
 
 
 def _simulated(

@@ -259,6 +259,13 @@ class Model:
             "'module:function'; 'none' trains the model itself"
         ),
     ] = "none"
+    weights: Annotated[
+        str,
+        Field(
+            description="a safetensors file with the weights that the model begins "
+            "with; empty: random ones"
+        ),
+    ] = ""
 
 
 @dataclass(frozen=True)
