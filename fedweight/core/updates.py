@@ -291,11 +291,15 @@ class Updates(ABC):
         """
         for start in range(0, self.num_parameters, SHEET_COLUMNS):
             stop = min(start + SHEET_COLUMNS, self.num_parameters)
-            models = torch.empty(self.num_clients, stop - start, dtype=self.dtype)
-            answers = self._ask("columns", [(start, stop)] * len(self.members))
-            for rows, answer in zip(self.members, answers, strict=True):
-                models[rows] = answer.to(self.dtype)
-            yield slice(start, stop), models.sub_(self.origin[start:stop])
+            yield slice(start, stop), self.columns(start, stop)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Return some columns of the matrix, ``[K, stop - start]``."""
+        models = torch.empty(self.num_clients, stop - start, dtype=self.dtype)
+        answers = self._ask("columns", [(start, stop)] * len(self.members))
+        for rows, answer in zip(self.members, answers, strict=True):
+            models[rows] = answer.to(self.dtype)
+        return models.sub_(self.origin[start:stop])
 
     def _point(self, point: Tensor | None, weights: Tensor | None) -> Tensor | Sum:
         """Return a point that is given, or the sum of the rows with weights."""

@@ -66,6 +66,8 @@ class LoRALinear(nn.Linear):
         r, 1 or more.
     alpha : float
         Above 0.
+    averaged : str
+        What a server averages; see :func:`lora`.
 
     Attributes
     ----------
@@ -82,11 +84,13 @@ class LoRALinear(nn.Linear):
     [[6.0, 12.0], [8.0, 16.0]]
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, averaged: str = "both"
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.averaged = rank, alpha, averaged
         weight = linear.weight.detach()
         self.lora_a = nn.Parameter(weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(weight.new_zeros(self.out_features, rank))
@@ -123,7 +127,7 @@ def lora(
     alpha: Annotated[float, Gt(0)] = 8.0,
     layers: Sequence[str] = (),
     trained: Sequence[str] = (),
-    averaged: Literal["both", "b"] = "both",
+    averaged: Literal["both", "b", "product"] = "both",
 ) -> nn.Module:
     """Train a product of two thin matrices beside each linear layer, and nothing else.
 
@@ -142,10 +146,12 @@ def lora(
         default all.
     trained : sequence of str
         Layers that are trained whole besides, such as the head, named likewise.
-    averaged : {"both", "b"}
+    averaged : {"both", "b", "product"}
         What clients train, and the server averages. The mean of ``B A`` is not the
         product of the means of B and of A, which is what ``both`` makes, as is usual;
-        with ``b`` A stays as it began, the same for all, and the mean is exact.
+        with ``b`` A stays as it began, the same for all, and the mean is exact. With
+        ``product`` clients train both, and the server averages the products and takes
+        factors of the nearest matrix of rank r, by a singular value decomposition.
 
     Notes
     -----
@@ -178,12 +184,12 @@ def lora(
             )
     model.requires_grad_(False)
     made = {
-        id(part): LoRALinear(part, rank, alpha)
+        id(part): LoRALinear(part, rank, alpha, averaged)
         for name, part in linear.items()
         if name in chosen - inside
     }
     for layer in made.values():
-        layer.lora_a.requires_grad_(averaged == "both")
+        layer.lora_a.requires_grad_(averaged != "b")
     for name, part in [*model.named_modules(remove_duplicate=False)]:
         if name and id(part) in made:  # Perhaps in several places.
             path, _, last = name.rpartition(".")
@@ -191,6 +197,15 @@ def lora(
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
     return made.get(id(model), model)
+
+
+def factors_of(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of B and A of adapters whose products a server averages."""
+    return [
+        (f"{name}.lora_b".lstrip("."), f"{name}.lora_a".lstrip("."))
+        for name, layer in _adapted(model)
+        if layer.averaged == "product"
+    ]
 
 
 def _named(option: str, names: Collection[str], wanted: Sequence[str]) -> list[str]:

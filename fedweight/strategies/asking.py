@@ -122,6 +122,7 @@ def train_messages(
         and strategy.weighted_by_key == keys.NUM_EXAMPLES  # always there, and finite
         and strategy.accumulate is None
         and strategy.max_share == 1
+        and not strategy.factors
         and strategy.max_update_norm is None
         and sums_models(grid)
     )

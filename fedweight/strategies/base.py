@@ -33,6 +33,7 @@ from ..clients.registries import PROBES, QUERIES
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
 from ..core.options import GIVEN, InFile, checked_fields
+from ..core.products import put_products
 from ..core.records import RoundRecord
 from ..core.texts import shown
 from ..core.threads import one_thread
@@ -124,6 +125,13 @@ class WeightingStrategy(Strategy):
     codec : Codec
         How trained models are written on the wire; by default as they are. The clients'
         app has the same.
+    factors : Sequence[tuple[str, str]]
+        Names of pairs of tensors, B ``[out, r]`` and A ``[r, in]``, whose products are
+        averaged in place of them: each client's product is made, and factors of rank r
+        of their weighted sum, in K r (out + in) numbers and, of the smaller of K r and
+        ``min(out, in)``, its cube of time. Models cannot be added up as they come then,
+        and a server optimiser is refused: factors have no direction from round to
+        round.
     statistics : Statistics, optional
         What clients add up of their held-out examples, besides loss and accuracy: the
         round's measures are those of the sum over all of them. See
@@ -180,6 +188,7 @@ class WeightingStrategy(Strategy):
     class_totals: Annotated[bool, GIVEN] = False
     pools: Annotated[Mapping[str, int] | None, GIVEN] = None
     codec: Annotated[Codec, GIVEN] = DENSE
+    factors: Annotated[Sequence[tuple[str, str]], GIVEN] = ()
     statistics: Annotated[Any, GIVEN] = None
 
     _now: Now = field(init=False)
@@ -229,6 +238,14 @@ class WeightingStrategy(Strategy):
                 f"max_share is {self.max_share:g}, but {cls.__name__} makes the "
                 "model in an aggregate(round) of its own, which does not use it. Leave "
                 "it out, or define weights(round) instead."
+            )
+        if self.factors and (own or self.server_optimizer is not None):
+            what = "has a server optimiser"
+            if own:
+                what = "makes the model in an aggregate(round) of its own"
+            raise ConfigurationError(
+                f"{cls.__name__} {what}, which does not go with averaged products of "
+                "adapters. Choose model.averaged = 'both', or leave that out."
             )
         # All that changes; everything else is fixed.
         object.__setattr__(self, "_now", Now(method=self.begin()))
@@ -423,6 +440,8 @@ class WeightingStrategy(Strategy):
         weights = cap(weights, self.max_share)
         round.log("weight", weights if weights.ndim == 1 else weights.mean(1))
         model = round.updates.combine(weights).add_(round.model.parameters)
+        if self.factors:
+            put_products(model, round.model, round.updates, weights, self.factors)
         return (model, given[1]) if remembers else model
 
     def tell(self, selection: Selection) -> Mapping[str, Told]:
@@ -532,6 +551,12 @@ class WeightingStrategy(Strategy):
                 f"schedule.name: {type(self).__name__} says how likely each client is "
                 f"drawn, but {type(clock.schedule).__name__} chooses the clients "
                 "itself. Choose 'synchronous' or 'deadline'."
+            )
+        if clock.schedule.chooses and self.factors:
+            raise ConfigurationError(
+                f"schedule.name: {type(clock.schedule).__name__} lets clients begin "
+                "with older models, whose adapters have other factors. Choose "
+                "model.averaged = 'both'."
             )
         if clock.schedule.chooses and self.overrides("assign"):
             raise ConfigurationError(

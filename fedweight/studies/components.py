@@ -40,6 +40,7 @@ from ..data.files import load_one_csv
 from ..messages.arrays import FlatRecord
 from ..messages.codecs import Codec, codec
 from ..metrics import Groups, LearningTask, Statistics, task_named
+from ..models.adapters import factors_of
 from ..server.schedules import SCHEDULES, Buffered, Schedule, make_schedule
 from ..server.wrapped import with_inner
 from ..simulations import Plan
@@ -347,6 +348,7 @@ class Components:
             "class_totals": "class-totals" in self._chosen_objective().wants,
             "pools": self._chosen_objective().pools,
             "codec": self.codec(),
+            "factors": factors_of(self.clients_model()),
         }
         if self.data.num_classes:
             ours["num_classes"] = self.data.num_classes
