@@ -161,7 +161,7 @@ def test_what_a_device_lacks_is_imported_where_it_is_used(path):
 
 def test_the_extras_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    names = {"scikit-learn": "sklearn"}
+    names = {"scikit-learn": "sklearn", "vl-convert-python": "vl_convert"}
     for extra, packages in EXTRAS.items():
         declared = [
             re.match(r"[\w-]+", line)[0]

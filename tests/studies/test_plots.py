@@ -11,7 +11,7 @@ import pytest
 
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.studies import plots, report
-from fedweight.studies.plots import weights
+from fedweight.studies.plots import heat, weights
 from fedweight.studies.result import Run
 
 MakeRun = Any
@@ -128,18 +128,18 @@ def marks(scene: Any, kind: str) -> list[dict[str, Any]]:
 def test_many_cells_are_averaged() -> None:
     values = np.arange(1200 * 5, dtype=float).reshape(1200, 5)
     values[0] = np.nan
-    blocks, merged, every = weights.block_means(values, 400)
+    blocks, merged, every = heat.block_means(values, 400)
     assert (merged, every) == (3, 1)
     assert blocks.shape == (400, 5)
     assert blocks[0, 0] == (5 + 10) / 2  # the gap does not count
     assert blocks[1, 0] == 20
-    odd, merged, _ = weights.block_means(np.ones((501, 2)))
+    odd, merged, _ = heat.block_means(np.ones((501, 2)))
     assert (odd.shape, merged) == ((251, 2), 2)
     assert (odd == 1).all()
     # A row a client up to 500 clients over 200 rounds; beyond, rounds are merged.
-    assert weights.block_means(np.ones((500, 200)))[1:] == (1, 1)
-    assert weights.block_means(np.ones((500, 400)))[1:] == (1, 2)
-    assert weights.block_means(np.ones((10, 5000)))[1:] == (1, 5)
+    assert heat.block_means(np.ones((500, 200)))[1:] == (1, 1)
+    assert heat.block_means(np.ones((500, 400)))[1:] == (1, 2)
+    assert heat.block_means(np.ones((10, 5000)))[1:] == (1, 5)
 
 
 def test_a_thinned_heat_map_says_of_whom_and_when_a_cell_is(make_run: MakeRun) -> None:

@@ -12,18 +12,17 @@ from ...core.extras import Imported
 from ...core.texts import plain
 from ..reader import RunFolder, label_columns
 from . import style
-from .over_rounds import PERSONAL, better, called, client_measure, client_values
-from .style import BLUE, EDGE, FEW, FULL, MUTED, VERMILION, finished
-from .weights import (
-    MOST_DOTS,
+from .heat import (
     averaged,
     block_means,
     height_of,
     lines_between,
     names_axis,
-    ordered_clients,
     overlap,
 )
+from .over_rounds import PERSONAL, better, called, client_measure, client_values
+from .style import BLUE, EDGE, FEW, FULL, MUTED, VERMILION, finished
+from .weights import MOST_DOTS, ordered_clients
 
 if TYPE_CHECKING:
     import altair as alt

@@ -81,12 +81,12 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
     pointer = style.at_pointer(
         base.transform_pivot("key", value="mean", groupby=["round"]), told
     )
-    seeds = max(map(len, runs.values()))
+    has_bands = max(map(len, runs.values())) > 1
     return finished(
         style.layered(band, style.zoomable(means), pointer),
         f"{title} over rounds",
         "The line is the mean over the seeds, the band its 95% t interval."
-        if seeds > 1
+        if has_bands
         else "",
         height=270,
     )
@@ -125,9 +125,11 @@ def clients_beside(
             if (run.folder / "clients.csv").is_file():
                 frame = run.by_number(measure)
                 last = frame.to_numpy(float)[-1].tolist() if len(frame) else []
-                for number, value in zip(frame.columns.tolist(), last, strict=False):
-                    if not math.isnan(value):
-                        found.append((run.name_of(int(number)), seed, value))
+                found += [
+                    (run.name_of(int(number)), seed, value)
+                    for number, value in zip(frame.columns.tolist(), last, strict=False)
+                    if math.isfinite(value)
+                ]
         if not found:
             continue
         low, middle, high = np.quantile([f[2] for f in found], [0.25, 0.5, 0.75])
@@ -228,7 +230,7 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
     known = cells.dropna(subset=[x_name, y_name]) if y_name in cells else cells[:0]
     if known.empty:
         raise DataError("no run evaluated single clients.")
-    runs = [
+    runs: list[style.Row] = [
         {"strategy": row["strategy"], "seed": int(row["seed"])}
         | {"x": style.short(row[x_name]), "y": style.short(row[y_name])}
         for row in known.to_dict("records")
@@ -240,16 +242,13 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
         for own in [known[known["strategy"] == name]]
         if len(own)
     ]
+    points = [(float(one["x"]), float(one["y"])) for one in means]
     best = [
         one
-        for one in means
-        if not any(
-            other["x"] >= one["x"] and other["y"] >= one["y"] and other is not one
-            for other in means
-            if (other["x"], other["y"]) != (one["x"], one["y"])
-        )
+        for one, (x, y) in zip(means, points, strict=True)
+        if not any((p, q) != (x, y) and p >= x and q >= y for p, q in points)
     ]
-    x = alt.X(
+    across = alt.X(
         "x:Q",
         title="Mean of the clients’ accuracies",
         scale=alt.Scale(
@@ -257,7 +256,7 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
         ),
         axis=alt.Axis(tickCount=6, **style.value_format(True)),
     )
-    y = style.value_axis(
+    up = style.value_axis(
         "y",
         "Worst tenth of the clients",
         style.limits([r["y"] for r in runs], (0.0, 1.0)),
@@ -275,13 +274,13 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
     return finished(
         style.layered(
             line.mark_line(color=MUTED, strokeDash=[5, 3], strokeWidth=1).encode(
-                x=x, y=y
+                x=across, y=up
             ),
             small.encode(
-                x=x, y=y, color=colour, tooltip=[*told, alt.Tooltip("seed:Q")]
+                x=across, y=up, color=colour, tooltip=[*told, alt.Tooltip("seed:Q")]
             ),
             style.zoomable(
-                large.encode(x=x, y=y, color=colour, tooltip=told), "x", "y"
+                large.encode(x=across, y=up, color=colour, tooltip=told), "x", "y"
             ),
         ),
         "Accuracy against fairness",

@@ -67,7 +67,7 @@ _CONFIG: Row = {
         **{"orient": "bottom", "columns": 2, "title": None, "symbolStrokeWidth": 2.5},
         **{"labelColor": MUTED, "labelFontSize": 11, "labelLimit": 320},
         **{"titleColor": INK, "titleFontSize": 11, "titleFontWeight": "normal"},
-        **{"titleLimit": 400, "gradientThickness": 10},
+        **{"titleLimit": 400, "gradientLength": 240, "gradientThickness": 10},
     },
 }
 

@@ -6,7 +6,10 @@ function specification(place) {
   const spec = JSON.parse(place.parentElement.querySelector(".spec").textContent);
   const width = place.clientWidth;
   spec.background = null;
-  if (width < 420) spec.config.legend.columns = 1;
+  if (width < 420) {
+    Object.assign(spec.config.legend, { columns: 1, gradientLength: width / 2 });
+    spec.config.axis.labelLimit = 80;
+  }
   if (spec.vconcat) {
     for (const view of spec.vconcat) view.width = Math.max(width - 80, 120);
   } else {
