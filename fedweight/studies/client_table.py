@@ -60,6 +60,11 @@ def all_clients(run: RunFolder) -> Part | None:
     first = [*own, *named]
     others = [name for name in rows if name not in _APART | {*first}]
     frame = frame.join(groups[[*first, *others]].last())
+    if (run.folder / "personal.csv").is_file():
+        after = run.personal.set_index("client")
+        frame = frame.join(
+            after[[name for name in PERSONAL if name in after and name not in frame]]
+        )
     if len(counted):
         frame["rounds counted"] = counted.groupby("client").size()
     bad = rows[rows["status"].isin(BAD_REPLIES)]

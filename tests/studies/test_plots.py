@@ -376,3 +376,18 @@ def test_losses_that_exploded_leave_a_report(make_run: MakeRun) -> None:
         plots.ranked(run, "accuracy")
     run.clients.loc[run.clients["client"] == 1, "accuracy"] = 0.5
     assert len(rows(plots.ranked(run, "accuracy"), "rank", "client")) == 1
+
+
+def test_personal_models_of_after_the_rounds_are_drawn(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    (run.folder / "personal.csv").write_text(
+        "client,status,held_out_examples,loss,accuracy,personal_loss,personal_accuracy\n"
+        "0,ok,5,1,0.4,1,0.6\n1,ok,5,1,0.5,1,0.25\n2,failed,,,,,\n"
+    )
+    chart = plots.own_models(run)
+    text, note = title(chart)
+    assert text == "Own against global model, after the last round"
+    assert "better one for 1 of 2 clients" in note
+    assert [row["own"] for row in rows(chart, "own", "client")] == [0.6, 0.25]
+    heads, *_ = report.render(run).split('class="rows">')
+    assert '<button type="button">personal accuracy</button>' in heads

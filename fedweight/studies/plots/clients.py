@@ -26,6 +26,7 @@ from .weights import MOST_DOTS, ordered_clients
 
 if TYPE_CHECKING:
     import altair as alt
+    import pandas as pd
 else:
     alt = Imported("altair", "studies", "a plot")
 
@@ -135,14 +136,9 @@ def own_models(run: RunFolder) -> alt.LayerChart:
         No client has a personal model, or none was evaluated.
     """
     for column, measure in PERSONAL.items():
-        path = run.folder / "clients.csv"
-        if not path.is_file() or not {column, measure} <= {*run.clients}:
+        known, when = _personal(run, column, measure)
+        if known is None:
             continue
-        known = run.clients[np.isfinite(run.clients[[column, measure]]).all(axis=1)]
-        if known.empty:
-            continue
-        number = int(known["round"].max())
-        known = known[known["round"] == number]
         percent = measure == "accuracy"
         rows = [
             {
@@ -187,12 +183,31 @@ def own_models(run: RunFolder) -> alt.LayerChart:
                 diagonal.encode(x=x, y=y),
                 style.zoomable(dots.encode(x=x, y=y, tooltip=told), "x", "y"),
             ),
-            f"Own against global model, round {number}",
+            f"Own against global model, {when}",
             f"A personal model is the better one for {helped} of {count} clients. "
             "Dashed: both alike.",
             height=290,
         )
     raise DataError(f"{run.folder} holds nothing of personal models.")
+
+
+def _personal(
+    run: RunFolder, column: str, measure: str
+) -> tuple[pd.DataFrame | None, str]:
+    """Return what clients' own models and the global one reached last, and when."""
+    for name in ("personal", "clients"):  # Trained after the rounds, or in each.
+        if not (run.folder / f"{name}.csv").is_file():
+            continue
+        frame = getattr(run, name)
+        if not {column, measure} <= {*frame}:
+            continue
+        known = frame[np.isfinite(frame[[column, measure]]).all(axis=1)]
+        if len(known) and name == "clients":
+            number = int(known["round"].max())
+            return known[known["round"] == number], f"round {number}"
+        if len(known):
+            return known, "after the last round"
+    return None, ""
 
 
 def labels(run: RunFolder, order: str = "number") -> alt.VConcatChart:

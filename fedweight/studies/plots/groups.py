@@ -36,14 +36,8 @@ def measured(run: RunFolder) -> pd.DataFrame:
     DataError
         The run measured no groups.
     """
-    path = run.folder / "groups.csv"
-    if not path.is_file():
-        raise DataError(f"{path} is missing: the run measured no groups.")
-    try:
-        frame = pd.read_csv(path, dtype={"group": "str", "attribute": "str"})
-        return frame[frame["client"].isna()].reset_index(drop=True)
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
+    frame = run.groups
+    return frame[frame["client"].isna()].reset_index(drop=True)
 
 
 def shown(run: RunFolder) -> list[tuple[str, str, str]]:

@@ -60,9 +60,9 @@ _CONFIG: Row = {
         **{"labelColor": MUTED, "labelFontSize": 11, "labelLimit": 110},
         **{"titleColor": INK, "titleFontSize": 12, "titleFontWeight": "normal"},
         **{"domainColor": MUTED, "tickColor": MUTED, "gridColor": GRID},
-        **{"labelOverlap": True, "labelSeparation": 8, "titlePadding": 8},
+        **{"labelOverlap": True, "titlePadding": 8},
     },
-    "axisX": {"grid": False},
+    "axisX": {"grid": False, "labelSeparation": 8},
     "legend": {
         **{"orient": "bottom", "columns": 2, "title": None, "symbolStrokeWidth": 2.5},
         **{"labelColor": MUTED, "labelFontSize": 11, "labelLimit": 320},
