@@ -116,7 +116,7 @@ def test_the_worst_groups_loss_falls(tmp_path: Path) -> None:
         last = made.rounds[["group_0_loss", "group_1_loss"]].tail(5).mean()
         found[step] = last.max()
         assert last.idxmax() == "group_1_loss" or step
-    assert found[1.0] < 0.95 * found[0.0]
+    assert found[1.0] < found[0.0] - 0.01
 
 
 @pytest.mark.parametrize(
