@@ -70,6 +70,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "agnostic-fair, sex, penalty 0": {**KERNELS, "strategy.penalty": 0.0},
 }
 
+# No probability is taken for smaller.
+LEAST = 1e-12
+
 COLUMNS = {
     "accuracy": "accuracy",
     "worst_accuracy": "worse sex's accuracy",
@@ -123,7 +126,8 @@ def by_sex(
 ) -> dict[str, float]:
     """Return accuracy, and what differs between women and men."""
     decided = score > 0.5
-    right, loss = decided == y, -np.log(np.where(y == 1, score, 1 - score))
+    right, likely = decided == y, np.where(y == 1, score, 1 - score)
+    loss = -np.log(np.maximum(likely, LEAST))  # In single precision some are 0.
     groups = (women, ~women)
     rates = [decided[g].mean() for g in groups]
     hits = [decided[g & (y == 1)].mean() for g in groups]
