@@ -80,7 +80,7 @@ class LocalGrid(SimulationGrid):
         if threads is not None:
             check_range("threads", threads, 1)
         self.client_app = client_app
-        self._stranger = is_stranger(client_app)
+        self._stranger = self.seen.wanted = is_stranger(client_app)
         self.threads = threads if self._safe else 1
         self.plan = plan or Plan()
         self.contexts: dict[int, Context] = {}

@@ -16,6 +16,8 @@ class Seen:
     ----------
     client_of : Callable[[int], int]
         Gives the number of the client behind a node.
+    wanted : bool
+        Whether anything is to be noted.
 
     Attributes
     ----------
@@ -29,21 +31,24 @@ class Seen:
         start-up.
     """
 
-    def __init__(self, client_of: Callable[[int], int]) -> None:
+    def __init__(self, client_of: Callable[[int], int], wanted: bool = True) -> None:
         self._client_of = client_of
+        self.wanted = wanted
         self.arrays: ArrayRecord | None = None
         self.metrics: dict[str, list[dict[str, Any]]] = {}
         self.began: float | None = None
 
     def sent(self, message: Message) -> None:
         """Take note of a message to a client."""
+        if not self.wanted:
+            return
         for record in message.content.array_records.values():
             self.arrays = record
             return
 
     def replied(self, replies: Iterable[Message]) -> None:
         """Take note of replies."""
-        for reply in replies:
+        for reply in replies if self.wanted else ():
             if self.began is None:
                 self.began = time.perf_counter()
             told: dict[str, Any] = {

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from ...core.errors import check_range
 from ...core.threads import num_cores
-from ..grid import Nodes, RunConfig, SimulationGrid
+from ..grid import Nodes, RunConfig, SimulationGrid, is_stranger
 from .pool import Pool
 from .processes import Processes
 
@@ -53,6 +53,7 @@ class PooledGrid(SimulationGrid):
 
     def _load(self, client_app: ClientApp, nodes: Nodes) -> None:
         self._begin(nodes)
+        self.seen.wanted = is_stranger(client_app)
         self.client_app = client_app
         self._pool.load(client_app, nodes, self.store, self.kept_tables)
 

@@ -243,9 +243,16 @@ class Pool:
         """Take in a reply, unless there is one already."""
         if name in self._open:
             _, batch = self._open.pop(name)
+            self._tidy()
             batch.missing -= 1
             if not batch.dropped:
                 self._replies[name] = reply
+
+    def _tidy(self) -> None:
+        """Forget when messages expire that are answered, now and then."""
+        if len(self._expiries) > 2 * len(self._open) + 1000:
+            self._expiries = [e for e in self._expiries if e[1] in self._open]
+            heapq.heapify(self._expiries)
 
     def finish(self, batch: Batch, messages: Sequence[Addressed]) -> list[Message]:
         """Return a batch's replies so far, and give up the others."""
@@ -253,6 +260,7 @@ class Pool:
             batch.dropped = True
             for message, _ in messages:
                 self._open.pop(message.metadata.message_id, None)
+            self._tidy()
             return self._hand_out(m.metadata.message_id for m, _ in messages)
 
     def take(self, batch: CohortBatch, deadline: float | None) -> Iterator[Arrived]:
