@@ -153,10 +153,11 @@ def flipped_labels(
     """
     groups, labels = _groups_of(dataset, attribute), dataset.train.y
     names = dataset.attribute_names[attribute]
-    if not TASKS[dataset.task].has_classes:
+    task = TASKS[dataset.task]
+    if not task.has_classes:
         raise ConfigurationError(
             f"rates flip the examples' classes, and those of data '{dataset.name}' "
-            f"have none ({dataset.task})."
+            f"{task.instead} ({task.name})."
         )
     if len(rates) != len(names):
         raise ConfigurationError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,12 +29,13 @@ Method = Literal["between_groups", "to_overall"]
 Aggregation = Literal["worst_case", "mean"]
 
 # What a positive class has, and of which rates each gap is one.
-RATES = {
+RATES: dict[str, tuple[str, ...]] = {
     "demographic_parity": ("selection_rate",),
     "equal_opportunity": ("tpr",),
     "equalized_odds": ("tpr", "fpr"),
 }
 KINDS = ("difference", "ratio")
+GAPS = ("accuracy", *RATES)
 
 
 def group_gaps(
@@ -68,9 +70,8 @@ def group_gaps(
     right = np.rint(np.nan_to_num(table["accuracy"].to_numpy(np.float64)) * n)
     cells = np.stack([right, n - right], 1)  # [G, 2]: right, wrong.
     stream = generator(seed, Purpose.BOOTSTRAP)
-    found: dict[tuple[str, str], pd.DataFrame] = {}
     several = _resampled(cells, resamples, stream)
-    found |= _gaps(table, several, {"accuracy": _share}, method)
+    found = _gaps(table, several, {"accuracy": _share}, method)
     names_of: dict[str, tuple[str, ...]] = {"accuracy": ("accuracy",)}
     if "selection_rate" in table:
         several = _resampled(_confusion(table, n), resamples, stream)
@@ -78,6 +79,31 @@ def group_gaps(
         found |= _gaps(table, several, metrics, method)
         names_of |= RATES
     return _summed_up(found, names_of, agg, confidence, resamples)
+
+
+def largest_gaps(run: RunFolder) -> dict[str, float | None]:
+    """Return the last difference of each kind, of the attribute that has the largest.
+
+    By name, ``accuracy_gap`` and so on; nothing where no groups are measured.
+    """
+    if not (run.folder / "groups.csv").is_file():
+        return {}
+    found: list[pd.Series[float]] = []
+    for attribute in run.groups["attribute"].unique():
+        if AND not in attribute:
+            with suppress(DataError):  # One group, or no rates.
+                found.append(_last_gaps(run, attribute))
+    largest = pd.concat(found, axis=1).max(axis=1) if found else pd.Series(dtype=float)
+    values = {name: float(largest.get(f"{name}_difference", math.nan)) for name in GAPS}
+    return {f"{n}_gap": None if math.isnan(v) else v for n, v in values.items()}
+
+
+def _last_gaps(run: RunFolder, attribute: str) -> pd.Series[float]:
+    method: Method = "between_groups"
+    found = group_gaps(
+        run, attribute, None, None, method, "worst_case", None, 0, 0.95, 0
+    )
+    return found["value"]
 
 
 def _rows(run: RunFolder, part: Part | None, round: int | None) -> pd.DataFrame:

@@ -77,7 +77,7 @@ def components_of(run: RunFolder, dataset: DataSet | None) -> Components:
 
 def _named(values: Any, names: tuple[str, ...] | None) -> Any:
     """Return what an attribute's codes stand for, or its values as they are."""
-    if names is None:
+    if names is None or not np.isin(values, np.arange(len(names))).all():
         return values
     codes: npt.NDArray[np.int64] = values.astype(np.int64)
     return pd.Categorical.from_codes(codes, categories=pd.Index(names))

@@ -274,13 +274,12 @@ class Run(SummedRun):
         """
         values = self.by_number(column)
         sizes = self.by_number("held_out_examples").reindex(columns=values.columns)
-        known = set(sizes.index)
-        rows = {
-            number: spread_measures(
-                row, sizes.loc[number].fillna(0) if number in known else None
-            )
-            for number, row in zip(values.index, values.to_numpy(), strict=True)
-        }
+        sizes = sizes.reindex(index=values.index)
+        rows = {}
+        for number in values.index.tolist():
+            own = sizes.loc[number]
+            known = own.fillna(0) if own.notna().any() else None
+            rows[number] = spread_measures(values.loc[number], known)
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("round")
 
     def gaps(

@@ -13,6 +13,7 @@ import numpy as np
 from ..core.errors import DataError
 from ..metrics.measures import MEASURES
 from .folder import Table
+from .gaps import GAPS
 from .ranks import Ranking, rank_methods
 from .result import Run
 from .statistics import compare_pairs, t_interval
@@ -46,6 +47,12 @@ METRICS = {
     "client_accuracy_worst10": Metric(
         "mean accuracy of the worst tenth of the clients"
     ),
+    **{
+        f"{name}_gap": Metric(
+            f"gap in {name.replace('_', ' ')} between groups", less_is_better=True
+        )
+        for name in GAPS
+    },
 }
 # What a sweep chooses by; less of the second is better.
 JUDGES = ("validation_accuracy", "validation_loss")

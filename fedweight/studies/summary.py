@@ -10,6 +10,7 @@ import numpy as np
 from ..core.extras import Imported
 from .columns import TESTED
 from .endings import ending_of, warnings_of
+from .gaps import largest_gaps
 from .reader import BAD_REPLIES, RunFolder, table_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ class SummedRun(RunFolder):
             are several models); what else is measured on the test set, such as
             ``test_dice`` (the last), with ``test_loss`` where numbers are predicted,
             which have no accuracy; and over the clients in the last evaluated round
-            ``client_accuracy_mean``, ``_std``, ``_worst10``, ``_best10``;
+            ``client_accuracy_mean``, ``_std``, ``_worst10``, ``_best10``; where groups
+            are measured ``accuracy_gap``, ``demographic_parity_gap``,
+            ``equal_opportunity_gap`` and ``equalized_odds_gap``, the differences of
+            :meth:`fedweight.Run.gaps` for the attribute that has the largest;
             ``effective_clients`` in the last round that has it, ``failed_rounds``,
             ``bad_replies``, ``bytes_down``, ``bytes_up`` and ``seconds``, the only one
             that depends on the clock; and ``warnings``.
@@ -84,6 +88,7 @@ class SummedRun(RunFolder):
         for statistic in ("mean", "std", "worst10", "best10"):
             column = f"client_accuracy_{statistic}"
             result[column] = last_of(self.measured(column))
+        result |= largest_gaps(self)
         result["effective_clients"] = last_of(self.measured("effective_clients"))
         failed = trained["status"] == "failed" if "status" in trained else None
         result["failed_rounds"] = int(failed.sum()) if failed is not None else 0

@@ -235,5 +235,5 @@ def test_flips_need_groups_and_classes():
         num_classes=0,
         train=replace(data.train, y=np.ones(900)),
     )
-    with pytest.raises(ConfigurationError, match="have none"):
+    with pytest.raises(ConfigurationError, match="rates flip"):
         flip(numbers, [np.arange(900)])

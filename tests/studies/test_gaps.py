@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from fairlearn import metrics as fairlearn
 from sklearn.metrics import accuracy_score
 
-from fedweight import Run, run
+from fedweight import Run, compare, run
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples, FederatedData
 
@@ -233,3 +234,40 @@ def test_numbers_to_predict_have_no_such_gaps(tmp_path: Path) -> None:
     assert not {"accuracy", "tpr"} & {*made.groups}
     with pytest.raises(DataError, match=r"which this task has not.*Run\.groups"):
         made.gaps("sex")
+
+
+def test_the_summary_has_the_largest_gaps(made: Run, tmp_path: Path) -> None:
+    summary = made.summary()
+    each = [made.gaps(name, resamples=0)["value"] for name in ("sex", "race")]
+    for name in ("accuracy", "demographic_parity", "equal_opportunity"):
+        largest = max(gaps[f"{name}_difference"] for gaps in each)
+        assert summary[f"{name}_gap"] == largest
+    plain = run(
+        settings={"run.rounds": 1, "partition.clients": 2, "training.epochs": 1},
+        out=tmp_path / "a",
+        report=False,
+        progress=False,
+    )
+    assert not [key for key in plain.summary() if key.endswith("_gap")]
+
+
+def test_a_comparison_has_the_gaps(tmp_path: Path) -> None:
+    found = compare(
+        strategies=["fedavg", "qfedavg"],
+        seeds=[0, 1],
+        dataset=DATA,
+        settings={**SETTINGS, "run.rounds": 1},
+        out=tmp_path / "c",
+        progress=False,
+    )
+    rows = found.summary.set_index(["metric", "strategy"])
+    own = [found.run("qfedavg", seed).gaps("sex", resamples=0) for seed in (0, 1)]
+    others = [found.run("qfedavg", seed).gaps("race", resamples=0) for seed in (0, 1)]
+    largest = [
+        max(a.loc["equalized_odds_difference", "value"] for a in pair)
+        for pair in zip(own, others, strict=True)
+    ]
+    row = rows.loc[("equalized_odds_gap", "qfedavg")]
+    assert row["mean"] == pytest.approx(np.mean(largest))
+    assert row["pairs"] == 2
+    assert math.isfinite(row["difference_low"])
