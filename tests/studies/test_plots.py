@@ -261,6 +261,15 @@ def test_labels_of_few_and_of_many(
     assert sum(found[0]["s"]) == pytest.approx(1, abs=0.01)
 
 
+def test_an_example_may_have_several_labels(make_run: MakeRun) -> None:
+    run = Run(make_run(clients=2, classes=2, rounds=1))
+    text = "client,train_examples,label_0,label_1\n0,4,4,2\n1,10,1,0\n"
+    (run.folder / "partition.csv").write_text(text)
+    found = rows(plots.labels(Run(run.folder)), "s")
+    assert [row["size"] for row in found] == [4, 10]
+    assert [row["s"] for row in found] == [[1, 0.5], [0.1, 0]]
+
+
 def test_other_measures_and_personal_models_are_drawn(make_run: MakeRun) -> None:
     run = Run(make_run())
     run.rounds["test_rmse"] = [4.0, 3.0, 2.0, 1.0]

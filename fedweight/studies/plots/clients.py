@@ -213,8 +213,9 @@ def _personal(
 def labels(run: RunFolder, order: str = "number") -> alt.VConcatChart:
     """Draw which classes each client holds, and how much data above.
 
-    The colour is the class's share of the client's training data. It grows with the
-    share's square root, so that small shares stay visible.
+    The colour is the share of the client's training examples that are of the class, or
+    have the label. It grows with the share's square root, so that small shares stay
+    visible.
 
     Parameters
     ----------
@@ -234,9 +235,11 @@ def labels(run: RunFolder, order: str = "number") -> alt.VConcatChart:
     if not columns or run.partition.empty:
         raise DataError(f"{path} holds no classes.")
     clients = ordered_clients(run, order)
-    table = run.partition.set_index("client").reindex(clients)[columns]
-    counts = table.to_numpy(dtype=float, na_value=0.0)
+    table = run.partition.set_index("client").reindex(clients)
+    counts = table[columns].to_numpy(dtype=float, na_value=0.0)
     sizes = counts.sum(axis=1)
+    if "train_examples" in table:  # Each may have several labels.
+        sizes = table["train_examples"].to_numpy(dtype=float, na_value=0.0)
     if sizes.sum() == 0:
         raise DataError(f"{path} holds no examples.")
     shares = counts / np.where(sizes > 0, sizes, np.nan)[:, None]
