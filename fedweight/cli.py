@@ -141,8 +141,8 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument(
         "--workers",
         type=int,
-        help="how many runs side by side (default: as many as cores; 1 on a GPU or "
-        "Ray); changes no result",
+        help="how many runs side by side (default: as many as cores, or GPUs where "
+        "clients train on those; 1 on Ray); changes no result",
     )
     for sub in (run, check, compared):
         sub.add_argument(

@@ -16,6 +16,7 @@ from .texts import listed
 # Each extra of pyproject.toml, and what is imported of it. Without Numba sums over
 # clients are made another way (fedweight.core.rows), so that nothing requires it.
 EXTRAS = {
+    "mlflow": ("mlflow",),
     "server": ("numba",),
     "simulation": ("cloudpickle", "ray"),
     "studies": (
@@ -27,6 +28,8 @@ EXTRAS = {
         "sklearn",
         "vl_convert",
     ),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
 }
 
 

@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from .progress import Progress
     from .result import Run
     from .runner import resume, run
+    from .trackers import MLflow, TensorBoard, Tracker, WandB
 
 __all__ = [
     "Checked",
     "Comparison",
     "Configuration",
+    "MLflow",
     "Progress",
     "Run",
+    "TensorBoard",
+    "Tracker",
+    "WandB",
     "check_file",
     "compare",
     "contribution",
@@ -36,8 +41,12 @@ __getattr__, __dir__ = lazy_exports(
         "Checked": ".check",
         "Comparison": ".comparison",
         "Configuration": ".configuration",
+        "MLflow": ".trackers",
         "Progress": ".progress",
         "Run": ".result",
+        "TensorBoard": ".trackers",
+        "Tracker": ".trackers",
+        "WandB": ".trackers",
         "check_file": ".check",
         "compare": ".comparing",
         "contribution": ".contributing",

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ..core.errors import ConfigurationError, closest
 from ..core.options import ANY
@@ -46,6 +48,9 @@ class Axes:
         One or more.
     target : float, optional
         The test accuracy that rounds and bytes are counted to.
+    keys : frozenset of str
+        The keys of a simulation file that differ from run to run: those of what is
+        varied, of a sweep and of data sets.
     """
 
     methods: list[Method]
@@ -53,6 +58,7 @@ class Axes:
     data_sets: list[Method]
     seeds: list[int]
     target: float | None = None
+    keys: frozenset[str] = frozenset()
 
     @property
     def chooses(self) -> bool:
@@ -67,13 +73,25 @@ class Asked:
     ``None`` is what is not given. A file's table ``[compare]`` has the same keys.
     """
 
-    strategies: Any = None
-    objectives: Any = None
-    data_sets: Any = None
-    vary: Any = None
-    sweep: Any = None
-    seeds: Any = None
-    target: Any = None
+    strategies: Annotated[
+        Any, Field(description="names, with options; all are held against the first")
+    ] = None
+    objectives: Annotated[
+        Any, Field(description="names, likewise: every strategy is run with each")
+    ] = None
+    data_sets: Annotated[
+        Any, Field(description="names, or a table of settings each: all is run on each")
+    ] = None
+    vary: Annotated[
+        Any, Field(description="values by key: every strategy is run with each")
+    ] = None
+    sweep: Annotated[
+        Any, Field(description="likewise; the best on data.validation is compared")
+    ] = None
+    seeds: Annotated[Any, Field(description="'0-9', '0,1,2' or whole numbers")] = None
+    target: Annotated[
+        Any, Field(description="test accuracy that rounds and bytes are counted to")
+    ] = None
 
     def beside(self, file: str | Path | None) -> Asked:
         """Return the same, with what a file says of what is not given.
@@ -148,6 +166,7 @@ class Asked:
             data_sets,
             seeds_of((0,) if self.seeds is None else self.seeds),
             _target(self.target),
+            frozenset({*varied, *swept, *(k for d in data_sets for k in d.settings)}),
         )
 
 

@@ -11,10 +11,12 @@ from typing import Any
 from ..clients.registries import PROBES, QUERIES
 from ..core.docstrings import meanings
 from ..core.errors import ConfigurationError, closest
-from ..core.options import ANY, Option
+from ..core.options import ANY, Option, options_of
 from ..core.settings import kebab
 from ..core.texts import shown
+from .axes import Asked
 from .tables import (
+    COMPARE,
     FURTHER_PICKS,
     PICKS,
     SCHEMA,
@@ -164,6 +166,12 @@ def _line(text: str) -> str:
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a simulation file, as editors of TOML read it."""
     properties = {table: _table_schema(table) for table in SCHEMA}
+    asked = {kebab(k): {"description": o.meaning} for k, o in options_of(Asked).items()}
+    properties[COMPARE] = {
+        "type": "object",
+        "properties": asked,
+        "additionalProperties": False,
+    }
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A simulation file of fedweight",

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..core.errors import DataError, FedweightError
 from ..core.signals import interruptible
 from ..core.texts import plain
@@ -35,6 +37,9 @@ from .runner import resume, run_configured
 
 # How long a process that was asked to end may write what it has.
 PATIENCE = 15.0
+
+# By which a process is told which GPUs there are.
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 How = Literal["new", "anew", "resume", "done"]
 
@@ -196,20 +201,31 @@ def run_here(
     return ended
 
 
+def visible_cards() -> list[str]:
+    """Return the GPUs that this process sees, as it may show them to another."""
+    count = torch.cuda.device_count()
+    told = os.environ.get(VISIBLE, "")
+    names = [name.strip() for name in told.split(",") if name.strip()]
+    return names[:count] if names else [str(number) for number in range(count)]
+
+
 def run_side_by_side(
     cells: Sequence[Cell],
     workers: int,
     cores: int,
     tell: Callable[[Ended], None],
     done: int = 0,
+    cards: Sequence[str] = (),
 ) -> list[Ended]:
     """Run cells in processes of their own, each with so many cores.
 
-    However it ends, no process is left.
+    Each sees one of the ``cards`` only, in turn, if there are any: GPUs, as
+    ``CUDA_VISIBLE_DEVICES`` names them. However it ends, no process is left.
     """
     waiting = deque(cells)
     ended: list[Ended] = []
-    processes = [_Process(cores) for _ in range(workers)]
+    seen = [cards[k % len(cards)] if cards else None for k in range(workers)]
+    processes = [_Process(cores, card) for card in seen]
     over, lock = threading.Event(), threading.Lock()
 
     def work(process: _Process) -> None:
@@ -243,8 +259,9 @@ def run_side_by_side(
 class _Process:
     """A process that runs cells, one after another; it starts with the first."""
 
-    def __init__(self, cores: int) -> None:
+    def __init__(self, cores: int, card: str | None = None) -> None:
         self.cores = cores
+        self.card = card
         self._child: subprocess.Popen[str] | None = None
         self._ended = False
 
@@ -270,13 +287,14 @@ class _Process:
 
     def _start(self) -> subprocess.Popen[str]:
         here = dict.fromkeys(os.path.abspath(path) for path in sys.path)
+        card = {} if self.card is None else {VISIBLE: self.card}
         child = self._child = subprocess.Popen(
             [sys.executable, "-c", _CODE, str(self.cores)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(here)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(here), **card},
             start_new_session=True,  # Who asks us to end does not ask it, too.
         )
         if self._ended:

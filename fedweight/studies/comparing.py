@@ -23,7 +23,15 @@ from ..core.threads import num_cores
 from ..core.writing import write_whole
 from ..data import DataSet
 from .axes import Asked, Axes, refuse_taken
-from .cells import Cell, Ended, LastData, run_here, run_side_by_side, what_is_there
+from .cells import (
+    Cell,
+    Ended,
+    LastData,
+    run_here,
+    run_side_by_side,
+    visible_cards,
+    what_is_there,
+)
 from .comparison import PLAN, Comparison
 from .components import Components, prepare
 from .configuration import Configuration
@@ -100,9 +108,10 @@ def compare(
     workers : int, optional
         How many cells are run side by side, each in a process of its own that takes its
         share of the cores; 1 runs them one after another in this process. By default as
-        many as there are cores, or 1 where clients train on a GPU or on Ray, or where
-        data or classes are this process's own. It changes no bit: how clients train is
-        decided before.
+        many as there are cores, or GPUs where clients train on those, each process on
+        one; and 1 where clients train on Ray or a GPU that is named, or where data or
+        classes are this process's own. It changes no bit: how clients train is decided
+        before.
     progress : bool or Callable[[Ended], None], optional
         A line for each cell where somebody watches, or nothing; or what is called when
         a cell has ended.
@@ -208,6 +217,7 @@ class _Study:
         self.wanted: list[_Wanted] = []
         self.of_this_process = False
         self.alone = False
+        self.on_cards = False
         self.plans: dict[str, str] = {}
         self.last = LastData()
 
@@ -219,6 +229,16 @@ class _Study:
         whole = {*whole_tables(settings), COMPARE}
         common = as_settings(settings)
         refuse_taken("settings", common, objectives)
+        for key in common:
+            if key in self.axes.keys:
+                raise ConfigurationError(
+                    f"settings: {key} is varied, swept or a data set's. Leave it out."
+                )
+        if dataset is not None and "data.name" in self.axes.keys:
+            raise ConfigurationError(
+                "dataset: the data are given in Python, and data-sets names others. "
+                "Leave one of them out."
+            )
         if self.file is not None and dataset is None and "data.name" not in common:
             check_repeats(Path(self.file))
         # What is wrong for all is said without a strategy's name.
@@ -295,8 +315,10 @@ class _Study:
             with _of(one.choice):
                 components = prepare(one.configuration, data)
                 _, client_app, initial = make_ready(components)
-            gpus = components.device != "cpu"
-            self.alone |= gpus or components.engine() != "local"
+            # A card with a number is the only one that will do.
+            self.on_cards |= components.device == "cuda"
+            named = components.device not in ("cpu", "cuda")
+            self.alone |= named or components.engine() != "local"
             if label not in self.plans:
                 like = _trains_like(components)
                 if like not in chosen:
@@ -336,12 +358,15 @@ class _Study:
         todo = [one.cell for one in self.wanted if one.cell.how != "done"]
         done = len(self.wanted) - len(todo)
         cores = num_cores()
+        cards = visible_cards() if self.on_cards else []
         if workers is None:
-            workers = 1 if self.alone or self.of_this_process else cores
+            workers = min(cores, len(cards)) if cards else cores
+            workers = 1 if self.alone or self.of_this_process else workers
         workers = min(workers, len(todo))
         if workers <= 1:
             return run_here(todo, dataset, self.last, tell, done)
-        return run_side_by_side(todo, workers, max(1, cores // workers), tell, done)
+        share = max(1, cores // workers)
+        return run_side_by_side(todo, workers, share, tell, done, cards)
 
     def rows(self, folder: Path, ended: Iterable[Ended]) -> list[Row]:
         """Return the rows of ``cells.csv``, the first strategy's first."""

@@ -59,6 +59,7 @@ from .records import (
     personal_rows,
     round_row,
 )
+from .trackers import Tracking
 
 log = logging.getLogger("fedweight")
 
@@ -81,6 +82,8 @@ class Recorder:
         Called after every round.
     began : float, optional
         When the run began, by ``time.perf_counter``; by default now.
+    tracking : Tracking, optional
+        Who else is told what is recorded.
 
     Attributes
     ----------
@@ -96,7 +99,9 @@ class Recorder:
         strategy: Strategy,
         progress: Report | None = None,
         began: float | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
+        self.tracking = tracking or Tracking()
         self.folder = folder
         self.components = components
         self.strategy = strategy
@@ -175,10 +180,12 @@ class Recorder:
             yield
         except BaseException as stop:
             failure = self._end()
+            self.tracking.end(failed=True)
             if failure is not None and not isinstance(stop, OutputError):
                 log.warning("%s", failure)  # Not instead of what stopped the run.
             raise
         failure = self._end()
+        self.tracking.end(failed=failure is not None)
         if failure is not None:
             raise failure
 
@@ -237,6 +244,7 @@ class Recorder:
             config = preface + components.configuration.to_toml()
             write_whole(self.folder / "config.toml", config)
             self._write_environment()
+        self.tracking.begin(self.folder, components.configuration.tables)
         if own_data:
             return
         classes = (f"label_{c}" for c in range(components.data.num_classes))
@@ -304,7 +312,8 @@ class Recorder:
             known = {n: v for n, v in measured.items() if not n.startswith("own-")}
             record.metrics = {**record.metrics, **known, **self.listener.measured}
             self.listener.measured = {}
-        self.clients.append(client_row(number, c) for c in record.clients)
+        clients = [client_row(number, c) for c in record.clients]
+        self.clients.append(clients)
         self.errors.add(record)
         if self.components.data.is_lazy:
             self._write_partition(c.client for c in record.clients)
@@ -313,7 +322,9 @@ class Recorder:
         # What was sent before the first round is in its sums: row 0 is written.
         for name in ("bytes_down", "bytes_up"):
             row[name] += sum(getattr(c, name) for r in before for c in r.clients)
-        self.rounds.append([row | (self._validated(arrays) if test else {})])
+        row |= self._validated(arrays) if test else {}
+        self.rounds.append([row])
+        self.tracking.log(number, row, clients)
         self._record_groups(record, tested)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now

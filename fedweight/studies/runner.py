@@ -57,6 +57,7 @@ from .progress import Wanted, check_progress, telling
 from .reader import table_of
 from .recorder import WEIGHTS_DIGEST, Recorder
 from .result import Run
+from .trackers import Tracking, told_apart
 
 log = logging.getLogger("fedweight")
 
@@ -162,7 +163,7 @@ def run(
     callbacks : Sequence[Callable[[ServerState], bool | None]]
         Called after every round, when it is recorded, with what the loop holds then:
         :class:`~fedweight.server.loop.ServerState`. One that returns True ends the
-        run.
+        run. A :class:`~fedweight.studies.Tracker` is told what is recorded instead.
     overwrite : bool
         Remove the run that is in the folder already, as one that crashed leaves it.
         A folder that holds anything else, or a run that goes on, is refused all the
@@ -248,7 +249,7 @@ def run_configured(
     preface : str
         Comments that ``config.toml`` begins with.
     """
-    own_callbacks = checked_callbacks(callbacks)
+    tracking, own_callbacks = told_apart(checked_callbacks(callbacks))
     check_progress(progress)
     components = prepare(configuration, dataset)
     chosen, client_app, initial = make_ready(components, callbacks=own_callbacks)
@@ -263,6 +264,7 @@ def run_configured(
         report=report,
         progress=progress,
         callbacks=own_callbacks,
+        tracking=tracking,
         preface=preface,
     )
 
@@ -306,7 +308,7 @@ def resume(
         raise ConfigurationError(
             f"the run in {before.folder} is complete: there is nothing to go on with."
         )
-    own_callbacks = checked_callbacks(callbacks)
+    tracking, own_callbacks = told_apart(checked_callbacks(callbacks))
     check_progress(progress)
     _check_weights(before, configuration)
     checkpoint = read_checkpoint(before.folder, configuration)
@@ -321,6 +323,7 @@ def resume(
         report=report,
         progress=progress,
         callbacks=own_callbacks,
+        tracking=tracking,
         checkpoint=checkpoint,
     )
 
@@ -345,6 +348,7 @@ def _simulated(
     report: bool,
     progress: Wanted,
     callbacks: Sequence[loop.Callback] = (),
+    tracking: Tracking,
     preface: str = "",
     checkpoint: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -368,7 +372,7 @@ def _simulated(
                 grid.store.keep_in(folder)
             else:
                 grid.store.restore(folder, checkpoint["store"])
-            recorder = Recorder(folder, components, strategy, told, began)
+            recorder = Recorder(folder, components, strategy, told, began, tracking)
             try:
                 with recorder.recording(
                     {"plan": str(plan)}, preface=preface, anew=checkpoint is None

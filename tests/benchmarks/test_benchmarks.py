@@ -59,6 +59,15 @@ print(*fairness.by_sex(y, score, women).values())
     assert tpr == pytest.approx(0.5)
 
 
+def test_a_comparison_beside_its_runs_alone(tmp_path):
+    arguments = [f"--file={ROOT / 'simulations' / 'quickstart.toml'}"]
+    arguments += ["--strategies=fedavg,ida", "--seeds=0", "--set=run.rounds=1"]
+    arguments += ["--set=training.epochs=1", "--set=model.name=softmax"]
+    [row] = run("comparison", *arguments, file=tmp_path / "rows.json")
+    assert (row["cells"], row["same_bits"]) == (2, True)
+    assert row["ratio"] == row["comparison_s"] / row["alone_s"] > 0
+
+
 def test_throughput_measures_the_floor_and_the_local_grid(tmp_path):
     arguments = ["--work", "S2", "--engines", "floor", "local", "--repetitions", "1"]
     arguments += ["--plan", "loop"]

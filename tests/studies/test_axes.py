@@ -14,6 +14,7 @@ import fedweight
 from fedweight.cli import main
 from fedweight.core.errors import ConfigurationError
 from fedweight.studies.axes import Asked
+from fedweight.studies.catalogue import json_schema
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.tables import COMPARE
 
@@ -182,3 +183,7 @@ def test_the_readmes_table_says_what_it_says() -> None:
     assert {len(several) for several in axes.candidates.values()} == {2}
     assert [one.label for one in axes.data_sets] == ["digits", "adult"]
     assert set(told) == {field.name for field in fields(Asked)}
+    # Editors know the table, too.
+    described = json_schema()["properties"][COMPARE]["properties"]
+    assert {key.replace("-", "_") for key in described} == set(told)
+    assert all(one["description"] for one in described.values())

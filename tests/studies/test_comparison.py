@@ -23,7 +23,8 @@ from fedweight.clients.objectives import Plain
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import load
 from fedweight.strategies import FedAvg, FedDisco
-from fedweight.studies.cells import Ended
+from fedweight.studies.cells import Cell, Ended, run_side_by_side, visible_cards
+from fedweight.studies.configuration import Configuration
 from fedweight.studies.methods import methods_of, parts, seeds_of
 from fedweight.studies.statistics import compare_pairs, t_interval
 from fedweight.studies.summarizing import METRICS, choose, summary_of
@@ -224,6 +225,47 @@ def test_a_process_that_dies_takes_one_cell_with_it(failing: Path) -> None:
         assert pair[0].read_bytes() == pair[1].read_bytes()
 
 
+SEEING = """
+from fedweight.strategies import WeightingStrategy
+
+class Seeing(WeightingStrategy):
+    def weights(self, round):
+        import os
+        with open("seen.txt", "a") as file:
+            file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "none") + "\\n")
+        return round.size_weights
+"""
+
+
+def test_each_process_sees_one_card(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "own_seeing.py").write_text(SEEING)
+    monkeypatch.syspath_prepend(here)
+    compare(None, "own_seeing:Seeing", 0, settings=QUICK, out="c", workers=1)
+    cells = []
+    for seed in (1, 2):
+        config = Configuration.read("c/seeing-seed0/config.toml", {"run.seed": seed})
+        folder = str(here / "c" / str(seed))
+        cells.append(Cell(str(seed), folder, config.to_toml(), "new"))
+    (here / "seen.txt").unlink(missing_ok=True)
+    ended = run_side_by_side(cells, 2, 1, lambda ended: None, cards=["3", "GPU-5"])
+    assert [one.reason for one in ended] == ["", ""]
+    seen = (here / "seen.txt").read_text().split()
+    assert sorted(set(seen)) == ["3", "GPU-5"]
+
+
+@pytest.mark.parametrize(
+    ("told", "found"), [("", ["0", "1"]), ("4,GPU-a,6", ["4", "GPU-a"])]
+)
+def test_the_cards_that_are_seen_go_by_their_names(
+    monkeypatch: pytest.MonkeyPatch, told: str, found: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    assert visible_cards() == found
+
+
 KILLED = [
     *("compare", "--strategies", "fedavg,ida", "--seeds", "0,1", "--out", "k"),
     *("-s", "run.rounds=30", "-s", "run.checkpoint-rounds=1"),
@@ -303,6 +345,18 @@ def test_python_gives_objects_data_and_objectives(here: Path) -> None:
         ({"settings": {"run.seed": 3}}, "settings: run.seed is what seeds say"),
         ({"settings": ["strategy.name=ida"]}, "is what strategies say"),
         ({"sweep": ["run.rounds=1,2"]}, "data.validation is 0. Give a share"),
+        (
+            {"vary": ["run.rounds=1,2"], "settings": QUICK},
+            "settings: run.rounds is varied, swept or a data set's",
+        ),
+        (
+            {"data_sets": "digits,adult", "settings": {"data.name": "csv"}},
+            "settings: data.name is varied, swept or a data set's",
+        ),
+        (
+            {"data_sets": "digits,adult", "dataset": load("digits")},
+            "the data are given in Python, and data-sets names others",
+        ),
         ({"data_sets": "digitz"}, "Did you mean 'digits'?"),
         ({"settings": {"run.round": 3}}, "Did you mean 'rounds'?"),
         ({"workers": 0}, "workers must be a whole number from 1, got 0"),

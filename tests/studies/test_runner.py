@@ -451,6 +451,7 @@ def test_data_of_ones_own_are_named_in_what_is_written(quick):
         "path": "",
         "held-out": 0.3,
         "proxy": 0.02,
+        "validation": 0.0,
     }
     assert result.summary()["data"] == "points"
     # What was written repeats the run, with the same data.

@@ -1,0 +1,93 @@
+"""A comparison, side by side, beside the same runs one after another, each alone.
+
+See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from engines import BENCHMARKS, results
+
+COLUMNS = ("file", "cells", "comparison_s", "alone_s", "ratio", "same_bits")
+
+# What a run writes that no clock has a part in.
+SAME = ("rounds.csv", "clients.csv", "model.safetensors")
+
+
+def timed(*arguments: str) -> float:
+    """Run the command line in a process of its own; return how long it took."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "fedweight", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def measure(
+    file: str, strategies: str, seeds: str, settings: Sequence[str]
+) -> results.Row:
+    """Compare, then run every cell alone; return a row."""
+    with tempfile.TemporaryDirectory(prefix="fedweight-benchmark-") as name:
+        together, apart = Path(name, "together"), Path(name, "apart")
+        given = [word for one in settings for word in ("--set", one)]
+        given += ["--strategies", strategies, "--seeds", seeds]
+        took = timed("compare", file, *given, "--out", str(together))
+        alone, same = 0.0, True
+        cells = sorted(path.parent for path in together.glob("*/config.toml"))
+        for cell in cells:
+            own = apart / cell.name
+            # Its plan is in it: what is measured is the run, not the choice of a plan.
+            alone += timed("run", str(cell / "config.toml"), "--out", str(own))
+            for table in SAME:
+                same &= (own / table).read_bytes() == (cell / table).read_bytes()
+        plans = tomllib.loads((together / "comparison.toml").read_text("utf-8"))[
+            "plans"
+        ]
+    return {
+        "file": Path(file).name,
+        "settings": list(settings),
+        "strategies": strategies,
+        "seeds": seeds,
+        "cells": len(cells),
+        "plans": sorted(set(plans.values())),
+        "cores": len(os.sched_getaffinity(0)),
+        "comparison_s": took,
+        "alone_s": alone,
+        "ratio": took / alone,
+        "same_bits": same,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    label_skew = BENCHMARKS.parent / "simulations" / "label_skew.toml"
+    parser.add_argument("--file", default=str(label_skew), help="a simulation file")
+    parser.add_argument("--strategies", default="fedavg,feddisco,ida")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="settings"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="default: results/comparison-DATE.json",
+    )
+    options = parser.parse_args(arguments)
+    row = measure(options.file, options.strategies, options.seeds, options.settings)
+    rows = results.stamp([row])
+    results.show(rows, COLUMNS)
+    print(f"written to {results.write(rows, 'comparison', options.json)}")
+
+
+if __name__ == "__main__":
+    main()
