@@ -229,10 +229,10 @@ class _Study:
         whole = {*whole_tables(settings), COMPARE}
         common = as_settings(settings)
         refuse_taken("settings", common, objectives)
-        for key in common:
-            if key in self.axes.keys:
+        for taken in common:
+            if taken in self.axes.keys:
                 raise ConfigurationError(
-                    f"settings: {key} is varied, swept or a data set's. Leave it out."
+                    f"settings: {taken} is varied, swept or a data set's. Leave it out."
                 )
         if dataset is not None and "data.name" in self.axes.keys:
             raise ConfigurationError(
