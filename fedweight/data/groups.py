@@ -57,6 +57,7 @@ def name_groups(dataset: DataSet) -> DataSet:
 
     Examples
     --------
+    >>> from fedweight.data import DataSet, Examples
     >>> some = Examples(np.zeros((2, 1)), np.arange(2), {"sex": np.array(["m", "f"])})
     >>> data = name_groups(DataSet("people", some, some, 2))
     >>> data.train.attributes["sex"].tolist(), dict(data.attribute_names)

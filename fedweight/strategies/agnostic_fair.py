@@ -91,7 +91,7 @@ class AgnosticFair(WeightingStrategy):
         ``"sex"`` of Adult. By default there is none: then nothing bounds or penalises,
         and only the worst weighing is trained for.
     bases : int
-        1 or more; M. They are rows of the server's proxy set where it has one, else
+        1 or more; M. They are rows of the server's proxy set where it has so many, else
         drawn from a normal distribution with the features' means and deviations; never
         examples of a client.
     sigma : float, optional
@@ -197,14 +197,20 @@ class AgnosticFair(WeightingStrategy):
     def _bases(self, mean: _Array, deviation: _Array) -> _Array:
         stream = generator(self.seed, Purpose.PHASE)
         rows = np.zeros((0, 0)) if self.proxy is None else np.asarray(self.proxy.x)
-        if not len(rows):
+        if len(rows) < self.bases:
+            if len(rows):
+                log.warning(
+                    "AgnosticFair: the proxy set has %d rows, and strategy.bases is "
+                    "%d: the bases are drawn. Set data.proxy higher, or take fewer.",
+                    len(rows),
+                    self.bases,
+                )
             drawn = stream.standard_normal((self.bases, len(mean)))
             return np.asarray(mean + deviation * drawn, np.float64)
-        if rows.shape[1:] != mean.shape or len(rows) < self.bases:
+        if rows.shape[1:] != mean.shape:
             raise ConfigurationError(
                 f"AgnosticFair: {self.bases} bases of {len(mean)} features are to be "
-                f"rows of the proxy set, which has shape {list(rows.shape)}. Set "
-                "data.proxy higher, or to 0, or take fewer strategy.bases."
+                f"rows of the proxy set, which has shape {list(rows.shape)}."
             )
         some = np.sort(stream.choice(len(rows), self.bases, replace=False))
         return np.asarray(rows[some], np.float64)
@@ -339,7 +345,7 @@ def worst_coefficients(total: Sums, bound: float, tolerance: float) -> _Array | 
 def uniform_coefficients(total: Sums) -> _Array:
     """Return equal a of mass n, ``[M]``; 1 where no example is near any base."""
     mass = float(total.masses.sum())
-    value = total.examples / mass if mass > 0 else 1.0
+    value = float(total.examples) / mass if mass > 0 else 1.0
     return np.full(len(total.masses), value if math.isfinite(value) else 1.0)
 
 

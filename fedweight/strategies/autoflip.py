@@ -103,7 +103,7 @@ class AutoFLIP(FedAvg):
         log.info("AutoFLIP keeps %.4g of the parameters", mask.double().mean())
         return {MASK: mask}
 
-    def share(self, state: Any) -> Mapping[str, Tensor]:
+    def tell_parameters(self, state: Any) -> Mapping[str, Tensor]:
         """Tell all clients the mask, once it is known."""
         return {} if state[MASK] is None else state
 

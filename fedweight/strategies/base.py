@@ -211,8 +211,9 @@ class WeightingStrategy(Strategy):
         check_named("probe", cls.__name__, cls.probes, PROBES)
         check_named("query", cls.__name__, cls.queries, QUERIES)
         declared = vars(cls).get("__annotations__", {})
-        for name in ("state", "models", "history"):
-            if name in declared:
+        for name in declared:
+            there = getattr(WeightingStrategy, name, None)
+            if isinstance(there, property) or callable(there):
                 raise ConfigurationError(
                     f"{cls.__name__}: an option cannot be called '{name}', which every "
                     "strategy has. Choose another name."
@@ -346,7 +347,7 @@ class WeightingStrategy(Strategy):
         """
         return self.begin()
 
-    def share(self, state: Any) -> Mapping[str, Tensor]:
+    def tell_parameters(self, state: Any) -> Mapping[str, Tensor]:
         """Return what all clients are told of every parameter; nothing by default.
 
         They are sent it with the global model of each round, which ``bytes_down``

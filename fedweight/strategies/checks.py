@@ -174,17 +174,17 @@ def _numbers(strategy: WeightingStrategy, name: str, told: Vector) -> list[float
 def checked_vectors(
     strategy: WeightingStrategy, state: Any, model: FlatModel
 ) -> dict[str, Tensor]:
-    """Return what ``share`` gives: vectors of a value for each parameter, by name."""
-    found = dict(_by_name(strategy, "share", strategy.share(state)))
+    """Return what ``tell_parameters`` gives: by name a value for each parameter."""
+    found = dict(_by_name(strategy, "tell_parameters", strategy.tell_parameters(state)))
     for name, vector in found.items():
         good = isinstance(vector, Tensor) and vector.shape == model.parameters.shape
         if good and vector.dtype == torch.bool:
             continue
         if not good or not vector.is_floating_point():
             raise ConfigurationError(
-                f"{type(strategy).__name__}.share must give floating or bool tensors "
-                f"of shape [{model.parameters.numel()}], got {shown(vector)} for "
-                f"'{name}'."
+                f"{type(strategy).__name__}.tell_parameters must give floating or bool "
+                f"tensors of shape [{model.parameters.numel()}], got {shown(vector)} "
+                f"for '{name}'."
             )
         found[name] = vector.to(model.layout.dtype)
     return found

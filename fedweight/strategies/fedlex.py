@@ -102,7 +102,7 @@ class FedLEx(FedAvg):
         explored = explore(population, self.explorers, self.explore_epochs, no_guidance)
         return {GUIDANCE: guidance_of(explored)}
 
-    def share(self, state: Any) -> Mapping[str, Tensor]:
+    def tell_parameters(self, state: Any) -> Mapping[str, Tensor]:
         """Tell all clients G, once it is known."""
         return {} if state[GUIDANCE] is None else state
 

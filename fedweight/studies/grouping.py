@@ -103,8 +103,9 @@ def flips_asked(configuration: Configuration) -> dict[str, Any] | None:
     }
 
 
-def _positive(text: str, data: FederatedData) -> int | None:
-    """Return the number of the class that a text names or numbers."""
+def _positive(given: str | int, data: FederatedData) -> int | None:
+    """Return the number of the class that a text names, or a text or number counts."""
+    text = str(given)
     names = data.class_names or tuple(map(str, range(data.num_classes)))
     if not text:
         return None

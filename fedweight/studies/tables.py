@@ -239,7 +239,7 @@ class EvaluatedGroups:
         ),
     ] = 1
     positive: Annotated[
-        str,
+        str | int,
         Field(
             description="the class, by name or number, whose selection rate, true and "
             "false positive rate are measured; empty: class 1 of two"

@@ -158,6 +158,7 @@ def test_a_schema_goes_from_site_to_site(tmp_path, patients):
         "classes": ["0", "1", "2"],
         "columns": {"age": "number", "dose": "number"},
         "shape": [2],
+        "groups": {},
     }
     site = tmp_path / "site.csv"
     site.write_text("outcome,dose,age\n1,2,60\n0,1,50\n")

@@ -162,14 +162,14 @@ class First(WeightingStrategy):
 
 
 class Sometimes(Objective):
-    """Breaks for a client with a certain number of examples of class 0, or for all."""
+    """Breaks for a client whose examples are all of class 1, or for all clients."""
 
     def __init__(self, how="raise", everybody=False):
         self.how, self.everybody = how, everybody
 
     def batch_loss(self, outputs, batch, facts):
         loss = F.cross_entropy(outputs, batch.y)
-        if not self.everybody and int((batch.y == 0).sum()) != len(batch.y):
+        if not self.everybody and int((batch.y == 1).sum()) != len(batch.y):
             return loss
         if self.how == "raise":
             raise ValueError('it has, as they say, "no way",\\nand no second line')
@@ -601,21 +601,21 @@ def test_a_client_that_fails_is_recorded_and_the_run_goes_on(
     result = quick(dataset=skewed(), settings=settings)
     clients = rows(result.folder / "clients.csv")
     clients = [row for row in clients if row["status"] != "evaluated"]
-    bad = [row for row in clients if row["client"] == "0"]
+    bad = [row for row in clients if row["client"] == "1"]
     assert [row["status"] for row in bad] == [status, status]
     assert all(reason in row["reason"] for row in bad), bad[0]["reason"]
     assert all("\n" not in row["reason"] for row in bad)
     assert all(row["weight"] == "" for row in bad)
-    good = [row for row in clients if row["client"] != "0"]
+    good = [row for row in clients if row["client"] != "1"]
     assert [row["weight"] for row in good] == ["0.5"] * 4
     lost = result.warnings[0]
-    assert lost.startswith("client 0 failed in every round it was asked (2 rounds): ")
+    assert lost.startswith("client 1 failed in every round it was asked (2 rounds): ")
     assert reason in lost
     errors = result.folder / "errors.log"
     assert errors.is_file() == (how == "raise")  # A line is no text of its own.
     if how == "raise":
         text = errors.read_text()
-        assert text.startswith("2 x, rounds 1 and 2, client 0:\n")
+        assert text.startswith("2 x, rounds 1 and 2, client 1:\n")
         assert "and no second line" in text
         assert text.count("Traceback (most recent call last)") == 1
     rounds = rows(result.folder / "rounds.csv")
@@ -655,6 +655,7 @@ def test_a_round_without_a_good_reply_keeps_the_model(quick, rows, own_things):
         **NATURAL,
         "objective.name": f"{own_things}:Sometimes",
         "objective.everybody": True,
+        "objective.how": "nan",
     }
     result = quick(dataset=skewed(), settings=settings)
     rounds = rows(result.folder / "rounds.csv")

@@ -47,6 +47,10 @@ NAMESPACE = "fedweight"
 # Begins the name of a variable that is in the environment of one Ray's processes only.
 MARK = "FEDWEIGHT_RAY_"
 
+# Seconds. Under a timeout below this a worker is sent one list of clients at a time, so
+# that a slow one takes no replies of others with it; else quick ones share a sending.
+SHORT_TIMEOUT = 60.0
+
 
 class RayGrid(PooledGrid):
     """Simulated clients in Ray worker processes.
@@ -139,7 +143,8 @@ class RayGrid(PooledGrid):
 
     def _answer(self, parts: Sequence[Cohort], deadline: float | None) -> list[Replies]:
         """Let our own app handle a cohort's parts, a list of clients at a time."""
-        waiting = [self._push(part) for part in parts]
+        soon = deadline is not None and deadline - time.monotonic() < SHORT_TIMEOUT
+        waiting = [self._push(part, alone=soon) for part in parts]
         replies = []
         with one_thread():  # PyTorch's threads wait busily: on the workers' cores.
             for gathered, models, pushed in waiting:
@@ -151,7 +156,9 @@ class RayGrid(PooledGrid):
                 replies.append(gathered.replies(models))
         return replies
 
-    def _push(self, cohort: Cohort) -> tuple[Gathered, ShardedModels, CohortBatch]:
+    def _push(
+        self, cohort: Cohort, *, alone: bool
+    ) -> tuple[Gathered, ShardedModels, CohortBatch]:
         """Let a cohort wait for the workers; return what its answers go into."""
         clients = [self._checked_client(node) for node in cohort.nodes]
         sizes = sizes_of(self.client_app, clients)
@@ -166,7 +173,9 @@ class RayGrid(PooledGrid):
         batched = plan.chunk > 1
         gathered = Gathered(cohort, lists)
         models = ShardedModels(cohort, lists, self._pool)
-        pushed = self._pool.push_cohort(cohort, lists, work, batched=batched)
+        pushed = self._pool.push_cohort(
+            cohort, lists, work, batched=batched, alone=alone
+        )
         return gathered, models, pushed
 
 

@@ -163,14 +163,15 @@ def jobs_of_cohort(
     lists: Sequence[Sequence[int]],
     sizes: Sequence[float],
     batched: bool,
+    alone: bool,
     batch: CohortBatch,
     numbers: Iterator[int],
     put: Callable[[Any], Any],
 ) -> list[Job]:
     """Turn a cohort into jobs; its array records travel once.
 
-    ``sizes`` says how much work each list is; ``numbers`` and ``put`` are as for
-    :func:`jobs_of_messages`.
+    ``sizes`` says how much work each list is, ``alone`` whether a worker is sent one
+    at a time; ``numbers`` and ``put`` are as for :func:`jobs_of_messages`.
     """
     content: dict[str, Any] = dict(cohort.content.items())
     arrays = {}
@@ -187,6 +188,7 @@ def jobs_of_cohort(
             place=(number, 0),
             arrays=arrays,
             work=size,
+            alone=alone,
         )
         for number, (nodes, size) in enumerate(zip(lists, sizes, strict=True))
     ]

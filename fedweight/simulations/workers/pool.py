@@ -193,16 +193,20 @@ class Pool:
         sizes: Sequence[float],
         *,
         batched: bool,
+        alone: bool = False,
     ) -> CohortBatch:
         """Let a cohort wait for the workers, in lists that are handled at once.
 
-        ``sizes`` says how much work each list is.
+        ``sizes`` says how much work each list is. ``alone`` sends a worker one list at
+        a time, however short: replies of one sending come together, and at a deadline
+        a slow client would take those of others with it.
         """
         batch = CohortBatch(lists)
         with self._lock:
             self._check()
         numbers, put = self._numbers, self.crew.put
-        self._push(jobs_of_cohort(cohort, lists, sizes, batched, batch, numbers, put))
+        jobs = jobs_of_cohort(cohort, lists, sizes, batched, alone, batch, numbers, put)
+        self._push(jobs)
         return batch
 
     def _push(self, jobs: Sequence[Job]) -> None:
