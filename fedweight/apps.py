@@ -26,6 +26,7 @@ from .core.errors import AggregationError, ConfigurationError, check_range
 from .core.extras import require
 from .core.texts import NAME_LENGTH, plain, shown
 from .messages import keys
+from .messages.records import records_of
 
 if TYPE_CHECKING:
     from .core.layout import Base
@@ -388,7 +389,7 @@ def _schema(message: Message) -> Schema | None:
     """Return the server's columns, where it tells them; to count labels it need not."""
     from .data import Schema
 
-    for record in message.content.config_records.values():
+    for record in records_of(message.content, ConfigRecord).values():
         if keys.SCHEMA in record:
             return Schema.read(str(record[keys.SCHEMA]), "what the server tells")
     return None

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from ..core.errors import AggregationError, ClientError
 from ..core.layout import Base
 from ..messages import keys
 from ..messages.arrays import flatten
+from ..messages.records import records_of
 
 
 def base_of(own: Base, told: ConfigRecord, state: RecordDict) -> Base:
@@ -49,8 +50,9 @@ def base_of(own: Base, told: ConfigRecord, state: RecordDict) -> Base:
 
 def take_base(own: Base, message: Message, state: RecordDict) -> Message:
     """Answer whether the client has the server's base; keep it where it comes along."""
-    told: Any = next(iter(message.content.config_records.values()), ConfigRecord())
-    records = list(message.content.array_records.values())
+    configs = records_of(message.content, ConfigRecord)
+    told: Any = next(iter(configs.values()), ConfigRecord())
+    records = list(records_of(message.content, ArrayRecord).values())
     before = state.get(keys.BASE)
     if records:
         state[keys.BASE] = records[0]

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from ..core.errors import check_range
 from ..data.federated import ClientData
 from ..messages import keys
+from ..messages.records import records_of
 from .settings import TrainingSettings
 
 
@@ -21,7 +22,7 @@ def client_number(context: Context) -> int:
 
 def config_of(content: RecordDict) -> ConfigRecord:
     """Return the record of a message that tells the client something."""
-    records = content.config_records
+    records = records_of(content, ConfigRecord)
     return records.get(keys.CONFIG) or next(iter(records.values()), ConfigRecord())
 
 

@@ -21,6 +21,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from ..core.errors import AggregationError
 from ..core.layout import STAYING, Base, FlatModel, Layout
+from .records import records_of
 
 # How BatchNorm and its kin name the running statistics in a state dict. A record
 # that came by wire does not say what is trained, so the names have to.
@@ -295,6 +296,6 @@ def arrays_of(content: RecordDict) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of a message, by name."""
     return {
         name: array.numpy()
-        for record in content.array_records.values()
+        for record in records_of(content, ArrayRecord).values()
         for name, array in record.items()
     }

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from flwr.app import (
@@ -38,6 +38,7 @@ from ..core.rows import changed_tensors
 from . import keys
 from ._flower import CLIENT_APP_RAISED_EXCEPTION, NO_REPLY, reason_of
 from .arrays import FlatRecord, flatten
+from .records import records_of
 
 
 def only_arrays(content: RecordDict) -> ArrayRecord:
@@ -48,7 +49,7 @@ def only_arrays(content: RecordDict) -> ArrayRecord:
     ClientError
         If there is none, or more than one.
     """
-    records = content.array_records
+    records = records_of(content, ArrayRecord)
     if len(records) != 1:
         raise ClientError(
             f"the message has {len(records)} array records; exactly one, the global "
@@ -177,12 +178,12 @@ class Cohort(_Messages):
         """Return what a client receives, but for a config of its own."""
         if node not in self.starts:
             return self.content
-        [key] = self.content.array_records
+        [key] = records_of(self.content, ArrayRecord)
         return RecordDict({**dict(self.content), key: self.starts[node]})
 
     @cached_property
     def _shared(self) -> ConfigRecord:
-        return self.content.config_records[self.config_key]
+        return cast(ConfigRecord, self.content[self.config_key])
 
     def node_of(self, message_id: str) -> int | None:
         """Return where the message with an id went, if it is one of these."""
@@ -264,12 +265,13 @@ class Reply:
             reason, lost = reason_of(message.error), message.error.code in NO_REPLY
             return cls(node, error=reason, lost=lost)
         content = message.content
-        if len(content.metric_records) != 1:
+        measured = [*records_of(content, MetricRecord).values()]
+        if len(measured) != 1:
             raise AggregationError(
-                f"its reply has {len(content.metric_records)} metric records, not 1"
+                f"its reply has {len(measured)} metric records, not 1"
             )
-        metrics = next(iter(content.metric_records.values()))
-        records = content.array_records
+        (metrics,) = measured
+        records = records_of(content, ArrayRecord)
         record = records.get(arrays_key)
         if record is None and len(records) == 1:  # Flower takes it by any name.
             record = next(iter(records.values()))
@@ -277,7 +279,7 @@ class Reply:
         if record is not None:
             whose = {"given": "its model", "expected": "the global model"}
             model = flatten(record, layout, **whose)
-        profile = content.config_records.get(keys.PROFILE) or ConfigRecord()
+        profile = records_of(content, ConfigRecord).get(keys.PROFILE) or ConfigRecord()
         return cls(node, model, metrics, profile)
 
     def is_finite(self) -> bool:

@@ -62,7 +62,7 @@ def shared_vectors(
     ClientError
         If they are of other tensors, or of another length.
     """
-    record: dict[str, Any] = dict(content.config_records.get(keys.SHARED) or {})
+    record: dict[str, Any] = dict(content.get(keys.SHARED) or {})
     if not record:
         return {}
     named, places, size = record.pop(TENSORS, None), {}, 0

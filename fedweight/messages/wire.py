@@ -22,6 +22,7 @@ from ..core.layout import FlatModel, Layout
 from . import keys
 from .arrays import FlatRecord, flatten
 from .codecs import DENSE, Codec, Draw, to_write
+from .records import records_of
 from .shared import MASK, shared_vectors, sizes_of
 
 PREFIX = "fedweight."
@@ -120,7 +121,7 @@ def opened(content: RecordDict) -> RecordDict:
     ClientError
         If they are not what is left of a model under the mask that comes along.
     """
-    [*records] = content.array_records.items()
+    [*records] = records_of(content, ArrayRecord).items()
     if not any(_is_written(array) for _, r in records for array in r.values()):
         return content
     [(name, record)] = records
@@ -183,7 +184,7 @@ class Wire:
         self, content: RecordDict
     ) -> tuple[RecordDict, FlatModel, Tensor | None] | None:
         """Return content as it goes out; ``None`` where it goes as it is."""
-        records = list(content.array_records.items())
+        records = list(records_of(content, ArrayRecord).items())
         if len(records) != 1:
             return None
         [(name, record)] = records
@@ -197,7 +198,7 @@ class Wire:
         new: dict[str, ArrayRecord | ConfigRecord] = {}
         if mask is not None:
             new[name] = written(DENSE, model, model, mask=mask)
-        for key, config in content.config_records.items():
+        for key, config in records_of(content, ConfigRecord).items():
             if key != keys.SHARED:
                 new[key] = ConfigRecord({**dict(config), keys.WRITTEN: True})
         return RecordDict({**dict(content), **new}), model, mask
@@ -216,7 +217,7 @@ class Wire:
         start, mask = sent
         new = {}
         try:
-            for name, record in reply.content.array_records.items():
+            for name, record in records_of(reply.content, ArrayRecord).items():
                 if any(map(_is_written, record.values())):
                     model = read(self.codec, record, start.layout, start, mask)
                     new[name] = FlatRecord(model)
@@ -229,4 +230,4 @@ class Wire:
 
 def asks_to_write(content: RecordDict) -> bool:
     """Tell whether a server asks for a model that is written by the codec."""
-    return any(keys.WRITTEN in c for c in content.config_records.values())
+    return any(keys.WRITTEN in c for c in records_of(content, ConfigRecord).values())

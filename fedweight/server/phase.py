@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from ..messages import keys
 from ..messages._flower import NO_REPLY, reason_of
 from ..messages.arrays import arrays_of
 from ..messages.grids import name_of
-from ..messages.records import check_side_data
+from ..messages.records import check_side_data, records_of
 from .known_errors import KnownErrors
 from .reported import is_count
 from .sampling import numbered
@@ -377,9 +377,9 @@ def _label_counts(given: Given) -> list[int]:
 
 def _given(reply: Message) -> Given:
     metrics: dict[str, Any] = {}
-    for record in reply.content.metric_records.values():
+    for record in records_of(reply.content, MetricRecord).values():
         metrics |= dict(record)
-    profile = dict(reply.content.config_records.get(keys.PROFILE) or {})
+    profile = dict(records_of(reply.content, ConfigRecord).get(keys.PROFILE) or {})
     for name, value in profile.items():
         check_side_data(name, value)
     return Given(metrics, arrays_of(reply.content), profile)

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
+
+from ..messages.records import records_of
 
 
 class Seen:
@@ -42,7 +44,7 @@ class Seen:
         """Take note of a message to a client."""
         if not self.wanted:
             return
-        for record in message.content.array_records.values():
+        for record in records_of(message.content, ArrayRecord).values():
             self.arrays = record
             return
 
@@ -57,6 +59,6 @@ class Seen:
             if reply.has_error():
                 told["error"] = reply.error.reason
             else:
-                for record in reply.content.metric_records.values():
+                for record in records_of(reply.content, MetricRecord).values():
                     told |= record
             self.metrics.setdefault(reply.metadata.message_type, []).append(told)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 
 from ..core.records import Status
 from ..core.texts import TRACEBACK_LENGTH, own_name, plain_lines
 from ..messages._flower import NO_REPLY, reason_of
 from ..messages.arrays import FlatRecord
+from ..messages.records import records_of
 from ..metrics import Statistics
 from ..server.known_errors import KnownErrors
 from ..server.reported import OwnMetrics, measured, sort_metrics
@@ -96,7 +97,7 @@ class Listener:
                 if answer.has_error():
                     continue
                 client = self.client_of(answer.metadata.src_node_id)
-                records = answer.content.metric_records.values()
+                records = records_of(answer.content, MetricRecord).values()
                 reported.setdefault(client, {n: r[n] for r in records for n in r})
             self.measured, whole = {}, dict[str, float]()
             if reported:
@@ -163,7 +164,7 @@ class Listener:
                 entry.reason = plain_lines(reason_of(reply.error), TRACEBACK_LENGTH)
                 continue
             entry.bytes_up = _num_bytes(reply)
-            for metrics in reply.content.metric_records.values():
+            for metrics in records_of(reply.content, MetricRecord).values():
                 known, own = sort_metrics(metrics)
                 entry.metrics |= known
                 entry.own_metrics = {**entry.own_metrics, **own}
@@ -182,7 +183,7 @@ class Listener:
 def _num_bytes(message: Message) -> int:
     """Return how many bytes the models in a message take, without Flower's headers."""
     found = 0
-    for record in message.content.array_records.values():
+    for record in records_of(message.content, ArrayRecord).values():
         if isinstance(record, FlatRecord) and record.flat is not None:
             found += record.flat.layout.num_bytes
         else:

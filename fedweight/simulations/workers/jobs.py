@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, Message
 
 from ...messages.arrays import FlatRecord
 from ...messages.dispatch import Answers, Cohort
+from ...messages.records import records_of
 from ..grid import Addressed, SimulationGrid
 from .worker import Share, pack
 
@@ -134,7 +135,7 @@ def jobs_of_messages(
     """
     uses: dict[int, int] = defaultdict(int)
     for message, _ in messages:
-        for record in message.content.array_records.values():
+        for record in records_of(message.content, ArrayRecord).values():
             uses[id(record)] += 1
     apart: dict[int, tuple[int, Any]] = {}
     jobs: dict[int, Job] = {}
@@ -143,7 +144,7 @@ def jobs_of_messages(
         kind = message.metadata.message_type
         job = jobs.setdefault(client, Job(batch, (client,), kind, alone=True))
         records: dict[str, Any] = dict(message.content.items())
-        for name, record in message.content.array_records.items():
+        for name, record in records_of(message.content, ArrayRecord).items():
             key = id(record)
             if uses[key] == 1 and _num_bytes(record) <= INLINE_BYTES:
                 continue
@@ -175,7 +176,7 @@ def jobs_of_cohort(
     """
     content: dict[str, Any] = dict(cohort.content.items())
     arrays = {}
-    for name, record in cohort.content.array_records.items():
+    for name, record in records_of(cohort.content, ArrayRecord).items():
         number = next(numbers)
         arrays[number] = put(record)
         content[name] = number
