@@ -7,6 +7,7 @@ in its app's ``queries``; never what a message brings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,7 @@ def feature_sums(asked: ClientQuery) -> Answer:
             f"{x.dtype} of shape {list(x.shape[1:])}. Take tables, or a fixed "
             "embedding."
         )
-    values = x.reshape(len(x), -1).astype(np.float64)
+    values = x.reshape(len(x), math.prod(x.shape[1:])).astype(np.float64)
     if "mean" in asked.arrays and len(x):
         values = np.square(values - asked.arrays["mean"])
     return Answer({keys.NUM_EXAMPLES: len(x)}, arrays={"sums": values.sum(0)})

@@ -28,6 +28,9 @@ from .sampling import numbered
 
 ANSWER_SECONDS = 600.0
 
+# A feature whose deviation is no larger a share of its mean is the same everywhere.
+ROUNDING = 1e-12
+
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -195,7 +198,8 @@ class Population:
         ConfigurationError
             If there is no such client.
         AggregationError
-            If fewer good replies come than the strategy's ``min_replies``.
+            If fewer good replies come than the strategy's ``min_replies``; of fewer
+            clients than that all must answer.
         """
         known = [int(c) for c in clients if c in self._node]
         if not known or len(known) != len(clients) or len({*known}) != len(known):
@@ -321,8 +325,8 @@ def feature_moments(
     """Return the mean and the deviation of each feature over all clients, ``[d]``.
 
     Of sums that clients are asked for twice: the deviation of a feature that is the
-    same everywhere is 1. A client whose sums are none, or are of another length than
-    most clients', does not count.
+    same everywhere, but for rounding, is 1. A client whose sums are none, or are of
+    another length than most clients', does not count.
 
     Raises
     ------
@@ -337,7 +341,8 @@ def feature_moments(
     given = population.ask(keys.FEATURE_SUMS, again)
     squares, n = _sums(population, given, len(mean))
     deviation = np.sqrt(squares / n)
-    return mean, np.where(deviation > 0, deviation, 1.0)
+    apart = deviation > ROUNDING * np.abs(mean)
+    return mean, np.where(apart, deviation, 1.0)
 
 
 def _sums(

@@ -84,7 +84,7 @@ def explore(
                 accepted, models = sort(strategy, now, 0, replies, phase)
         _note(record, phase)
         now.errors.tell(0, phase.clients)
-        if len(accepted) < strategy.min_replies:
+        if len(accepted) < min(strategy.min_replies, len(nodes)):
             raise AggregationError(
                 f"before the first round {len(accepted)} of {len(nodes)} clients "
                 f"trained, min_replies is {strategy.min_replies}; the log says why."

@@ -18,10 +18,12 @@ from fedweight.clients.objectives import Batch, Facts, Focal, Objective
 from fedweight.clients.objectives.base import TOLD
 from fedweight.clients.objectives.group_dro import GroupDRO
 from fedweight.clients.probes import ClientRound
+from fedweight.clients.queries import feature_sums
 from fedweight.core import extras
 from fedweight.core.errors import ConfigurationError
 from fedweight.data import ClientData, Examples
 from fedweight.messages import keys
+from fedweight.server.phase import feature_moments
 from fedweight.strategies.agnostic_fair import (
     BASES,
     COEFFICIENTS,
@@ -470,6 +472,22 @@ def test_bases_are_rows_of_the_proxy_set_or_drawn(drawn):
 def test_a_given_sigma_is_in_deviations():
     state = build(sigma=0.5).prepare(Population([ROWS]))
     np.testing.assert_allclose(state["widths"][:2], 0.5 * ROWS.std(0)[:2])
+
+
+def test_a_client_without_examples_answers_sums_of_0():
+    nobody = Examples(np.zeros((0, 3), np.float32), np.zeros(0, np.int64))
+    for arrays in ({}, {"mean": np.ones(3)}):
+        asked = SimpleNamespace(data=SimpleNamespace(train=nobody), arrays=arrays)
+        found = feature_sums(asked)
+        assert found.metrics == {keys.NUM_EXAMPLES: 0}
+        assert found.arrays["sums"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_feature_that_is_the_same_everywhere_has_a_deviation_of_1():
+    parts = [np.full((n, 2), [0.1, 0.7]) for n in (3, 3)]
+    mean, deviation = feature_moments(Population(parts))
+    assert (mean != [0.1, 0.7]).any()  # By its last bits.
+    assert deviation.tolist() == [1.0, 1.0]
 
 
 def test_clients_of_other_features_are_left_out():

@@ -130,6 +130,12 @@ def test_clients_at_once_are_as_each_alone(strategy, optimizer):
     close(parameters(loop), parameters(eager))
 
 
+def test_one_client_trains_the_common_model_whatever_min_replies_is():
+    result = run("fedlex", strategy__min_replies=3)
+    assert set(result.rounds["status"].iloc[1:]) == {"ok"}
+    assert len(result.clients[result.clients["round"] == 0]) in (3, 4)
+
+
 def share_of_zeros(result: fedweight.Run) -> tuple[int, int]:
     tensors = parameters(result).values()
     return sum(int((t == 0).sum()) for t in tensors), sum(t.numel() for t in tensors)
