@@ -30,8 +30,7 @@ from ..core.texts import plain
 from ..core.threads import limit_cores
 from ..data import DATA_SETS, DataSet, load
 from .configuration import Configuration
-from .folder import LOCK
-from .keeper import NAME as KEPT
+from .folder import CHECKPOINT, LOCK
 from .result import Run
 from .runner import resume, run_configured
 
@@ -131,7 +130,7 @@ def what_is_there(folder: Path, wanted: Mapping[str, Any]) -> tuple[How, Any, st
             return "done", plan, ""
     except DataError:
         return "anew", plan, ""
-    return ("resume" if (folder / KEPT).is_file() else "anew"), plan, ""
+    return ("resume" if (folder / CHECKPOINT).is_file() else "anew"), plan, ""
 
 
 class LastData:

@@ -30,6 +30,9 @@ if sys.platform != "win32":
 
 log = logging.getLogger("fedweight")
 
+# What a run that is not over goes on from; when it is over there is none.
+CHECKPOINT = "checkpoint.safetensors"
+
 # All that a run writes, besides the files of a client store while it goes on.
 FILES = (
     "config.toml",
@@ -48,7 +51,7 @@ FILES = (
     "best-models.safetensors",
     "models.safetensors",
     "report.html",
-    "checkpoint.safetensors",
+    CHECKPOINT,
 )
 
 # Held by the run that writes to the folder, and removed when it ends.

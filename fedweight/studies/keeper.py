@@ -26,8 +26,7 @@ from ..server.checkpoint import (
 from ..server.loop import ServerState
 from ..simulations import SimulationGrid
 from .configuration import Configuration
-
-NAME = "checkpoint.safetensors"
+from .folder import CHECKPOINT
 
 
 class Remembers(Protocol):
@@ -75,7 +74,7 @@ class Keeper:
         self.configuration = configuration
         self.strategy = strategy
         self.grid = grid
-        self.path = folder / NAME
+        self.path = folder / CHECKPOINT
         self.others = others
         self.over = over
         self._written = time.monotonic()
@@ -117,7 +116,7 @@ def read_checkpoint(folder: Path, configuration: Configuration) -> dict[str, Any
     DataError
         If there is none, or none of this run.
     """
-    path = folder / NAME
+    path = folder / CHECKPOINT
     content = checkpoint.read(path)
     if content.get("run") != _digest(configuration):
         raise DataError(

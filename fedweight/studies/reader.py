@@ -21,7 +21,7 @@ from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import NAME_LENGTH, clients_called, plain
 from .columns import CLIENT_COLUMNS, ROUND_COLUMNS
-from .folder import whole_rows
+from .folder import CHECKPOINT, whole_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -281,13 +281,18 @@ class RunFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether the run is over, all rounds done or stopped early, with its model."""
+        """Whether the run is over, all rounds done or stopped early, with its model.
+
+        One that is there with a checkpoint was stopped when something was still to be
+        written, and can be gone on with.
+        """
         asked = self.rounds_asked
         over = asked is None or self.rounds_done >= asked or self.stopped is not None
         last = ["model.safetensors"]
         phase = self.environment.get("after_rounds")
         last += [phase] if isinstance(phase, str) else []
-        return over and all((self.folder / name).is_file() for name in last)
+        whole = all((self.folder / name).is_file() for name in last)
+        return over and whole and not (self.folder / CHECKPOINT).is_file()
 
     @property
     def stopped(self) -> str | None:

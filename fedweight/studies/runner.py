@@ -46,10 +46,16 @@ from .components import (
 )
 from .configuration import Configuration
 from .feasibility import check_feasible
-from .folder import cannot_repeat, check_free, check_repeats, new_folder, old_folder
+from .folder import (
+    CHECKPOINT,
+    cannot_repeat,
+    check_free,
+    check_repeats,
+    new_folder,
+    old_folder,
+)
 from .foreign import keep_frozen, settling
 from .given import as_settings, of_main, setting_map, whole_tables
-from .keeper import NAME as KEPT
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
 from .kept import write_kept
 from .pages import report_or_say
@@ -389,9 +395,9 @@ def _simulated(
                     if configuration["run"]["keep-clients"]:
                         write_kept(folder, grid.store, components.personal_layout)
                 # Only now, with the model written, is there nothing to go on with.
-                (folder / KEPT).unlink(missing_ok=True)
+                (folder / CHECKPOINT).unlink(missing_ok=True)
             finally:
-                if not (folder / KEPT).exists():
+                if not (folder / CHECKPOINT).exists():
                     grid.store.clear()
 
         try:
@@ -419,7 +425,7 @@ def _simulated(
 
 def _what_was_recorded(folder: Path) -> str:
     said = f"What was recorded is in {folder}. To see it: fedweight report {folder}"
-    if (folder / KEPT).is_file():
+    if (folder / CHECKPOINT).is_file():
         said += f". To go on from the last checkpoint: fedweight resume {folder}"
     return said
 

@@ -25,7 +25,7 @@ from fedweight.data import DataSet, Examples
 from fedweight.server.loop import ServerState
 from fedweight.studies.callbacks import BEST, MEASURES, EarlyStopping, OwnCallbacks
 from fedweight.studies.configuration import Configuration
-from fedweight.studies.keeper import NAME
+from fedweight.studies.folder import CHECKPOINT
 from fedweight.studies.tables import SCHEMA
 
 NAN = math.nan
@@ -187,7 +187,7 @@ def test_a_run_that_stops_early_is_over(here: Path, capsys: Any) -> None:
     assert "16 of 30 rounds (stopped early)" in repr(done)
     # The last model is tested, whichever round is the last.
     assert done.accuracy.index.tolist() == [0, 16]
-    assert not Path("x", NAME).exists()
+    assert not Path("x", CHECKPOINT).exists()
     assert "This run stopped early, after round 16" in Path("x/report.html").read_text()
     assert main(["resume", "x"]) == 2
     assert "is complete" in capsys.readouterr().err
@@ -260,7 +260,7 @@ def test_a_run_that_goes_on_stops_in_the_same_round(here: Path, last: int) -> No
     assert written("x") == written("whole")
     assert resumed.stopped == whole.stopped
     assert resumed.complete
-    assert not Path("x", NAME).exists()
+    assert not Path("x", CHECKPOINT).exists()
 
 
 def test_a_best_model_that_is_gone_is_missed(here: Path) -> None:
@@ -457,7 +457,7 @@ def test_a_users_callback_may_stop(here: Path, answer: Any) -> None:
     assert done.complete
     assert done.stopped is not None
     assert "enough asked for it" in done.stopped
-    assert not Path("x", NAME).exists()
+    assert not Path("x", CHECKPOINT).exists()
     with pytest.raises(ConfigurationError, match="is complete"):
         resume("x")
 

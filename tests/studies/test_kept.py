@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedweight import Run, run
+from fedweight import Run, resume, run
 from fedweight.clients.client_state import BUFFERS, INTEGERS, PARAMETERS
 from fedweight.core.client_store import ClientRows, ClientStore
 from fedweight.core.errors import DataError, OutputError
@@ -159,3 +159,23 @@ def test_a_full_disk_leaves_no_half_a_file(
     with pytest.raises(OutputError, match="Make room"):
         write_kept(tmp_path, store, lambda: Layout(()))
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_whose_clients_could_not_be_written_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    settings = QUICK | {"personal.name": "ditto", "run.checkpoint-rounds": 1}
+    whole = run(settings=settings, out=tmp_path / "whole", report=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "_write", full)
+        with pytest.raises(OutputError, match="Make room"):
+            run(settings=settings, out=tmp_path / "run", report=False)
+    assert not Run(tmp_path / "run").complete
+    found = resume(tmp_path / "run", report=False)
+    assert found.complete
+    for name in ("personal-models.safetensors", "model.safetensors", "rounds.csv"):
+        mine, other = found.folder / name, whole.folder / name
+        assert mine.read_bytes() == other.read_bytes()

@@ -15,8 +15,7 @@ import pytest
 
 from fedweight import Run, resume, run
 from fedweight.core.errors import ConfigurationError, DataError
-from fedweight.studies.folder import old_folder
-from fedweight.studies.keeper import NAME
+from fedweight.studies.folder import CHECKPOINT, old_folder
 
 ROUNDS = 8
 QUICK: dict[str, Any] = {
@@ -88,7 +87,7 @@ def killed(folder: Path, settings: dict[str, Any], seconds: float) -> None:
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     try:
         deadline = time.monotonic() + 300
-        while not (folder / NAME).exists() and time.monotonic() < deadline:
+        while not (folder / CHECKPOINT).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(seconds)
     finally:
@@ -229,7 +228,7 @@ def refused(folder: Path, said: str) -> None:
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused(folder: Path) -> None:
-    path = folder / NAME
+    path = folder / CHECKPOINT
     whole = path.read_bytes()
     for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
@@ -267,7 +266,7 @@ def test_a_run_that_goes_on_is_left_alone(folder: Path) -> None:
 
 def test_a_run_that_is_over_has_nothing_to_go_on_with(folder: Path) -> None:
     assert resume(folder, report=False).complete
-    assert not (folder / NAME).exists()
+    assert not (folder / CHECKPOINT).exists()
     refused(folder, "is complete")
 
 
