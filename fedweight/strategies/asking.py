@@ -163,10 +163,11 @@ def _prepare(
         partial(explore, strategy, now, grid, config),
     )
     try:
+        if strategy.class_totals:  # First: who explores wants them, too.
+            now.class_totals = label_totals(population)
+            config[keys.CLASS_TOTALS] = now.class_totals
         if strategy.overrides("prepare"):
             now.method = strategy.prepare(population)
-        if strategy.class_totals:
-            now.class_totals = label_totals(population)
     finally:
         if population.record.clients:
             now.history.append(population.record)

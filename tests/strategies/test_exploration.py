@@ -136,6 +136,12 @@ def test_one_client_trains_the_common_model_whatever_min_replies_is():
     assert len(result.clients[result.clients["round"] == 0]) in (3, 4)
 
 
+@pytest.mark.parametrize("strategy", ["fedlex", "autoflip"])
+def test_explorers_are_told_the_class_totals(strategy):
+    result = run(strategy, objective__name="balanced-softmax", run__rounds=1)
+    assert set(result.clients["status"]) == {"ok", "evaluated"}
+
+
 def share_of_zeros(result: fedweight.Run) -> tuple[int, int]:
     tensors = parameters(result).values()
     return sum(int((t == 0).sum()) for t in tensors), sum(t.numel() for t in tensors)
