@@ -37,16 +37,20 @@ def put_products(
     updates : Updates
         ``[K, P]``: what clients added to it.
     weights : Tensor
-        ``[K]``.
+        ``[K]``; or ``[K, T]``, one for each named tensor: then a pair counts as its two
+        tensors do on average.
     factors : Sequence[tuple[str, str]]
         The names of B, ``[out, r]``, and A, ``[r, in]``.
     """
     entries: Mapping[str, Entry] = {e.name: e for e in model.layout.parameters}
-    shares = weights.double()
+    numbers = {name: number for number, name in enumerate(entries)}
     with one_thread():  # The last bits of a factorisation depend on it.
         for pair in factors:
             if not all(name in entries for name in pair):
                 continue  # One of the two is frozen: then the mean is exact.
+            shares = weights.double()
+            if shares.ndim == 2:
+                shares = shares[:, [numbers[name] for name in pair]].mean(1)
             places = [slice(entries[n].start, entries[n].stop) for n in pair]
             shapes = [entries[n].shape for n in pair]
             before = [

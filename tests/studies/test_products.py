@@ -49,6 +49,14 @@ def test_of_one_client_the_product_is_its_own():
         torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_weights_per_tensor_are_those_of_the_pair_on_average():
+    two = {"strategy__name": "ida", "strategy__fraction_train": 0.4}
+    one = products(run("product", **two))  # Two clients count alike.
+    found = products(run("product", strategy__per_tensor=True, **two))
+    for mine, expected in zip(found, one, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 @pytest.mark.parametrize("strategy", ["fedavg", "ida"])
 def test_of_several_it_is_another_model(strategy):
     more = {"strategy__name": strategy, "run__rounds": 3}
