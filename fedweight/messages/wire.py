@@ -211,7 +211,10 @@ class Wire:
         return [self._read(reply) for reply in replies]
 
     def _read(self, reply: Message) -> Message:
-        sent = self._sent.get(reply.metadata.src_node_id)
+        if not reply.metadata.message_type.startswith("train"):
+            return reply
+        # Once: the models of past rounds are not kept for nodes that rest.
+        sent = self._sent.pop(reply.metadata.src_node_id, None)
         if sent is None or reply.has_error():
             return reply
         start, mask = sent

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedweight.core.errors import AggregationError, ClientError, ConfigurationError
 from fedweight.core.layout import FlatModel, Layout
 from fedweight.core.rng import Purpose, generator
-from fedweight.messages import keys, shared, wire
+from fedweight.messages import _flower, keys, shared, wire
+from fedweight.messages.arrays import FlatRecord
 from fedweight.messages.codecs import (
     CODECS,
     BFloat16,
@@ -27,6 +30,9 @@ from fedweight.messages.codecs import (
 
 SHAPES = {"a": ((3, 5), "float32"), "b": ((7,), "float32"), "mean": ((2,), "float32")}
 LAYOUT = Layout.of({**SHAPES, "n": ((), "int64")}, buffers={"mean"})
+
+
+TOLD = ConfigRecord({keys.ROUND: 1})
 
 
 def model(seed: int, scale: float = 1.0) -> FlatModel:
@@ -203,6 +209,24 @@ def test_whatever_bytes_come_are_read_or_refused(data, one):
             wire.read(one, record, LAYOUT, start)
     else:
         assert wire.read(one, record, LAYOUT, start).parameters.shape == (22,)
+
+
+def test_a_wire_keeps_what_a_node_was_sent_until_it_has_answered():
+    carried, trained = wire.Wire(BFloat16()), model(8)
+    with _flower.task_identity(1):
+        content = RecordDict({keys.ARRAYS: FlatRecord(model(7)), "config": TOLD})
+        (sent,) = carried.write([Message(content, 1000, "train")])
+        gone = weakref.ref(sent.content[keys.ARRAYS].flat)
+        asked = Message(RecordDict(), 1000, "query.identity")
+        carried.read([Message(RecordDict(), reply_to=asked)])
+        own = wire.written(BFloat16(), trained, model(7))
+        reply = Message(RecordDict({keys.ARRAYS: own}), reply_to=sent)
+        (found,) = carried.read([reply])
+    expected = trained.parameters.bfloat16().float()
+    assert torch.equal(found.content[keys.ARRAYS].flat.parameters, expected)
+    del content, sent, asked, reply
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_another_codec_wrote_is_refused():
