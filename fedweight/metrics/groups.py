@@ -76,9 +76,10 @@ class Groups:
     intersections : bool
         Whether the groups of each two attributes are crossed, too: women who are Black.
     min_size : int
-        1 or more. What a client tells of its groups, and whatever can be computed of
-        that and of what it tells of all its examples, is of no example or of so many at
-        least. See :meth:`codes`.
+        1 or more. What a client tells of an attribute's groups, and whatever can be
+        computed of that and of what it tells of all its examples, is of no example or
+        of so many at least; where attributes are crossed that holds of all of them
+        together. See :meth:`codes`.
     positive : int, optional
         The class that it is good to be given, such as a loan: selection rate, true and
         false positive rate are of it. By default class 1 of two; with more classes
@@ -152,7 +153,8 @@ class Groups:
         Where attributes are crossed, this is done with the groups that all of them
         make together, and an example is left out of all tables or of none: then no sum
         or difference of what is told is of fewer than ``min_size`` examples. Otherwise
-        it is done for each attribute.
+        it is done for each attribute by itself: who knows how two of them overlap may
+        subtract a group of one from a group of the other.
 
         Parameters
         ----------
