@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -14,27 +12,23 @@ from annotated_types import Ge, Lt
 
 from ..core.errors import DataError, closest
 from ..core.extras import Imported
-from ..core.memory import check_memory
 from ..core.options import check_options, validated
 from ..core.paths import clean_path, readable_file
 from ..core.rng import Purpose, generator
-from ..core.texts import listed, shown
+from ..core.texts import shown
+from .encoding import (
+    Encoder,
+    Label,
+    attribute_of,
+    check_float32,
+    codes_of,
+    values_of,
+)
 from .examples import DataSet, Examples, as_inputs, check, name_clients
 from .groups import groups_of
-from .schema import NUMBER, TEXT, Schema
-from .tables import (
-    FEW_CLASSES,
-    FEW_ROWS,
-    MARKS,
-    ROWS_PER_NUMBER,
-    ROWS_PER_TEXT,
-    Reading,
-    Table,
-    is_numeric,
-    missing_or_name,
-    read_table,
-    text_fault,
-)
+from .schema import NUMBER, Schema
+from .sources import Source, faults, read_source, read_test
+from .tables import FEW_CLASSES, Reading, Table, is_numeric, text_fault
 from .targets import as_flags, as_labels, as_numbers
 from .tasks import CLASSIFICATION, TASKS, MultiLabel
 
@@ -59,7 +53,6 @@ MANY_ROWS = 100
 FAR_FROM_ONE = 100
 
 Array = npt.NDArray[Any]
-Label = str | int | float | bool
 # What columns can say of an example; a class of each pixel takes arrays.
 TableTask = Literal["classification", "multi-label", "regression"]
 ArrayTask = Literal[TableTask, "segmentation"]
@@ -145,12 +138,12 @@ def load_csv(
         for column in source.sensitive
         if not is_numeric(train[column])
     }
-    encoder = _Encoder(path, train[source.features], standardise)
+    encoder = Encoder(path, train[source.features], standardise)
     train_part, test_part = (
         Examples(
             encoder(part),
             _targets(source, part, task, classes),
-            {c: _attribute(path, part[c], names.get(c)) for c in source.sensitive},
+            {c: attribute_of(path, part[c], names.get(c)) for c in source.sensitive},
         )
         for part in (train, tested)
     )
@@ -288,16 +281,16 @@ def load_one_csv(
     if classes is None:
         y = as_labels(f"{table.path}: '{source.label}' is", labels.to_numpy())
     else:
-        y = _codes(table.path, labels, classes)
+        y = codes_of(table.path, labels, classes)
     attributes = {
-        c: _codes(table.path, table.frame[c], groups[c])
+        c: codes_of(table.path, table.frame[c], groups[c])
         if c in groups
         else table.frame[c].to_numpy()
         for c in source.sensitive
     }
     with np.errstate(over="ignore"):
         x = table.frame[features].to_numpy(np.float32)
-    _check_range(table.path, features, x)
+    check_float32(table.path, features, x)
     found = Schema(
         source=table.path.name,
         label=source.label,
@@ -358,247 +351,6 @@ def load_one(
 
 
 # ------------------------------------------------------------------------- CSV files
-
-
-@dataclass(frozen=True)
-class Source:
-    """A table, and what each of its columns is for."""
-
-    table: Table
-    labels: list[str]
-    client: str | None
-    sensitive: list[str]
-    features: list[str]
-
-    @property
-    def label(self) -> str:
-        """The column to predict, where there is one."""
-        return self.labels[0]
-
-    def kinds(self) -> dict[str, str]:
-        """Return what each feature holds: numbers or texts."""
-        frame = self.table.frame
-        return {c: NUMBER if is_numeric(frame[c]) else TEXT for c in self.features}
-
-
-def read_source(
-    path: str | Path | None,
-    label: str | Sequence[str] | None,
-    client: str | None,
-    sensitive: str | Sequence[str],
-    sensitive_features: bool,
-    reading: Mapping[str, Any],
-    *,
-    one: bool = False,
-) -> Source:
-    """Read a CSV file and find its columns; options are those of :func:`load_csv`.
-
-    ``one`` says that it is one client's, beside others that may have more columns.
-    """
-    path = readable_file(path, "csv")
-    table = read_table(path, **reading, lenient=one)
-    label = table.columns[-1] if label is None else label
-    labels = [label] if isinstance(label, str) else list(dict.fromkeys(label))
-    if not labels:
-        raise DataError(f"{path}: label names no column. Name one or more.")
-    sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
-    named = [*labels, client, *sensitive]
-    table.check_columns(column for column in named if column is not None)
-    left_out = {*labels, client} | (set() if sensitive_features else set(sensitive))
-    features = [column for column in table.columns if column not in left_out]
-    if not features:
-        told = listed([f"'{name}'" for name in labels])
-        raise DataError(f"{path} has no feature column besides {told}.")
-    return Source(table, labels, client, sensitive, features)
-
-
-def read_test(source: Source, test: str | Path, reading: Mapping[str, Any]) -> Table:
-    """Read a source's test file, which has the same columns but for the client's."""
-    path = readable_file(test, "csv")
-    table = read_table(path, **reading, lenient=True)
-    columns = [*source.features, *source.sensitive, *source.labels]
-    table.check_columns(dict.fromkeys(columns))
-    for column in () if table.fault or source.table.fault else columns:
-        is_number = is_numeric(source.table.frame[column])
-        other = column not in source.labels and not is_numeric(table.frame[column])
-        if is_number and other:
-            _as_numbers(path, table.frame[column])
-    return table
-
-
-def faults(
-    source: Source,
-    test: Table | None,
-    classes: Sequence[Label] | None,
-    task: str = CLASSIFICATION,
-) -> Iterator[str]:
-    """Yield what would make a model learn something else than is meant, a line each."""
-    table = source.table
-    tables = [table] if test is None else [table, test]
-    for file in tables:
-        if file.fault is not None:
-            yield file.fault
-            return  # What is there cannot be judged.
-    if len(source.labels) > 1 and task != MultiLabel.name:
-        yield (
-            f"{table.path}: label names {len(source.labels)} columns, and {task} has "
-            f"one. Name one, or set task = '{MultiLabel.name}'."
-        )
-        return
-    for name in dict.fromkeys([*source.features, *source.sensitive]):
-        values = table.frame[name]
-        if not is_numeric(values):
-            fault = text_fault(table, values, feature=name in source.features)
-            if not fault and name not in table.categories:
-                fault = _number_fault(table, values)
-            if fault:
-                yield fault
-    if source.client is not None:
-        clients = table.frame[source.client]
-        if not is_numeric(clients):
-            named = replace(table, categories=frozenset([source.client]))
-            fault = text_fault(named, clients, feature=False)
-            if not fault and source.client not in table.categories:
-                fault = _number_fault(table, clients)
-        else:
-            fault = _digits_fault(table, clients)
-        if fault:
-            yield fault
-    for name in source.labels:
-        labels = [file.frame[name] for file in tables]
-        if TASKS[task].has_classes:
-            fault = _label_fault(table, labels, classes)
-        elif task == MultiLabel.name:
-            fault = _flag_fault(table, labels, classes)
-        else:
-            fault = _target_fault(table, labels, classes)
-        if fault:
-            yield fault
-
-
-def _flag_fault(
-    table: Table, parts: Sequence[pd.Series[Any]], classes: Sequence[Label] | None
-) -> str | None:
-    """Return what is wrong with a column that says where a label holds, or ``None``."""
-    what = f"{table.path}: the label '{parts[0].name}'"
-    if classes is not None:
-        return (
-            f"{what} holds or does not, and classes lists names of some. Leave classes "
-            "out: the labels are called as their columns."
-        )
-    values = values_of(*parts)
-    odd = [v for v in values if isinstance(v, str) or v not in (0, 1)]
-    if odd:
-        return (
-            f"{what} has the value {shown(odd[0])}, and is to say where a label holds. "
-            "Write 1 where it does and 0 where not; a column of one class each is of "
-            "task = 'classification'."
-        )
-    return None
-
-
-def _target_fault(
-    table: Table, parts: Sequence[pd.Series[Any]], classes: Sequence[Label] | None
-) -> str | None:
-    """Return what is wrong with a column of numbers to predict, or ``None``."""
-    what, name = f"{table.path}: the label '{parts[0].name}'", parts[0].name
-    if classes is not None:
-        return (
-            f"{what} is a number to predict, and classes lists names of some. Leave "
-            "classes out, or set task = 'classification'."
-        )
-    for part in parts:
-        if name in table.categories or not is_numeric(part):
-            fault = None
-            if name not in table.categories:
-                fault = text_fault(table, part, feature=False)
-            return fault or (
-                f"{what} has texts such as {shown(part.iloc[0])}, and is to be "
-                "predicted as a number. Name another column with label (by default "
-                "the last), or set task = 'classification'."
-            )
-    values = pd.concat(list(parts)).to_numpy(np.float64)
-    if (values == values[0]).all():
-        return f"{what} has one value only, {values[0]:g}: nothing is left to predict."
-    return None
-
-
-def _digits_fault(table: Table, values: pd.Series[Any]) -> str | None:
-    """Return why numbers cannot tell clients or classes apart, or ``None``."""
-    large = values[values.abs() >= 2**53] if values.dtype.kind == "f" else values[:0]
-    if not len(large):
-        return None
-    return (
-        f"{table.path}: column '{values.name}' holds numbers such as {large.iloc[0]} "
-        "among decimals, where two that differ in their last digits become one. Set "
-        f"dtype = {{'{values.name}' = 'category'}}."
-    )
-
-
-def _number_fault(table: Table, values: pd.Series[Any]) -> str | None:
-    """Return which texts of a column are one number, written differently."""
-    seen: dict[str, str] = {}
-    for text in map(str, values.unique()):
-        before = seen.setdefault(_text(text), text)
-        if before != text:
-            return (
-                f"{table.path}: column '{values.name}' holds {shown(before)} and "
-                f"{shown(text)}, which are one number. Write them alike, or where they "
-                f"differ set dtype = {{'{values.name}' = 'category'}}."
-            )
-    return None
-
-
-def _label_fault(
-    table: Table, parts: Sequence[pd.Series[Any]], classes: Sequence[Label] | None
-) -> str | None:
-    """Return what is wrong with a column of labels, or ``None``."""
-    path, name = table.path, parts[0].name
-    texts = [part for part in parts if not is_numeric(part)]
-    if texts:
-        named = replace(table, categories=frozenset([str(name)]))
-        fault = text_fault(named, pd.concat(texts), feature=False)
-        if fault:
-            return fault
-    for part in parts:
-        fault = _digits_fault(table, part) if is_numeric(part) else None
-        if fault:
-            return fault
-    if classes is not None:
-        return None
-    values = values_of(*parts)
-    rows = sum(len(part) for part in parts)
-    what = f"{path}: the label '{name}' has"
-    if len(values) == 1:
-        return (
-            f"{what} one value only, {shown(values[0])}. There must be two classes or "
-            "more to tell apart."
-        )
-    if name in table.categories:
-        return None
-    for value in values:
-        if value in MARKS:
-            return f"{what} the value {value!r}. {missing_or_name(name, value)}"
-    numeric = all(is_numeric(part) for part in parts)
-    whole = numeric and all(float(value).is_integer() for value in values)
-    each = ROWS_PER_NUMBER if numeric else ROWS_PER_TEXT
-    many = len(values) > FEW_CLASSES and len(values) * each > rows
-    own = len(values) > FEW_ROWS and 2 * len(values) > rows
-    if not (many or own or (numeric and not whole and len(values) > FEW_CLASSES)):
-        return None
-    insist = f"If these are classes, say so: dtype = {{'{name}' = 'category'}}."
-    if numeric:
-        return (
-            f"{what} {len(values):,} different numbers in {rows:,} rows, from "
-            f"{values[0]} to {values[-1]}. To predict them as numbers set task = "
-            "'regression'; else name another column with label (by default the last), "
-            f"or make classes of this one. {insist}"
-        )
-    return (
-        f"{what} {len(values):,} different texts in {rows:,} rows, such as "
-        f"{shown(values[0])}, which look like names of rows. Name another column with "
-        f"label (by default the last). {insist}"
-    )
 
 
 def remarks(source: Source, task: str = CLASSIFICATION) -> list[str]:
@@ -680,161 +432,17 @@ def _counts_rows(values: pd.Series[Any]) -> bool:
     return reach <= 2 * len(values) or values.is_monotonic_increasing
 
 
-def values_of(*parts: pd.Series[Any]) -> list[Any]:
-    """Return the different values of one column in some files, sorted.
-
-    ``0`` in one file and ``0.0`` in another are one value, as the first writes it.
-    """
-    if len({is_numeric(part) for part in parts}) == 1:
-        first: list[Any] = list(parts[0].unique().tolist())
-        if is_numeric(parts[0]):
-            every = {v for part in parts for v in part.unique().tolist()} - set(first)
-            kind = float if any(isinstance(v, float) for v in first) else int
-            others = [kind(v) if float(v).is_integer() else v for v in every]
-        else:
-            known = set(map(str, first))
-            first = list(known)
-            others = list({str(v) for part in parts for v in part.unique()} - known)
-        return sorted([*first, *others])
-    texts = {_text(v) for part in parts for v in part.unique().tolist()}
-    return sorted(texts)
-
-
-def _text(value: Any) -> str:
-    """Return a value as text: a whole number without decimals, in whatever form."""
-    if isinstance(value, str) and value.strip().lower() not in ("nan", "inf", "-inf"):
-        try:
-            number = float(value)
-        except ValueError:
-            return value
-        return (
-            str(int(number)) if number.is_integer() and abs(number) < 2**53 else value
-        )
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return str(int(value))
-    return str(value)
-
-
 def _targets(
     source: Source, part: pd.DataFrame, task: str, classes: Sequence[Label] | None
 ) -> Array:
     """Return what is to be predicted of rows of a table."""
     path = source.table.path
     if classes is not None:
-        return _codes(path, part[source.label], classes)
+        return codes_of(path, part[source.label], classes)
     if task == MultiLabel.name:
         flags = part[source.labels].to_numpy(np.float32)
         return as_flags(f"{path}: labels are", flags)
     return as_numbers(f"{path}: '{source.label}' is", part[source.label].to_numpy())
-
-
-def _codes(
-    path: Path, values: pd.Series[Any], known: Sequence[Label]
-) -> npt.NDArray[np.int64]:
-    """Return the place of each value among the known ones."""
-    places = {v if isinstance(v, str) else _text(v): k for k, v in enumerate(known)}
-    if not known or len(places) < len(known):
-        raise DataError(
-            f"{path}: classes must be the different values of '{values.name}', got "
-            f"{shown(list(known))}."
-        )
-    numbers = {_number(v): k for k, v in enumerate(known)}
-    rows, different = pd.factorize(values)
-    codes = np.empty(len(different), np.int64)
-    for k, value in enumerate(different.tolist()):
-        code = places.get(value) if isinstance(value, str) else None
-        code = places.get(_text(value)) if code is None else code
-        code = numbers.get(_number(value)) if code is None else code
-        if code is None:
-            raise DataError(
-                f"{path}: column '{values.name}' holds {shown(value)}, which is none "
-                f"of {listed(map(repr, known), most=20)}."
-            )
-        codes[k] = code
-    return codes[rows]
-
-
-def _number(value: Any) -> Any:
-    """Return a value as the number that it is or reads as, or else as it is."""
-    if isinstance(value, str):
-        for kind in (int, float):  # A float holds no more than 15 digits for sure.
-            with suppress(ValueError):
-                return kind(value)
-    return value
-
-
-def _attribute(
-    path: Path, values: pd.Series[Any], names: Sequence[str] | None
-) -> Array:
-    return _as_numbers(path, values) if names is None else _codes(path, values, names)
-
-
-def _as_numbers(path: Path, values: pd.Series[Any]) -> Array:
-    try:
-        return np.asarray(values, np.float64)
-    except (ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path}: column '{values.name}' is numeric, but not in the test file: "
-            f"{error}."
-        ) from error
-
-
-class _Encoder:
-    """Turns rows of a table into a model's inputs, by what the training rows hold."""
-
-    def __init__(self, path: Path, train: pd.DataFrame, standardise: bool) -> None:
-        self.path = path
-        self.columns: list[tuple[str, Sequence[str] | None, float, float]] = []
-        names = []
-        for name in train.columns:
-            seen = train[name]
-            categories, mean, spread = None, 0.0, 1.0
-            if not is_numeric(seen):
-                categories = sorted(set(seen.astype(str)))
-            elif standardise and not pd.api.types.is_bool_dtype(seen):
-                with np.errstate(over="ignore", invalid="ignore"):
-                    mean, spread = float(seen.mean()), float(seen.std(ddof=0)) or 1.0
-            self.columns.append((name, categories, mean, spread))
-            names += (
-                [name] if categories is None else [f"{name}={c}" for c in categories]
-            )
-        self.names = tuple(names)
-
-    def __call__(self, part: pd.DataFrame) -> npt.NDArray[np.float32]:
-        """Return the inputs, ``[n, d]``."""
-        check_memory(
-            f"{self.path}: {len(part):,} rows of {len(self.names):,} features",
-            4.0 * len(part) * len(self.names),
-            "Leave columns of many different texts out, with drop.",
-            DataError,
-        )
-        x = np.zeros((len(part), len(self.names)), np.float32)
-        at = 0
-        for name, categories, mean, spread in self.columns:
-            values = part[name]
-            if categories is not None:
-                texts = map(_text, values) if is_numeric(values) else values.astype(str)
-                codes = pd.Index(categories).get_indexer(pd.Index(list(texts)))
-                there = np.flatnonzero(codes >= 0)
-                x[there, at + codes[there]] = 1
-                at += len(categories)
-            else:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    x[:, at] = (_as_numbers(self.path, values) - mean) / spread
-                at += 1
-        _check_range(self.path, self.names, x)
-        return x
-
-
-def _check_range(path: Path, names: Sequence[str], x: Array) -> None:
-    if not np.isfinite(x.sum(dtype=np.float64)):
-        bad = ~np.isfinite(x).all(axis=0)
-        if bad.any():
-            raise DataError(
-                f"{path}: column '{names[int(bad.argmax())]}' has numbers beyond 3e38, "
-                "which a 32-bit float cannot hold. Divide it first, or leave it out "
-                "with drop."
-            )
 
 
 def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:

@@ -24,17 +24,9 @@ from ..core.texts import listed
 from ..core.writing import write_whole
 from ..data import DataSet, Examples, FederatedData
 from ..data.examples import name_clients
-from ..data.files import (
-    Source,
-    faults,
-    load_csv,
-    load_npz,
-    load_one,
-    load_one_csv,
-    read_source,
-    read_test,
-)
+from ..data.files import load_csv, load_npz, load_one, load_one_csv
 from ..data.schema import Schema
+from ..data.sources import Source, faults, read_source, read_test
 from ..data.tables import Reading, is_numeric
 from ..data.tasks import CLASSIFICATION, TASKS
 
