@@ -33,8 +33,9 @@ from .spread import (
 )
 
 if TYPE_CHECKING:
-    from .additive import Statistics, Sums
+    from .additive import Statistics
     from .groups import Groups, equity_scaled
+    from .sums import Sums
 
 __all__ = [
     "TASKS",
@@ -67,8 +68,8 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "Statistics": ".additive",
-        "Sums": ".additive",
         "Groups": ".groups",
         "equity_scaled": ".groups",
+        "Sums": ".sums",
     },
 )

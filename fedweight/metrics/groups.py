@@ -12,18 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import ConfigurationError, DataError, check_range
 from ..core.texts import listed
+from .sums import Array, Sums
 
-if TYPE_CHECKING:
-    from .additive import Sums
-
-Array = npt.NDArray[Any]
 Codes = npt.NDArray[np.int64]
 
 # Stands between the attributes, and the groups, of an intersection.

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from .additive import Sums
-
-Array = npt.NDArray[Any]
+from .sums import Array, Sums
 
 
 def _mean(name: str) -> Callable[[Sums], Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..core.errors import DataError
 from ..data.tasks import LearningTask, MultiLabel
+from .sums import Array, Sums
 
 if TYPE_CHECKING:
-    from .additive import Statistics, Sums
+    from .additive import Statistics
 
-Array = npt.NDArray[Any]
 Flags = npt.NDArray[np.bool_]
-Impossible = Callable[["Sums", "Statistics"], Flags]
+Impossible = Callable[[Sums, "Statistics"], Flags]
 
 # A client counts no more than a float64 tells apart.
 EXACT = 2.0**53

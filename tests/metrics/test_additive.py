@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.metrics import Statistics, Sums, task_named
-from fedweight.metrics.additive import segment_sums
+from fedweight.metrics.sums import segment_sums
 
 
 def classified(n, classes, seed=0, sharp=1.0):
