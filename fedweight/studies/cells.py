@@ -216,15 +216,17 @@ def run_side_by_side(
     done: int = 0,
     cards: Sequence[str] = (),
 ) -> list[Ended]:
-    """Run cells in processes of their own, each with so many cores.
+    """Run cells in processes of their own, so many side by side on so many cores.
 
-    Each sees one of the ``cards`` only, in turn, if there are any: GPUs, as
-    ``CUDA_VISIBLE_DEVICES`` names them. However it ends, no process is left.
+    The cores are shared evenly; the last cells, where fewer are left than processes,
+    share them among these, which changes no bit. Each process sees one of the ``cards``
+    only, in turn, if there are any: GPUs, as ``CUDA_VISIBLE_DEVICES`` names them.
+    However it ends, no process is left.
     """
     waiting = deque(cells)
     ended: list[Ended] = []
     seen = [cards[k % len(cards)] if cards else None for k in range(workers)]
-    processes = [_Process(cores, card) for card in seen]
+    processes = [_Process(card) for card in seen]
     over, lock = threading.Event(), threading.Lock()
 
     def work(process: _Process) -> None:
@@ -232,9 +234,11 @@ def run_side_by_side(
             with lock:
                 if over.is_set() or not waiting:
                     break
+                last = len(cells) % workers
+                sharing = last if len(waiting) <= last else workers
                 cell = waiting.popleft()
             began = time.perf_counter()
-            why = process.run(cell)
+            why = process.run(cell, max(1, cores // sharing))
             seconds = time.perf_counter() - began
             with lock:
                 if over.is_set():  # It did not fail: it was asked to end.
@@ -258,20 +262,20 @@ def run_side_by_side(
 class _Process:
     """A process that runs cells, one after another; it starts with the first."""
 
-    def __init__(self, cores: int, card: str | None = None) -> None:
-        self.cores = cores
+    def __init__(self, card: str | None = None) -> None:
         self.card = card
         self._child: subprocess.Popen[str] | None = None
         self._ended = False
 
-    def run(self, cell: Cell) -> tuple[str, str]:
-        """Have a cell run; return why it failed, in a line and in full."""
+    def run(self, cell: Cell, cores: int) -> tuple[str, str]:
+        """Have a cell run on so many cores; return why it failed, and that in full."""
         child = self._child or self._start()
         assert child.stdin is not None
         assert child.stdout is not None
         answer = ""
         with contextlib.suppress(OSError, ValueError):
-            child.stdin.write(json.dumps(asdict(cell)) + "\n")
+            told = {"cell": asdict(cell), "cores": cores}
+            child.stdin.write(json.dumps(told) + "\n")
             child.stdin.flush()
             answer = child.stdout.readline()
         if answer.endswith("\n"):
@@ -288,7 +292,7 @@ class _Process:
         here = dict.fromkeys(os.path.abspath(path) for path in sys.path)
         card = {} if self.card is None else {VISIBLE: self.card}
         child = self._child = subprocess.Popen(
-            [sys.executable, "-c", _CODE, str(self.cores)],
+            [sys.executable, "-c", _CODE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -325,16 +329,15 @@ class _Process:
             child.wait()
 
 
-_CODE = "import sys; from fedweight.studies.cells import serve; serve(int(sys.argv[1]))"
+_CODE = "from fedweight.studies.cells import serve; serve()"
 
 
-def serve(cores: int) -> None:
+def serve() -> None:
     """Be a process that runs cells: a line in is a cell, a line out how it ended.
 
     When the other side is gone, this ends at once, as if killed: the next one goes on
     from the checkpoint.
     """
-    limit_cores(cores)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # What models and strategies print is no answer.
     sys.stdout = sys.stderr
@@ -348,7 +351,9 @@ def serve(cores: int) -> None:
     last = LastData()
     with contextlib.suppress(KeyboardInterrupt), interruptible():
         while line := cells.get():
-            cell = Cell(**json.loads(line))
+            told = json.loads(line)
+            limit_cores(told["cores"])
+            cell = Cell(**told["cell"])
             handler.setFormatter(logging.Formatter(f"{cell.name}: %(message)s"))
             why = _ran(cell, last)
             busy.clear()

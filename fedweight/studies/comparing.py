@@ -365,8 +365,7 @@ class _Study:
         workers = min(workers, len(todo))
         if workers <= 1:
             return run_here(todo, dataset, self.last, tell, done)
-        share = max(1, cores // workers)
-        return run_side_by_side(todo, workers, share, tell, done, cards)
+        return run_side_by_side(todo, workers, cores, tell, done, cards)
 
     def rows(self, folder: Path, ended: Iterable[Ended]) -> list[Row]:
         """Return the rows of ``cells.csv``, the first strategy's first."""

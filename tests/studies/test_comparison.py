@@ -21,11 +21,13 @@ from fedweight import Comparison, compare
 from fedweight.cli import main
 from fedweight.clients.objectives import Plain
 from fedweight.core.errors import ConfigurationError, DataError
+from fedweight.core.threads import num_cores
 from fedweight.data import load
 from fedweight.strategies import FedAvg, FedDisco
 from fedweight.studies.cells import Cell, Ended, run_side_by_side, visible_cards
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.methods import methods_of, parts, seeds_of
+from fedweight.studies.ranks import signed_ranks
 from fedweight.studies.statistics import compare_pairs, t_interval
 from fedweight.studies.summarizing import METRICS, choose, summary_of
 
@@ -226,33 +228,55 @@ def test_a_process_that_dies_takes_one_cell_with_it(failing: Path) -> None:
 
 
 SEEING = """
+from fedweight.core.threads import num_cores
 from fedweight.strategies import WeightingStrategy
 
 class Seeing(WeightingStrategy):
     def weights(self, round):
         import os
         with open("seen.txt", "a") as file:
-            file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "none") + "\\n")
+            card = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+            file.write(f"{card} {self.seed} {num_cores()}\\n")
         return round.size_weights
 """
 
 
-def test_each_process_sees_one_card(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def seeing(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    """Three runs whose strategy writes down what its process sees."""
     (here / "own_seeing.py").write_text(SEEING)
     monkeypatch.syspath_prepend(here)
     compare(None, "own_seeing:Seeing", 0, settings=QUICK, out="c", workers=1)
+    (here / "seen.txt").unlink()
     cells = []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         config = Configuration.read("c/seeing-seed0/config.toml", {"run.seed": seed})
         folder = str(here / "c" / str(seed))
         cells.append(Cell(str(seed), folder, config.to_toml(), "new"))
-    (here / "seen.txt").unlink(missing_ok=True)
+    return cells
+
+
+def seen(folder: Path) -> set[tuple[str, str, str]]:
+    lines = (folder / "seen.txt").read_text().splitlines()
+    return {tuple(line.split()) for line in lines}  # type: ignore[misc]
+
+
+def test_each_process_sees_one_card(here: Path, seeing: list[Cell]) -> None:
+    cells = seeing[:2]
     ended = run_side_by_side(cells, 2, 1, lambda ended: None, cards=["3", "GPU-5"])
     assert [one.reason for one in ended] == ["", ""]
-    seen = (here / "seen.txt").read_text().split()
-    assert sorted(set(seen)) == ["3", "GPU-5"]
+    assert {card for card, _, _ in seen(here)} == {"3", "GPU-5"}
+
+
+@pytest.mark.skipif(num_cores() < 2, reason="there is one core only")
+def test_the_last_cell_has_the_cores_that_others_leave(
+    here: Path, seeing: list[Cell]
+) -> None:
+    ended = run_side_by_side(seeing, 2, 2, lambda ended: None)
+    assert [one.reason for one in ended] == [""] * 3
+    assert {(seed, cores) for _, seed, cores in seen(here)} == {
+        *(("1", "1"), ("2", "1"), ("3", "2"))
+    }
 
 
 @pytest.mark.parametrize(
@@ -513,8 +537,17 @@ def test_pairs_go_over_seeds_and_data_sets(wide: Comparison) -> None:
     assert sum(ranks.values()) == 3
     assert "average ranks over 2 data sets" in str(wide)
     assert math.isnan(rows["average_rank"].iloc[0])
+    means = {
+        name: [sum(own[k : k + 2]) / 2 for k in (0, 2)] for name, own in values.items()
+    }
+    expected = signed_ranks(means["fedavg"], means["ida"], rope=0.02)
+    [row] = wide.signed_ranks(rope=0.02).to_dict("records")
+    assert (row["strategy"], row["against"], row["data_sets"]) == ("ida", "fedavg", 2)
+    assert (row["better"], row["same"]) == (expected.better, expected.same)
     with pytest.raises(ConfigurationError, match="metric must be one of"):
         wide.ranking("accuracy")
+    with pytest.raises(ConfigurationError, match="metric must be one of"):
+        wide.signed_ranks("accuracy")
     with pytest.raises(DataError, match="on few and many"):
         wide.run("ida", 0, "none")
 
