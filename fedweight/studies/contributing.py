@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from .cells import LastData, what_is_there
 from .components import prepare
 from .configuration import Configuration
 from .given import as_settings, of_main, setting_map, whole_tables
+from .progress import watched
 from .result import Run
 from .runner import name_of_own, preface_of, resume, run_configured
 
@@ -57,7 +59,7 @@ def contribution(
     nobody is worth that of the initial model. Each run stands in a folder of its own,
     and is not run again if it is there: the same call goes on with what was stopped,
     and more permutations add to what was run. :func:`contribution_runs` says beforehand
-    how many runs it takes.
+    how many runs it takes; where somebody watches, a line does before they start.
 
     Parameters
     ----------
@@ -104,7 +106,10 @@ def contribution(
     """
     worth = _Worth(file, settings, dataset)
     # What does not fit is refused before the folder is made.
-    contribution_cost(len(worth.clients), method, permutations)
+    runs = _most_runs(len(worth.clients), method, permutations)
+    if watched():
+        line = f"{method} of {len(worth.clients)} clients: {runs} runs at most"
+        print(line, file=sys.stderr, flush=True)
     name = worth.configuration["run"]["name"].replace("/", "-") or "unnamed"
     worth.folder = clean_path("out", out or f"runs/{name}-contribution")
     seed = worth.configuration["run"]["seed"]
@@ -144,6 +149,10 @@ def contribution_runs(
     6
     """
     clients = len(_Worth(file, settings, dataset).clients)
+    return _most_runs(clients, method, permutations)
+
+
+def _most_runs(clients: int, method: Method, permutations: int | None) -> int:
     # Nobody is worth what the initial model of another run is.
     nobody = method == "shapley"
     return contribution_cost(clients, method, permutations) - nobody

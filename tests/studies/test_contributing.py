@@ -12,7 +12,7 @@ import pytest
 import fedweight
 from fedweight.core.errors import ConfigurationError
 from fedweight.data import DataSet, federate, load
-from fedweight.metrics import leave_one_out, shapley
+from fedweight.metrics import collaborative_fairness, leave_one_out, shapley
 from fedweight.studies import contribution, contribution_runs
 
 QUICK: dict[str, Any] = {
@@ -68,6 +68,48 @@ def test_what_was_run_is_not_run_again(made: Path) -> None:
     assert before == after
     with pytest.raises(ConfigurationError, match=r"another run: its run\.rounds is 2"):
         contribution(settings={**QUICK, "run.rounds": 3}, out=made)
+
+
+def test_what_it_costs_is_told_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped(Exception):
+        """Ends it as the first run begins."""
+
+    def stop(*arguments: Any, **more: Any) -> None:
+        raise Stopped
+
+    module = "fedweight.studies.contributing"
+    monkeypatch.setattr(f"{module}.run_configured", stop)
+    for watched, said in (("", ""), ("terminal", "shapley of 3 clients: 7 runs at")):
+        monkeypatch.setattr(f"{module}.watched", lambda seen=watched: seen)
+        with pytest.raises(Stopped):
+            contribution(settings=QUICK, out=tmp_path / "c")
+        err = capsys.readouterr().err
+        assert (said in err) if said else not err
+
+
+def test_what_clients_get_of_a_fair_incentive_is_how_often_they_took_part(
+    tmp_path: Path,
+) -> None:
+    run = fedweight.run(
+        settings={
+            **{**QUICK, "run.rounds": 12, "partition.clients": 8},
+            **{"strategy.name": "fair-incentive", "strategy.explore-at-most": 3},
+            **{"strategy.fraction-train": 0.5, "strategy.beta": 20.0},
+        },
+        out=tmp_path / "run",
+        report=False,
+        progress=False,
+    )
+    took_part = run.clients[run.clients["status"] == "ok"]
+    last = took_part.groupby("client").last()
+    assert last["syncs"].tolist() == took_part.groupby("client").size().tolist()
+    assert last["syncs"].sum() == 3 * 8 + 9 * 4
+    found = collaborative_fairness(last["contribution"], last["syncs"])
+    assert found == pytest.approx(
+        np.corrcoef(last["contribution"], last["syncs"])[0, 1]
+    )
 
 
 def test_who_is_left_out_has_nothing_and_others_what_they_had() -> None:
