@@ -324,8 +324,8 @@ class Recorder:
             row[name] += sum(getattr(c, name) for r in before for c in r.clients)
         row |= self._validated(arrays) if test else {}
         self.rounds.append([row])
-        self.tracking.log(number, row, clients)
-        self._record_groups(record, tested)
+        groups = self._record_groups(record, tested)
+        self.tracking.log(number, row, clients, groups)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.timings.append(
@@ -343,13 +343,17 @@ class Recorder:
             )
         return MetricRecord(dict(test)) if test else None
 
-    def _record_groups(self, record: RoundRecord, tested: Sums | None) -> None:
-        """Record what clients, or the server's test data, say of groups."""
+    def _record_groups(
+        self, record: RoundRecord, tested: Sums | None
+    ) -> list[dict[str, Any]]:
+        """Record what clients, or the server's test data, say of groups; return it."""
         groups = self.components.groups
-        if self.groups is not None and groups is not None:
-            rows = group_rows(groups, record, tested)
-            if rows:
-                self.groups.append(rows)
+        if self.groups is None or groups is None:
+            return []
+        rows = group_rows(groups, record, tested)
+        if rows:
+            self.groups.append(rows)
+        return rows
 
     @property
     def _history(self) -> list[RoundRecord]:

@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ log = logging.getLogger("fedweight")
 # MLflow takes no more parameters at once, and of each no more characters.
 _AT_ONCE = 100
 _LONGEST = 500
+# What the name of a metric may not hold there.
+_ODD = re.compile(r"[^/\w.\- :]")
 
 
 class Tracker:
@@ -37,6 +40,8 @@ class Tracker:
     ----------
     clients : bool
         Whether :meth:`log` is told each client's values, too.
+    groups : bool
+        Whether it is told those of groups, where a run measures by groups.
 
     Examples
     --------
@@ -47,10 +52,15 @@ class Tracker:
     >>> fedweight.run(callbacks=[Printed()])  # doctest: +SKIP
     """
 
-    def __init__(self, *, clients: bool = False) -> None:
-        if not isinstance(clients, bool):
-            raise ConfigurationError(f"clients must be True or False, got {clients!r}.")
+    clients: bool = False
+    groups: bool = False
+
+    def __init__(self, *, clients: bool = False, groups: bool = False) -> None:
+        for name, told in (("clients", clients), ("groups", groups)):
+            if not isinstance(told, bool):
+                raise ConfigurationError(f"{name} must be True or False, got {told!r}.")
         self.clients = clients
+        self.groups = groups
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Be told of a run that begins, or goes on.
@@ -73,8 +83,11 @@ class Tracker:
             checkpoint.
         values : Mapping[str, float]
             The numbers of its row of ``rounds.csv``, by column; with ``clients`` those
-            of ``clients.csv``, too, as ``clients/<name or number>/<column>``. What was
-            not measured, or is not finite, is not there.
+            of ``clients.csv``, too, as ``clients/<name or number>/<column>``; with
+            ``groups`` those of ``groups.csv``, as
+            ``groups/<part>/<attribute>/<group>/<column>``, and with both each client's
+            as ``clients/<name or number>/groups/<attribute>/<group>/<column>``. What
+            was not measured, or is not finite, is not there.
         """
         raise NotImplementedError
 
@@ -97,11 +110,6 @@ class Tracking:
     def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
         self._trackers = [*trackers]
 
-    @property
-    def wants_clients(self) -> bool:
-        """Whether anybody wants each client's values."""
-        return any(tracker.clients for tracker in self._trackers)
-
     def begin(self, folder: Path, config: Mapping[str, Mapping[str, Any]]) -> None:
         """Tell all of a run that begins."""
         flat = {
@@ -114,20 +122,34 @@ class Tracking:
         round: int,
         row: Mapping[str, Any],
         clients: Iterable[Mapping[str, Any]] = (),
+        groups: Iterable[Mapping[str, Any]] = (),
     ) -> None:
-        """Tell all of a round: its row, and those of its clients."""
-        if not self._trackers:
-            return
+        """Tell all of a round: its row, and those of its clients and groups."""
         values = _numbers(row)
-        more = dict(values)
-        if self.wants_clients:
+        each: dict[str, float] = {}
+        if any(tracker.clients for tracker in self._trackers):
             for one in clients:
-                name = plain(one.get("name") or one["client"]).replace("/", "-")
-                own = _numbers(one)
-                more |= {f"clients/{name}/{key}": v for key, v in own.items()}
-        self._each(
-            lambda tracker: tracker.log(round, more if tracker.clients else values)
-        )
+                each |= _below(_client(one), one)
+        together: dict[str, float] = {}
+        of_clients: dict[str, float] = {}
+        if any(tracker.groups for tracker in self._trackers):
+            for one in groups:
+                place = [_part(one["attribute"]), _part(one["group"])]
+                if "client" in one:
+                    path = "/".join([_client(one), "groups", *place])
+                    of_clients |= _below(path, one)
+                else:
+                    path = "/".join(["groups", _part(one["part"]), *place])
+                    together |= _below(path, one)
+
+        def tell(tracker: Tracker) -> None:
+            told = dict(values)
+            told |= each if tracker.clients else {}
+            told |= together if tracker.groups else {}
+            told |= of_clients if tracker.clients and tracker.groups else {}
+            tracker.log(round, told)
+
+        self._each(tell)
 
     def end(self, failed: bool) -> None:
         """Tell all that the run is over."""
@@ -154,6 +176,19 @@ def told_apart(callbacks: Iterable[Any]) -> tuple[Tracking, tuple[Any, ...]]:
     return Tracking(trackers), tuple(one for one in several if one not in trackers)
 
 
+def _part(name: Any) -> str:
+    """Return a name as one part of a path."""
+    return plain(str(name)).replace("/", "-")
+
+
+def _client(row: Mapping[str, Any]) -> str:
+    return f"clients/{_part(row.get('name') or row['client'])}"
+
+
+def _below(path: str, row: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{path}/{key}": value for key, value in _numbers(row).items()}
+
+
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """Return what of a table's row is a finite number, but for what it is about."""
     return {
@@ -178,8 +213,8 @@ class TensorBoard(Tracker):
     ----------
     folder : str or Path
         Where the runs' folders are.
-    clients : bool
-        Whether each client's values are written, too.
+    clients, groups : bool
+        Whether each client's and each group's values are written, too.
 
     Raises
     ------
@@ -188,9 +223,13 @@ class TensorBoard(Tracker):
     """
 
     def __init__(
-        self, folder: str | Path = "tensorboard", *, clients: bool = False
+        self,
+        folder: str | Path = "tensorboard",
+        *,
+        clients: bool = False,
+        groups: bool = False,
     ) -> None:
-        super().__init__(clients=clients)
+        super().__init__(clients=clients, groups=groups)
         self.folder = Path(folder)
         require("tracking by TensorBoard", "tensorboard")
         self._writer: Any = None
@@ -216,14 +255,16 @@ class TensorBoard(Tracker):
 class MLflow(Tracker):
     """Logs to MLflow: a run of it is a run of ours, the configuration its parameters.
 
+    In the names of metrics ``_`` stands for what MLflow does not take there.
+
     Parameters
     ----------
     experiment : str
         The experiment's name; it is made where it is not there.
     tracking_uri : str, optional
         The server or the store; by default what MLflow takes.
-    clients : bool
-        Whether each client's values are logged, too.
+    clients, groups : bool
+        Whether each client's and each group's values are logged, too.
 
     Raises
     ------
@@ -237,8 +278,9 @@ class MLflow(Tracker):
         tracking_uri: str | None = None,
         *,
         clients: bool = False,
+        groups: bool = False,
     ) -> None:
-        super().__init__(clients=clients)
+        super().__init__(clients=clients, groups=groups)
         self.experiment = experiment
         self.tracking_uri = tracking_uri
         require("tracking by MLflow", "mlflow")
@@ -269,7 +311,10 @@ class MLflow(Tracker):
         """Log a metric each, the round as its step."""
         metric = importlib.import_module("mlflow.entities").Metric
         now = int(time.time() * 1000)
-        several = [metric(name, value, now, round) for name, value in values.items()]
+        several = [
+            metric(_ODD.sub("_", name), value, now, round)
+            for name, value in values.items()
+        ]
         for first in range(0, len(several), 10 * _AT_ONCE):
             some = several[first : first + 10 * _AT_ONCE]
             self._client.log_batch(self._run, metrics=some)
@@ -290,8 +335,8 @@ class WandB(Tracker):
         Under which its folder ``wandb`` is.
     mode : {"offline", "online", "shared", "disabled"}
         As ``wandb.init`` takes it.
-    clients : bool
-        Whether each client's values are logged, too.
+    clients, groups : bool
+        Whether each client's and each group's values are logged, too.
 
     Raises
     ------
@@ -306,8 +351,9 @@ class WandB(Tracker):
         *,
         mode: str = "offline",
         clients: bool = False,
+        groups: bool = False,
     ) -> None:
-        super().__init__(clients=clients)
+        super().__init__(clients=clients, groups=groups)
         self.project = project
         self.folder = Path(folder)
         self.mode = mode

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import fedweight
 from fedweight.core.errors import ConfigurationError
+from fedweight.data import DataSet, Examples
 from fedweight.studies import MLflow, TensorBoard, Tracker, WandB
 from fedweight.studies.trackers import Tracking
 
@@ -26,8 +29,10 @@ QUICK: dict[str, Any] = {
 
 
 class Kept(Tracker):
-    def __init__(self, *, clients: bool = False, breaks: int = -1) -> None:
-        super().__init__(clients=clients)
+    def __init__(
+        self, *, clients: bool = False, groups: bool = False, breaks: int = -1
+    ) -> None:
+        super().__init__(clients=clients, groups=groups)
         self.breaks = breaks
         self.told: list[Any] = []
 
@@ -75,6 +80,41 @@ def test_a_tracker_is_told_what_the_tables_hold(tmp_path: Path) -> None:
             value = last[f"clients/{client}/{column}"]
             assert value == rows.loc[client, column]
     assert not any(k.startswith("clients/") for k in few.told[3][1])
+
+
+def people() -> DataSet:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 3))
+    who = {"sex": np.array(["f", "m/x"] * 100)}
+    every = Examples(x, (x[:, 0] > 0).astype(int), who)
+    return DataSet("p", every.take(slice(0, 140)), every.take(slice(140, 200)), 2)
+
+
+def test_groups_are_told_where_asked(tmp_path: Path) -> None:
+    kept = [Kept(groups=True, clients=each) for each in (False, True)]
+    run = fedweight.run(
+        dataset=people(),
+        settings={**QUICK, "groups.attributes": ["sex"], "partition.name": "iid"},
+        out=tmp_path / "run",
+        callbacks=kept,
+        report=False,
+    )
+    few, all_ = (one.told[-2][1] for one in kept)
+    rows = run.groups[run.groups["round"] == 2]
+    assert len(rows) == 2 * 2 + 3 * 2
+    expected = {}
+    for row in rows.to_dict("records"):
+        owner = row["client"]
+        where = f"groups/{row['part']}" if pd.isna(owner) else f"clients/{owner}/groups"
+        group = row["group"].replace("/", "-")
+        for column in ("examples", "accuracy", "selection_rate", "tpr", "fpr", "loss"):
+            if math.isfinite(row[column]):
+                expected[f"{where}/sex/{group}/{column}"] = row[column]
+    found = {k: v for k, v in all_.items() if k in expected}
+    assert found == expected
+    told = [{k for k in one if "/sex/" in k} for one in (few, all_)]
+    assert told[0] == {k for k in told[1] if k.startswith("groups/")}
+    assert len(told[0]) < len(told[1])
 
 
 def test_trackers_change_no_bit_of_a_run(tmp_path: Path) -> None:
@@ -177,7 +217,13 @@ def test_mlflow_reads_what_is_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "mlruns").as_uri()
-    run = quick(tmp_path / "one", MLflow("mine", uri))
+    run = fedweight.run(
+        dataset=people(),
+        settings={**QUICK, "groups.attributes": ["sex"]},
+        out=tmp_path / "one",
+        callbacks=[MLflow("mine", uri, groups=True)],
+        report=False,
+    )
     client = mlflow.MlflowClient(uri)
     [found] = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert (found.info.run_name, found.info.status) == ("one", "FINISHED")
@@ -185,6 +231,8 @@ def test_mlflow_reads_what_is_written(
     history = client.get_metric_history(found.info.run_id, "test_accuracy")
     values = {metric.step: metric.value for metric in history}
     assert values == run.measured("test_accuracy").to_dict()
+    history = client.get_metric_history(found.info.run_id, "groups/test/sex/f/loss")
+    assert [metric.step for metric in history] == [0, 1, 2]
 
 
 def test_wandb_writes_its_offline_folder(
