@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,17 @@ NUMERIC = (
     "capital-loss",
     "hours-per-week",
 )
+Client = Literal[
+    "",
+    "workclass",
+    "education",
+    "marital-status",
+    "occupation",
+    "relationship",
+    "race",
+    "sex",
+    "native-country",
+]
 SENSITIVE = ("age", "race", "sex")
 CLASS_NAMES = ("<=50K", ">50K")
 
@@ -52,7 +63,12 @@ AGE_BOUNDS = (25, 35, 45, 55, 65)
 AGE_GROUPS = ("under 25", "25-34", "35-44", "45-54", "55-64", "65 and over")
 
 
-def load(path: Path | None = None, *, sensitive_features: bool = True) -> DataSet:
+def load(
+    path: Path | None = None,
+    *,
+    sensitive_features: bool = True,
+    client: Client = "",
+) -> DataSet:
     """UCI Adult census income, 2 classes, 32,561 + 16,281; sensitive: sex, race, age.
 
     Numeric columns are standardised and categories one-hot encoded, both by what the
@@ -78,6 +94,7 @@ def load(path: Path | None = None, *, sensitive_features: bool = True) -> DataSe
     attributes = ("race", "sex")
     names = {name: tuple(sorted(train[name].unique())) for name in attributes}
     left_out = () if sensitive_features else SENSITIVE
+    sites = tuple(np.unique(train[client]).tolist()) if client else ()
     x_train, x_test = _encode(
         train.drop(columns=["income", *left_out]),
         test.drop(columns=["income", *left_out]),
@@ -89,6 +106,8 @@ def load(path: Path | None = None, *, sensitive_features: bool = True) -> DataSe
         num_classes=2,
         class_names=CLASS_NAMES,
         attribute_names={**names, "age-group": AGE_GROUPS},
+        natural_clients=_codes(train[client], sites) if client else None,
+        natural_names=sites,
     )
 
 
@@ -150,14 +169,17 @@ def _labels(table: pd.DataFrame) -> npt.NDArray[np.int64]:
     return (table["income"] == CLASS_NAMES[1]).to_numpy().astype(np.int64)
 
 
+def _codes(
+    column: pd.Series[str], categories: tuple[str, ...]
+) -> npt.NDArray[np.int64]:
+    return pd.Index(list(categories)).get_indexer(pd.Index(column)).astype(np.int64)
+
+
 def _attributes(
     table: pd.DataFrame, names: dict[str, tuple[str, ...]]
 ) -> dict[str, npt.NDArray[np.int64]]:
     attributes = {
-        name: pd.Index(list(categories))
-        .get_indexer(pd.Index(table[name]))
-        .astype(np.int64)
-        for name, categories in names.items()
+        name: _codes(table[name], categories) for name, categories in names.items()
     }
     attributes["age"] = table["age"].to_numpy().astype(np.int64)
     attributes["age-group"] = np.digitize(attributes["age"], AGE_BOUNDS).astype(

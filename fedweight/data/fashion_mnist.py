@@ -6,9 +6,11 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Le
 
 from ..core.errors import DataError
 from .examples import DataSet, Examples
@@ -35,7 +37,11 @@ CLASS_NAMES = (
 IDX_UNSIGNED_BYTE = 8
 
 
-def load(path: Path | None = None) -> DataSet:
+def load(
+    path: Path | None = None,
+    *,
+    examples: Annotated[int, Ge(1), Le(60_000)] = 60_000,
+) -> DataSet:
     """Fashion-MNIST, 28x28 grey images of clothes, 10 classes, 60,000 + 10,000.
 
     Parameters
@@ -43,6 +49,9 @@ def load(path: Path | None = None) -> DataSet:
     path : Path, optional
         A folder with the four files, packed (``.gz``) or not. By default the data
         folder of this library, then where Debian's package keeps them.
+    examples : int
+        How many of the training images there are, from 1 to 60,000: the first ones,
+        which are in no order. The test images are always all.
 
     References
     ----------
@@ -52,7 +61,7 @@ def load(path: Path | None = None) -> DataSet:
     folder = find_folder("fashion-mnist", path, SYSTEM_FOLDER)
     return DataSet(
         name="fashion-mnist",
-        train=_read_part(folder, "train"),
+        train=_read_part(folder, "train").take(slice(examples)),
         test=_read_part(folder, "t10k"),
         num_classes=10,
         class_names=CLASS_NAMES,

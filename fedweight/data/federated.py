@@ -377,7 +377,7 @@ def federate(
     validation : float
         See :class:`FederatedData`.
     flips : Mapping[str, Any], optional
-        Labels of clients are flipped, in some groups more often than in others: what
+        Labels of clients are flipped, at some or in some groups more often: what
         :func:`~fedweight.data.skews.flipped_labels` takes, ``attribute``, ``rates`` and
         ``strength``.
     **options

@@ -26,7 +26,7 @@ def attribute_skew(
     num_clients: int,
     rng: np.random.Generator,
     *,
-    attribute: str = "",
+    attribute: str | Sequence[str] = "",
     skewed: Literal["groups", "labels-by-group"] = "groups",
     strength: Annotated[float, Field(ge=0, le=1)] = 0.5,
 ) -> list[Indices]:
@@ -44,8 +44,9 @@ def attribute_skew(
         K. With K > n some clients are empty.
     rng : Generator
         The source of randomness.
-    attribute : str
-        Whose groups, such as ``"sex"`` of Adult.
+    attribute : str or list of str
+        Whose groups, such as ``"sex"`` of Adult. Of several attributes those groups
+        that they make together: ``["sex", "race"]``.
     skewed : {"groups", "labels-by-group"}
         What is put in order. With ``"groups"`` a client's piece is of one group, so
         clients differ in whom they serve. With ``"labels-by-group"`` it is of one
@@ -72,7 +73,11 @@ def attribute_skew(
     >>> sorted(np.bincount(sex[part], minlength=2).tolist() for part in parts)
     [[0, 5], [0, 5], [5, 0], [5, 0]]
     """
-    groups, labels = _groups_of(dataset, attribute), dataset.train.y
+    groups, labels = np.zeros(len(dataset.train), np.int64), dataset.train.y
+    names = [attribute] if isinstance(attribute, str) else [*attribute] or [""]
+    for name in names:
+        own = _groups_of(dataset, name)
+        groups = groups * len(dataset.attribute_names[name]) + own
     task = TASKS[dataset.task]
     if skewed == "labels-by-group" and not task.has_classes:
         raise ConfigurationError(
@@ -97,11 +102,11 @@ def flipped_labels(
     parts: Sequence[Indices],
     seed: int,
     *,
-    attribute: str,
+    attribute: str = "",
     rates: Sequence[Annotated[float, Field(ge=0, le=1)]],
     strength: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Indices:
-    """Flip labels of clients' examples, in some groups more often than in others.
+    """Flip labels of clients' examples, at some clients or in some groups more often.
 
     An example of group g at client k has a label of another class with probability
     ``rates[g] * f_k``. With two classes that is the other one, with more each of the
@@ -119,7 +124,7 @@ def flipped_labels(
     seed : int
         The same seed flips the same examples.
     attribute : str
-        Whose groups, such as ``"sex"`` of Adult.
+        Whose groups, such as ``"sex"`` of Adult; empty: all examples are one.
     rates : sequence of float
         One a group, in the order of ``attribute_names``, each in [0, 1]: the mean over
         clients.
@@ -151,8 +156,11 @@ def flipped_labels(
     >>> bool(0.25 < y[:500].mean() < 0.35), int(y[500:].sum())
     (True, 0)
     """
-    groups, labels = _groups_of(dataset, attribute), dataset.train.y
-    names = dataset.attribute_names[attribute]
+    groups, labels = np.zeros(len(dataset.train), np.int64), dataset.train.y
+    names: Sequence[str] = ("all examples",)
+    if attribute:
+        groups = _groups_of(dataset, attribute)
+        names = dataset.attribute_names[attribute]
     task = TASKS[dataset.task]
     if not task.has_classes:
         raise ConfigurationError(
@@ -161,8 +169,10 @@ def flipped_labels(
         )
     if len(rates) != len(names):
         raise ConfigurationError(
-            f"rates must be {len(names)}, one for each group of '{attribute}', "
-            f"{listed(names, most=9)}, got {len(rates)}."
+            f"rates must be {len(names)}, one for "
+            + (f"each group of '{attribute}', " if attribute else "")
+            + f"{listed(names, most=9)}, got {len(rates)}."
+            + ("" if attribute else " Of groups, name their attribute.")
         )
     if max(rates) * (1 + strength) > 1:
         raise ConfigurationError(

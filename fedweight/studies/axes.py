@@ -15,20 +15,19 @@ from ..core.options import ANY
 from ..core.settings import kebab, parse_setting, split_key
 from ..core.texts import NAME_LENGTH, listed, plain, shown
 from .configuration import make_paths_whole, read_tables
-from .given import as_settings
 from .methods import (
+    OF_DATA,
     Method,
     data_sets_of,
+    flat,
     methods_of,
     parts,
+    refuse_taken,
     refuse_twins,
     seeds_of,
     times,
 )
 from .tables import COMPARE, PICKS, SCHEMA, options_in_file
-
-# Other values of these tables make other data; of all others, another method.
-OF_DATA = ("data", "partition")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,11 @@ class Asked:
     """
 
     strategies: Annotated[
-        Any, Field(description="names, with options; all are held against the first")
+        Any,
+        Field(
+            description="names, with options, or a table of settings each; all are "
+            "held against the first"
+        ),
     ] = None
     objectives: Annotated[
         Any, Field(description="names, likewise: every strategy is run with each")
@@ -135,7 +138,7 @@ class Asked:
             If something of it cannot be, or is there twice.
         """
         methods = methods_of(self.strategies or (), self.objectives or ())
-        data_sets = _data_sets(self.data_sets)
+        data_sets = data_sets_of(self.data_sets or ())
         varied, swept = _values("vary", self.vary), _values("sweep", self.sweep)
         refuse_taken("vary", varied, bool(self.objectives))
         refuse_taken("sweep", swept, bool(self.objectives))
@@ -168,23 +171,6 @@ class Asked:
             _target(self.target),
             frozenset({*varied, *swept, *(k for d in data_sets for k in d.settings)}),
         )
-
-
-def refuse_taken(where: str, keys: Iterable[str], objectives: bool) -> None:
-    """Refuse keys of a simulation file that a comparison's own arguments say.
-
-    Raises
-    ------
-    ConfigurationError
-        If there is one.
-    """
-    taken = {"run.seed": "seeds", "strategy.name": "strategies"}
-    taken |= {"objective.name": "objectives"} if objectives else {}
-    for key in keys:
-        if key in taken:
-            raise ConfigurationError(
-                f"{where}: {key} is what {taken[key]} say. Leave it out."
-            )
 
 
 def _target(given: Any) -> float | None:
@@ -229,48 +215,16 @@ def _takes(method: Method, key: str) -> bool:
     return bool({option, kebab(ANY)} & (options | {*SCHEMA[table]}))
 
 
-def _data_sets(given: Any) -> list[Method]:
-    """Return the data sets that a text, a list or a mapping of settings names."""
-    if given is None or (not isinstance(given, Mapping) and not len(given)):
-        return [Method("", {})]
-    if not isinstance(given, Mapping):
-        return data_sets_of(given)
-    found = []
-    for label, settings in given.items():
-        where = f"data-sets.{plain(label, NAME_LENGTH)}"
-        if not isinstance(settings, Mapping) or not settings:
-            raise ConfigurationError(
-                f"{where} must be a table of settings, such as data.name = 'adult', "
-                f"got {shown(settings)}."
-            )
-        flat = as_settings(_flat(settings))
-        refuse_taken(where, flat, objectives=True)
-        found.append(Method(plain(label, NAME_LENGTH), flat))
-    refuse_twins("data-sets", found)
-    return found
-
-
 def _beside(folder: Path, settings: Any) -> Any:
     """Return settings of a file whose paths are relative to it."""
     if not isinstance(settings, Mapping):
         return settings
     tables: dict[str, Any] = {}
-    for key, value in _flat(settings).items():
+    for key, value in flat(settings).items():
         table, own = split_key(key, key)
         tables.setdefault(table, {})[own] = value
     make_paths_whole(tables, {}, folder)
     return tables
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted keys, also where TOML has nested them: ``data.name = "adult"``."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and key in SCHEMA:
-            found |= {f"{key}.{own}": one for own, one in value.items()}
-        else:
-            found[key] = value
-    return found
 
 
 def _values(where: str, given: Any) -> dict[str, list[Any]]:
@@ -278,7 +232,7 @@ def _values(where: str, given: Any) -> dict[str, list[Any]]:
     advice = "Write training.learning-rate=0.1,0.01."
     found: dict[str, list[Any]] = {}
     if isinstance(given, Mapping):
-        for dotted, several in _flat(given).items():
+        for dotted, several in flat(given).items():
             table, own = split_key(str(dotted), str(dotted))
             lists = isinstance(several, list | tuple | range)
             found[f"{table}.{kebab(own)}"] = list(several) if lists else [several]

@@ -460,14 +460,20 @@ def _check_simulation(
 ) -> Checked:
     """Make a run ready, but for its folder and its measuring, and say what it is."""
     from ..messages.arrays import layout_of
+    from .comparing import check_comparison
     from .components import prepare
-    from .configuration import Configuration
+    from .configuration import Configuration, read_tables
     from .runner import make_ready
+    from .tables import COMPARE
 
-    configuration = Configuration.read(file, settings)
-    table = configuration["data"]
     facts: dict[str, Any] = {"file": str(file), "kind": "simulation file"}
     checked = Checked(facts)
+    if COMPARE in read_tables(file):
+        facts["kind"] = "comparison"
+        facts["run"], checked.refused = check_comparison(file, settings)
+        return checked
+    configuration = Configuration.read(file, settings)
+    table = configuration["data"]
     if table["name"] == "csv":
         source = _source(table["path"] or None, configuration.options("data"))
         facts |= _described(source) | {"file": str(file), "kind": facts["kind"]}

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
-from ..core.errors import ConfigurationError, FedweightError
+from ..core.errors import ConfigurationError, DataError, FedweightError
 from ..core.extras import require
 from ..core.options import MOST
 from ..core.paths import clean_path
 from ..core.signals import interruptible
-from ..core.texts import shown
+from ..core.texts import listed, shown
 from ..core.threads import num_cores
 from ..core.writing import write_whole
 from ..data import DataSet
-from .axes import Asked, Axes, refuse_taken
+from .axes import Asked, Axes
 from .cells import (
     Cell,
     Ended,
@@ -37,7 +37,7 @@ from .components import Components, prepare
 from .configuration import Configuration
 from .folder import check_repeats
 from .given import as_settings, of_main, setting_map, whole_tables
-from .methods import Method, joined
+from .methods import Method, joined, refuse_taken
 from .pages import report_or_say
 from .progress import watched
 from .runner import make_ready, name_of_own, preface_of
@@ -78,9 +78,11 @@ def compare(
         A simulation file; the quick start by default. Its table ``[compare]`` may have
         the keys ``strategies``, ``objectives``, ``data-sets``, ``vary``, ``sweep``,
         ``seeds`` and ``target``, which hold where they are not given here.
-    strategies : str or list
+    strategies : str, list or Mapping
         Names, classes or made objects; a text may have options:
-        ``"fedavg,feddisco:a=0.2"``. All are held against the first.
+        ``"fedavg,feddisco:a=0.2"``; or, by what they are to be called, settings each,
+        ``{"ditto": {"strategy.name": "fedavg", "personal.name": "ditto"}}``. All are
+        held against the first.
     seeds : str or list of int
         ``[0, 1, 2]``, ``"0,1,2"`` or ``"0-2"``; only 0 by default.
     objectives : str or list, optional
@@ -164,6 +166,43 @@ def compare(
     found = Comparison(folder)
     report_or_say(found)
     return found
+
+
+def check_comparison(
+    file: str | Path, settings: Mapping[str, Any] | Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Resolve all that a file's ``[compare]`` asks for, and make every method ready.
+
+    Returns
+    -------
+    tuple
+        What would be run, and why some of it would be refused, a line each.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is nothing that could be resolved.
+    """
+    asked = Asked().beside(file)
+    study = _Study(file, asked.axes())
+    study.read(setting_map(settings), None, bool(asked.objectives))
+    first: dict[tuple[str, str], _Wanted] = {}
+    for one in study.wanted:
+        first.setdefault((one.key.method, one.key.data), one)
+    refused = []
+    for (method, data), one in first.items():
+        try:
+            there = study.last.of(one.configuration)
+            make_ready(prepare(one.configuration, there))
+        except (ConfigurationError, DataError) as error:
+            refused.append(f"'{method}' on {data}: {error}")
+    facts = {
+        "strategies": listed([*dict.fromkeys(method for method, _ in first)], 40),
+        "data sets": listed([*dict.fromkeys(data for _, data in first)], 40),
+        "seeds": listed(list(map(str, study.axes.seeds)), 40),
+        "runs": len(study.wanted),
+    }
+    return facts, refused
 
 
 def _told(progress: Any) -> Callable[[Ended], None]:

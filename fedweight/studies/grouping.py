@@ -75,7 +75,7 @@ def groups_asked(configuration: Configuration, data: FederatedData) -> Groups | 
 
 
 def flips_asked(configuration: Configuration) -> dict[str, Any] | None:
-    """Return how labels are flipped by group, as ``fedweight.data.federate`` takes it.
+    """Return how labels are flipped, as ``fedweight.data.federate`` takes it.
 
     Raises
     ------
@@ -83,19 +83,14 @@ def flips_asked(configuration: Configuration) -> dict[str, Any] | None:
         If a part of it is said and another one is not.
     """
     table = configuration["bias"]
-    if not table["attribute"] and not table["flip-rates"]:
-        if table["strength"]:
+    if not table["flip-rates"]:
+        if table["attribute"] or table["strength"]:
             raise ConfigurationError(
-                f"bias.strength is {table['strength']:g}, but bias.attribute names no "
-                "attribute by which labels are flipped. Name it, with bias.flip-rates."
+                "[bias] flips labels, and has no flip-rates. Set flip-rates = [0.3] "
+                'for all examples; attribute = "sex" and flip-rates = [0.3, 0.0] by '
+                "group; or nothing of it."
             )
         return None
-    if not table["attribute"] or not table["flip-rates"]:
-        lacks = "flip-rates" if table["attribute"] else "attribute"
-        raise ConfigurationError(
-            f"[bias] flips labels by group, and has no {lacks}. Set attribute = "
-            '"sex" and flip-rates = [0.3, 0.0], or neither.'
-        )
     return {
         "attribute": table["attribute"],
         "rates": table["flip-rates"],

@@ -12,13 +12,17 @@ from ..core.options import options_of
 from ..core.settings import kebab, parse_setting
 from ..core.texts import NAME_LENGTH, plain, shown
 from .given import as_settings, whole_tables
-from .tables import MOST_SEED, PICKS, options_in_file
+from .tables import MOST_SEED, PICKS, SCHEMA, options_in_file
 
 _MORE_KEYS = {
     "strategies": "strategy",
     "objectives": "objective",
     "data-sets": "data",
 }
+
+
+# Other values of these tables make other data; of all others, another method.
+OF_DATA = ("data", "partition")
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def methods_of(strategies: Any, objectives: Any = ()) -> list[Method]:
     ----------
     strategies, objectives : str or list
         Names, classes or made objects; a text may hold several, separated by commas,
-        and options: ``"fedavg,feddisco:a=0.2:b=0.1"``.
+        and options: ``"fedavg,feddisco:a=0.2:b=0.1"``. Strategies may be a mapping, by
+        what they are to be called: of settings each, of any table but the data's.
 
     Raises
     ------
@@ -69,8 +74,24 @@ def methods_of(strategies: Any, objectives: Any = ()) -> list[Method]:
     --------
     >>> [one.label for one in methods_of("fedavg, feddisco:a=0.2:b=0.1")]
     ['fedavg', 'feddisco:a=0.2']
+    >>> focal = {"strategy.name": "fedavg", "objective.name": "focal"}
+    >>> [one.label for one in methods_of({"my focal": focal})]
+    ['my focal']
     """
-    rules = _chosen("strategies", strategies)
+    if isinstance(strategies, Mapping):
+        rules = _of_tables("strategies", strategies, "strategy.name = 'fedavg'")
+        for one in rules:
+            where = f"strategies.{one.label}"
+            own = [k for k in one.settings if k != "strategy.name"]
+            refuse_taken(where, own, bool(objectives))
+            for key in own:
+                if key.partition(".")[0] in OF_DATA:
+                    raise ConfigurationError(
+                        f"{where}: {key} says what the data are, on which all are "
+                        "compared. Say it in data-sets."
+                    )
+    else:
+        rules = _chosen("strategies", strategies)
     if not rules:
         raise ConfigurationError(
             "strategies must name one or more, such as 'fedavg,feddisco', got "
@@ -83,16 +104,65 @@ def methods_of(strategies: Any, objectives: Any = ()) -> list[Method]:
 
 
 def data_sets_of(data_sets: Any) -> list[Method]:
-    """Return the data sets that a text or a list names, likewise.
+    """Return the data sets that a text, a list or a mapping of settings names.
+
+    One without a label where nothing is given: what the file says.
 
     Examples
     --------
     >>> [one.label for one in data_sets_of("digits,csv:path=own.csv:label=y")]
     ['digits', 'csv:path=own.csv:label=y']
     """
-    found = _chosen("data-sets", data_sets)
+    if isinstance(data_sets, Mapping):
+        found = _of_tables("data-sets", data_sets, "data.name = 'adult'")
+        for one in found:
+            refuse_taken(f"data-sets.{one.label}", one.settings, objectives=True)
+    else:
+        found = _chosen("data-sets", data_sets)
     refuse_twins("data-sets", found)
+    return found or [Method("", {})]
+
+
+def _of_tables(key: str, given: Mapping[str, Any], such_as: str) -> list[Method]:
+    """Return what a mapping calls each table of settings."""
+    found = []
+    for name, settings in given.items():
+        label = plain(name, NAME_LENGTH)
+        if not isinstance(settings, Mapping) or not settings:
+            raise ConfigurationError(
+                f"{key}.{label} must be a table of settings, such as {such_as}, got "
+                f"{shown(settings)}."
+            )
+        found.append(Method(label, as_settings(flat(settings))))
     return found
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys, also where TOML has nested them: ``data.name = "adult"``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and key in SCHEMA:
+            found |= {f"{key}.{own}": one for own, one in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def refuse_taken(where: str, keys: Iterable[str], objectives: bool) -> None:
+    """Refuse keys of a simulation file that a comparison's own arguments say.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is one.
+    """
+    taken = {"run.seed": "seeds", "strategy.name": "strategies"}
+    taken |= {"objective.name": "objectives"} if objectives else {}
+    for key in keys:
+        if key in taken:
+            raise ConfigurationError(
+                f"{where}: {key} is what {taken[key]} say. Leave it out."
+            )
 
 
 def joined(*several: Method) -> Method:

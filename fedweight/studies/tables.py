@@ -191,11 +191,14 @@ class Partition:
 
 @dataclass(frozen=True)
 class Bias:
-    """[bias]: labels that are wrong on purpose, in some groups more than in others."""
+    """[bias]: labels that are wrong on purpose, at some clients or in some groups."""
 
     attribute: Annotated[
         str,
-        Field(description="the sensitive attribute by which labels are flipped"),
+        Field(
+            description="the sensitive attribute by which labels are flipped; empty: "
+            "all alike, by one rate"
+        ),
     ] = ""
     flip_rates: Annotated[
         Sequence[Annotated[float, Field(ge=0, le=1)]],

@@ -371,3 +371,29 @@ def test_aggregation(tmp_path, how):
         small = row["clients"] == 3
         assert (row["ratio"] is not None and row["ratio"] > 0) == small
         assert ("--largest" in row["note"]) == (not small)
+
+
+def test_tables_of_a_study_hold_each_method_against_the_first():
+    code = """
+import studies
+rows = []
+for seed in range(4):
+    for name, gain, gap in (("fedavg", 0, 0.2), ("fair, one", -0.01, 0.1)):
+        rows.append({
+            "strategy": name, "data": "d", "seed": seed, "candidate": "", "chosen": 1,
+            "test accuracy": 0.8 + gain + 0.001 * seed * (1 + 0.2 * (gain < 0)),
+            "mean accuracy": 0.7, "worst10 accuracy": None,
+            **{f"test sex {g}": gap + 0.001 * seed * gap for g in studies.GAPS},
+        })
+print("\\n\\n".join(studies.tables(rows, "fedavg")).replace(" ", "_"))
+"""
+    lines = in_benchmarks(code)
+    [fair, gaps] = [line for line in lines if line.startswith("|_fair,_one")]
+    cells = [cell.strip("_") for cell in fair.split("|")[1:-1]]
+    assert cells[1].startswith("0.792_±_")
+    assert cells[2].startswith("-0.0097_(")
+    assert cells[2].endswith("_worse")
+    assert cells[4] == "+0.0000_(+0.0000_to_+0.0000)_same"
+    assert cells[5:] == [""] * 4
+    assert gaps.count("better") == 4
+    assert "Gaps_by_sex,_test:" in lines

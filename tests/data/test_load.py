@@ -82,6 +82,17 @@ def test_fashion_mnist(tmp_path, packed):
     np.testing.assert_allclose(fashion.train.x[:, 0], expected, atol=1e-5)
 
 
+def test_the_first_images_of_fashion_mnist(tmp_path):
+    folder = write_fashion(tmp_path / "f")
+    every = data.load("fashion-mnist", folder)
+    some = data.load("fashion-mnist", folder, examples=7)
+    np.testing.assert_array_equal(some.train.x, every.train.x[:7])
+    np.testing.assert_array_equal(some.train.y, every.train.y[:7])
+    assert len(some.test) == len(every.test)
+    with pytest.raises(DataError, match=r"examples must be in \[1, "):
+        data.load("fashion-mnist", folder, examples=0)
+
+
 def test_fashion_mnist_is_found_at_home_and_in_the_system(tmp_path):
     with pytest.raises(DataError, match="'fedweight data fashion-mnist' fetches it"):
         data.load("fashion-mnist")
@@ -165,6 +176,20 @@ def test_adult(tmp_path):
     np.testing.assert_array_equal(census.train.x[:, 1:4], [[0, 0, 1], *np.eye(3)[:2]])
     assert census.train.x.shape[1] == 6 + 3 + 2 + 2 + 3 + 3 + 2 + 2 + 2
     assert (census.test.x[0, -2:] == 0).all()
+
+
+def test_clients_of_adult_by_a_column(tmp_path):
+    folder = write_adult(tmp_path / "a")
+    plain = data.load("adult", folder)
+    census = data.load("adult", folder, client="occupation")
+    assert plain.natural_clients is None
+    column = [line.split(", ")[6] for line in ADULT_TRAIN.strip().splitlines()]
+    names = census.natural_names
+    assert names == tuple(sorted(set(column)))
+    assert [names[k] for k in census.natural_clients] == column
+    np.testing.assert_array_equal(census.train.x, plain.train.x)
+    with pytest.raises(DataError, match="occupation"):
+        data.load("adult", folder, client="ocupation")
 
 
 def test_adult_without_sensitive_features_keeps_the_attributes(tmp_path):

@@ -237,3 +237,41 @@ def test_flips_need_groups_and_classes():
     )
     with pytest.raises(ConfigurationError, match="rates flip"):
         flip(numbers, [np.arange(900)])
+
+
+def test_groups_of_two_attributes_are_those_that_they_make_together():
+    rng = np.random.default_rng(0)
+    side = {"sex": rng.integers(0, 2, 1200), "old": rng.integers(0, 3, 1200)}
+    some = Examples(np.zeros((1200, 1), np.float32), side["sex"], side)
+    names = {"sex": ("f", "m"), "old": ("a", "b", "c")}
+    data = DataSet("people", some, some, 2, attribute_names=names)
+    crossed = replace(
+        data,
+        train=replace(some, attributes={"both": side["sex"] * 3 + side["old"]}),
+        attribute_names={"both": tuple("abcdef")},
+    )
+    both = attribute_skew(
+        data, 6, np.random.default_rng(1), attribute=["sex", "old"], strength=0.7
+    )
+    one = attribute_skew(
+        crossed, 6, np.random.default_rng(1), attribute="both", strength=0.7
+    )
+    for mine, other in zip(both, one, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    for nothing in ("", [], ["sex", ""]):
+        with pytest.raises(ConfigurationError, match="have no groups ''"):
+            attribute_skew(data, 6, rng, attribute=nothing)
+
+
+def test_labels_of_all_are_flipped_by_one_rate_and_clients_differ():
+    data = drawn(9000)
+    parts = np.array_split(np.arange(9000), 3)
+    flipped = flipped_labels(data, parts, 0, rates=[0.4], strength=1.0)
+    shares = sorted((flipped[p] != data.train.y[p]).mean() for p in parts)
+    np.testing.assert_allclose(shares, [0.0, 0.4, 0.8], atol=0.03)
+    assert shares[0] == 0
+    alike = flipped_labels(data, parts, 0, rates=[0.4])
+    by_group = flip(data, parts, rates=(0.4, 0.4))
+    np.testing.assert_array_equal(alike, by_group)
+    with pytest.raises(ConfigurationError, match="must be 1, one for all examples"):
+        flipped_labels(data, parts, 0, rates=[0.4, 0.1])

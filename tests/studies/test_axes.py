@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedweight.cli import main
 from fedweight.core.errors import ConfigurationError
 from fedweight.studies.axes import Asked
 from fedweight.studies.catalogue import json_schema
+from fedweight.studies.comparing import _Study
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.tables import COMPARE
 
@@ -107,6 +109,106 @@ def test_a_sweep_is_of_what_a_strategy_takes() -> None:
     assert labels(axes.candidates["feddisco:a=0.3"]) == rates
     assert labels(axes.candidates["feddisco"]) == [
         f"strategy.a={a}+{rate}" for a in (0.1, 0.5) for rate in rates
+    ]
+
+
+def test_a_table_of_strategies_names_each(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(
+        """
+[compare.strategies]
+fedavg = { strategy.name = "fedavg" }
+ditto = { strategy.name = "fedavg", personal = { name = "ditto", weight = 0.5 } }
+"my focal" = { strategy.name = "ida", objective.name = "focal" }
+"""
+    )
+    axes = Asked(vary=["run.rounds=1,2"]).beside(path).axes()
+    assert labels(axes.methods)[::2] == [
+        f"{name}+run.rounds=1" for name in ("fedavg", "ditto", "my focal")
+    ]
+    assert axes.methods[2].settings == {
+        "strategy.name": "fedavg",
+        "personal.name": "ditto",
+        "personal.weight": 0.5,
+        "run.rounds": 1,
+    }
+    assert axes.methods[4].folder == "my-focal+run.rounds=1"
+
+
+def test_objectives_are_crossed_with_a_table_of_strategies() -> None:
+    mine = {"one": {"strategy.name": "ida"}, "two": {"training.epochs": 3}}
+    axes = Asked(mine, "plain,focal").axes()
+    assert labels(axes.methods) == ["one+plain", "one+focal", "two+plain", "two+focal"]
+    assert axes.methods[3].settings == {
+        "training.epochs": 3,
+        "objective.name": "focal",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "objectives", "said"),
+    [
+        ({}, None, "strategies must name one or more"),
+        ({"a": "ida"}, None, "strategies.a must be a table of settings, such as"),
+        ({"a": {"run.seed": 1}}, None, "strategies.a: run.seed is what seeds say"),
+        ({"a": {"data.name": "adult"}}, None, "Say it in data-sets"),
+        ({"a": {"partition.clients": 3}}, None, "Say it in data-sets"),
+        ({"a": {"objective.name": "sam"}}, "plain", "is what objectives say"),
+    ],
+    ids=str,
+)
+def test_a_table_of_strategies_that_cannot_be(
+    given: dict[str, Any], objectives: str | None, said: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Asked(given, objectives).axes()
+    assert said in str(caught.value)
+
+
+STUDIES = {
+    "adult_fairness": (7, 2, 10),
+    "noisy_clients": (8, 2, 10),
+    "label_skew_mlp": (16, 1, 10),
+    "label_skew_cnn": (16, 1, 5),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_that_comes_with_the_library_resolves(name: str) -> None:
+    file = ROOT / "simulations" / f"{name}.toml"
+    axes = Asked().beside(file).axes()
+    found = (len(axes.methods), len(axes.data_sets), len(axes.seeds))
+    assert found == STUDIES[name]
+    # One seed of each way is resolved: others differ in that number only.
+    study = _Study(file, replace(axes, seeds=axes.seeds[:1]))
+    study.read({}, None, False)
+    assert len(study.wanted) >= found[0] * found[1]
+
+
+def test_a_comparison_is_checked_as_it_would_be_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(
+        """
+[data]
+proxy = 0.0
+[compare]
+strategies = "fedavg,ida,fedlaw"
+seeds = "0,3"
+[compare.data-sets]
+few = { partition.clients = 3 }
+more = { partition.clients = 5 }
+"""
+    )
+    assert main(["check", str(path), "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert said["kind"] == "comparison"
+    assert said["run"]["runs"] == 12
+    assert said["run"]["data sets"] == "few and more"
+    assert [line.split(":")[0] for line in said["refused"]] == [
+        "'fedlaw' on few",
+        "'fedlaw' on more",
     ]
 
 

@@ -385,8 +385,11 @@ def test_labels_flipped_on_purpose_are_recorded_as_clients_have_them(
     ("more", "texts"),
     [
         ({"bias.attribute": "sex"}, ["[bias]", "no flip-rates"]),
-        ({"bias.flip-rates": [0.1, 0.0]}, ["[bias]", "no attribute"]),
-        ({"bias.strength": 0.5}, ["bias.strength is 0.5", "bias.attribute"]),
+        (
+            {"bias.flip-rates": [0.1, 0.0]},
+            ["must be 1", "all examples", "name their attribute"],
+        ),
+        ({"bias.strength": 0.5}, ["[bias]", "no flip-rates"]),
         ({"bias.attribute": "sex", "bias.flip-rates": [0.1]}, ["must be 2", "f and m"]),
         ({"bias.attribute": "sx", "bias.flip-rates": [0.1]}, ["Did you mean 'sex'"]),
         ({"bias.attribute": "sex", "bias.flip-rates": [1.1, 0]}, ["bias.flip-rates"]),

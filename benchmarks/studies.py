@@ -1,0 +1,287 @@
+"""What a comparison found, as tables for docs/studies.md and the cards.
+
+Reads the folder that ``fedweight compare`` wrote, whose test and intervals it takes
+over, and adds what the summary has not: gaps by each sensitive attribute, personal
+models on what their clients hold out, and every candidate of a sweep. Prints Markdown,
+and writes what it is made of as JSON.
+
+    fedweight compare simulations/adult_fairness.toml
+    python benchmarks/studies.py runs/adult-fairness-comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedweight import __version__
+from fedweight.data import load
+from fedweight.metrics import client_spread
+from fedweight.studies import Comparison, Run
+from fedweight.studies.configuration import Configuration
+from fedweight.studies.statistics import compare_pairs, t_interval
+
+RESULTS = Path(__file__).parent / "results"
+
+# Columns are called "test sex equal_opportunity": part of the data, attribute, gap.
+GAPS = {
+    "accuracy": "accuracy",
+    "demographic_parity": "selection rate",
+    "equal_opportunity": "TPR",
+    "equalized_odds": "TPR or FPR",
+}
+OF_CLIENTS = {
+    "mean": "clients' mean",
+    "worst10": "worst tenth of the clients",
+    "std": "deviation over clients",
+}
+WORST = "worst group"
+
+# What the label of a method's personal models ends with.
+PERSONAL = ", personal models"
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Print the tables of the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="what 'fedweight compare' wrote")
+    parser.add_argument("--against", help="another one than the first")
+    parser.add_argument("--json", type=Path, help="where what was read is written")
+    given = parser.parse_args()
+    found = Comparison(given.folder)
+    rows = read(found)
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    name = given.folder.name.removesuffix("-comparison")
+    path = given.json or RESULTS / f"studies-{name}-{today}.json"
+    write(path, today, found, rows)
+    print("\n\n".join(tables(rows, given.against or found.strategies[0])))
+
+
+def read(found: Comparison) -> list[Row]:
+    """Return what every run that is complete has reached, a row each.
+
+    Personal models have rows of their own, of what clients hold out.
+    """
+    rows: list[Row] = []
+    for cell in found.cells.to_dict("records"):
+        if cell["status"] != "complete":
+            continue
+        run = Run(found.folder / str(cell["folder"]))
+        kept = ("strategy", "data", "seed", "candidate", "chosen", "failed_rounds")
+        row = {name: cell[name] for name in kept}
+        row["validation"] = cell["validation_accuracy"]
+        rows.append(row | reached(run))
+        if cell["chosen"] and run.config["personal"]["name"] != "none":
+            own = {"strategy": cell["strategy"] + PERSONAL, "candidate": ""}
+            rows.append(row | own | personal(run))
+    return rows
+
+
+def reached(run: Run) -> Row:
+    """Return a run's accuracies, and the gaps between groups if it measured any."""
+    summary = run.summary()
+    row: Row = {"test accuracy": summary["test_accuracy"]}
+    row |= {f"{one} accuracy": summary[f"client_accuracy_{one}"] for one in OF_CLIENTS}
+    if (run.folder / "groups.csv").is_file():
+        for attribute in run.config["groups"]["attributes"]:
+            for part in ("test", "held-out"):
+                gaps = run.gaps(attribute, part=part, resamples=0)["value"]
+                row |= {
+                    f"{part} {attribute} {gap}": gaps[f"{gap}_difference"]
+                    for gap in GAPS
+                }
+            groups = run.groups[run.groups["round"] == run.groups["round"].max()]
+            own = groups[
+                (groups["part"] == "test") & (groups["attribute"] == attribute)
+            ]
+            row[f"test {attribute} {WORST}"] = own["accuracy"].min()
+    return row
+
+
+def personal(run: Run) -> Row:
+    """Return what personal models reach, each on what its client holds out."""
+    from fairlearn.metrics import (
+        MetricFrame,
+        false_positive_rate,
+        selection_rate,
+        true_positive_rate,
+    )
+
+    config = Configuration.read(run.folder / "config.toml")
+    where = config["data"]["path"] or None
+    dataset = load(config["data"]["name"], where, **config.options("data"))
+    table = pd.concat(
+        [
+            run.predictions(clients=[client], model=model, dataset=dataset)
+            for client, model in run.personal_models().items()
+        ]
+    )
+    right = table["target"] == table["prediction"]
+    spread = client_spread(right.groupby(table["client"]).mean())
+    row: Row = {f"{one} accuracy": spread[one] for one in OF_CLIENTS}
+    for attribute in run.config["groups"]["attributes"]:
+        gaps = MetricFrame(
+            metrics={
+                "accuracy": lambda y, said: float(np.mean(y == said)),
+                "demographic_parity": selection_rate,
+                "equal_opportunity": true_positive_rate,
+                "fpr": false_positive_rate,
+            },
+            y_true=table["target"],
+            y_pred=table["prediction"],
+            sensitive_features=table[attribute],
+        ).difference()
+        gaps["equalized_odds"] = max(gaps["equal_opportunity"], gaps["fpr"])
+        row |= {f"held-out {attribute} {gap}": float(gaps[gap]) for gap in GAPS}
+    return row | {"test accuracy": math.nan}
+
+
+def write(path: Path, today: str, found: Comparison, rows: Iterable[Row]) -> None:
+    """Write the rows with their circumstances."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "date": today,
+        "version": __version__,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "seeds": found.seeds,
+        "settings": found.run(found.strategies[0], found.seeds[0]).config,
+        "rows": [
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            for row in rows
+        ],
+    }
+    text = json.dumps(_no_nan(content), indent=1, allow_nan=False)
+    path.write_text(text + "\n", "utf-8")
+
+
+def tables(rows: list[Row], first: str) -> Iterable[str]:
+    """Yield what was found, data set by data set, as Markdown.
+
+    Differences are those from ``first``, seed by seed; a verdict is that of the paired
+    t test with Holm's correction over the rows of its column.
+    """
+    for data in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in rows if row["data"] == data]
+        chosen = [row for row in own if row["chosen"]]
+        titles = {"test accuracy": "test accuracy"}
+        titles |= {f"{one} accuracy": title for one, title in OF_CLIENTS.items()}
+        yield f"### {data}\n\n" + table(chosen, titles, first)
+        names = dict.fromkeys(name for row in own for name in row)
+        measured = [n for n in names if n.startswith("test ") and n.count(" ") > 1]
+        for attribute in dict.fromkeys(name.split(" ")[1] for name in measured):
+            # What clients hold out is the only measure of personal models.
+            kept = any(row["strategy"].endswith(PERSONAL) for row in chosen)
+            for part in ("test", "held-out") if kept else ("test",):
+                titles = {
+                    f"{part} {attribute} {gap}": f"gap in {title}"
+                    for gap, title in GAPS.items()
+                }
+                shown = [row for row in chosen if next(iter(titles)) in row]
+                if part == "test":
+                    worst = {f"{part} {attribute} {WORST}": "worst group's accuracy"}
+                    shown = [r for r in shown if not r["strategy"].endswith(PERSONAL)]
+                    titles = worst | titles
+                found = table(shown, titles, first)
+                yield f"Gaps by {attribute}, {part}:\n\n" + found
+        if any(row["candidate"] for row in own):
+            yield "Candidates of the sweep:\n\n" + candidates(own)
+
+
+def table(rows: list[Row], titles: Mapping[str, str], first: str) -> str:
+    """Return means with 95% intervals, and differences, as a Markdown table."""
+    methods = [*dict.fromkeys(row["strategy"] for row in rows)]
+    seeds = sorted({row["seed"] for row in rows})
+    columns = []
+    for name in titles:
+        by = {(row["strategy"], row["seed"]): row.get(name) for row in rows}
+        values = {
+            method: [_number(by.get((method, seed))) for seed in seeds]
+            for method in methods
+        }
+        known = {
+            method: own
+            for method, own in values.items()
+            if method != first and np.isfinite(own).any()
+        }
+        is_gap = name.count(" ") == 2 and name.split(" ")[2] in GAPS
+        less = is_gap or name.startswith("std ")
+        pairs = compare_pairs(values[first], known, less_is_better=less)
+        cells = {}
+        for method, own in values.items():
+            finite = np.array(own)[np.isfinite(own)]
+            low, high = t_interval(finite)
+            cells[method] = [_mean(finite, low, high)]
+            if method in pairs:
+                pair = pairs[method]
+                cells[method].append(
+                    f"{pair.difference:+.4f} ({pair.low:+.4f} to {pair.high:+.4f}) "
+                    f"{pair.verdict}"
+                )
+            else:
+                cells[method].append("")
+        columns.append(cells)
+    header = ["method"]
+    for title in titles.values():
+        header += [title, f"minus {first}"]
+    lines = [header, ["---"] * len(header)]
+    lines += [[m, *(cell for own in columns for cell in own[m])] for m in methods]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def candidates(rows: list[Row]) -> str:
+    """Return the means of all that a sweep tried: a front of what can be had."""
+    gaps = [
+        n for row in rows for n in row if n.startswith("test ") and n.count(" ") > 1
+    ]
+    columns = ["validation", "test accuracy", *dict.fromkeys(gaps)]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["candidate"]:
+            groups.setdefault((row["strategy"], row["candidate"]), []).append(row)
+    lines = [
+        "| " + " | ".join(["method", "candidate", "chosen", *columns]) + " |",
+        "|" + " --- |" * (3 + len(columns)),
+    ]
+    for (method, candidate), own in groups.items():
+        means = [f"{np.mean([_number(r.get(c)) for r in own]):.3f}" for c in columns]
+        mark = "yes" if own[0]["chosen"] else ""
+        lines.append("| " + " | ".join([method, candidate, mark, *means]) + " |")
+    return "\n".join(lines)
+
+
+def _mean(values: Any, low: float, high: float) -> str:
+    if not len(values):
+        return ""
+    spread = "" if math.isnan(low) else f" ± {(high - low) / 2:.3f}"
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _no_nan(content: Any) -> Any:
+    """JSON has no NaN, and what is not there is null."""
+    if isinstance(content, Mapping):
+        return {name: _no_nan(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_no_nan(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content.item() if isinstance(content, np.generic) else content
+
+
+if __name__ == "__main__":
+    main()
