@@ -6,6 +6,7 @@ say of a method is true is tested beside the method.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -47,7 +48,13 @@ from fedweight.server.admission import FAR_LONGER
 from fedweight.server.reported import OWN_METRICS
 from fedweight.server.schedules import make_schedule
 from fedweight.simulations import LocalGrid, Plan
-from fedweight.strategies import STRATEGIES, Round, WeightingStrategy, strategy_class
+from fedweight.strategies import (
+    SERVER_OPTIMIZERS,
+    STRATEGIES,
+    Round,
+    WeightingStrategy,
+    strategy_class,
+)
 from fedweight.strategies.checks import LARGEST_VALUE
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.round import REPORTED, REQUESTED
@@ -403,6 +410,27 @@ def test_the_operations_that_the_readme_lists_are_there() -> None:
     [said] = re.findall(r"of local updates: (.*?) \(\[all of it\]", page, re.DOTALL)
     assert len(names(said)) > 5
     assert all(hasattr(Updates, name) for name in names(said))
+
+
+@pytest.mark.parametrize(
+    ("package", "registry"),
+    [
+        ("fedweight.strategies", STRATEGIES),
+        ("fedweight.strategies", SERVER_OPTIMIZERS),
+        ("fedweight.clients.objectives", OBJECTIVES),
+        ("fedweight.clients.personal", PERSONAL),
+    ],
+)
+def test_what_has_a_name_is_imported_from_where_the_readme_says(
+    package: str, registry: Any
+) -> None:
+    [said] = re.findall(
+        r"Wherever a file has a name,.*?\n\n", text_of("README.md"), re.S
+    )
+    assert f"`{package}`" in said
+    for made in map(registry.resolve, registry.entries):
+        if isinstance(made, type):
+            assert getattr(importlib.import_module(package), made.__name__) is made
 
 
 def test_numbers_in_the_pages_are_those_in_the_code() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .ida import IDA
     from .qfedavg import QFedAvg
     from .round import Report, Round, Selection, Vector
+    from .server_optimizers import ServerAdam, ServerMomentum, ServerOptimizer
 
 __all__ = [
     "AFL",
@@ -61,6 +62,9 @@ __all__ = [
     "Round",
     "RoundRecord",
     "Selection",
+    "ServerAdam",
+    "ServerMomentum",
+    "ServerOptimizer",
     "Vector",
     "WeightingStrategy",
     "strategy_class",
@@ -92,6 +96,9 @@ __getattr__, __dir__ = lazy_exports(
         "Round": ".round",
         "Selection": ".round",
         "Vector": ".round",
+        "ServerAdam": ".server_optimizers",
+        "ServerMomentum": ".server_optimizers",
+        "ServerOptimizer": ".server_optimizers",
         "ClientRecord": "..core.records",
         "Draw": "..server.sampling",
         "RoundRecord": "..core.records",

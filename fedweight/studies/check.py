@@ -495,6 +495,8 @@ def _check_simulation(
         "partition": configuration["partition"]["name"],
         "model": configuration["model"]["name"],
         "parameters": layout_of(initial).num_parameters,
+        "objective": configuration["objective"]["name"],
+        "personal": configuration["personal"]["name"],
         "strategy": configuration["strategy"]["name"],
         "rounds": configuration["run"]["rounds"],
         "engine": components.engine(),

@@ -11,12 +11,20 @@ from torch import nn
 
 from fedweight import run
 from fedweight.clients import TrainingSettings
-from fedweight.clients.objectives import Objective, Plain
+from fedweight.clients.objectives import (
+    ALDR,
+    SAM,
+    Focal,
+    GroupDRO,
+    Objective,
+    Plain,
+)
 from fedweight.clients.personal import (
     PERSONAL,
     Ditto,
     FineTuned,
     Personal,
+    Phase,
     personal,
 )
 from fedweight.clients.personal.base import phases_of
@@ -155,6 +163,18 @@ class Tuned(Personal):
 def test_personal_training_that_does_not_fit_is_refused(options, said):
     with pytest.raises(ConfigurationError, match=said):
         phases_of(Tuned(**options), Plain())
+
+
+@pytest.mark.parametrize("local", [ALDR(), SAM(0.1, GroupDRO("sex"))])
+def test_what_remembers_is_for_one_phase(local):
+    class Twice(Personal):
+        def phases(self, local):
+            return [Phase(local), Phase(Plain())]
+
+    with pytest.raises(ConfigurationError, match=r"there are 2. Return one Phase, or"):
+        phases_of(Twice(), local)
+    assert len(phases_of(Twice(), Focal())) == 2
+    assert len(phases_of(Tuned(), local)) == 1
 
 
 OWN = """

@@ -209,6 +209,7 @@ def test_a_simulation_file(tmp_path):
     assert checked.refused == checked.notes == []
     assert checked.facts["clients"]["number"] == 20
     assert checked.facts["run"]["parameters"] == 9610
+    assert {"objective: plain", "personal: none"} <= {*checked.lines()}
     assert not list(tmp_path.iterdir())
 
 

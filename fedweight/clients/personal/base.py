@@ -112,11 +112,11 @@ def phases_of(personal: Personal, local: Objective) -> list[Phase]:
             f"{name}: phases must return one Phase or more, got {shown(phases)}."
         )
     for phase in phases:
-        _check(name, phase, alone=len(phases) == 1)
+        _check(name, phase, len(phases))
     return list(phases)
 
 
-def _check(name: str, phase: Any, *, alone: bool) -> None:
+def _check(name: str, phase: Any, phases: int) -> None:
     """Refuse a phase that cannot be."""
     if not isinstance(phase, Phase):
         raise ConfigurationError(f"{name}: phases must be Phase, got {shown(phase)}.")
@@ -131,10 +131,11 @@ def _check(name: str, phase: Any, *, alone: bool) -> None:
         )
     if phase.learning_rate is not None:
         check_range(f"{name}: learning_rate", phase.learning_rate, 0)
-    if not alone and (goal.per_example or defines(goal, "begin")):
+    if phases > 1 and (goal.per_example or defines(goal, "begin")):
         raise ConfigurationError(
-            f"{name}: {type(goal).__name__} carries something from step to step, which "
-            "it can in a personal model that is trained in one phase only."
+            f"{name}: {type(goal).__name__} keeps or carries something from step to "
+            f"step, which it can where there is one phase; there are {phases}. Return "
+            "one Phase, or give the phases an objective without memory, such as Plain()."
         )
 
 
