@@ -101,8 +101,8 @@ def _sums_of_each(
     device = module.parameters.device
     x = [as_tensor(part.x) for part in some]
     y = torch.cat([as_tensor(part.y) for part in some]).to(device)
-    for first, batch in _batches(x, _batch_size(y)):
-        outputs = module.module(batch.to(device))
+    for first, batch in _batches(x, _batch_size(y), device):
+        outputs = module.module(batch)
         adding.add(outputs, y[first : first + len(batch)])
     return adding.sums()
 
@@ -216,7 +216,7 @@ def outputs_of(module: FlatModule, examples: Examples) -> Tensor:
     device = module.parameters.device
     x, size = [as_tensor(examples.x)], _batch_size(as_tensor(examples.y))
     with own_streams(0, device):
-        each = [module.module(b.to(device)).cpu() for _, b in _batches(x, size)]
+        each = [module.module(b).cpu() for _, b in _batches(x, size, device)]
     return torch.cat(each)
 
 
@@ -238,11 +238,16 @@ def predicted(module: FlatModule, model: FlatModel, examples: Examples) -> Tenso
     return outputs_of(module, examples)
 
 
-def _batches(parts: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield rows of several tensors, ``size`` at a time, and where they begin."""
+def _batches(
+    parts: Sequence[Tensor], size: int, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield rows of several tensors, ``size`` at a time, and where they begin.
+
+    They are copies: a model may change its inputs, as ``ReLU(inplace=True)`` does.
+    """
     if len(parts) == 1:
         for first in range(0, len(parts[0]), size):
-            yield first, parts[0][first : first + size]
+            yield first, parts[0][first : first + size].to(device, copy=True)
         return
     first, held = 0, list[Tensor]()
     for part in parts:
@@ -251,7 +256,7 @@ def _batches(parts: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]
             held.append(part[:room])
             part = part[room:]
             if sum(len(h) for h in held) == size:
-                yield first, torch.cat(held)
+                yield first, torch.cat(held).to(device)
                 first, held = first + size, []
     if held:
-        yield first, torch.cat(held)
+        yield first, torch.cat(held).to(device)

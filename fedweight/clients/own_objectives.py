@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
-from typing import Any, get_args
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from ..core.errors import ConfigurationError, FedweightError, closest
+from ..core.errors import ClientError, ConfigurationError, FedweightError
 from ..core.module import FlatModule
-from ..core.texts import plain, shown
+from ..core.texts import plain
 from ..data.examples import Examples
 from .batchable import place_of
 from .coding import Coding
 from .noise import own_streams
-from .objectives.base import Fact, Objective
+from .objectives.base import Objective
+from .objectives.checks import check_declared
 from .objectives.plain import Plain
 from .samples import ROWS
 from .settings import TrainingSettings
@@ -61,7 +61,7 @@ def check_own(
         one with the task's own loss does not.
     """
     name = f"objective {type(objective).__name__}"
-    _check_declared(name, objective)
+    check_declared(objective)
     try:
         module = _step(make, examples, objective, device, coding)
     except Exception as error:
@@ -78,32 +78,6 @@ def check_own(
         )
 
 
-def _check_declared(name: str, objective: Objective) -> None:
-    """Refuse what an objective says of itself, if it cannot be."""
-    wants: Any = objective.wants
-    known = get_args(Fact)
-    if not isinstance(wants, Set):
-        raise ConfigurationError(
-            f"{name}: wants must be a frozenset of names, got {shown(wants)}. Write "
-            f"wants = frozenset({{'{known[0]}'}})."
-        )
-    for one in wants:
-        if one not in known:
-            raise ConfigurationError(
-                f"{name}: wants has {shown(one)}, which nobody tells."
-                f"{closest(str(one), known)} There are {', '.join(known)}."
-            )
-    kept: Any = objective.per_example
-    numbers = isinstance(kept, Mapping) and all(
-        isinstance(n, str) and isinstance(v, int | float) for n, v in kept.items()
-    )
-    if not numbers:
-        raise ConfigurationError(
-            f"{name}: per_example must be first values, numbers by name, got "
-            f"{shown(kept)}."
-        )
-
-
 def _step(
     make: Callable[[], nn.Module],
     examples: Examples,
@@ -115,13 +89,23 @@ def _step(
     with own_streams(SEED, torch.device(device)):
         module = FlatModule(make(), device)
         size = module.layout.num_parameters
+        start, task = module.save(), task_of(examples, 1, SEED, objective, coding, size)
+        told = [start.parameters, *task.known.facts.values()]
+        told += task.known.shared.values()
+        before = [tensor.clone() for tensor in told]
         train(
             module,
-            module.save(),
-            task_of(examples, 1, SEED, objective, coding, size),
+            start,
+            task,
             objective,
             TrainingSettings(batch_size=ROWS),
             learning_rate=0.01,
+        )
+    if not all(map(torch.equal, told, before)):
+        raise ClientError(
+            f"objective {type(objective).__name__}: it changes in place what facts "
+            "tells it, which other steps and clients are told, too. Make new tensors: "
+            "a + 1 in place of a += 1."
         )
     return module
 

@@ -274,7 +274,7 @@ def _check_model(components: Components) -> None:
     some = components.data.client(int(components.known_sizes.argmax())).train
     if not len(some):
         some = components.data.test
-    x, y = as_tensor(some.x[:2]), some.y[:2]
+    x, y = as_tensor(some.x[:2]).clone(), some.y[:2]  # A model may change them.
     if not len(x):
         return
     name, data = components.configuration["model"]["name"], components.data.name

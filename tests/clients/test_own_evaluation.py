@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import fedweight
 from fedweight import models
 from fedweight.clients import evaluation
 from fedweight.clients.evaluation import sums_of_each, sums_of_own
+from fedweight.clients.steps.predictions import predictions
+from fedweight.clients.trying import mixes_examples
 from fedweight.core.module import FlatModule
-from fedweight.data import Examples
+from fedweight.data import DataSet, Examples
 from fedweight.metrics import TASKS, Statistics
 
 
@@ -70,3 +73,47 @@ def test_at_once_is_as_alone(monkeypatch, name, at_once):
         expected = np.concatenate([one[measure] for one in alone])
         np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-7)
     assert np.isnan(together["loss"]).tolist() == [n == 0 for n in SIZES]
+
+
+class Changes(nn.Linear):
+    """A model that changes its inputs, as one that begins with an in-place ReLU."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(0.5))
+
+
+def test_a_model_that_changes_its_inputs_does_not_change_the_data():
+    rng = np.random.default_rng(0)
+    examples = Examples(inputs("", 9, rng), rng.integers(0, 3, 9))
+    before = examples.x.copy()
+    module = FlatModule(Changes(6, 3))
+    start = module.save()
+    for measure in (
+        lambda: evaluation.evaluate(module, start, examples),
+        lambda: evaluation.predicted(module, start, examples),
+        lambda: predictions(module, start, examples),
+        lambda: mixes_examples(lambda: Changes(6, 3), examples, "cpu"),
+    ):
+        measure()
+        assert np.array_equal(examples.x, before)
+    assert not mixes_examples(lambda: Changes(6, 3), examples, "cpu")
+
+
+def test_nor_does_a_run_with_it(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = inputs("", 60, rng), rng.integers(0, 3, 60)
+    part = Examples(x[:40], y[:40]), Examples(x[40:], y[40:])
+    settings = {
+        "model": changing,
+        "partition": {"name": "iid", "clients": 1},
+        "run.rounds": 2,
+        "engine.plan": "loop",
+    }
+    fedweight.run(
+        dataset=DataSet("own", *part, 3), settings=settings, out=tmp_path / "run"
+    )
+    assert np.array_equal(x, inputs("", 60, np.random.default_rng(0)))
+
+
+def changing(input_shape, num_classes):
+    return Changes(*input_shape, num_classes)

@@ -19,6 +19,10 @@ from fedweight.clients.objectives import SAM
 from fedweight.clients.personal import Personal
 
 
+class Good(Objective):
+    def example_losses(self, outputs, batch, facts):
+        return F.cross_entropy(outputs, batch.y, reduction="none")
+
 class Mean(Objective):
     def example_losses(self, outputs, batch, facts):
         return F.cross_entropy(outputs, batch.y)
@@ -34,6 +38,18 @@ class Wants(Objective):
 
 class WantsText(Wants):
     wants = "class-counts"
+
+class Hears(Good):
+    hears = "lambda"
+
+class Tasks(Good):
+    tasks = ("clasification",)
+
+class Shared(Good):
+    shared = {"mask": 1}
+
+class Pools(Good):
+    pools = ("sums",)
 
 class Unsaid(Objective):
     def example_losses(self, outputs, batch, facts):
@@ -68,9 +84,29 @@ class OneHot(Objective):
     def example_losses(self, outputs, batch, facts):
         return -(F.one_hot(batch.y, 10) * outputs.log_softmax(1)).sum(1)
 
-class Good(Objective):
+class Penalty(Good):
+    def penalty_gradient(self, parameters, facts):
+        return 0.1 * (parameters - facts.received).square().sum()
+
+class Clipped(Good):
+    def after_step(self, parameters, facts):
+        return parameters.clamp(-1, 1).mean()
+
+class Weighed(Good):
+    def batch_loss(self, outputs, batch, facts):
+        return batch.mean(self.example_losses(outputs, batch, facts), outputs[:, :1])
+
+class Moved(Good):
     def example_losses(self, outputs, batch, facts):
-        return F.cross_entropy(outputs, batch.y, reduction="none")
+        facts.received.mul_(0.5)
+        return super().example_losses(outputs, batch, facts)
+
+class Counted(Good):
+    wants = frozenset({"class-counts"})
+    def example_losses(self, outputs, batch, facts):
+        counts = facts.class_counts
+        counts += 1
+        return super().example_losses(outputs + counts.log(), batch, facts)
 """
 SAID = {
     "Mean": r"objective Mean: an objective must give one loss for each of 4 "
@@ -79,6 +115,11 @@ SAID = {
     "Wants": r"objective Wants: wants has 'class-count', which nobody tells. Did you "
     "mean 'class-counts'",
     "WantsText": r"objective WantsText: wants must be a frozenset of names, got",
+    "Hears": r"objective Hears: hears must be a tuple of names, got 'lambda'",
+    "Tasks": r"objective Tasks: tasks has 'clasification', which there is not. Did you "
+    "mean 'classification'",
+    "Shared": r"objective Shared: shared must be a frozenset of names",
+    "Pools": r"objective Pools: pools must be rounds by the names of probes",
     "Unsaid": r"objective Unsaid: 'class-counts' is known only to one whose 'wants'",
     "Fails": r"objective Fails: wrong_goals.py, line \d+, 'return outputs @ "
     r"torch.ones\(7\)': RuntimeError: ",
@@ -86,6 +127,14 @@ SAID = {
     "Nothing": r"objective Nothing: trains\(\) is False for every parameter .* "
     "layers.0.weight",
     "Kept": r"objective Kept: per_example must be first values, numbers by name",
+    "Penalty": r"objective Penalty: penalty_gradient returned shape \[\], not a tensor "
+    r"of the parameters' shape \[9610\]",
+    "Clipped": r"objective Clipped: after_step returned shape \[\]",
+    "Weighed": r"objective Weighed: batch.mean takes one weight for each of 4 examples"
+    ", "
+    r"shape \[4\], got shape \[4, 1\]",
+    "Moved": r"objective Moved: it changes in place what facts tells",
+    "Counted": r"objective Counted: it changes in place what facts tells",
     "Carried": r"objective Carried: what it carries has no 'mean' at the beginning",
 }
 

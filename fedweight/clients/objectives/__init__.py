@@ -119,6 +119,7 @@ def objective(name: str, **options: Any) -> Objective:
     0.1
     """
     from .base import Objective, defines
+    from .checks import check_declared
 
     made = OBJECTIVES.resolve(name)(**options)
     if not isinstance(made, Objective):
@@ -130,4 +131,5 @@ def objective(name: str, **options: Any) -> Objective:
             f"objective '{name}' must define example_losses(outputs, batch, facts), "
             "batch_loss or loss."
         )
+    check_declared(made)
     return made

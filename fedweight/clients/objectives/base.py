@@ -70,7 +70,8 @@ class Batch:
         Raises
         ------
         ClientError
-            If the values are not one for each example, which broadcasting would hide.
+            If values or weights are not one for each example, which broadcasting would
+            hide.
         """
         if values.shape != self.y.shape[:1]:
             raise ClientError(
@@ -80,6 +81,11 @@ class Batch:
                 "number an example."
             )
         if weights is not None:
+            if weights.shape != values.shape:
+                raise ClientError(
+                    f"batch.mean takes one weight for each of {len(self.y)} examples, "
+                    f"shape [{len(self.y)}], got shape {list(weights.shape)}."
+                )
             if self.mask is not None:
                 weights = torch.where(self.mask > 0, weights, 0)
             # Chosen, not multiplied: 0 times infinity is not 0.

@@ -1,15 +1,77 @@
-"""What an objective must return, and what is said where it does not."""
+"""What an objective must say and return, and what is told where it does not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, get_args
 
 from torch import Tensor
 
-from ...core.errors import ClientError, ConfigurationError
-from .base import Around, Loss, Objective, defines
+from ...core.errors import ClientError, ConfigurationError, closest
+from ...core.texts import shown
+from ...data.tasks import TASKS
+from .base import Around, Fact, Loss, Objective, defines
 from .plain import Plain
+
+
+def check_declared(objective: Objective) -> None:
+    """Refuse what an objective says of itself, if it cannot be.
+
+    Raises
+    ------
+    ConfigurationError
+        With what it says and what it may.
+    """
+    name = f"objective {type(objective).__name__}"
+    wants: Any = objective.wants
+    known = get_args(Fact)
+    if not _are_names(wants, Set):
+        raise ConfigurationError(
+            f"{name}: wants must be a frozenset of names, got {shown(wants)}. Write "
+            f"wants = frozenset({{'{known[0]}'}})."
+        )
+    _check_known(f"{name}: wants", wants, known, "which nobody tells")
+    shared: Any = objective.shared
+    if not _are_names(shared, Set):
+        raise ConfigurationError(
+            f"{name}: shared must be a frozenset of names, got {shown(shared)}. Write "
+            "shared = frozenset({'mask'})."
+        )
+    for what in ("hears", "tasks"):
+        given = getattr(objective, what)
+        if not _are_names(given, tuple | list):
+            raise ConfigurationError(
+                f"{name}: {what} must be a tuple of names, got {shown(given)}. Write "
+                f"{what} = ('name',)."
+            )
+    _check_known(f"{name}: tasks", objective.tasks, [*TASKS], "which there is not")
+    for what, kind, meaning in (
+        ("per_example", int | float, "first values, numbers by name"),
+        ("pools", int, "rounds by the names of probes"),
+    ):
+        given = getattr(objective, what)
+        if not isinstance(given, Mapping) or not all(
+            isinstance(one, str) and isinstance(value, kind)
+            for one, value in given.items()
+        ):
+            raise ConfigurationError(
+                f"{name}: {what} must be {meaning}, got {shown(given)}."
+            )
+
+
+def _are_names(given: Any, kind: Any) -> bool:
+    return isinstance(given, kind) and all(isinstance(one, str) for one in given)
+
+
+def _check_known(
+    where: str, names: Iterable[str], known: Sequence[str], otherwise: str
+) -> None:
+    for one in names:
+        if one not in known:
+            raise ConfigurationError(
+                f"{where} has {shown(one)}, {otherwise}.{closest(one, known)} There "
+                f"are {', '.join(known)}."
+            )
 
 
 def check_loss(
@@ -128,15 +190,39 @@ def check_gradient(
     ClientError
         With what was returned and what is to be.
     """
-    name = f"objective {type(objective).__name__}"
     if not calls:
-        raise ClientError(f"{name}: gradient must call gradient_at, once or more.")
-    shape = list(gradient.shape) if isinstance(gradient, Tensor) else None
-    if shape != list(parameters.shape):
-        given = type(gradient).__name__ if shape is None else f"shape {shape}"
+        name = type(objective).__name__
         raise ClientError(
-            f"{name}: gradient returned {given}, not a tensor of the parameters' shape "
-            f"{list(parameters.shape)}."
+            f"objective {name}: gradient must call gradient_at, once or more."
+        )
+    check_vector(objective, "gradient", gradient, parameters)
+
+
+def check_vector(objective: Objective, by: str, found: Any, parameters: Tensor) -> None:
+    """Refuse what is not a number for each parameter, which broadcasting would hide.
+
+    Parameters
+    ----------
+    objective : Objective
+        Whose it is.
+    by : str
+        The method that returned it.
+    found : Tensor
+        What it returned, ``[P]``.
+    parameters : Tensor
+        ``[P]``.
+
+    Raises
+    ------
+    ClientError
+        With what was returned and what is to be.
+    """
+    shape = list(found.shape) if isinstance(found, Tensor) else None
+    if shape != list(parameters.shape):
+        given = type(found).__name__ if shape is None else f"shape {shape}"
+        raise ClientError(
+            f"objective {type(objective).__name__}: {by} returned {given}, not a "
+            f"tensor of the parameters' shape {list(parameters.shape)}."
         )
 
 

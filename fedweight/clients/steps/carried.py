@@ -142,7 +142,7 @@ def carry_of(
         facts = Facts(
             received, facts_of(task, received), carry, shared_of(task, received)
         )
-        labels = as_tensor(task.examples.y)
+        labels = as_tensor(task.examples.y).clone()  # Its own, whatever it does.
         found = objective.look(partial(predict, task.examples), labels, facts)
         check_carry(objective, "look", found, carry)
         carry = {**carry, **found}

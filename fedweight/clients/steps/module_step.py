@@ -14,7 +14,7 @@ from ...core.layout import FlatModel
 from ...core.module import FlatModule
 from ..noise import LocalTraining, Streams
 from ..objectives.base import Batch, Facts, Loss, Objective, defines
-from ..objectives.checks import check_gradient, check_loss
+from ..objectives.checks import check_gradient, check_loss, check_vector
 from .carried import carry_of, facts_of, kept_of, shared_of
 from .predictions import predictions
 from .task import Task
@@ -113,7 +113,7 @@ class ModuleStep:
         before = _Before.of(module, self.noisy) if self._calls_again else None
         if not self._own_gradient:
             loss = self._backward(batch, facts, step, before, first=True)
-            penalty = self.objective.penalty_gradient(module.parameters, facts)
+            penalty = self._penalty(facts)
             if penalty is not None:
                 module.gradients.add_(penalty)
             self._hold(module.gradients)
@@ -127,7 +127,7 @@ class ModuleStep:
             module.parameters.copy_(parameters)
             loss = self._backward(batch, facts, step, before, first=not found)
             found.append(loss)
-            penalty = self.objective.penalty_gradient(module.parameters, facts)
+            penalty = self._penalty(facts)
             penalised = penalty is not None
             gradient = module.gradients.clone()
             if penalty is not None:
@@ -144,6 +144,14 @@ class ModuleStep:
         self._keep(found[0], rows)
         return found[0], penalised
 
+    def _penalty(self, facts: Facts) -> Tensor | None:
+        """Return the gradient of a penalty, ``[P]``, if there is one."""
+        parameters = self.module.parameters
+        penalty = self.objective.penalty_gradient(parameters, facts)
+        if penalty is not None:
+            check_vector(self.objective, "penalty_gradient", penalty, parameters)
+        return penalty
+
     def _hold(self, gradient: Tensor) -> Tensor:
         """Make a gradient 0, in place, where nothing is trained."""
         return gradient if self._held is None else gradient.masked_fill_(self._held, 0)
@@ -154,7 +162,9 @@ class ModuleStep:
             facts = self._facts()
             with torch.no_grad():
                 parameters = self.module.parameters
-                parameters.copy_(self.objective.after_step(parameters, facts))
+                found = self.objective.after_step(parameters, facts)
+                check_vector(self.objective, "after_step", found, parameters)
+                parameters.copy_(found)
 
     def _facts(self) -> Facts:
         """Return what the objective may know now."""

@@ -31,7 +31,8 @@ def predictions(module: FlatModule, model: FlatModel, examples: Examples) -> Ten
     x = as_tensor(examples.x)
     device = module.parameters.device
     parts = [
-        module.module(x[k : k + AT_ONCE].to(device)).cpu()
+        # A copy: a model may change its inputs.
+        module.module(x[k : k + AT_ONCE].to(device, copy=True)).cpu()
         for k in range(0, len(x), AT_ONCE)
     ]
     module.train()
