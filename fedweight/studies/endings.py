@@ -377,14 +377,16 @@ def _odd_weights(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
         )
     if "staleness" in rows:  # A schedule had them count less, as it was told.
         rows = rows[rows.groupby("round")["staleness"].transform("max") == 0]
-    sums = rows.groupby("round")["weight"].sum()
+    # Where there are several global models, those of each sum to 1.
+    of = [rows[name] for name in ("round", "model") if name in rows]
+    sums = rows["weight"].groupby(of, dropna=False).sum()
     odd = sums[(sums < 1 / FAR_FROM_ONE) | (sums > FAR_FROM_ONE)]
     odd = odd[odd != 0]  # With weights of 0 a round has failed, and says so.
     if len(odd):
+        rounds = odd.index.get_level_values("round").unique().tolist()
         yield (
             f"the weights summed to {odd.iloc[-1]:.4g} and not to 1 "
-            f"({rounds_listed(odd.index.tolist())}); the global model's step is scaled "
-            "by it"
+            f"({rounds_listed(rounds)}); the global model's step is scaled by it"
         )
 
 

@@ -108,6 +108,19 @@ def test_weights_that_are_none_of_a_mean_are_told(tell: Tell) -> None:
     assert line == "client 1 had a negative weight (rounds 1 to 3)"
 
 
+def test_the_weights_of_each_of_several_models_sum_to_one(tell: Tell) -> None:
+    several = {0: (0, 0.25), 1: (0, 0.75), 2: (1, 1.0), 3: (2, 0.5), 4: (2, 0.5)}
+    names = "model", "weight"
+    rows = [
+        row | dict(zip(names, several[row["client"]], strict=True))
+        for row in asked(3, 5)
+    ]
+    assert tell(rows) == []
+    rows = [row | ({"weight": 2.0} if row["client"] == 4 else {}) for row in rows]
+    (line,) = tell(rows)
+    assert line.startswith("the weights summed to 2.5 and not to 1 (rounds 1 to 3);")
+
+
 def test_a_client_without_data_is_not_lost(tell: Tell) -> None:
     empty = {"status": "dropped", "reason": "it has no examples"}
     assert tell(asked(2, 30, client_2=empty)) == []
