@@ -12,10 +12,10 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from ..core.errors import DataError, closest
 from ..core.paths import clean_path
+from ..core.writing import written_aside
 
 TIMEOUT_SECONDS = 60
 CHUNK = 1 << 20
@@ -156,48 +156,39 @@ def fetch(
             "--folder."
         ) from None
     for file, sha256 in source.files.items():
-        if not _is_right(target / file, sha256):
+        if not _is_right(target / file, sha256, file.endswith(".gz")):
             _download(f"{url}/{file}", target / file, sha256)
     return target
 
 
 def _download(url: str, path: Path, sha256: str) -> None:
-    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         with (
             urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response,
-            part.open("wb") as file,
+            written_aside(path, shared=True) as file,
         ):
             shutil.copyfileobj(response, file, CHUNK)
-        if not _is_right(part, sha256):
-            raise DataError(
-                f"{url} is not the file that was expected (its SHA-256 differs); it "
-                "was removed. Try again, or give another place as base_url."
-            )
-        part.replace(path)
+            file.flush()
+            if not _is_right(Path(file.name), sha256, path.suffix == ".gz"):
+                raise DataError(
+                    f"{url} is not the file that was expected (its SHA-256 differs); "
+                    "it was removed. Try again, or give another place as base_url."
+                )
     except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"{url} could not be fetched to {path}: {error}. Check the connection and "
             "the folder, or give another place as base_url."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def _is_right(path: Path, sha256: str) -> bool:
+def _is_right(path: Path, sha256: str, packed: bool) -> bool:
     if not path.is_file():
         return False
     digest = hashlib.sha256()
     try:
-        with _open(path) as file:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     except (gzip.BadGzipFile, EOFError, zlib.error):
         return False
     return digest.hexdigest() == sha256
-
-
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ..core.client_store import ClientStore
 from ..core.errors import DataError, closest
 from ..core.layout import Layout
 from ..core.texts import plain, shown
-from ..core.writing import cannot_write
+from ..core.writing import cannot_write, written_aside
 
 # The tables of the store that are written, and their files.
 FILES = {
@@ -88,18 +87,11 @@ def write_kept(folder: Path, store: ClientStore, layout: Callable[[], Layout]) -
         clients = store.clients(table)
         if len(clients):
             path = folder / name
-            aside = path.with_name(f".{name}.part")
             try:
-                with aside.open("wb") as file:
+                with written_aside(path) as file:
                     _write(file, store, table, clients, layout)
-                    file.flush()
-                    os.fsync(file.fileno())
-                aside.replace(path)
             except OSError as error:
                 raise cannot_write(path, error) from error
-            finally:
-                with contextlib.suppress(OSError):
-                    aside.unlink(missing_ok=True)
 
 
 def _write(

@@ -9,11 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedweight import data
+from fedweight.cli import main
 from fedweight.core.errors import FedweightError
 from fedweight.studies import check_file
 
-ROOT = Path(__file__).parents[2]
 FILES = {"rounds.csv", "clients.csv", "timings.csv", "partition.csv", "config.toml"}
 FILES |= {"environment.json", "model.safetensors", "report.html"}
 
@@ -318,19 +316,29 @@ def test_a_simulation_file_is_ready_or_refused_in_one_line(tmp_path_factory, see
     assert {path.name for path in folder.iterdir()} == {"own.csv", "own.toml"}
 
 
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fedweight", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+@dataclass
+class Ended:
+    """What the command line returned, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Give the command line, in the test's folder; what it does not catch is raised."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Ended:
+        return Ended(main(arguments), *capsys.readouterr())
+
+    return call
+
+
+def ended_well(done: Ended) -> bool:
     """Tell success from a refusal; there is nothing else."""
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 2)
@@ -340,11 +348,12 @@ def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
     return done.returncode == 0
 
 
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("seed", range(20))
-def test_a_data_file_as_a_command(tmp_path, seed):
+def test_a_data_file_as_a_command(tmp_path, command, seed):
     made = make_csv(random.Random(seed), tmp_path / "own.csv")
     given = [f"--set={key}={json.dumps(v)}" for key, v in made.settings.items()]
-    done = command(tmp_path, "check", "own.csv", "--json", *given)
+    done = command("check", "own.csv", "--json", *given)
     if ended_well(done):
         facts = json.loads(done.stdout)
         if not made.fault:
@@ -362,10 +371,11 @@ def test_some_simulation_files_are_right(tmp_path):
     assert sum(not (one.fault or one.odd) for one in made) >= 3
 
 
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_simulation_file_as_a_command(tmp_path, seed):
+def test_a_simulation_file_as_a_command(tmp_path, command, seed):
     file, made = make_simulation(random.Random(seed), tmp_path)
-    done = command(tmp_path, "run", file.name, "--json", "--out", "out")
+    done = command("run", file.name, "--json", "--out", "out")
     if ended_well(done):
         summary = json.loads(done.stdout)
         assert (summary["rounds"], summary["failed_rounds"]) == (1, 0)
