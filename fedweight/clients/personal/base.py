@@ -135,7 +135,7 @@ def _check(name: str, phase: Any, phases: int) -> None:
         raise ConfigurationError(
             f"{name}: {type(goal).__name__} keeps or carries something from step to "
             f"step, which it can where there is one phase; there are {phases}. Return "
-            "one Phase, or give the phases an objective without memory, such as Plain()."
+            "one Phase, or give the phases an objective without memory, as Plain() is."
         )
 
 
