@@ -70,7 +70,9 @@ def test_the_error_is_bounded_by_the_step(bits, nearest, values, seed):
     step = given_.abs().max() / (2 ** (bits - 1) - 1)
     bound = step * (0.5 if nearest else 1.0)
     error = (read - given_).abs().max()
-    assert error <= bound * (1 + 1e-4) + 4e-7 * given_.abs().max()
+    # Below the smallest normal number a step is no more than a few bits itself.
+    least = torch.finfo(torch.float32).tiny
+    assert error <= bound * (1 + 1e-4) + 4e-7 * given_.abs().max() + least
 
 
 def test_rounding_by_chance_is_right_in_the_mean():
