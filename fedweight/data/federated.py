@@ -474,7 +474,7 @@ def load_client(
     schema : Schema, optional
         What columns others have: the file's are put in its order, or refused.
     **options
-        What :func:`fedweight.data.files.load_one_csv` takes; an NPZ file has none.
+        What :func:`fedweight.data.files.load_one_csv` takes, or ``load_one_npz``.
     """
     from .files import load_one
 

@@ -25,7 +25,7 @@ from .encoding import (
     values_of,
 )
 from .examples import DataSet, Examples, as_inputs, check, name_clients
-from .groups import groups_of
+from .groups import codes_among, groups_of, missing_values
 from .schema import NUMBER, Schema
 from .sources import Source, faults, read_source, read_test
 from .tables import FEW_CLASSES, Reading, Table, is_numeric, text_fault
@@ -178,6 +178,7 @@ def load_npz(
     *,
     task: ArrayTask = "classification",
     num_classes: int | None = None,
+    sensitive: str | Sequence[str] = (),
     test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.2,
 ) -> DataSet:
     """Your own arrays: an NPZ file with x and y; x_test, y_test and client if you like.
@@ -198,13 +199,18 @@ def load_npz(
     num_classes : int, optional
         C; by default one more than the largest label, unless that leaves most classes
         without an example. Of ``"multi-label"`` L, which ``y`` tells.
+    sensitive : str or sequence of str
+        Further arrays of the file, ``[n]``, that become attributes, as
+        :func:`load_csv` has them; with ``x_test`` there are such of its examples, too,
+        each with ``_test`` behind its name. A model never sees them.
     test_fraction : float
         Share of the examples, in [0, 1), that are drawn for testing if there is no
         ``x_test``.
     """
     path = readable_file(path, "npz")
-    arrays = _read_arrays(path)
-    train = _examples(path, arrays, "x", "y", task)
+    sensitive = _npz_names(path, sensitive)
+    arrays = _read_arrays(path, sensitive)
+    train = _examples(path, arrays, "", task, sensitive)
     natural, sizes = None, None
     names: tuple[str, ...] = ()
     if "client" in arrays:
@@ -212,7 +218,7 @@ def load_npz(
         names, natural = name_clients(arrays["client"], f"{path}: 'client'")
         sizes = np.bincount(natural)
     if "x_test" in arrays:
-        test = _examples(path, arrays, "x_test", "y_test", task)
+        test = _examples(path, arrays, "_test", task, sensitive)
     else:
         rows, test_rows = _split(len(train), test_fraction, seed)
         train, test = train.take(rows), train.take(test_rows)
@@ -230,6 +236,9 @@ def load_npz(
         natural_clients=natural,
         natural_names=names,
         natural_sizes=sizes,
+        notes=tuple(
+            filter(None, (_no_groups(path.name, n, arrays[n]) for n in sensitive))
+        ),
         task=task,
     )
 
@@ -302,14 +311,27 @@ def load_one_csv(
 
 
 def load_one_npz(
-    path: Path, *, schema: Schema | None = None
+    path: Path,
+    *,
+    sensitive: str | Sequence[str] = (),
+    schema: Schema | None = None,
 ) -> tuple[Examples, Schema]:
     """Read one client's own NPZ file: ``x`` and ``y`` as :func:`load_npz` takes them.
 
-    What else the file holds is ignored.
+    So are sensitive arrays; with a ``schema`` they become codes of the groups that it
+    has. Test examples, and clients, are ignored.
     """
     path = readable_file(path, "npz")
-    examples = _examples(path, _read_arrays(path), "x", "y")
+    sensitive = _npz_names(path, sensitive)
+    groups = {} if schema is None else schema.groups
+    arrays = _read_arrays(path, sensitive)
+    examples = _examples(path, arrays, "", CLASSIFICATION, sensitive)
+    coded = {
+        name: codes_among(f"{path}: '{name}'", examples.attributes[name], names)
+        for name, names in groups.items()
+        if name in sensitive
+    }
+    examples = replace(examples, attributes={**examples.attributes, **coded})
     shape = examples.x.shape[1:]
     if schema is not None:
         schema.check_shape(path, shape)
@@ -328,7 +350,7 @@ def load_one(
     schema : Schema, optional
         What columns others have: the file's are put in its order, or refused.
     **options
-        What :func:`load_one_csv` takes; an NPZ file has none.
+        What :func:`load_one_csv`, or :func:`load_one_npz`, takes.
     """
     path = clean_path("the data's path", path)
     readers: dict[str, Callable[..., tuple[Examples, Schema]]]
@@ -386,13 +408,8 @@ def remarks(source: Source, task: str = CLASSIFICATION) -> list[str]:
                 f"{shown(alike[1])}, which differ by capitals only and count as two"
             )
     for name in source.sensitive:
-        if groups_of(table.frame[name].to_numpy()) is None:
-            lines.append(
-                f"{table.path.name}: the sensitive column '{name}' has "
-                f"{table.frame[name].nunique():,} different values, which make no "
-                "groups; nothing is measured by it. Add a column with ranges of it, "
-                "such as 20-29, and name that"
-            )
+        line = _no_groups(table.path.name, name, table.frame[name].to_numpy())
+        lines += [line] if line else []
     for name in source.features:
         if len(table) >= MANY_ROWS and _counts_rows(table.frame[name]):
             lines.append(
@@ -400,6 +417,18 @@ def remarks(source: Source, task: str = CLASSIFICATION) -> list[str]:
                 f"a number of the row is; if it is one, leave it out: drop = ['{name}']"
             )
     return lines
+
+
+def _no_groups(file: str, name: str, values: Array) -> str:
+    """Say of a sensitive column that it makes no groups; nothing where it does."""
+    if groups_of(values) is not None:
+        return ""
+    different = len({str(value) for value in values.tolist()})
+    return (
+        f"{file}: the sensitive column '{name}' has {different:,} different values, "
+        "which make no groups; nothing is measured by it. Add a column with ranges of "
+        "it, such as 20-29, and name that"
+    )
 
 
 def _scale_remark(table: Table, targets: pd.Series[Any]) -> list[str]:
@@ -454,7 +483,19 @@ def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:
 # ------------------------------------------------------------------------- NPZ files
 
 
-def _read_arrays(path: Path) -> dict[str, Array]:
+def _npz_names(path: Path, sensitive: str | Sequence[str]) -> list[str]:
+    """Return the names of sensitive arrays, which are no others'."""
+    names = [sensitive] if isinstance(sensitive, str) else list(sensitive)
+    for name in names:
+        if name in NPZ_ARRAYS:
+            raise DataError(
+                f"{path}: sensitive names '{name}', which is no attribute of the "
+                "examples. Give the attribute an array of its own."
+            )
+    return names
+
+
+def _read_arrays(path: Path, sensitive: Sequence[str] = ()) -> dict[str, Array]:
     with path.open("rb") as opened:
         if opened.read(2) != b"PK":
             raise DataError(
@@ -471,27 +512,50 @@ def _read_arrays(path: Path) -> dict[str, Array]:
             f"{shown(str(error))[1:-1]}. Write it with numpy.savez, without arrays of "
             "objects."
         ) from error
+    tested = "x_test" in arrays
+    tests = [f"{name}_test" for name in sensitive] if tested else []
+    allowed = (*NPZ_ARRAYS, *sensitive, *tests)
     for name in arrays:
-        if name not in NPZ_ARRAYS:
+        if name not in allowed:
             raise DataError(
-                f"{path} holds an array '{name}'.{closest(name, NPZ_ARRAYS)} Allowed "
-                f"are {', '.join(NPZ_ARRAYS)}."
+                f"{path} holds an array '{name}'.{closest(name, allowed)} Allowed are "
+                f"{', '.join(allowed)}, and what data.sensitive names."
             )
-    needed = {"x", "y"} | ({"x_test", "y_test"} if "x_test" in arrays else set())
+    needed = {"x", "y", *sensitive, *tests} | (
+        {"x_test", "y_test"} if tested else set()
+    )
     for name in sorted(needed - set(arrays)):
         raise DataError(f"{path} holds no array '{name}'. Add it.")
     return arrays
 
 
 def _examples(
-    path: Path, arrays: Mapping[str, Array], x: str, y: str, task: str = CLASSIFICATION
+    path: Path,
+    arrays: Mapping[str, Array],
+    suffix: str,
+    task: str,
+    sensitive: Sequence[str] = (),
 ) -> Examples:
+    """Return the examples whose arrays have a suffix behind their names."""
+    x, y = f"x{suffix}", f"y{suffix}"
     inputs, labels = arrays[x], arrays[y]
     if inputs.ndim < 2:
         raise DataError(f"{path}: '{x}' has shape {inputs.shape}, expected [n, ...].")
     labels = TASKS[task].cast(f"{path}: '{y}' is", np.atleast_1d(labels), np.float32)
     _same_length(path, x, inputs, y, labels)
-    return Examples(as_inputs(f"{path}: '{x}' is", inputs), labels)
+    attributes = {}
+    for name in sensitive:
+        column = arrays[f"{name}{suffix}"]
+        _same_length(path, f"{name}{suffix}", column, y, labels)
+        missing = int(missing_values(column).sum())
+        if missing:
+            raise DataError(
+                f"{path}: '{name}{suffix}' is missing for {missing:,} of "
+                f"{len(column):,} examples. Give them a group of their own, such as "
+                "'unknown', or leave them out."
+            )
+        attributes[name] = column
+    return Examples(as_inputs(f"{path}: '{x}' is", inputs), labels, attributes)
 
 
 def _count_classes(path: Path, train: Array, test: Array, told: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,33 @@ def name_groups(dataset: DataSet) -> DataSet:
     return replace(dataset, train=train, test=test, attribute_names=known_names)
 
 
+def codes_among(what: str, values: Array, names: Sequence[str]) -> Array:
+    """Return the place of each value of an attribute among groups that are known.
+
+    Raises
+    ------
+    DataError
+        If a value is none of them; ``what`` begins the message.
+
+    Examples
+    --------
+    >>> codes_among("'sex'", np.array(["m", "f", "m"]), ["f", "m"]).tolist()
+    [1, 0, 1]
+    """
+    if values.ndim != 1:
+        raise DataError(f"{what} has shape {values.shape}. Give one value an example.")
+    different, places = np.unique(values, return_inverse=True)
+    known = {name: code for code, name in enumerate(names)}
+    texts = [_named(value) for value in different.tolist()]
+    for text in texts:
+        if text not in known:
+            raise DataError(
+                f"{what} holds {shown(text)}, which is none of "
+                f"{listed(map(repr, names), most=20)}."
+            )
+    return np.array([known[text] for text in texts], np.int64)[places]
+
+
 def check_groups(key: str, data: FederatedData, name: str) -> None:
     """Raise unless an attribute of some data is codes of groups.
 
@@ -114,7 +142,7 @@ def check_groups(key: str, data: FederatedData, name: str) -> None:
             have = listed(sorted(part.attributes), most=9) or "none"
             raise DataError(
                 f"{key}: {which}{what} have no attribute {shown(name)}.{near} They "
-                f"have {have}. In a CSV file data.sensitive names the columns; in "
+                f"have {have}. In a file data.sensitive names its columns; in "
                 "Python Examples(x, y, {name: column})."
             )
     for part in (train, test):
@@ -141,7 +169,7 @@ def _why_not(what: str, name: str, column: Array) -> str:
             f"{what}: attribute '{name}' has shape {column.shape}. Give one value an "
             "example."
         )
-    missing = _missing(column)
+    missing = missing_values(column)
     if missing.any():
         return (
             f"{what}: attribute '{name}' is missing for {int(missing.sum()):,} of "
@@ -171,7 +199,7 @@ def _alike(columns: list[Array]) -> bool:
 
 def _different(values: Array) -> Array | None:
     """Return the different values of an attribute, sorted, if they are groups."""
-    if values.ndim != 1 or not len(values) or _missing(values).any():
+    if values.ndim != 1 or not len(values) or missing_values(values).any():
         return None
     numbers = values.dtype.kind in "biuf"
     if not numbers and not all(isinstance(v, str) for v in values.tolist()):
@@ -182,8 +210,8 @@ def _different(values: Array) -> Array | None:
     return known if len(known) <= (MOST_NUMBERS if numbers else MOST_TEXTS) else None
 
 
-def _missing(values: Array) -> Any:
-    """Tell which values are none: NaN, None, an empty text."""
+def missing_values(values: Array) -> Any:
+    """Tell which values of an attribute are none: NaN, None, an empty text."""
     if values.dtype.kind == "f":
         return ~np.isfinite(values)
     if values.dtype.kind in "biu":

@@ -36,7 +36,7 @@ from ..data import (
     load_client,
 )
 from ..data import check as check_data
-from ..data.files import load_one_csv
+from ..data.files import load_one_csv, load_one_npz
 from ..messages.arrays import FlatRecord
 from ..messages.codecs import Codec, codec
 from ..metrics import Groups, LearningTask, Statistics, task_named
@@ -470,10 +470,9 @@ def client_data(
     path = context.node_config.get("data-path")
     if path is not None:
         options = configuration.options("data")
-        # What [data] says of the columns of a CSV file holds for everybody's.
-        takes = (
-            options_of(load_one_csv) if Path(str(path)).suffix.lower() == ".csv" else {}
-        )
+        # What [data] says of the columns of a file holds for everybody's.
+        is_csv = Path(str(path)).suffix.lower() == ".csv"
+        takes = options_of(load_one_csv if is_csv else load_one_npz)
         return load_client(
             str(path),
             held_out=configuration["data"]["held-out"],

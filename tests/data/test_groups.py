@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from fedweight.core.errors import DataError
-from fedweight.data import DataSet, Examples, federate, load
+from fedweight.data import DataSet, Examples, federate, load, load_client
 from fedweight.data.groups import MOST_NUMBERS, check_groups, groups_of, name_groups
+from fedweight.data.schema import Schema
 
 
 def people(train, test=None, **more):
@@ -155,3 +156,95 @@ def test_a_missing_cell_of_a_sensitive_column_is_refused(table):
     table.write_text("\n".join([*text[:5], ",".join(cells), *text[6:]]) + "\n")
     with pytest.raises(DataError, match=r"'sex'.*drop-missing"):
         load("csv", table, sensitive="sex")
+
+
+# ----------------------------------------------------------------- files of arrays
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=(60, 2)),
+        "y": np.arange(60) % 2,
+        "client": np.arange(60) % 3,
+        "sex": np.array(["f", "m", "m"] * 20),
+        "old": np.arange(60) % 5 > 2,
+    }
+
+
+def saved(folder, arrays):
+    np.savez(folder / "own.npz", **arrays)
+    return folder / "own.npz"
+
+
+def test_a_file_of_arrays_has_sensitive_ones(arrays, tmp_path):
+    path = saved(tmp_path, arrays)
+    dataset = load("npz", path, sensitive=["sex", "old"])
+    data = federate(dataset, "natural", num_clients=None)
+    assert data.attribute_names == {"sex": ("f", "m"), "old": ("False", "True")}
+    assert data.notes == ()
+    parts = [data.test, *(data.client(k).train for k in range(3))]
+    assert all(len(p.attributes["sex"]) == len(p) for p in parts)
+    # Each row keeps its own: sex goes by the place in the file, as the client does.
+    rows = {
+        tuple(row): sex for row, sex in zip(arrays["x"], arrays["sex"], strict=True)
+    }
+    for example, code in zip(
+        dataset.train.x, dataset.train.attributes["sex"], strict=True
+    ):
+        [close] = [s for row, s in rows.items() if np.allclose(row, example)]
+        assert close == code
+    for name in ("sex", "old"):
+        check_groups("data.sensitive", data, name)
+
+
+def test_test_arrays_have_their_own_attributes(arrays, tmp_path):
+    tested = {
+        f"{k}_test": v[:9] for k, v in arrays.items() if k not in ("client", "old")
+    }
+    few = {k: v for k, v in arrays.items() if k != "old"}
+    dataset = load("npz", saved(tmp_path, few | tested), sensitive="sex")
+    assert dataset.test.attributes["sex"].tolist() == arrays["sex"][:9].tolist()
+    tested.pop("sex_test")
+    with pytest.raises(DataError, match="holds no array 'sex_test'"):
+        load("npz", saved(tmp_path, few | tested), sensitive="sex")
+
+
+@pytest.mark.parametrize(
+    ("sensitive", "change", "text"),
+    [
+        ("sex", {}, r"array 'old'.* Allowed are .*sex, and what data\.sensitive names"),
+        (["sex", "old", "sx"], {}, "holds no array 'sx'"),
+        (["sex", "old", "y"], {}, "sensitive names 'y'"),
+        (["sex", "old"], {"sex": np.array(["f", ""] * 30)}, "missing for 30 of 60"),
+        (["sex", "old"], {"old": np.full(60, np.nan)}, "missing for 60 of 60"),
+        (["sex", "old"], {"sex": np.array(["f", "m"])}, "'sex' has 2 rows and 'y'"),
+    ],
+)
+def test_sensitive_arrays_that_cannot_be_are_one_line(
+    arrays, tmp_path, sensitive, change, text
+):
+    with pytest.raises(DataError, match=text) as caught:
+        load("npz", saved(tmp_path, arrays | change), sensitive=sensitive)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_array_that_measures_something_is_noted(arrays, tmp_path):
+    arrays["old"] = np.linspace(20, 60, 60)
+    dataset = load("npz", saved(tmp_path, arrays), sensitive=["sex", "old"])
+    [note] = dataset.notes
+    assert "'old' has 60 different values, which make no groups" in note
+
+
+def test_a_nodes_own_arrays_become_codes_of_the_servers_groups(arrays, tmp_path):
+    women = arrays["sex"] == "m"
+    arrays = {k: v[women] for k, v in arrays.items() if k not in ("client", "old")}
+    schema = Schema("server.npz", "", (), {}, (2,), {"sex": ("f", "m")})
+    client = load_client(saved(tmp_path, arrays), 0.0, schema=schema, sensitive="sex")
+    assert set(client.train.attributes["sex"].tolist()) == {1}
+    arrays["sex"] = np.array(["x"] * 40)
+    with pytest.raises(
+        DataError, match="'sex' holds 'x', which is none of 'f' and 'm'"
+    ):
+        load_client(saved(tmp_path, arrays), 0.0, schema=schema, sensitive="sex")
