@@ -18,10 +18,17 @@ from ..core.errors import DataError, check_choice
 from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import listed, plain
-from .ranks import Ranking
+from .ranks import ROPE, Ranking
 from .result import Run
 from .statistics import LEVEL, pairs_needed
-from .summarizing import CELLS, METRICS, SUMMARY, Row, ranking_of
+from .summarizing import (
+    CELLS,
+    METRICS,
+    SUMMARY,
+    Row,
+    ranking_of,
+    signed_ranks_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,9 +123,41 @@ class Comparison:
         Ranking
             The numbers of a critical-difference diagram, as text and as SVG.
         """
-        measured = [*dict.fromkeys(self.summary["metric"])]
-        check_choice("metric", metric, measured)
-        return ranking_of([_no_nan(row) for row in _rows(self.cells)], metric)
+        return ranking_of(self._measured(metric), metric)
+
+    def signed_ranks(
+        self, metric: str = "test_accuracy", rope: float = ROPE
+    ) -> pd.DataFrame:
+        """Return the Bayesian's answer over several data sets, each by its mean.
+
+        Parameters
+        ----------
+        metric : str
+            One of those in :attr:`summary`.
+        rope : float
+            0 or more, in the metric's unit: differences up to this are as good as none.
+
+        Returns
+        -------
+        DataFrame
+            A row for each strategy but the first: ``strategy``, ``against``,
+            ``data_sets``, and how probable it is that it is ``better``, the ``same``
+            or ``worse`` (:func:`fedweight.studies.ranks.signed_ranks`). Of few data
+            sets the prior says most; verdicts do not rest on it.
+        """
+        found = signed_ranks_of(self._measured(metric), metric, rope)
+        columns = ("data_sets", "better", "same", "worse")
+        rows = [
+            {"strategy": name, "against": self.strategies[0]}
+            | {column: getattr(one, column) for column in columns}
+            for name, one in found.items()
+        ]
+        return pd.DataFrame(rows, columns=["strategy", "against", *columns])
+
+    def _measured(self, metric: str) -> list[Row]:
+        """Return the rows of all runs, once it is sure that they have a metric."""
+        check_choice("metric", metric, [*dict.fromkeys(self.summary["metric"])])
+        return [_no_nan(row) for row in _rows(self.cells)]
 
     @property
     def failures(self) -> dict[str, str]:

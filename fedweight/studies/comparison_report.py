@@ -12,8 +12,9 @@ from ..core.errors import DataError
 from ..core.extras import Imported
 from ..core.writing import write_whole
 from . import plots
-from .pages import Part, figure, page, section, table
+from .pages import Part, diagram, figure, page, section, table
 from .plots import comparing
+from .ranks import ROPE
 from .report import in_bytes
 from .result import Run
 from .statistics import LEVEL
@@ -27,6 +28,12 @@ else:
     pd = Imported("pandas", "studies", "a run's folder")
 
 _MOST_HEATMAPS = 12
+
+# Of the clients, and of groups where they are measured.
+_FRONTS = (
+    comparing.CLIENTS_FRONT,
+    *(comparing.gap_front(gap) for gap in ("accuracy", "equalized_odds")),
+)
 
 
 def write_comparison_report(found: Comparison) -> Path:
@@ -58,6 +65,8 @@ def render(found: Comparison) -> str:
     """Return the report as one HTML document."""
     several = len(found.data_sets) > 1
     sections = [section("What differs for real", *_tables(found))]
+    if several and len(found.strategies) > 1:
+        sections.append(_over_data_sets(found))
     for data in found.data_sets:
         sections += _of_data(found, data, f" on {data}" if several else "")
     sections.append(section("Runs", _runs(found)))
@@ -108,6 +117,35 @@ def _tables(found: Comparison) -> Iterable[Part]:
             )
 
 
+def _over_data_sets(found: Comparison) -> Part:
+    """Return who is ahead over the data sets, and how probable that is."""
+    measured = dict.fromkeys(found.summary["metric"])
+    diagrams = []
+    for metric in measured:
+        ranking, title = found.ranking(metric), METRICS[metric].title
+        diagrams.append(diagram(f"{title[:1].upper()}{title[1:]}", ranking))
+    frames = [
+        found.signed_ranks(metric).assign(metric=METRICS[metric].title)
+        for metric in measured
+        if METRICS[metric].is_share
+    ]
+    first = found.strategies[0]
+    return section(
+        "Over the data sets",
+        *diagrams,
+        table(
+            "How probable it is on a further data set (Bayesian signed ranks)",
+            pd.concat(frames)[["metric", "strategy", "better", "same", "worse"]],
+            f"Than {first}; the same: by {ROPE:g} or less. Of few data sets the prior "
+            "says most, nothing is corrected for several comparisons, and no verdict "
+            "rests on it.",
+        )
+        if frames
+        else None,
+        text="Each strategy counts once on a data set, with its mean over the seeds.",
+    )
+
+
 def _of_data(found: Comparison, data: str, on: str) -> Iterable[Part]:
     """Return the sections about one data set."""
     cells = found.cells
@@ -147,7 +185,10 @@ def _of_data(found: Comparison, data: str, on: str) -> Iterable[Part]:
                 client.endswith("accuracy"),
             )
         ),
-        figure(partial(comparing.front, cells, list(runs))),
+        *(
+            figure(partial(comparing.front, cells, list(runs), which))
+            for which in _FRONTS
+        ),
     )
     yield section(f"Costs{on}", _costs(cells, list(runs)))
     yield _weights(runs, on)

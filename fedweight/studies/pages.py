@@ -251,6 +251,22 @@ def figure(chart: Any, words: str = "", wide: bool = False) -> Part | None:
     }
 
 
+class Drawn(Protocol):
+    """What draws itself, such as a ranking."""
+
+    @property
+    def note(self) -> str:
+        """What a reader must know."""
+
+    def svg(self) -> str:
+        """Return it as SVG, in the colour of the text around."""
+
+
+def diagram(title: str, drawn: Drawn) -> Part:
+    """Return what draws itself as a part of a page; it needs no script."""
+    return {"kind": "diagram", "title": title, "svg": drawn.svg(), "note": drawn.note}
+
+
 def _by_role(value: Any) -> Any:
     """Return a specification with the page's colours in place of its own."""
     if isinstance(value, str):

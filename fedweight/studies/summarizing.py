@@ -14,7 +14,7 @@ from ..core.errors import DataError
 from ..metrics.measures import MEASURES
 from .folder import Table
 from .gaps import GAPS
-from .ranks import Ranking, rank_methods
+from .ranks import Ranking, SignedRanks, rank_methods, signed_ranks
 from .result import Run
 from .statistics import compare_pairs, t_interval
 
@@ -27,15 +27,16 @@ ALL_DATA = "all data sets"
 
 @dataclass(frozen=True)
 class Metric:
-    """What is compared: its title, and whether less of it is better."""
+    """What is compared: its title, whether less is better, and if it is a share."""
 
     title: str
     less_is_better: bool = False
+    is_share: bool = False
 
 
 # By the keys of a run's summary.
 METRICS = {
-    "test_accuracy": Metric("test accuracy of the last model"),
+    "test_accuracy": Metric("test accuracy of the last model", is_share=True),
     **{
         f"test_{name.replace('-', '_')}": Metric(
             f"{name} of the last model on the test set", less_is_better=one.sign < 0
@@ -43,13 +44,15 @@ METRICS = {
         for name, one in MEASURES.items()
         if one.sign and name not in ("loss", "accuracy")
     },
-    "client_accuracy_mean": Metric("mean of the clients' accuracies"),
+    "client_accuracy_mean": Metric("mean of the clients' accuracies", is_share=True),
     "client_accuracy_worst10": Metric(
-        "mean accuracy of the worst tenth of the clients"
+        "mean accuracy of the worst tenth of the clients", is_share=True
     ),
     **{
         f"{name}_gap": Metric(
-            f"gap in {name.replace('_', ' ')} between groups", less_is_better=True
+            f"gap in {name.replace('_', ' ')} between groups",
+            less_is_better=True,
+            is_share=True,
         )
         for name in GAPS
     },
@@ -234,6 +237,26 @@ def values_of(cells: Sequence[Row], metric: str) -> dict[str, np.ndarray[Any, An
 
 def ranking_of(cells: Sequence[Row], metric: str) -> Ranking:
     """Rank strategies over data sets, each by its mean over the seeds."""
+    return rank_methods(
+        _means_of(cells, metric), less_is_better=METRICS[metric].less_is_better
+    )
+
+
+def signed_ranks_of(
+    cells: Sequence[Row], metric: str, rope: float
+) -> dict[str, SignedRanks]:
+    """Compare strategies with the first over data sets, each by its means."""
+    means = _means_of(cells, metric)
+    first, *others = means
+    less = METRICS[metric].less_is_better
+    return {
+        name: signed_ranks(means[first], means[name], rope=rope, less_is_better=less)
+        for name in others
+    }
+
+
+def _means_of(cells: Sequence[Row], metric: str) -> dict[str, list[float]]:
+    """Return each strategy's mean over the seeds on each data set."""
     data_sets = [*dict.fromkeys(cell["data"] for cell in cells)]
     means: dict[str, list[float]] = {}
     for data in data_sets:
@@ -242,7 +265,7 @@ def ranking_of(cells: Sequence[Row], metric: str) -> Ranking:
         both = np.isfinite(np.array([*values.values()])).all(axis=0)
         for name, own in values.items():
             means.setdefault(name, []).append(_mean(own[both].tolist()))
-    return rank_methods(means, less_is_better=METRICS[metric].less_is_better)
+    return means
 
 
 def _compared(

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import tomli_w
@@ -50,6 +51,19 @@ def found(make_run: MakeRun, tmp_path: Path) -> Comparison:
     (tmp_path / PLAN).write_text(tomli_w.dumps({"comparison": plan}))
     write_comparison(tmp_path, cells)
     return Comparison(tmp_path)
+
+
+def over_two(found: Comparison) -> Comparison:
+    """Return the same comparison as if on two data sets, alike."""
+    cells = found.cells.to_dict("records")
+    cells = [{**cell, "data": data} for data in ("digits", "more") for cell in cells]
+    plan = {"strategies": [*STRATEGIES], "data-sets": ["digits", "more"]}
+    plan |= {"seeds": [0, 1, 2]}
+    (found.folder / PLAN).write_text(tomli_w.dumps({"comparison": plan}))
+    for name in ("cells.csv", "summary.csv"):
+        (found.folder / name).unlink()
+    write_comparison(found.folder, cells)
+    return Comparison(found.folder)
 
 
 def figures(text: str) -> dict[str, Any]:
@@ -108,8 +122,27 @@ def test_the_front_holds_whom_nobody_beats(found: Comparison) -> None:
     assert [row["strategy"] for row in large] == list(STRATEGIES)
     joined = next(v for v in spec["datasets"].values() if len(v) == 1)
     assert [row["strategy"] for row in joined] == ["<i>mine</i>"]
-    with pytest.raises(DataError, match="no run evaluated"):
+    with pytest.raises(DataError, match="no run has client_accuracy_mean and"):
         comparing.front(cells.drop(columns="client_accuracy_worst10"), STRATEGIES)
+
+
+def test_of_a_gap_less_is_better(found: Comparison) -> None:
+    mine = found.cells["strategy"] == STRATEGIES[1]
+    cells = found.cells.assign(equalized_odds_gap=0.1)
+    # As accurate as it is, and fairer: nobody else is on the front.
+    cells.loc[mine, "equalized_odds_gap"] = 0.05
+    which = comparing.gap_front("equalized_odds")
+    spec = comparing.front(cells, found.strategies, which).to_dict()
+    joined = next(v for v in spec["datasets"].values() if len(v) == 1)
+    assert [row["strategy"] for row in joined] == ["<i>mine</i>"]
+    # Less fair, it is one of two.
+    cells.loc[mine, "equalized_odds_gap"] = 0.3
+    spec = comparing.front(cells, found.strategies, which).to_dict()
+    assert {len(v) for v in spec["datasets"].values()} == {2, 6}
+    vars(found)["cells"] = cells
+    titles = list(figures(render(found)))
+    assert "Accuracy against the gap in equalized odds" in titles
+    assert "Accuracy against the gap in accuracy" not in titles
 
 
 def test_winners_are_marked_only_where_the_test_says_so(found: Comparison) -> None:
@@ -145,17 +178,36 @@ def test_runs_that_failed_are_told_and_the_rest_is_drawn(found: Comparison) -> N
     assert last["mean"] == pytest.approx(0.715)
 
 
+def test_over_several_data_sets_ranks_are_drawn(found: Comparison) -> None:
+    """With one data set there are none."""
+    assert "Over the data sets" not in render(found)
+    wide = over_two(found)
+    shown = render(wide)
+    svg, *others = re.findall(r'class="diagram">(<svg.*?</svg>)', shown)
+    assert len(others) == 2
+    root = ElementTree.fromstring(svg)
+    assert svg == wide.ranking().svg()
+    assert "<i>mine</i> 1.00" in "".join(root.itertext())
+    assert "Wilcoxon&#39;s test cannot reach 0.05 with fewer than 6" in shown
+    table = shown.split("Bayesian signed ranks")[1].split("</table>")[0]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", table)
+    row = wide.signed_ranks().iloc[0]
+    assert cells[:2] == ["test accuracy of the last model", "&lt;i&gt;mine&lt;/i&gt;"]
+    assert float(cells[2]) == pytest.approx(row["better"], abs=1e-3)
+
+
 @pytest.mark.browser
 def test_it_opens_on_a_desk_and_on_a_phone(found: Comparison, tmp_path: Path) -> None:
     browser = Browser(tmp_path / "profile")
     try:
-        path = found.report()
+        path = over_two(found).report()
         for width in (1400, 390):
             browser.size(width)
             browser.open(path)
             assert browser.complaints == []
             assert len(browser.requests) == 1
-            assert browser.ask("document.querySelectorAll('.chart svg').length") == 6
+            assert browser.ask("document.querySelectorAll('.chart svg').length") == 12
+            assert browser.ask("document.querySelectorAll('.diagram svg').length") == 3
             assert browser.ask("document.documentElement.scrollWidth") == width
     finally:
         browser.close()

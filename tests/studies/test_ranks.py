@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedweight.core.errors import ConfigurationError
-from fedweight.studies.ranks import Ranking, _cliques, rank_methods
+from fedweight.core.rng import Purpose, generator
+from fedweight.studies.ranks import (
+    Ranking,
+    SignedRanks,
+    _cliques,
+    rank_methods,
+    signed_ranks,
+)
 from fedweight.studies.statistics import LEVEL, mean_ranks
 
 COARSE = st.lists(st.integers(0, 6).map(lambda k: k / 8), min_size=1, max_size=12)
@@ -122,3 +129,72 @@ def test_what_cannot_be_ranked_is_refused() -> None:
         rank_methods({"a": [0.1], "b": [0.1, 0.2]})
     with pytest.raises(ConfigurationError, match="got no method"):
         rank_methods({})
+
+
+# ---------------------------------------------------------------- the Bayesian's answer
+
+SIXTEENTHS = st.lists(st.integers(-8, 8).map(lambda k: k / 16), min_size=1, max_size=6)
+
+
+def shared_out(d: list[float], rope: float, draws: int, seed: int) -> list[float]:
+    """Say it pair by pair, as its definition has it."""
+    z = [0.0, *d]
+    rng = generator(seed, Purpose.BOOTSTRAP, 1)
+    wins = np.zeros(3)
+    for weights in rng.dirichlet([0.5, *[1.0] * len(d)], draws):
+        shares = np.zeros(3)
+        for (a, u), (b, v) in itertools.product(zip(z, weights, strict=True), repeat=2):
+            at = 0 if a + b > 2 * rope else 2 if a + b < -2 * rope else 1
+            shares[at] += u * v
+        best = np.isclose(shares, shares.max(), rtol=0, atol=1e-12)
+        wins += best / best.sum()
+    return (wins / draws).tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIXTEENTHS, st.sampled_from([0.0, 1 / 16, 0.3]), st.integers(0, 99))
+def test_signed_ranks_are_what_every_pair_says(
+    d: list[float], rope: float, seed: int
+) -> None:
+    zeros = [0.0] * len(d)
+    found = signed_ranks(zeros, d, rope=rope, draws=40, seed=seed)
+    expected = shared_out(d, rope, 40, seed)
+    assert [found.better, found.same, found.worse] == pytest.approx(expected)
+    assert found.better + found.same + found.worse == pytest.approx(1)
+    less = signed_ranks(zeros, d, rope=rope, draws=40, seed=seed, less_is_better=True)
+    assert (less.better, less.worse) == (found.worse, found.better)
+
+
+def test_what_a_known_difference_says() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.random(20)
+    ahead = signed_ranks(first.tolist(), (first + 0.1 + 0.01 * rng.random(20)).tolist())
+    assert ahead.better > 0.999
+    alike = signed_ranks(first.tolist(), (first + 0.001 * rng.random(20)).tolist())
+    assert alike.same > 0.999
+    # Without a region of equivalence either side is as probable.
+    d = rng.random(10).tolist()
+    noise, zeros = [*d, *(-x for x in d)], [0.0] * 20
+    even = signed_ranks(zeros, noise, rope=0.0)
+    assert even.better == pytest.approx(even.worse, abs=0.02)
+    assert even == signed_ranks(zeros, noise, rope=0.0)
+    assert even != signed_ranks(zeros, noise, rope=0.0, seed=1)
+
+
+def test_a_data_set_that_one_lacks_is_no_pair_either() -> None:
+    found = signed_ranks([0.1, math.nan, 0.2], [0.5, 0.3, 0.6])
+    assert found == signed_ranks([0.1, 0.2], [0.5, 0.6])
+    nothing = signed_ranks([math.nan], [0.1])
+    assert (nothing.data_sets, math.isnan(nothing.better)) == (0, True)
+    assert isinstance(nothing, SignedRanks)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"rope": -0.1}, "rope"), ({"prior": 0.0}, "prior"), ({"draws": 0}, "draws")],
+)
+def test_signed_ranks_that_cannot_be(more: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        signed_ranks([0.1], [0.2], **more)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="must have one value a data set"):
+        signed_ranks([0.1], [0.2, 0.3])

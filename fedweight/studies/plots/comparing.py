@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -208,8 +209,50 @@ def clients_beside(
     )
 
 
-def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
-    """Draw what a strategy's clients reach on average against what the worst do.
+@dataclass(frozen=True)
+class Front:
+    """Two numbers of a run that one would like to have both.
+
+    Attributes
+    ----------
+    x, y : str
+        Columns of ``cells.csv``: of the first more is better.
+    x_title, y_title : str
+        What they are called; both lie in [0, 1].
+    less_is_better : bool
+        Whether less of the second is better.
+    title : str
+        The figure's.
+    """
+
+    x: str
+    y: str
+    x_title: str
+    y_title: str
+    less_is_better: bool = False
+    title: str = "Accuracy against fairness"
+
+
+CLIENTS_FRONT = Front(
+    "client_accuracy_mean",
+    "client_accuracy_worst10",
+    "Mean of the clients’ accuracies",
+    "Worst tenth of the clients",
+)
+
+
+def gap_front(name: str) -> Front:
+    """Return the front of accuracy and of a gap between groups, by the gap's name."""
+    called = name.replace("_", " ")
+    title = f"Accuracy against the gap in {called}"
+    told = f"Gap in {called}"
+    return Front("test_accuracy", f"{name}_gap", "Test accuracy", told, True, title)
+
+
+def front(
+    cells: pd.DataFrame, strategies: Sequence[str], which: Front = CLIENTS_FRONT
+) -> alt.LayerChart:
+    """Draw how accurate strategies are against how fair.
 
     A large dot is a strategy's mean over the seeds, a small one a run. The line joins
     the strategies than which no other is better in both.
@@ -220,29 +263,32 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
         The comparison's, of one data set.
     strategies : sequence of str
         In their order.
+    which : Front
+        Of what; by default of all clients and of the worst tenth.
 
     Raises
     ------
     DataError
-        The clients were not evaluated.
+        No run has both.
     """
-    x_name, y_name = "client_accuracy_mean", "client_accuracy_worst10"
-    known = cells.dropna(subset=[x_name, y_name]) if y_name in cells else cells[:0]
+    there = which.x in cells and which.y in cells
+    known = cells.dropna(subset=[which.x, which.y]) if there else cells[:0]
     if known.empty:
-        raise DataError("no run evaluated single clients.")
+        raise DataError(f"no run has {which.x} and {which.y}.")
     runs: list[style.Row] = [
         {"strategy": row["strategy"], "seed": int(row["seed"])}
-        | {"x": style.short(row[x_name]), "y": style.short(row[y_name])}
+        | {"x": style.short(row[which.x]), "y": style.short(row[which.y])}
         for row in known.to_dict("records")
     ]
     means: list[style.Row] = [
-        {"strategy": name, "x": style.short(own[x_name].mean())}
-        | {"y": style.short(own[y_name].mean())}
+        {"strategy": name, "x": style.short(own[which.x].mean())}
+        | {"y": style.short(own[which.y].mean())}
         for name in strategies
         for own in [known[known["strategy"] == name]]
         if len(own)
     ]
-    points = [(float(one["x"]), float(one["y"])) for one in means]
+    sign = -1.0 if which.less_is_better else 1.0
+    points = [(float(one["x"]), sign * float(one["y"])) for one in means]
     best = [
         one
         for one, (x, y) in zip(means, points, strict=True)
@@ -250,7 +296,7 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
     ]
     across = alt.X(
         "x:Q",
-        title="Mean of the clients’ accuracies",
+        title=which.x_title,
         scale=alt.Scale(
             domain=style.limits([r["x"] for r in runs], (0.0, 1.0)), nice=False
         ),
@@ -258,19 +304,20 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
     )
     up = style.value_axis(
         "y",
-        "Worst tenth of the clients",
+        which.y_title,
         style.limits([r["y"] for r in runs], (0.0, 1.0)),
         percent=True,
     )
     told = [
         alt.Tooltip("strategy:N"),
-        style.number("x", "mean", percent=True),
-        style.number("y", "worst tenth", percent=True),
+        style.number("x", which.x_title.lower(), percent=True),
+        style.number("y", which.y_title.lower(), percent=True),
     ]
     colour = _colour(strategies)
     line = alt.Chart(style.data_of(sorted(best, key=lambda one: float(one["x"] or 0))))
     small = alt.Chart(style.data_of(runs)).mark_circle(size=22, opacity=0.4, clip=True)
     large = alt.Chart(style.data_of(means)).mark_circle(size=130, opacity=1, clip=True)
+    fairer = "down" if which.less_is_better else "up"
     return finished(
         style.layered(
             line.mark_line(color=MUTED, strokeDash=[5, 3], strokeWidth=1).encode(
@@ -283,9 +330,9 @@ def front(cells: pd.DataFrame, strategies: Sequence[str]) -> alt.LayerChart:
                 large.encode(x=across, y=up, color=colour, tooltip=told), "x", "y"
             ),
         ),
-        "Accuracy against fairness",
-        "Right is more accurate, up is fairer. Large: a strategy’s mean over the "
-        "seeds; small: one run. Dashed: those than which none is better in both.",
+        which.title,
+        f"Right is more accurate, {fairer} is fairer. Large: a strategy’s mean over "
+        "the seeds; small: one run. Dashed: those than which none is better in both.",
         height=290,
     )
 
@@ -295,4 +342,13 @@ def most_cells(count: int) -> int:
     return max(2000, math.floor(60_000 / count))
 
 
-__all__ = ["Runs", "clients_beside", "curves", "front", "most_cells"]
+__all__ = [
+    "CLIENTS_FRONT",
+    "Front",
+    "Runs",
+    "clients_beside",
+    "curves",
+    "front",
+    "gap_front",
+    "most_cells",
+]
