@@ -43,6 +43,7 @@ def group_gaps(
     attribute: str | Sequence[str],
     part: Part | None,
     round: int | None,
+    client: int | str | None,
     method: Method,
     agg: Aggregation,
     control_features: str | None,
@@ -56,7 +57,7 @@ def group_gaps(
     check_choice("agg", agg, ("worst_case", "mean"))
     check_range("resamples", resamples, 0)
     check_range("confidence", confidence, 0, 1, low_open=True, high_open=True)
-    rows = _rows(run, part, round)
+    rows = _rows(run, part, round, client)
     names = [attribute] if isinstance(attribute, str) else list(attribute)
     table = _table(run, rows, names, control_features)
     own = table[table["examples"] > 0]
@@ -101,15 +102,30 @@ def largest_gaps(run: RunFolder) -> dict[str, float | None]:
 def _last_gaps(run: RunFolder, attribute: str) -> pd.Series[float]:
     method: Method = "between_groups"
     found = group_gaps(
-        run, attribute, None, None, method, "worst_case", None, 0, 0.95, 0
+        run, attribute, None, None, None, method, "worst_case", None, 0, 0.95, 0
     )
     return found["value"]
 
 
-def _rows(run: RunFolder, part: Part | None, round: int | None) -> pd.DataFrame:
-    """Return the rows of one round, of all clients together or of the test data."""
+def _rows(
+    run: RunFolder, part: Part | None, round: int | None, client: int | str | None
+) -> pd.DataFrame:
+    """Return a round's rows, of all clients together, of one, or of the test data."""
     groups = run.groups
-    groups = groups[groups["client"].isna()]
+    if client is None:
+        groups = groups[groups["client"].isna()]
+    else:
+        if part == "test":
+            raise ConfigurationError(
+                "part must be 'held-out' where a client is named: the test data are "
+                "the server's. Leave one of them out."
+            )
+        groups, part = _of_client(groups, client), "held-out"
+        if not len(groups):
+            raise DataError(
+                f"{run.folder}: no groups of client {shown(client)} were measured. It "
+                "holds nothing out, was never asked, or is none of this run."
+            )
     if part is None:
         part = "test" if (groups["part"] == "test").any() else "held-out"
     check_choice("part", part, ("held-out", "test"))
@@ -124,6 +140,13 @@ def _rows(run: RunFolder, part: Part | None, round: int | None) -> pd.DataFrame:
             f"{listed(measured, most=12)}, got {shown(round)}."
         )
     return groups[groups["round"] == round]
+
+
+def _of_client(groups: pd.DataFrame, client: int | str) -> pd.DataFrame:
+    """Return the rows of a client, by its number or its name."""
+    if isinstance(client, str) and "name" in groups:
+        return groups[groups["client"].notna() & (groups["name"] == client)]
+    return groups[groups["client"] == client]
 
 
 def _table(
@@ -157,6 +180,9 @@ def _table(
         for b in rows[rows["attribute"] == second]["group"]
     ]
     found = rows[rows["attribute"] == table]
+    if len(found) < len(pairs):  # One client has no row of those that it lacks.
+        there = set(found["group"])
+        pairs = [pair for pair in pairs if AND.join(pair.values()) in there]
     return found.assign(
         group=[pair[names[0]] for pair in pairs],
         control=[pair[str(control)] for pair in pairs],

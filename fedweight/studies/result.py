@@ -288,6 +288,7 @@ class Run(SummedRun):
         *,
         part: Literal["held-out", "test"] | None = None,
         round: int | None = None,
+        client: int | str | None = None,
         method: Literal["between_groups", "to_overall"] = "between_groups",
         agg: Literal["worst_case", "mean"] = "worst_case",
         control_features: str | None = None,
@@ -312,6 +313,9 @@ class Run(SummedRun):
             default the latter if there is one.
         round : int, optional
             By default the last one that was measured.
+        client : int or str, optional
+            One client, by number or name, and its held-out examples; groups that it
+            lacks are left out.
         method : {"between_groups", "to_overall"}
             The largest gap between two groups, or between a group and everybody.
         agg : {"worst_case", "mean"}
@@ -341,7 +345,7 @@ class Run(SummedRun):
         Raises
         ------
         DataError
-            If no groups were measured, or only one has examples.
+            If no groups were measured (of that client), or only one has examples.
         ConfigurationError
             If those groups or that round were not measured.
 
@@ -360,6 +364,7 @@ class Run(SummedRun):
             attribute,
             part,
             round,
+            client,
             method,
             agg,
             control_features,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from fairlearn import metrics as fairlearn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
 
 from fedweight import Run, compare, run
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples, FederatedData
+from fedweight.studies.gaps import group_gaps
 
 SETTINGS: dict[str, Any] = {
     "run.rounds": 2,
@@ -91,6 +96,89 @@ def test_gaps_are_those_of_fairlearn(
         assert found.loc[f"accuracy_{kind}", "value"] == pytest.approx(wanted)
     assert found[["low", "high"]].isna().all(axis=None)
     assert len(found) == 8
+
+
+def test_a_comparison_goes_on_where_a_group_is_nobodys(tmp_path: Path) -> None:
+    """There is no gap then, and that is all."""
+    alone = np.zeros(len(DATA.train), np.int64)
+    train = Examples(DATA.train.x, DATA.train.y, {"sex": alone})
+    test = Examples(DATA.test.x, DATA.test.y, {"sex": alone[: len(DATA.test)]})
+    data = DataSet("p", train, test, 2, attribute_names={"sex": ("f", "m")})
+    given = {**SETTINGS, "run.rounds": 1, "groups.attributes": ["sex"]}
+    given["groups.intersections"] = False
+    more: dict[str, Any] = {"dataset": data, "progress": False, "out": tmp_path / "c"}
+    found = compare(strategies="fedavg,afl", seeds=[0], settings=given, **more)
+    assert found.cells["status"].eq("complete").all()
+    assert not [m for m in found.summary["metric"] if m.endswith("_gap")]
+    run = found.run("afl", 0)
+    assert "sex: m" in " ".join(run.warnings)
+    with pytest.raises(DataError, match="have no attribute 'sx'"):
+        compare(
+            strategies="fedavg,afl",
+            settings={**given, "groups.attributes": ["sx"]},
+            **{**more, "out": tmp_path / "d"},
+        )
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("client", range(3))  # Client 3 holds nothing out.
+def test_a_clients_gaps_are_those_of_fairlearn(made: Run, client: int) -> None:
+    frame = made.predictions("held-out", dataset=DATA)
+    frame = frame[frame["client"] == client]
+    columns = {
+        "y_true": frame["target"],
+        "y_pred": frame["prediction"],
+        "sensitive_features": frame["sex"].astype(str),
+    }
+    found = made.gaps("sex", client=client, resamples=20)
+    # Fairlearn takes a rate of no example for 0; a group without one is left out here.
+    both = frame.groupby("sex", observed=True)["target"].nunique() == 2
+    for name, gap in GAPS.items():
+        if not (both.all() or name.startswith("demographic")):
+            continue
+        assert found.loc[name, "value"] == pytest.approx(gap(**columns), abs=1e-12)
+    assert (found["low"] <= found["high"]).all()
+    controlled = made.gaps("sex", client=client, control_features="race", resamples=0)
+    rates = fairlearn.MetricFrame(
+        metrics=fairlearn.selection_rate,
+        **columns,
+        control_features=frame["race"].astype(str),
+    ).difference()
+    for group, value in rates.items():
+        own = controlled.loc[("demographic_parity_difference", group), "value"]
+        assert own == pytest.approx(value, abs=1e-12, nan_ok=True)
+
+
+def test_a_client_that_lacks_a_group_has_the_gaps_of_the_others(tmp_path: Path) -> None:
+    """Client 0 holds out no woman of race c; client 1 holds out men only."""
+    rng = np.random.default_rng(2)
+    client = np.repeat(["a", "b"], 150)
+    sex, race = rng.choice(["f", "m"], 300), rng.choice(["b", "c"], 300)
+    sex = np.where(client == "b", "m", np.where(race == "c", "m", sex))
+    x = rng.normal(size=(300, 2)).astype(np.float32)
+    every = Examples(x, (x[:, 0] > 0).astype(int), {"sex": sex, "race": race})
+    data = DataSet(
+        *("p", every, every.take(slice(0, 60)), 2),
+        natural_clients=(client == "b").astype(int),
+        natural_names=("a", "b"),
+    )
+    settings = {"partition.name": "natural", "partition.clients": 0, "data.proxy": 0.0}
+    made = start(tmp_path / "a", data, **settings)
+    crossed = made.gaps(["sex", "race"], client="a", resamples=0)
+    assert crossed["value"].notna().all()
+    within = made.gaps("sex", client="a", control_features="race", resamples=0)
+    within = within.loc["accuracy_difference", "value"]
+    frame = made.predictions("held-out", dataset=data, clients=[0])
+    frame = frame[frame["race"] == "b"]
+    right = (frame["target"] == frame["prediction"]).groupby(frame["sex"]).mean()
+    assert within["b"] == pytest.approx(abs(right["f"] - right["m"]))
+    assert within["c"] == 0  # Men alone.
+    with pytest.raises(DataError, match="those that have examples are m"):
+        made.gaps("sex", client="b")
+    with pytest.raises(DataError, match="no groups of client 'c' were measured"):
+        made.gaps("sex", client="c")
+    with pytest.raises(ConfigurationError, match="the test data are the server's"):
+        made.gaps("sex", client=0, part="test")
 
 
 @pytest.mark.parametrize(("attribute", "control"), [("sex", "race"), ("race", "sex")])
@@ -191,6 +279,7 @@ def test_a_rate_that_is_not_defined_leaves_its_group_out(tmp_path: Path) -> None
     [
         ({"attribute": "sx"}, ConfigurationError, "groups of 'sx' were not measured"),
         ({"attribute": ["sex", "age"]}, ConfigurationError, "groups.intersections"),
+        ({"attribute": "sex", "client": 3}, DataError, "no groups of client 3 were"),
         ({"attribute": "sex", "method": "x"}, ConfigurationError, "between_groups"),
         ({"attribute": "sex", "agg": "x"}, ConfigurationError, "worst_case"),
         ({"attribute": "sex", "part": "train"}, ConfigurationError, "held-out"),
@@ -203,6 +292,58 @@ def test_gaps_that_there_are_not_are_one_line(
     with pytest.raises(error, match=text) as caught:
         made.gaps(**arguments)
     assert "\n" not in str(caught.value)
+
+
+CELLS = st.tuples(*[st.integers(0, 6)] * 4)  # tp, fn, fp, tn
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(CELLS.filter(any), min_size=2, max_size=4),
+    st.sampled_from(["between_groups", "to_overall"]),
+    st.sampled_from(["worst_case", "mean"]),
+)
+def test_gaps_of_any_counts_are_those_of_fairlearn(
+    counts: list[tuple[int, ...]], method: Any, agg: Any
+) -> None:
+    table = np.array(counts)
+    tp, fn, fp, tn = table.T
+    n = table.sum(1)
+    with np.errstate(all="ignore"):
+        frame = pd.DataFrame(
+            {
+                **{"round": 1, "part": "test", "client": np.nan, "attribute": "s"},
+                **{"group": [f"g{k}" for k in range(len(counts))], "examples": n},
+                **{"accuracy": (tp + tn) / n, "positives": tp + fn},
+                **{"selection_rate": (tp + fp) / n, "tpr": tp / (tp + fn)},
+            }
+        )
+    run: Any = SimpleNamespace(groups=frame, folder=Path("run"))
+    found = group_gaps(run, "s", None, None, None, method, agg, None, 0, 0.95, 0)[
+        "value"
+    ]
+    who = np.repeat(frame["group"], n)
+    y = np.concatenate([np.repeat([1, 1, 0, 0], own) for own in counts])
+    guess = np.concatenate([np.repeat([1, 0, 1, 0], own) for own in counts])
+    columns = {"y_true": y, "y_pred": guess, "sensitive_features": who.to_numpy()}
+    metrics = {
+        "accuracy": accuracy_score,
+        "demographic_parity": fairlearn.selection_rate,
+    }
+    frames = fairlearn.MetricFrame(metrics=metrics, **columns)
+    for name in metrics:
+        for kind in ("difference", "ratio"):
+            wanted = getattr(frames, kind)(method=method)[name]
+            assert found[f"{name}_{kind}"] == pytest.approx(wanted, nan_ok=True)
+    # Fairlearn takes a rate of no example for 0; a group without one is left out here.
+    if (tp + fn).all():
+        wanted = fairlearn.equal_opportunity_difference(**columns, method=method)
+        assert found["equal_opportunity_difference"] == pytest.approx(wanted)
+    if (tp + fn).all() and (fp + tn).all():
+        for kind in ("difference", "ratio"):
+            gap = GAPS[f"equalized_odds_{kind}"]
+            wanted = gap(**columns, method=method, agg=agg)
+            assert found[f"equalized_odds_{kind}"] == pytest.approx(wanted, nan_ok=True)
 
 
 def test_one_group_has_no_gap(tmp_path: Path) -> None:
