@@ -15,9 +15,15 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from engines import BENCHMARKS, results
 
-COLUMNS = ("file", "cells", "comparison_s", "alone_s", "ratio", "same_bits")
+from fedweight import Run
+
+COLUMNS = (
+    *("file", "cells", "comparison_s", "alone_s", "ratio"),
+    *("round_beside_s", "round_alone_s", "same_bits"),
+)
 
 # What a run writes that no clock has a part in.
 SAME = ("rounds.csv", "clients.csv", "model.safetensors")
@@ -31,6 +37,12 @@ def timed(*arguments: str) -> float:
     return time.perf_counter() - began
 
 
+def a_round(cells: Sequence[Path]) -> float:
+    """Return how long a round of these runs took, on average."""
+    frames = [Run(cell).timings for cell in cells]
+    return float(np.mean([f.loc[f["round"] > 0, "seconds"].mean() for f in frames]))
+
+
 def measure(
     file: str, strategies: str, seeds: str, settings: Sequence[str]
 ) -> results.Row:
@@ -42,12 +54,13 @@ def measure(
         took = timed("compare", file, *given, "--out", str(together))
         alone, same = 0.0, True
         cells = sorted(path.parent for path in together.glob("*/config.toml"))
-        for cell in cells:
-            own = apart / cell.name
+        owns = [apart / cell.name for cell in cells]
+        for cell, own in zip(cells, owns, strict=True):
             # Its plan is in it: what is measured is the run, not the choice of a plan.
             alone += timed("run", str(cell / "config.toml"), "--out", str(own))
             for table in SAME:
                 same &= (own / table).read_bytes() == (cell / table).read_bytes()
+        rounds = {"beside": a_round(cells), "alone": a_round(owns)}
         plans = tomllib.loads((together / "comparison.toml").read_text("utf-8"))[
             "plans"
         ]
@@ -62,6 +75,7 @@ def measure(
         "comparison_s": took,
         "alone_s": alone,
         "ratio": took / alone,
+        **{f"round_{how}_s": seconds for how, seconds in rounds.items()},
         "same_bits": same,
     }
 

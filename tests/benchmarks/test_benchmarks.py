@@ -66,6 +66,8 @@ def test_a_comparison_beside_its_runs_alone(tmp_path):
     [row] = run("comparison", *arguments, file=tmp_path / "rows.json")
     assert (row["cells"], row["same_bits"]) == (2, True)
     assert row["ratio"] == row["comparison_s"] / row["alone_s"] > 0
+    assert row["round_beside_s"] > 0
+    assert row["round_alone_s"] > 0
 
 
 def test_throughput_measures_the_floor_and_the_local_grid(tmp_path):
