@@ -22,6 +22,8 @@ from fedweight.messages import _flower, keys
 from fedweight.messages.arrays import FlatRecord
 from fedweight.metrics import Groups, Statistics, task_named
 
+from .test_resume import killed, written
+
 QUICK: dict[str, Any] = {
     "run.rounds": 4,
     "run.checkpoint-rounds": 2,
@@ -165,6 +167,32 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_groups(
     whole = start(file, tmp_path / "whole")
     there = (tmp_path / "run" / "groups.csv").read_bytes()
     assert there == (whole.folder / "groups.csv").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore")  # Flower's own.
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=[pytest.mark.ray])]
+)
+@pytest.mark.parametrize("method", ["fedavg", "global-group-dro"])
+def test_a_run_that_was_killed_goes_on_with_the_same_groups(
+    file: Path, tmp_path: Path, method: str, engine: str
+) -> None:
+    settings = {**QUICK, "data.path": str(file), "run.rounds": 60}
+    settings |= {"engine.name": engine, "strategy.name": method}
+    if method == "global-group-dro":
+        settings["strategy.group"] = "sex"
+    if engine == "ray":
+        settings["engine.workers"] = 2
+    killed(tmp_path / "run", settings, 0.05)
+    before = Run(tmp_path / "run")
+    assert not before.complete
+    assert before.groups["round"].max() < 60
+    resume(tmp_path / "run", report=False, progress=False)
+    whole = run(settings=settings, out=tmp_path / "whole", report=False, progress=False)
+    assert written(tmp_path / "run") == written(whole.folder)
+    assert "groups.csv" in written(whole.folder)
 
 
 def test_the_model_of_a_run_that_ends_early_is_tested_by_group(

@@ -124,6 +124,12 @@ def test_ten_thousand_draws_without_a_difference() -> None:
     assert 0.044 <= claims <= 0.056
     signed_ranks = np.mean([wilcoxon(row) <= LEVEL for row in draws])
     assert signed_ranks <= 0.056
+    print(f"false claims: t {claims:.2%}, Wilcoxon {signed_ranks:.2%}")
+    # What a comparison says is that test's word.
+    for row in draws[:40]:
+        one = compare_pairs(np.zeros(10).tolist(), {"b": row.tolist()})["b"]
+        assert (one.verdict != "undecided") is bool(t_test(row) <= LEVEL)
+        assert (one.wilcoxon_verdict != "undecided") is (wilcoxon(row) <= LEVEL)
 
 
 def test_ten_thousand_families_without_a_difference() -> None:
@@ -139,6 +145,7 @@ def test_the_power_is_what_the_noncentral_t_says() -> None:
     law = stats.nct(df=9, nc=math.sqrt(10))
     limit = stats.t.ppf(1 - LEVEL / 2, 9)
     expected = law.sf(limit) + law.cdf(-limit)
+    print(f"power at one standard deviation: {found:.2%}, by its law {expected:.2%}")
     assert found == pytest.approx(expected, abs=0.02)
 
 
