@@ -7,6 +7,9 @@ and writes what it is made of as JSON.
 
     fedweight compare simulations/adult_fairness.toml
     python benchmarks/studies.py runs/adult-fairness-comparison
+
+The JSON in place of the folder prints the same tables again; --columns "test accuracy"
+"test sex equal_opportunity" makes one of them, --against says what all is held against.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ OF_CLIENTS = {
     "std": "deviation over clients",
 }
 WORST = "worst group"
+PARTS = ("test ", "held-out ")
 
 # What the label of a method's personal models ends with.
 PERSONAL = ", personal models"
@@ -56,17 +60,26 @@ Row = dict[str, Any]
 def main() -> None:
     """Print the tables of the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="what 'fedweight compare' wrote")
+    parser.add_argument(
+        "folder", type=Path, help="what 'fedweight compare' wrote, or this"
+    )
     parser.add_argument("--against", help="another one than the first")
+    parser.add_argument("--columns", nargs="+", default=[], help="only these, as one")
     parser.add_argument("--json", type=Path, help="where what was read is written")
     given = parser.parse_args()
+    if given.folder.suffix == ".json":
+        rows = json.loads(given.folder.read_text("utf-8"))["rows"]
+        first = given.against or rows[0]["strategy"]
+        print("\n\n".join(tables(rows, first, given.columns)))
+        return
     found = Comparison(given.folder)
     rows = read(found)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     name = given.folder.name.removesuffix("-comparison")
     path = given.json or RESULTS / f"studies-{name}-{today}.json"
     write(path, today, found, rows)
-    print("\n\n".join(tables(rows, given.against or found.strategies[0])))
+    first = given.against or found.strategies[0]
+    print("\n\n".join(tables(rows, first, given.columns)))
 
 
 def read(found: Comparison) -> list[Row]:
@@ -166,45 +179,56 @@ def write(path: Path, today: str, found: Comparison, rows: Iterable[Row]) -> Non
     path.write_text(text + "\n", "utf-8")
 
 
-def tables(rows: list[Row], first: str) -> Iterable[str]:
+def tables(rows: list[Row], first: str, columns: Sequence[str] = ()) -> Iterable[str]:
     """Yield what was found, data set by data set, as Markdown.
 
     Differences are those from ``first``, seed by seed; a verdict is that of the paired
-    t test with Holm's correction over the rows of its column.
+    t test with Holm's correction over the rows of its column. By default there are
+    tables of accuracies, and of the gaps by each attribute.
     """
     for data in dict.fromkeys(row["data"] for row in rows):
         own = [row for row in rows if row["data"] == data]
         chosen = [row for row in own if row["chosen"]]
-        titles = {"test accuracy": "test accuracy"}
-        titles |= {f"{one} accuracy": title for one, title in OF_CLIENTS.items()}
-        yield f"### {data}\n\n" + table(chosen, titles, first)
         names = dict.fromkeys(name for row in own for name in row)
-        measured = [n for n in names if n.startswith("test ") and n.count(" ") > 1]
-        for attribute in dict.fromkeys(name.split(" ")[1] for name in measured):
-            # What clients hold out is the only measure of personal models.
-            kept = any(row["strategy"].endswith(PERSONAL) for row in chosen)
-            for part in ("test", "held-out") if kept else ("test",):
-                titles = {
-                    f"{part} {attribute} {gap}": f"gap in {title}"
-                    for gap, title in GAPS.items()
-                }
-                shown = [row for row in chosen if next(iter(titles)) in row]
-                if part == "test":
-                    worst = {f"{part} {attribute} {WORST}": "worst group's accuracy"}
-                    shown = [r for r in shown if not r["strategy"].endswith(PERSONAL)]
-                    titles = worst | titles
-                found = table(shown, titles, first)
-                yield f"Gaps by {attribute}, {part}:\n\n" + found
+        of_groups = [n for n in names if n.startswith(PARTS) and n.count(" ") > 1]
+        kinds = dict.fromkeys(tuple(name.split(" ")[:2]) for name in of_groups)
+        accuracies = ["test accuracy", *(f"{one} accuracy" for one in OF_CLIENTS)]
+        each = [accuracies]
+        each += [[n for n in of_groups if n.startswith(" ".join(k))] for k in kinds]
+        for number, several in enumerate([columns] if columns else each):
+            head = f"### {data}\n\n" if number == 0 else ""
+            yield head + table(chosen, several, first)
         if any(row["candidate"] for row in own):
-            yield "Candidates of the sweep:\n\n" + candidates(own)
+            shown = columns or ["test accuracy", *of_groups]
+            yield "Candidates of the sweep:\n\n" + candidates(own, shown)
 
 
-def table(rows: list[Row], titles: Mapping[str, str], first: str) -> str:
+def title(name: str) -> str:
+    """Return what a table calls a column.
+
+    Examples
+    --------
+    >>> title("test sex equal_opportunity")
+    'sex: gap in TPR'
+    """
+    kind, _, rest = name.partition(" ")
+    if rest == "accuracy" and kind in OF_CLIENTS:
+        return OF_CLIENTS[kind]
+    attribute, _, gap = rest.partition(" ")
+    where = " (held out)" if kind == "held-out" else ""
+    if gap in GAPS:
+        return f"{attribute}: gap in {GAPS[gap]}{where}"
+    return f"{attribute}: {gap}'s accuracy" if gap else name
+
+
+def table(rows: list[Row], names: Sequence[str], first: str) -> str:
     """Return means with 95% intervals, and differences, as a Markdown table."""
+    # Personal models are measured on what clients hold out, and nowhere else.
+    rows = [row for row in rows if any(_known(row.get(name)) for name in names)]
     methods = [*dict.fromkeys(row["strategy"] for row in rows)]
     seeds = sorted({row["seed"] for row in rows})
     columns = []
-    for name in titles:
+    for name in names:
         by = {(row["strategy"], row["seed"]): row.get(name) for row in rows}
         values = {
             method: [_number(by.get((method, seed))) for seed in seeds]
@@ -233,25 +257,24 @@ def table(rows: list[Row], titles: Mapping[str, str], first: str) -> str:
                 cells[method].append("")
         columns.append(cells)
     header = ["method"]
-    for title in titles.values():
-        header += [title, f"minus {first}"]
+    for name in names:
+        header += [title(name), f"minus {first}"]
     lines = [header, ["---"] * len(header)]
     lines += [[m, *(cell for own in columns for cell in own[m])] for m in methods]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def candidates(rows: list[Row]) -> str:
+def candidates(rows: list[Row], names: Sequence[str]) -> str:
     """Return the means of all that a sweep tried: a front of what can be had."""
-    gaps = [
-        n for row in rows for n in row if n.startswith("test ") and n.count(" ") > 1
-    ]
-    columns = ["validation", "test accuracy", *dict.fromkeys(gaps)]
+    columns = ["validation", *names]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["candidate"]:
             groups.setdefault((row["strategy"], row["candidate"]), []).append(row)
     lines = [
-        "| " + " | ".join(["method", "candidate", "chosen", *columns]) + " |",
+        "| "
+        + " | ".join(["method", "candidate", "chosen", *map(title, columns)])
+        + " |",
         "|" + " --- |" * (3 + len(columns)),
     ]
     for (method, candidate), own in groups.items():
@@ -266,6 +289,10 @@ def _mean(values: Any, low: float, high: float) -> str:
         return ""
     spread = "" if math.isnan(low) else f" ± {(high - low) / 2:.3f}"
     return f"{np.mean(values):.3f}{spread}"
+
+
+def _known(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _number(value: Any) -> float:
