@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="TABLE.KEY=A,B",
         help="likewise, but each strategy is compared with the values that are best on "
-        "data.validation",
+        "data.validation, which must be given: -s data.validation=0.1",
     )
     compared.add_argument(
         "--target",
@@ -539,16 +539,17 @@ def _print_summary(result: Run, summary: dict[str, Any]) -> None:
     warnings = summary.pop("warnings")
     averaged = summary.pop("test_accuracies_in_mean")
     for name, value in summary.items():
-        label = name.replace("_", " ")
+        label = name.replace("_", " ").replace("worst10", "worst tenth")
+        label = label.replace("best10", "best tenth")
         if name == "mean_test_accuracy_last_10":
             label = f"mean test accuracy last {averaged}"
         if isinstance(value, float):
-            print(f"{label:<24} {value:.4f}")
+            print(f"{label:<27} {value:.4f}")
         elif value is not None:
-            print(f"{label:<24} {value}")
-    print(f"{'results':<24} {result.folder}")
+            print(f"{label:<27} {value}")
+    print(f"{'results':<27} {result.folder}")
     if (report := result.folder / "report.html").is_file():
-        print(f"{'report':<24} {address(report)}")
+        print(f"{'report':<27} {address(report)}")
     for warning in warnings:
         print(f"warning: {warning}")
 

@@ -48,7 +48,10 @@ class SummedRun(RunFolder):
             are several models); what else is measured on the test set, such as
             ``test_dice`` (the last), with ``test_loss`` where numbers are predicted,
             which have no accuracy; and over the clients in the last evaluated round
-            ``client_accuracy_mean``, ``_std``, ``_worst10``, ``_best10``; where groups
+            ``client_accuracy_mean``, ``_std``, ``_worst10``, ``_best10``; where clients
+            have models of their own ``personal_accuracy`` (``personal_loss`` where
+            there is no accuracy), which is of these what ``held_out_accuracy`` is of
+            the global model; where groups
             are measured ``accuracy_gap``, ``demographic_parity_gap``,
             ``equal_opportunity_gap`` and ``equalized_odds_gap``, the differences of
             :meth:`fedweight.Run.gaps` for the attribute that has the largest;
@@ -88,6 +91,11 @@ class SummedRun(RunFolder):
         for statistic in ("mean", "std", "worst10", "best10"):
             column = f"client_accuracy_{statistic}"
             result[column] = last_of(self.measured(column))
+        for measure in ("accuracy", "loss"):
+            if f"evaluate_personal_{measure}" in self.rounds:
+                own = self.measured(f"evaluate_personal_{measure}")
+                result[f"personal_{measure}"] = last_of(own)
+                break
         result |= largest_gaps(self)
         result["effective_clients"] = last_of(self.measured("effective_clients"))
         failed = trained["status"] == "failed" if "status" in trained else None

@@ -90,7 +90,8 @@ def test_personal_models_are_kept_and_evaluated(tmp_path, name, engine):
     first = clients["client"].map(trained)
     expected = (clients["round"] >= first) & clients["accuracy"].notna()
     assert (has == expected).all()
-    assert "evaluate_personal_accuracy" in own.rounds
+    [*_, last] = own.rounds["evaluate_personal_accuracy"]
+    assert own.summary()["personal_accuracy"] == last
     # What others see is the same as without personal models.
     without = {k: v for k, v in settings.items() if k != "personal.name"}
     plain = run(settings=without, out=tmp_path / "plain", report=False)
