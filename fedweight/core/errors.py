@@ -129,4 +129,8 @@ def describe_failure(client: int, stage: str, error: BaseException) -> str:
         What its code raised.
     """
     trace = "".join(traceback.format_exception(error))
-    return f"client {client}, {stage}: {type(error).__name__}: {error}\n{trace}"
+    try:
+        said = str(error)
+    except Exception:  # Somebody's own __str__.
+        said = "an error that cannot be shown"
+    return f"client {client}, {stage}: {type(error).__name__}: {said}\n{trace}"

@@ -15,6 +15,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from ..core.errors import ConfigurationError, check_choice, closest
+from ..core.paths import clean_path, why_unreadable
+from ..core.texts import shown
 from .grid import RunConfig
 
 # What Flower's simulation runtime may be told, with the names of its command line; and
@@ -75,15 +77,20 @@ class AppFolder:
             app = tomllib.loads(file.read_text("utf-8"))["tool"]["flwr"]["app"]
             parts = app["components"]
             server_app, client_app = str(parts["serverapp"]), str(parts["clientapp"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             missing = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ConfigurationError(
                 f"{file} does not describe a Flower App: {missing}. It needs "
                 "'serverapp' and 'clientapp', each 'module:attribute', in "
                 "[tool.flwr.app.components]."
             ) from error
-        config = flattened(app.get("config", {}), str(file))
-        return cls(path, server_app, client_app, config)
+        settings = app.get("config", {})
+        if not isinstance(settings, Mapping):
+            raise ConfigurationError(
+                f"{file}: [tool.flwr.app.config] must be a table of settings, got "
+                f"{shown(settings)}."
+            )
+        return cls(path, server_app, client_app, flattened(settings, str(file)))
 
     def config(self, overrides: Sequence[str] = ()) -> RunConfig:
         """Return the settings with some overridden, as ``flwr run -c`` does.
@@ -122,6 +129,11 @@ class AppFolder:
 
     def _load(self, which: str, reference: str, kind: type) -> Any:
         module, _, attributes = reference.partition(":")
+        if not (attributes and all(part.isidentifier() for part in module.split("."))):
+            raise ConfigurationError(
+                f"the {which} of the app is {reference!r}, which must be written "
+                "'module:attribute'."
+            )
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -189,7 +201,7 @@ def read_tables(settings: Sequence[str], option: str) -> dict[str, Any]:
             raise ConfigurationError(
                 f"{option} takes a TOML file or settings, not both: got {settings!r}."
             )
-        text = Path(settings[0]).expanduser().read_text("utf-8")
+        text = _read(settings[0], option)
     else:
         text = " ".join(settings)
         if _PAIR.sub("", text).strip():
@@ -203,6 +215,18 @@ def read_tables(settings: Sequence[str], option: str) -> dict[str, Any]:
         raise ConfigurationError(
             f"{option}: {error}, in {text!r}. Text stands in quotes: key='text'."
         ) from error
+
+
+def _read(name: str, option: str) -> str:
+    """Return what is in a file of settings."""
+    file = clean_path(option, name)
+    reason = why_unreadable(file)
+    if reason is None:
+        try:
+            return file.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            reason = str(error)
+    raise ConfigurationError(f"{option}: {file} cannot be read: {reason}.")
 
 
 def read_federation(settings: Sequence[str]) -> dict[str, Any]:

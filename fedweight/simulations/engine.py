@@ -18,6 +18,7 @@ from ..core.environment import set_for_a_while
 from ..core.errors import ConfigurationError, EngineError, check_choice, check_range
 from ..core.extras import is_installed
 from ..core.signals import interruptible
+from ..core.texts import shown
 from ..core.threads import num_cores
 from ..messages import _flower
 from .grid import (
@@ -323,7 +324,7 @@ def make_grid(
         )
     run_config = checked_run_config(run_config)
     nodes: dict[str, Any] = {
-        "node_config": checked_node_config(node_config),
+        "node_config": checked_node_config(node_config, num_clients),
         "seed": new_seed() if seed is None else seed,
         "run_id": new_run_id(),
     }
@@ -387,13 +388,30 @@ def checked_run_config(
 
 
 def checked_node_config(
-    config: Mapping[int, RunConfig] | None,
+    config: Mapping[int, RunConfig] | None, num_clients: int
 ) -> dict[int, RunConfig]:
-    """Return what clients' ``node_config`` hold besides, by number."""
-    return {
-        int(client): checked_run_config(own, f"node_config of client {client}")
-        for client, own in (config or {}).items()
-    }
+    """Return what clients' ``node_config`` hold besides, by number.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such client, or what is given is no table of settings.
+    """
+    found: dict[int, RunConfig] = {}
+    for client, own in (config or {}).items():
+        whole = hasattr(client, "__index__") and not isinstance(client, bool)
+        if not whole or not 0 <= client < num_clients:
+            raise ConfigurationError(
+                f"node_config has settings by the numbers of clients, 0 to "
+                f"{num_clients - 1}, got {shown(client)}."
+            )
+        if not isinstance(own, Mapping):
+            raise ConfigurationError(
+                f"node_config of client {client} must be settings by their names, got "
+                f"{shown(own)}."
+            )
+        found[int(client)] = checked_run_config(own, f"node_config of client {client}")
+    return found
 
 
 def check_local(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..core.errors import ConfigurationError, EngineError, FedweightError
 from .app_folder import (
@@ -55,7 +57,7 @@ class FolderRun:
         """The largest difference of the two models; ``None`` where there are not two.
 
         Relative to the value where that is larger than 1; infinite where the shapes
-        differ.
+        differ, or one value is not finite and the other is another one.
         """
         if self.theirs is None:
             return None
@@ -67,12 +69,7 @@ class FolderRun:
         if [a.shape for a in mine] != [a.shape for a in others]:
             return float("inf")
         pairs = zip(mine, others, strict=True)
-        parts = [
-            np.abs(a - b) / np.maximum(1.0, np.abs(b))
-            for a, b in pairs
-            if a.size and a.dtype.kind in "fiu"
-        ]
-        return float(max((part.max() for part in parts), default=0.0))
+        return max((_apart(a, b) for a, b in pairs if a.size), default=0.0)
 
     @property
     def agrees(self) -> bool:
@@ -128,6 +125,21 @@ class FolderRun:
             f"differ by up to {self.difference:.2g}, as they do where the app draws "
             "random numbers or chooses among clients"
         )
+
+
+def _apart(mine: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
+    """Return the largest difference of two tensors' values."""
+    kinds = {mine.dtype.kind, other.dtype.kind}
+    if kinds - {*"biufc"}:
+        return 0.0 if np.array_equal(mine, other) else math.inf
+    wide = np.complex128 if "c" in kinds else np.float64
+    a, b = mine.astype(wide), other.astype(wide)
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(a - b) / np.maximum(1.0, np.abs(b))
+    # Of what is not finite there is no difference: it is the same, or it is not.
+    apart = np.where(np.isfinite(apart), apart, math.inf)
+    apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
+    return float(apart.max())
 
 
 def _times(run: Simulated | OnFlower) -> str:

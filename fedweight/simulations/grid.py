@@ -410,7 +410,9 @@ def execute(
             raise TypeError(
                 f"the ClientApp returned {type(reply).__name__}, not a Message"
             )
-    except (Exception, SystemExit) as error:  # On a device only its process would end.
+    except BaseException as error:  # On a device only its process would end.
+        if isinstance(error, KeyboardInterrupt):
+            raise  # Somebody wants this process to end.
         context.state = state
         reason = describe_failure(client, message.metadata.message_type, error)
         reply = Message(

@@ -3,7 +3,13 @@ import math
 import pytest
 
 from fedweight.core import errors
-from fedweight.core.errors import ConfigurationError, check_choice, check_range, closest
+from fedweight.core.errors import (
+    ConfigurationError,
+    check_choice,
+    check_range,
+    closest,
+    describe_failure,
+)
 
 
 def test_every_error_is_one_of_ours():
@@ -62,3 +68,12 @@ def test_closest_reads_underscores_as_hyphens():
     assert closest("held_out", ["held-out"]) == " Did you mean 'held-out'?"
     assert closest("qqq", ["held-out"]) == ""
     assert closest("x", []) == ""
+
+
+def test_an_error_that_cannot_be_shown_is_described():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no words")
+
+    found = describe_failure(3, "train", Mute())
+    assert found.startswith("client 3, train: Mute: an error that cannot be shown\n")

@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import ArrayRecord
 
 from fedweight.cli import main
 from fedweight.core.errors import ConfigurationError, EngineError
 from fedweight.simulations import app_folder
 from fedweight.simulations.app_folder import AppFolder
-from fedweight.simulations.folder_run import run_folder
+from fedweight.simulations.engine import Simulated
+from fedweight.simulations.flower_runtime import OnFlower
+from fedweight.simulations.folder_run import FolderRun, run_folder
+from fedweight.simulations.seen import Seen
 
 APPS = Path(__file__).parents[1] / "apps"
 
@@ -105,12 +110,22 @@ def test_a_file_of_settings(tmp_path: Path) -> None:
         (["text=[1]"], "text must be text, a number or true or false"),
         (["text=words"], "--run-config: .*Text stands in quotes"),
         (["text"], "--run-config must be written"),
+        (["nowhere.toml"], "--run-config: nowhere.toml cannot be read: it does not ex"),
         (["a.toml", "text='b'"], "a TOML file or settings, not both"),
     ],
 )
 def test_settings_that_are_refused(small: Any, settings: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         run_folder(small(), run_config=settings, isolation="none")
+
+
+def test_a_file_of_settings_that_is_no_text(small: Any, tmp_path: Path) -> None:
+    file = tmp_path / "latin.toml"
+    file.write_bytes("text = 'é'".encode("latin-1"))
+    with pytest.raises(
+        ConfigurationError, match=r"latin\.toml cannot be read: 'utf-8'"
+    ):
+        run_folder(small(), run_config=[str(file)])
 
 
 @pytest.mark.parametrize(
@@ -127,6 +142,10 @@ def test_settings_that_are_refused(small: Any, settings: Any, message: str) -> N
         (
             {"federation_config": ["num-supernodes=3"], "clients": 2},
             "clients is 2, but .* num-supernodes = 3",
+        ),
+        (
+            {"node_config": ["2.b=1"], "clients": 2},
+            "settings by the numbers of clients, 0 to 1, got 2",
         ),
         ({"node_config": ["a.b=1"]}, "a table for each client's number, .* got 'a'"),
         (
@@ -152,6 +171,14 @@ def test_folders_that_are_refused(small: Any, tmp_path: Path) -> None:
         run_folder(small("not_an_app"))
     with pytest.raises(ConfigurationError, match="must be a ServerApp, got NoneType"):
         run_folder(small("missing"))
+    for odd in ("", ":app", ".server:app", "{module}", "{module}.py/x:app"):
+        project = PROJECT.replace("{module}:{server}", odd)
+        with pytest.raises(ConfigurationError, match="must be written 'module:attri"):
+            run_folder(small(project=project))
+    told = '[tool.flwr.app]\nconfig = "rate=1"\n'
+    parts = PROJECT[: PROJECT.index("[tool.flwr.app.config]")]
+    with pytest.raises(ConfigurationError, match="must be a table of settings, got"):
+        run_folder(small(project=told + parts))
     broken = PROJECT.replace('"{module}:{server}"', '"no_such_module:app"')
     with pytest.raises(ConfigurationError, match="no module 'no_such_module' in"):
         run_folder(small(project=broken))
@@ -242,3 +269,41 @@ def test_an_app_is_imported_once_for_all_processes(
     command = [sys.executable, "-m", "fedweight.cli", "app", str(folder)]
     subprocess.run([*command, "--workers", "2", "--clients", "4"], check=True)
     assert len(list(folder.glob("seen-*"))) == processes
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "difference"),
+    [
+        ([1.0, 2.0], [1.0, 4.0], 0.5),
+        ([0.0, NAN], [0.0, NAN], 0.0),
+        ([0.0, NAN], [0.0, 1.0], INF),
+        ([0.0, 1.0], [0.0, NAN], INF),
+        ([0.0, INF], [0.0, INF], 0.0),
+        ([0.0, 1.0], [0.0, INF], INF),
+        ([True, False], [False, False], 1.0),
+        ([1j], [2j], 0.5),
+    ],
+)
+def test_models_are_compared_value_by_value(
+    mine: Any, other: Any, difference: float
+) -> None:
+    """A model that has diverged on one side only must not agree."""
+    same = np.zeros(2)
+    seen = Seen(lambda node: node)
+    seen.arrays = ArrayRecord([same, np.array(mine)])
+    ours = Simulated(None, seen, 1.0, 1.0)  # type: ignore[arg-type]
+    theirs = OnFlower([same, np.array(other)], {}, 1.0, 1.0)
+    found = FolderRun(ours, 2, theirs)
+    assert found.difference == difference
+    assert found.agrees == (difference == 0)
+
+
+def test_unsigned_numbers_do_not_wrap() -> None:
+    seen = Seen(lambda node: node)
+    seen.arrays = ArrayRecord([np.array([0], np.uint8)])
+    ours = Simulated(None, seen, 1.0, 1.0)  # type: ignore[arg-type]
+    theirs = OnFlower([np.array([1], np.uint8)], {}, 1.0, 1.0)
+    assert FolderRun(ours, 2, theirs).difference == 1.0

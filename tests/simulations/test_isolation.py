@@ -270,6 +270,27 @@ def test_a_node_config_of_each_client(make: Make, write: Any) -> None:
     assert metrics_of(replies, "size") == [0, 5, 0]
 
 
+class Halt(BaseException):
+    """What is no Exception, as asyncio's CancelledError."""
+
+
+@pytest.mark.parametrize("kind", [Halt, SystemExit, GeneratorExit, KeyboardInterrupt])
+def test_a_client_that_raises_no_exception_costs_itself_alone(
+    make: Make, write: Any, kind: type[BaseException]
+) -> None:
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            raise kind("as planned")
+        return answer(message, size=1)
+
+    grid = make(app_of(train), 3, {})
+    if kind is KeyboardInterrupt and isinstance(grid, LocalGrid):
+        return  # There it is whoever started this process.
+    replies = list(grid.send_and_receive([write(grid, k) for k in range(3)]))
+    assert [reply.has_error() for reply in replies] == [False, True, False]
+    assert "as planned" in replies[1].error.reason
+
+
 @pytest.mark.processes
 def test_old_apps_give_the_same_each_time(processes: Any) -> None:
     """Ones whose clients draw from the process's generators, a thread a message."""

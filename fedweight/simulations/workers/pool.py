@@ -363,7 +363,7 @@ class Pool:
         kept = self._rows_of(jobs)
         try:
             sent = self.crew.send(worker, jobs, self._states, kept)
-        except Exception as error:
+        except BaseException as error:  # A client's own: no signal comes to a thread.
             if self._closed:
                 return
             if isinstance(error, self.crew.LOST):
@@ -425,7 +425,7 @@ class Pool:
         for job in jobs:
             self._queue.put_back(job)
 
-    def _blame(self, jobs: list[Job], error: Exception) -> None:
+    def _blame(self, jobs: list[Job], error: BaseException) -> None:
         """Find the client because of which a list came to nothing: try each by itself.
 
         No state of the list's clients has changed, so they can begin again.
@@ -468,9 +468,11 @@ class Pool:
             answers = Answers(unpacked(replies), total or ModelSum())
             job.batch.add(job.place, Arrived(answers, shard))
 
-    def _reason(self, client: int, kind: str, error: Exception) -> str:
+    def _reason(self, client: int, kind: str, error: BaseException) -> str:
         """Return why a client failed that was tried by itself."""
         if isinstance(error, ClientError):
             return describe_failure(client, kind, error)
-        what = "process died" if isinstance(error, self.crew.LOST) else "failed"
-        return f"client {client}, {kind}: its worker {what}: {error}"
+        if isinstance(error, self.crew.LOST):
+            return f"client {client}, {kind}: its worker process died: {error}"
+        cause = f"{type(error).__name__}: {error}"
+        return f"client {client}, {kind}: its worker failed: {cause}"
