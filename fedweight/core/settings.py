@@ -25,6 +25,18 @@ def kebab(key: str) -> str:
     return key.replace("_", "-")
 
 
+def kebab_key(dotted: str, setting: str = "") -> str:
+    """Return ``table.key`` as files have it, however the key is spelled.
+
+    Examples
+    --------
+    >>> kebab_key("training.learning_rate")
+    'training.learning-rate'
+    """
+    table, key = split_key(dotted, setting or dotted)
+    return f"{table}.{kebab(key)}"
+
+
 def toml_value(where: str, value: Any) -> Any:
     """Return a value as a simulation file can hold it, or raise if none can.
 

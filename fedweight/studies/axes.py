@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ..core.errors import ConfigurationError, closest
 from ..core.options import ANY
-from ..core.settings import kebab, parse_setting, split_key
+from ..core.settings import kebab, kebab_key, parse_setting, split_key
 from ..core.texts import NAME_LENGTH, listed, plain, shown
 from .configuration import make_paths_whole, read_tables
 from .methods import (
@@ -112,7 +112,13 @@ class Asked:
                 "and its keys below."
             )
         known = {kebab(field.name): field.name for field in fields(self)}
+        written: dict[str, str] = {}
         for key in table:
+            before = written.setdefault(kebab(key), key)
+            if before != key:
+                raise ConfigurationError(
+                    f"{where} has the key '{before}' twice, also as '{key}'. Keep one."
+                )
             if kebab(key) not in known:
                 near = closest(kebab(key), known)
                 raise ConfigurationError(
@@ -231,21 +237,28 @@ def _values(where: str, given: Any) -> dict[str, list[Any]]:
     """Return the values of each key that a mapping, or texts, list."""
     advice = "Write training.learning-rate=0.1,0.01."
     found: dict[str, list[Any]] = {}
+
+    def take(dotted: str, text: str, several: list[Any]) -> None:
+        key = kebab_key(dotted, text)
+        if key in found:
+            raise ConfigurationError(
+                f"{where}: {key} is there twice. Give it once, with all its values."
+            )
+        found[key] = several
+
     if isinstance(given, Mapping):
         for dotted, several in flat(given).items():
-            table, own = split_key(str(dotted), str(dotted))
             lists = isinstance(several, list | tuple | range)
-            found[f"{table}.{kebab(own)}"] = list(several) if lists else [several]
+            values = list(several) if lists else [several]
+            take(str(dotted), str(dotted), values)
     elif given is not None:
         texts = [given] if isinstance(given, str) else given
         if not isinstance(texts, Iterable):
             raise ConfigurationError(f"{where}: got {shown(given)}. {advice}")
         for text in texts:
-            dotted, _, values = str(text).partition("=")
-            table, own = split_key(dotted, str(text))
-            found[f"{table}.{kebab(own)}"] = [
-                parse_setting(f"{dotted}={value}")[2] for value in parts(values)
-            ]
+            dotted, _, told = str(text).partition("=")
+            several = [parse_setting(f"{dotted}={value}")[2] for value in parts(told)]
+            take(dotted, str(text), several)
     for key, several in found.items():
         if not several:
             raise ConfigurationError(f"{where}: {key} has no value. {advice}")

@@ -17,6 +17,7 @@ from ..core.errors import ConfigurationError, DataError, FedweightError
 from ..core.extras import require
 from ..core.options import MOST
 from ..core.paths import clean_path
+from ..core.settings import kebab_key
 from ..core.signals import interruptible
 from ..core.texts import listed, shown
 from ..core.threads import num_cores
@@ -269,7 +270,7 @@ class _Study:
         common = as_settings(settings)
         refuse_taken("settings", common, objectives)
         for taken in common:
-            if taken in self.axes.keys:
+            if kebab_key(taken) in self.axes.keys:
                 raise ConfigurationError(
                     f"settings: {taken} is varied, swept or a data set's. Leave it out."
                 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.errors import ConfigurationError
 from ..core.options import options_of
-from ..core.settings import kebab, parse_setting
+from ..core.settings import kebab, kebab_key, parse_setting
 from ..core.texts import NAME_LENGTH, plain, shown
 from .given import as_settings, whole_tables
 from .tables import MOST_SEED, PICKS, SCHEMA, options_in_file
@@ -133,7 +133,8 @@ def _of_tables(key: str, given: Mapping[str, Any], such_as: str) -> list[Method]
                 f"{key}.{label} must be a table of settings, such as {such_as}, got "
                 f"{shown(settings)}."
             )
-        found.append(Method(label, as_settings(flat(settings))))
+        dotted = as_settings(flat(settings))
+        found.append(Method(label, {kebab_key(k): v for k, v in dotted.items()}))
     return found
 
 
@@ -275,7 +276,7 @@ def _of_text(key: str, text: str) -> Method:
     settings: dict[str, Any] = {f"{table}.name": name}
     for option in options:
         _, own, value = parse_setting(f"{table}.{option.strip()}")
-        settings[f"{table}.{own}"] = value
+        settings[f"{table}.{kebab(own)}"] = value
     return _labelled(table, settings)
 
 

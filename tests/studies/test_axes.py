@@ -225,6 +225,14 @@ more = { partition.clients = 5 }
         ({"vary": {"run.rounds": []}}, "vary: run.rounds has no value"),
         ({"vary": ["rounds=1,2"]}, "must be written table.key=value"),
         ({"vary": 3}, "vary: got 3. Write training.learning-rate=0.1,0.01"),
+        (
+            {"vary": ["run.rounds=1", "run.rounds=2"]},
+            "vary: run.rounds is there twice. Give it once, with all its values",
+        ),
+        (
+            {"sweep": {"training.clip_norm": [1.0], "training.clip-norm": [2.0]}},
+            "sweep: training.clip-norm is there twice",
+        ),
         ({"vary": ["run.rounds=1,1"]}, "'fedavg+run.rounds=1' is there twice"),
         ({"vary": ["partition.alpha=1,1"]}, "'partition.alpha=1' is there twice"),
         ({"vary": {"training.momentum": [float("nan")]}}, "must be numbers that are"),
@@ -255,6 +263,7 @@ def test_what_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:
     [
         ("compare = 3", "compare is a table of keys, got 3"),
         ("[compare]\nseed = 3", "no key 'seed'. Did you mean 'seeds'?"),
+        ("[compare]\ndata-sets = 'a'\ndata_sets = 'b'", "twice, also as 'data_sets'"),
         ("[compare]\nmethods = 3", "There are strategies, objectives, data-sets"),
     ],
 )
@@ -265,6 +274,22 @@ def test_a_wrong_table_is_named(tmp_path: Path, text: str, said: str) -> None:
         Asked().beside(path)
     assert str(caught.value).startswith(f"{path}: compare")
     assert said in str(caught.value)
+
+
+def test_keys_are_the_same_however_they_are_spelled() -> None:
+    axes = Asked(
+        "feddisco:num_classes=3",
+        vary=["training.batch_size=8,16"],
+        data_sets={"few": {"data.held_out": 0.1}},
+    ).axes()
+    assert axes.keys == {"training.batch-size", "data.held-out"}
+    assert axes.methods[0].settings["strategy.num-classes"] == 3
+    with pytest.raises(ConfigurationError, match=r"settings: training\.batch_size is"):
+        fedweight.compare(
+            strategies="fedavg",
+            vary=["training.batch-size=8,16"],
+            settings={"training.batch_size": 4},
+        )
 
 
 def test_other_commands_say_whose_file_it_is(
