@@ -230,6 +230,11 @@ class RunFolder:
         found: dict[int, dict[str, Tensor]] = {}
         for key, tensor in self._model(name, otherwise).items():
             which, _, part = key.partition("/")
+            if not which.isdecimal():
+                raise DataError(
+                    f"{self.folder / name} has no several models: '{plain(key)}' does "
+                    "not begin with the number of one."
+                )
             found.setdefault(int(which), {})[part] = tensor
         return [found[which] for which in sorted(found)]
 
@@ -239,7 +244,10 @@ class RunFolder:
         path = self.folder / name
         if not path.is_file():
             raise DataError(f"{path} is missing: {otherwise}")
-        return dict(load_file(path))
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {plain(error)}.") from error
 
     # --------------------------------------------------------------- what follows
 

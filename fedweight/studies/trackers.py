@@ -115,7 +115,7 @@ class Tracking:
         flat = {
             f"{t}.{key}": v for t, keys in config.items() for key, v in keys.items()
         }
-        self._each(lambda tracker: tracker.begin(folder, flat))
+        self._each(lambda tracker: tracker.begin(folder, dict(flat)))
 
     def log(
         self,

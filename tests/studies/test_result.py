@@ -312,6 +312,19 @@ def test_notebook_summary(make_run: MakeRun) -> None:
     assert "#0b6bb1" in html  # A notebook's page defines no colours.
 
 
+def test_a_spoilt_model_is_named(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    for name in ("model", "models", "best-models"):
+        (run.folder / f"{name}.safetensors").write_bytes(b"half of it")
+    for read in (run.model, run.models, run.best_models):
+        with pytest.raises(DataError, match="safetensors cannot be read"):
+            read()
+    one = make_run("one")
+    shutil.copy(one / "model.safetensors", one / "models.safetensors")
+    with pytest.raises(DataError, match="does not begin with the number of one"):
+        Run(one).models()
+
+
 @pytest.mark.parametrize("folder", ["a\0b", "x" * 5000])
 def test_a_folder_that_none_can_be_is_an_error_of_ours(folder):
     with pytest.raises(ConfigurationError, match="the folder"):
