@@ -32,19 +32,55 @@ def run(program, *arguments, file):
     return json.loads(file.read_text())
 
 
-def in_benchmarks(code):
-    result = subprocess.run(
-        [sys.executable, "-c", code],
+# Runs one text of Python after another, each in a fork that has imported what is slow.
+INTERPRETER = """
+import os, sys
+import numpy, torch, flwr.simulation
+import fedweight.clients, fedweight.simulations
+sys.path.insert(0, "")
+while size := sys.stdin.buffer.readline():
+    code = sys.stdin.buffer.read(int(size))
+    if not os.fork():
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        try:
+            exec(compile(code, "code", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            import traceback
+            traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+    print("\\0", end="", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_benchmarks():
+    """Give a function that runs code beside the benchmarks; it returns the words."""
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERPRETER],
         cwd=ROOT / "benchmarks",
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    return result.stdout.split()
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+
+        def call(code):
+            process.stdin.write(b"%d\n" % len(code.encode()) + code.encode())
+            process.stdin.flush()
+            said = b""
+            while not said.endswith(b"\0"):
+                part = process.stdout.read1()
+                assert part, f"the interpreter ended: {said.decode()}"
+                said += part
+            words = said[:-1].decode()
+            assert "Traceback" not in words, words
+            return words.split()
+
+        yield call
+        process.stdin.close()
 
 
-def test_fairness_measures_gaps_between_groups():
+def test_fairness_measures_gaps_between_groups(in_benchmarks):
     code = """
 import numpy as np, fairness
 y = np.array([1, 1, 0, 0, 1, 0])
@@ -116,7 +152,7 @@ def test_without_a_gpu_nothing_is_measured_and_the_reason_said(tmp_path, program
     assert not file.exists()
 
 
-def test_the_device_reaches_the_engines(tmp_path):
+def test_the_device_reaches_the_engines(tmp_path, in_benchmarks):
     # Up to where they would use it, so that none is needed.
     code = (
         "import pathlib, sys\n"
@@ -144,7 +180,7 @@ def test_the_device_reaches_the_engines(tmp_path):
     assert in_benchmarks(code) == cpu + cuda
 
 
-def test_peers_are_measured_on_cpus_only():
+def test_peers_are_measured_on_cpus_only(in_benchmarks):
     code = (
         "import throughput as t\n"
         "t.Work.write = lambda *_: 'cuda, a card'\n"
@@ -181,7 +217,7 @@ def test_gpu(tmp_path):
     assert row["device"].startswith("cuda, ")
 
 
-def test_clients_at_once_agree_with_training_one_by_one():
+def test_clients_at_once_agree_with_training_one_by_one(in_benchmarks):
     code = (
         "import gpu, torch\n"
         "tasks = gpu.tasks_of('S', 3)\n"
@@ -194,7 +230,7 @@ def test_clients_at_once_agree_with_training_one_by_one():
     assert in_benchmarks(code) == ["3", "True", "False", "1000000000.0"]
 
 
-def test_what_a_client_update_costs_a_gpu_at_the_least():
+def test_what_a_client_update_costs_a_gpu_at_the_least(in_benchmarks):
     code = (
         "import gpu\n"
         # The start, three times in each of four steps, the sum; and 128 examples.
@@ -242,7 +278,7 @@ def test_startup_counts_from_the_start_of_the_process(tmp_path):
     assert row["startup_s"] >= row["ready_s"] > 0
 
 
-def test_the_models_have_the_stated_sizes():
+def test_the_models_have_the_stated_sizes(in_benchmarks):
     code = (
         "from engines.job import MODELS\n"
         "for m in MODELS.values(): print(sum(p.numel() for p in m().parameters()))"
@@ -250,7 +286,7 @@ def test_the_models_have_the_stated_sizes():
     assert in_benchmarks(code) == ["50890", "582026", "11173962"]
 
 
-def test_other_weights_do_not_agree():
+def test_other_weights_do_not_agree(in_benchmarks):
     code = (
         "import numpy as np, throughput as t\n"
         "a = np.ones(10, np.float32)\n"
@@ -260,7 +296,7 @@ def test_other_weights_do_not_agree():
     assert in_benchmarks(code) == ["True", "True", "False", "False", "False"]
 
 
-def test_an_engine_that_fails_leaves_a_note_and_no_number(tmp_path):
+def test_an_engine_that_fails_leaves_a_note_and_no_number(tmp_path, in_benchmarks):
     code = (
         "import sys, throughput as t\n"
         "from engines import environments\n"
@@ -287,7 +323,7 @@ def run(command):
 """
 
 
-def test_pytorch_is_installed_first_and_fixed_for_what_follows(tmp_path):
+def test_pytorch_is_installed_first_and_fixed_for_what_follows(tmp_path, in_benchmarks):
     code = INSTALLING + (
         "e._run, e.os.name = run, 'posix'\n"
         "e.python_of('fedlab'), e.python_of('fedlab')\n"
@@ -307,7 +343,7 @@ def test_pytorch_is_installed_first_and_fixed_for_what_follows(tmp_path):
     ]
 
 
-def test_a_peer_that_cannot_be_installed_leaves_one_line(tmp_path):
+def test_a_peer_that_cannot_be_installed_leaves_one_line(tmp_path, in_benchmarks):
     code = INSTALLING + (
         "import throughput as t\n"
         "from engines.work import Work\n"
@@ -336,20 +372,22 @@ def test_a_peer_that_cannot_be_installed_leaves_one_line(tmp_path):
         *(("plan", plan, f"2 or more, got {plan}") for plan in PLANS_THAT_ARE_NONE),
     ],
 )
-def test_a_work_or_a_plan_that_is_none_is_refused(option, value, message):
-    result = subprocess.run(
-        [sys.executable, "benchmarks/throughput.py", f"--{option}={value}"],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
+def test_a_work_or_a_plan_that_is_none_is_refused(
+    option, value, message, in_benchmarks
+):
+    code = (
+        "import sys, throughput\n"
+        "sys.stderr = sys.stdout\n"
+        f"sys.argv = ['throughput.py', '--{option}={value}']\n"
+        "try: throughput.main()\n"
+        "except SystemExit as stop: print(stop.code)"
     )
-    assert result.returncode == 2
-    assert message in result.stderr
+    *said, status = in_benchmarks(code)
+    assert status == "2"
+    assert message in " ".join(said)
 
 
-def test_a_new_result_keeps_the_last_one(tmp_path):
+def test_a_new_result_keeps_the_last_one(tmp_path, in_benchmarks):
     code = (
         "from pathlib import Path\n"
         "from engines import results as r\n"

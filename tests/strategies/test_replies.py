@@ -19,7 +19,7 @@ from fedweight.studies.records import client_row, round_row
 
 METHODS = sorted(STRATEGIES.entries)
 CLASSES, FEATURES, HONEST = 3, 2, 3
-REPLIES, PER_ROUND = 5_000, 5
+REPLIES, PER_ROUND = 2_000, 5
 
 NUMBERS = [
     *(0, 1, -1, 7, 10**6, 2**53 + 1, 2**63 - 1, -(2**63), 10**18, 10**400),

@@ -111,22 +111,21 @@ def test_python_shows_a_bar_by_default_and_a_warning_does_not_tear_it(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment"),
-    [
-        ("progress=False", {}),
-        ("progress=None", {}),
-        ("progress=lambda p: None", {}),
-        ("progress=True", {"TERM": "dumb"}),
-    ],
+    ("asked", "environment"),
+    [("False, None, lambda p: None", {}), ("True,", {"TERM": "dumb"})],
 )
 def test_python_shows_nothing_where_that_is_asked_for(
-    tmp_path: Path, arguments: str, environment: dict[str, str]
+    tmp_path: Path, asked: str, environment: dict[str, str]
 ) -> None:
-    code = f"run(settings=QUICK, out='x', report=False, {arguments})"
+    code = f"""
+    for number, progress in enumerate(({asked})):
+        run(settings=QUICK, out=str(number), report=False, progress=progress)
+    """
     terminal = Terminal(code, tmp_path, **environment)
     assert terminal.end() == ""
     assert terminal.process.returncode == 0
     assert terminal.shown == ""
+    assert len([*tmp_path.iterdir()]) == len(asked.split(",")) - asked.endswith(",")
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "an error"])
