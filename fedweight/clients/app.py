@@ -37,7 +37,7 @@ from .cohort_trainer import CohortTrainer
 from .local_work import LocalWork
 from .modules import Modules
 from .objectives import Objective, Plain
-from .objectives.base import unshared
+from .objectives.base import of_its_own
 from .own_objectives import is_own
 from .personal.base import Personal
 from .personal_models import PersonalModels
@@ -194,7 +194,7 @@ class TrainingApp(ClientApp):
             )
             own = PersonalModels(
                 personal,
-                unshared(self.objective),
+                of_its_own(self.objective),
                 modules,
                 make_trainer,
                 replace(statistics, groups=None),

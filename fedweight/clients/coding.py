@@ -81,10 +81,13 @@ class Coding:
             facts["round"] = torch.tensor(float(round))
         return facts
 
-    def heard(self, objective: Objective, told: Mapping[str, Any]) -> dict[str, Tensor]:
+    def heard(
+        self, objective: Objective, told: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what an objective hears of what the server told a client.
 
-        Of what is pooled nothing, where it is not known yet.
+        Numbers and lists of them, and by themselves values of each parameter, which all
+        clients have in common. Of what is pooled nothing, where it is not known yet.
 
         Raises
         ------
@@ -92,8 +95,12 @@ class Coding:
             If it is not told, or is no number and no list of numbers.
         """
         heard: dict[str, Tensor] = {}
+        of_parameters: dict[str, Tensor] = {}
         for name in objective.hears:
             value = told.get(name)
+            if isinstance(value, Tensor):
+                of_parameters[name] = value
+                continue
             if value is None and name in objective.pools:
                 continue
             if not isinstance(value, int | float | list) or value == []:
@@ -103,7 +110,7 @@ class Coding:
                     "it belongs to, or another objective."
                 )
             heard[TOLD + name] = torch.tensor(value, dtype=torch.float32)
-        return heard
+        return heard, of_parameters
 
     def groups(
         self, objective: Objective, examples: Examples

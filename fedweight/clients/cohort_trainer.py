@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Context
-from torch import Tensor
 
 from ..core import rng
 from ..core.errors import ClientError
@@ -22,13 +21,13 @@ from ..core.module import FlatModule
 from ..core.rng import Purpose, part_of
 from ..messages import keys
 from ..messages.dispatch import Cohort
+from ..messages.shared import Long
 from .client_state import Named, Owner, read_carried
 from .client_tasks import ClientTask, Instructions, client_number
 from .coding import Coding
 from .modules import Modules
 from .objectives import OBJECTIVES, Objective
 from .objectives.base import TOLD, Facts, defines, tracks
-from .objectives.checks import check_shared
 from .optimizers import OPTIMIZERS
 from .samples import Kind, kind_of
 from .settings import TrainingSettings
@@ -148,7 +147,7 @@ class CohortTrainer:
         module: FlatModule,
         start: FlatModel,
         clients: Sequence[ClientTask],
-        shared: Mapping[str, Tensor],
+        shared: Mapping[str, Long],
         *,
         batched: bool,
         cancelled: Callable[[], bool],
@@ -165,8 +164,8 @@ class CohortTrainer:
             The global model.
         clients : Sequence[ClientTask]
             Whom to train.
-        shared : Mapping[str, Tensor]
-            ``[P]`` each: what the server tells all of them alike.
+        shared : Mapping[str, list of float or Tensor]
+            What the server tells all of them alike: lists, and ``[P]`` of parameters.
         batched : bool
             Whether to train them at once.
         cancelled : Callable[[], bool]
@@ -269,7 +268,7 @@ class CohortTrainer:
         return results
 
     def _training_tasks(
-        self, clients: Sequence[ClientTask], part: int, shared: Mapping[str, Tensor]
+        self, clients: Sequence[ClientTask], part: int, shared: Mapping[str, Long]
     ) -> list[Task]:
         """Say how much each client trains, and give it its streams."""
         for client in clients if self.coding.task.whole else ():
@@ -305,13 +304,12 @@ class CohortTrainer:
             ]
         if not self.tracks:
             return tasks
-        read = check_shared(self.objective, shared)
         carried = read_carried(clients, self.owner) if self.carries else {}
         nothing: tuple[Named | None, Named] = None, {}
         # Most clients share their instructions, so each is read once.
         told = {id(c.instructions): c.instructions.told for c in clients}
         heard = {
-            key: self.coding.heard(self.objective, dict(one))
+            key: self.coding.heard(self.objective, {**shared, **one})
             for key, one in told.items()
         }
         return [
@@ -319,9 +317,8 @@ class CohortTrainer:
                 task,
                 known=self._known(
                     client,
-                    heard[id(client.instructions)],
+                    *heard[id(client.instructions)],
                     *carried.get(client.number, nothing),
-                    shared=read,
                 ),
             )
             for task, client in zip(tasks, clients, strict=True)
@@ -331,9 +328,9 @@ class CohortTrainer:
         self,
         client: ClientTask,
         heard: Named,
+        shared: Named,
         carry: Named | None,
         kept: Named,
-        shared: Mapping[str, Tensor],
     ) -> Known:
         """Return what the objective wants to know of a client, and has kept."""
         train = client.data.train

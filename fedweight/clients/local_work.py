@@ -20,7 +20,7 @@ from ..messages.arrays import complete, leaves_out_base
 from ..messages.codecs import DENSE, Codec, Draw, as_read
 from ..messages.dispatch import Reply, only_arrays
 from ..messages.records import NUMBERS, as_measured
-from ..messages.shared import MASK, shared_vectors, sizes_of
+from ..messages.shared import Long, shared_of, sizes_of
 from ..messages.wire import asks_to_write, written
 from ..metrics import Statistics
 from .bases import base_of
@@ -113,7 +113,7 @@ class LocalWork:
             clients = [client.cast(dtype, self.task.name) for client in clients]
             start = self._received(record, module, clients)
             names = [e.name for e in module.layout.parameters]
-            shared = shared_vectors(content, sizes_of(module.layout), names)
+            shared = shared_of(content, sizes_of(module.layout), names)
             results = self.trainer.train(
                 module,
                 start,
@@ -124,7 +124,8 @@ class LocalWork:
             )
             part = leaves_out_base(record, module.layout)
             pairs = list(zip(clients, results, strict=True))
-            mask = shared.get(MASK)
+            given = shared.get(keys.MASK)
+            mask = given if isinstance(given, torch.Tensor) else None
             draws = self._draws(clients)
             trained = [result.model for result in results]
             models = as_read(self.codec, trained, start, draws, mask)
@@ -148,7 +149,7 @@ class LocalWork:
                     draw = draws[k] if draws else None
                     reply.written = written(self.codec, model, start, draw, mask)
             probed = [
-                self._probe(module, start, *pair, reply)
+                self._probe(module, start, *pair, reply, shared)
                 for pair, reply in zip(pairs, replies, strict=True)
                 if pair[0].instructions.request
             ]
@@ -158,6 +159,7 @@ class LocalWork:
                     module,
                     start,
                     clients,
+                    _lists(shared),
                     results,
                     batched=batched,
                     cancelled=cancelled,
@@ -194,13 +196,14 @@ class LocalWork:
         client: ClientTask,
         result: LocalResult,
         reply: Reply,
+        shared: Mapping[str, Long],
     ) -> ClientRound:
         """Measure what the server asks for; numbers are metrics, lists side data."""
         instructions = client.instructions
         view = ClientRound(
             client.number,
             instructions.round,
-            instructions.told,
+            {**shared, **instructions.told},
             client.data,
             self.statistics.num_classes,
             start,
@@ -262,7 +265,12 @@ class LocalWork:
             if self.personal is not None and (over or self.personal.in_rounds):
                 if not self.personal.in_rounds:
                     made = self.personal.train(
-                        module, model, clients, batched=batched, cancelled=cancelled
+                        module,
+                        model,
+                        clients,
+                        _lists(shared_of(content, sizes_of(module.layout), ())),
+                        batched=batched,
+                        cancelled=cancelled,
                     )
                     self.personal.keep(clients, made)
                 at_once = batched and not apart
@@ -286,6 +294,11 @@ class LocalWork:
             self.trials.mixes_examples(kind, client.context, client.data.held_out)
             for kind, client in parts.items()
         )
+
+
+def _lists(shared: Mapping[str, Long]) -> dict[str, Long]:
+    """Return what fits personal models, which may have other parameters."""
+    return {name: one for name, one in shared.items() if isinstance(one, list)}
 
 
 def _dtype(module: FlatModule) -> np.dtype[Any]:

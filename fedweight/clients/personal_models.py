@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from ..core.layout import FlatModel, Layout
 from ..core.module import FlatModule
 from ..core.texts import listed
 from ..messages import keys
+from ..messages.shared import Long
 from ..metrics import Statistics
 from .client_state import read_models, write_results
 from .client_tasks import ClientTask
@@ -87,6 +88,7 @@ class PersonalModels:
         module: FlatModule,
         start: FlatModel,
         clients: Sequence[ClientTask],
+        shared: Mapping[str, Long],
         trained: Sequence[LocalResult] | None = None,
         *,
         batched: bool,
@@ -102,6 +104,8 @@ class PersonalModels:
             The global model that they received.
         clients : Sequence[ClientTask]
             Whom to train.
+        shared : Mapping[str, list of float]
+            What the server tells all of them alike, but for values of parameters.
         trained : Sequence[LocalResult], optional
             What their local training made; there is none after the rounds, when all
             begin with the global model.
@@ -122,7 +126,7 @@ class PersonalModels:
                 own = [result.model.laid_out(layout) for result in trained]
             for part, (trainer, phase) in enumerate(self.phases):
                 # Most clients share their instructions.
-                shared = {id(c.instructions): c.instructions for c in clients}
+                alike = {id(c.instructions): c.instructions for c in clients}
                 told = {
                     key: replace(
                         one,
@@ -134,7 +138,7 @@ class PersonalModels:
                             else phase.learning_rate
                         ),
                     )
-                    for key, one in shared.items()
+                    for key, one in alike.items()
                 }
                 results = trainer.train(
                     own_module,
@@ -143,7 +147,7 @@ class PersonalModels:
                         c._replace(instructions=told[id(c.instructions)])
                         for c in clients
                     ],
-                    {},
+                    shared,
                     batched=batched,
                     cancelled=cancelled,
                     own=own,

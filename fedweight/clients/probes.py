@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from ..core.errors import ClientError, ConfigurationError
@@ -84,7 +84,7 @@ class ClientRound:
         The client's number.
     number : int
         The round, from 1.
-    told : ConfigRecord
+    told : Mapping[str, Any]
         What the server told the client.
     data : ClientData
         The client's examples: ``data.train`` and ``data.held_out``, each with arrays
@@ -103,7 +103,7 @@ class ClientRound:
 
     client: int
     number: int
-    told: ConfigRecord
+    told: Mapping[str, Any]
     data: ClientData
     num_classes: int
     received: FlatModel

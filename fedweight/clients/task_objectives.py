@@ -11,6 +11,7 @@ from ..core.errors import ConfigurationError
 from ..metrics import LearningTask
 from .objectives import OBJECTIVES
 from .objectives.base import Around, Batch, Facts, Objective
+from .objectives.checks import check_around
 from .objectives.plain import Plain
 
 
@@ -41,9 +42,10 @@ def for_task(objective: Objective, task: LearningTask) -> Objective:
     ------
     ConfigurationError
         If the objective is for other tasks, or of examples that have a class each, and
-        these have none.
+        these have none; or if it leaves out the loss of one that it is around.
     """
     if isinstance(objective, Around):
+        check_around(objective)
         inner = for_task(objective.inner, task)
         if inner is objective.inner:
             return objective

@@ -182,20 +182,12 @@ def task_of(
         totals = (2 * counts).tolist()
     facts = coding.facts(objective, examples, totals, LATE)
     x = as_tensor(examples.x)
-    heard = objective.unheard(x, Facts(torch.zeros(0), facts))
-    facts |= {TOLD + name: value for name, value in heard.items()}
-    known = Known(
-        facts,
-        groups=coding.groups(objective, examples),
-        shared=_shared(objective, size),
-    )
+    heard = objective.unheard(x, Facts(torch.zeros(size), facts))
+    # What is as long as the model is taken to be of every parameter.
+    shared = {name: one for name, one in heard.items() if one.shape == (size,)}
+    facts |= {TOLD + name: one for name, one in heard.items() if name not in shared}
+    known = Known(facts, groups=coding.groups(objective, examples), shared=shared)
     return Task(examples, epochs, key, key, known)
-
-
-def _shared(objective: Objective, size: int) -> dict[str, Tensor]:
-    """Return something that the server might tell: a 0 and a 1 in turns."""
-    turns = torch.arange(size) % 2
-    return {name: turns.float() for name in sorted(objective.shared)}
 
 
 def _streams(device: torch.device) -> dict[str, object]:

@@ -29,10 +29,15 @@ BASE: Final = "base"
 WRITTEN: Final = "written"
 AFTER_ROUNDS: Final = "after-rounds"
 
+# What it tells all of them alike, in the shared record: the names of the tensors that
+# vectors of every parameter are of, and a mask, where every model of the run is 0.
+TENSORS: Final = "tensors"
+MASK: Final = "mask"
+
 # What of it no strategy tells otherwise.
 OF_THE_SERVER: Final = (
     *(ROUND, REQUEST, QUERY, SCHEMA, BASE),
-    *(WRITTEN, AFTER_ROUNDS),
+    *(WRITTEN, AFTER_ROUNDS, TENSORS, MASK),
 )
 
 # What every reply to a train message reports.

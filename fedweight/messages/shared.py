@@ -1,7 +1,8 @@
-"""What the server tells all clients of every parameter, such as a mask.
+"""What the server tells all clients alike and is long: lists, vectors, a mask.
 
-It travels in a config record of its own, so that a message has one record of arrays,
-the model, as Flower's mods and wrappers expect.
+It travels in a config record of its own, so that it stands once beside what is told
+each client, and a message has one record of arrays, the model, as Flower's mods and
+wrappers expect. A list is a list there; a value of every parameter is bytes.
 """
 
 from __future__ import annotations
@@ -20,33 +21,35 @@ from ..core.layout import Layout
 from ..core.texts import shown
 from . import keys
 
-# The name of a mask: where it is 0, every model of the run is 0, and is not sent.
-MASK = "mask"
-
-# Under this name the record has the names of the tensors that the vectors are of.
-TENSORS = "tensors"
+# A list of numbers, or a value of each parameter, ``[P]``.
+Long = list[float] | Tensor
 
 
-def shared_record(vectors: Mapping[str, Tensor], layout: Layout) -> ConfigRecord:
-    """Return vectors as a record.
+def shared_record(told: Mapping[str, Long], layout: Layout) -> ConfigRecord:
+    """Return what is told as a record.
 
     Parameters
     ----------
-    vectors : Mapping[str, Tensor]
-        By name, ``[P]`` each: bool, which takes a bit an element, or floating.
+    told : Mapping[str, list of float or Tensor]
+        By name a list of numbers; or of every parameter ``[P]``: bool, which takes a
+        bit an element, or floating.
     layout : Layout
-        The server's, whose trained tensors the record names: a client's may differ,
-        where the server was not told what is frozen.
+        The server's, whose trained tensors the record names where something is of every
+        parameter: a client's may differ, where the server was not told what is frozen.
     """
-    names = [e.name for e in layout.parameters]
-    written = {name: _written(one) for name, one in vectors.items()}
-    return ConfigRecord({TENSORS: names, **written})
+    written: dict[str, Any] = {
+        name: _written(one) if isinstance(one, Tensor) else one
+        for name, one in told.items()
+    }
+    if any(isinstance(one, Tensor) for one in told.values()):
+        written[keys.TENSORS] = [e.name for e in layout.parameters]
+    return ConfigRecord(written)
 
 
-def shared_vectors(
+def shared_of(
     content: RecordDict, sizes: Mapping[str, int], wanted: Iterable[str]
-) -> dict[str, Tensor]:
-    """Return the vectors that a message brings, float32 or float64.
+) -> dict[str, Long]:
+    """Return what a message tells all clients alike.
 
     Parameters
     ----------
@@ -55,29 +58,40 @@ def shared_vectors(
     sizes : Mapping[str, int]
         How many values the model's tensors have, by name.
     wanted : Iterable[str]
-        The tensors that the vectors are to be of, in this order.
+        The tensors that vectors are to be of, in this order.
+
+    Returns
+    -------
+    dict
+        By name a list of numbers; or a tensor of every parameter, float32 or float64.
 
     Raises
     ------
     ClientError
-        If they are of other tensors, or of another length.
+        If a vector is of other tensors, or of another length.
     """
     record: dict[str, Any] = dict(content.get(keys.SHARED) or {})
     if not record:
         return {}
-    named, places, size = record.pop(TENSORS, None), {}, 0
+    named, places, size = record.pop(keys.TENSORS, None), {}, 0
     for name in named if isinstance(named, list) else ():
         places[str(name)] = size
         size += sizes.get(str(name), 0)
     several = list(wanted)
     missing = [name for name in several if name not in places]
-    if missing:
-        raise ClientError(f"the server tells nothing of the model's '{missing[0]}'")
-    found = {}
+    found: dict[str, Long] = {}
     for name, value in record.items():
+        if isinstance(value, list):
+            found[name] = value
+            continue
         if not isinstance(value, bytes):
             raise ClientError(
-                f"the server tells {shown(value)} for '{name}', and no bytes"
+                f"the server tells {shown(value)} for '{name}', where only lists and "
+                "bytes are told"
+            )
+        if missing:
+            raise ClientError(
+                f"the server tells nothing of the model's '{missing[0]}' as '{name}'"
             )
         whole = _read(name, value, size)
         parts = [whole[places[n] : places[n] + sizes[n]] for n in several]
@@ -86,19 +100,40 @@ def shared_vectors(
     return found
 
 
+def mask_of(
+    content: RecordDict, sizes: Mapping[str, int], wanted: Iterable[str]
+) -> Tensor | None:
+    """Return the mask of a message, if any; the arguments are as there."""
+    mask = shared_of(content, sizes, wanted).get(keys.MASK)
+    return mask if isinstance(mask, Tensor) else None
+
+
 def sizes_of(layout: Layout) -> dict[str, int]:
     """Return how many values a layout's tensors have, by name."""
     return {e.name: math.prod(e.shape) for e in layout.entries}
 
 
-def num_bytes(vectors: Mapping[str, Tensor]) -> int:
-    """Return how many bytes vectors take in a message."""
-    return sum(
-        -(-one.numel() // 8)
-        if one.dtype == torch.bool
-        else one.numel() * one.element_size()
-        for one in vectors.values()
-    )
+def num_bytes(told: Iterable[Any]) -> int:
+    """Return how many bytes take what is told, without its names.
+
+    Examples
+    --------
+    >>> num_bytes([0.5, "sex", [1.0, 2.0], torch.ones(9, dtype=torch.bool), None])
+    29
+    """
+    return sum(map(_num_bytes, told))
+
+
+def _num_bytes(one: Any) -> int:
+    if one is None:
+        return 0
+    if isinstance(one, str):
+        return len(one.encode())
+    if not isinstance(one, Tensor):  # A number takes 8, as Flower writes it.
+        return 8 * (len(one) if isinstance(one, list) else 1)
+    if one.dtype == torch.bool:
+        return -(-one.numel() // 8)
+    return one.numel() * one.element_size()
 
 
 def _written(vector: Tensor) -> bytes:

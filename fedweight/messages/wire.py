@@ -23,7 +23,7 @@ from . import keys
 from .arrays import FlatRecord, flatten
 from .codecs import DENSE, Codec, Draw, to_write
 from .records import records_of
-from .shared import MASK, shared_vectors, sizes_of
+from .shared import mask_of, sizes_of
 
 PREFIX = "fedweight."
 
@@ -127,7 +127,7 @@ def opened(content: RecordDict) -> RecordDict:
     [(name, record)] = records
     sizes = {n: math.prod(a.shape) for n, a in record.items() if _is_written(a)}
     every = {n: math.prod(a.shape) for n, a in record.items()}
-    mask = shared_vectors(content, every, sizes).get(MASK)
+    mask = mask_of(content, every, sizes)
     if mask is None:
         raise ClientError("the server sends a part of the model, and not which one")
     arrays, begin = dict(record.items()), 0
@@ -192,7 +192,7 @@ class Wire:
         if model is None:
             return None
         names = [e.name for e in model.layout.parameters]
-        mask = shared_vectors(content, sizes_of(model.layout), names).get(MASK)
+        mask = mask_of(content, sizes_of(model.layout), names)
         if mask is None and self.codec.exact:
             return None
         new: dict[str, ArrayRecord | ConfigRecord] = {}

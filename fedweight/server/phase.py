@@ -166,7 +166,7 @@ class Population:
         *,
         epochs: int,
         start: Tensor | None = None,
-        shared: Callable[[int], Mapping[str, Tensor]] | None = None,
+        told: Callable[[int], Mapping[str, Tensor]] | None = None,
         timeout: float | None = None,
     ) -> Any:
         """Let some clients train before the first round, and return what they made.
@@ -183,8 +183,9 @@ class Population:
             1 or more; passes over their data.
         start : Tensor, optional
             ``[P]``: the parameters that they begin with; by default the global model's.
-        shared : Callable, optional
-            Returns, for P, what the strategy's ``share`` would give.
+        told : Callable, optional
+            Returns, for P, what they are told of each parameter meanwhile, by name:
+            what the method's objective hears, ``"mask"`` included.
         timeout : float, optional
             Seconds to wait; as long as it takes by default.
 
@@ -210,7 +211,7 @@ class Population:
         if self._explore is None:
             raise ConfigurationError("population.train: nobody trains here.")
         nodes = {client: self._node[client] for client in sorted(known)}
-        return self._explore(self.record, nodes, epochs, start, shared, timeout)
+        return self._explore(self.record, nodes, epochs, start, told, timeout)
 
     def _checked(self, query: Any, questions: Any, timeout: Any) -> dict[int, Question]:
         """Return the questions by the clients' numbers, or refuse what is no such."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .global_group_dro import GlobalGroupDRO
     from .ida import IDA
     from .qfedavg import QFedAvg
-    from .round import Report, Round, Selection, Vector
+    from .round import PerParameter, Report, Round, Selection, Vector
     from .server_optimizers import ServerAdam, ServerMomentum, ServerOptimizer
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "FedNova",
     "FedProx",
     "GlobalGroupDRO",
+    "PerParameter",
     "QFedAvg",
     "Report",
     "Round",
@@ -92,6 +93,7 @@ __getattr__, __dir__ = lazy_exports(
         "IDA": ".ida",
         "QFedAvg": ".qfedavg",
         "WeightingStrategy": ".base",
+        "PerParameter": ".round",
         "Report": ".round",
         "Round": ".round",
         "Selection": ".round",

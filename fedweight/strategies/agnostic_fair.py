@@ -26,8 +26,6 @@ from ..clients.objectives.base import (
     Batch,
     Fact,
     Facts,
-    Loss,
-    Model,
     NamedObjective,
     Objective,
 )
@@ -463,10 +461,6 @@ class KernelWeighted(Around):
             WIDTHS: torch.full((features,), math.sqrt(features)),
             COEFFICIENTS: torch.tensor([1.0, 0.5]),
         }
-
-    def loss(self, model: Model, batch: Batch, facts: Facts) -> Loss:
-        """Return what is minimised on a batch, and the outputs."""
-        return Objective.loss(self, model, batch, facts)
 
     def batch_loss(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
         """Return the weighed mean of the other one's losses, and the penalty."""

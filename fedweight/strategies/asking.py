@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ from ..core.records import RoundRecord
 from ..core.rng import Purpose, generator
 from ..core.texts import shown
 from ..messages import keys
-from ..messages import shared as told_alike
+from ..messages import shared as told_to_all
 from ..messages.arrays import FlatRecord, flatten, layout_of
 from ..messages.codecs import DENSE, num_bytes
 from ..messages.dispatch import Cohort
 from ..messages.grids import is_complete, name_of, number_of, sizes_of, sums_models
-from ..messages.shared import MASK, shared_record
+from ..messages.shared import Long, shared_record
 from ..server.phase import Population, label_totals
 from ..server.sampling import (
     Drawing,
@@ -38,9 +38,9 @@ from .checks import (
     as_draw,
     asked_names,
     assigned,
-    checked_vectors,
-    constrained_model,
-    told_columns,
+    mask_of,
+    masked_model,
+    told_apart,
 )
 from .exploring import explore
 from .now import Asked, GlobalModel, Now
@@ -48,6 +48,8 @@ from .round import Selection
 
 if TYPE_CHECKING:
     from .base import WeightingStrategy
+
+_NOTHING: Mapping[str, Long] = {}
 
 
 def train_messages(
@@ -72,20 +74,20 @@ def train_messages(
         if strategy.overrides("prepare") or strategy.class_totals:
             _prepare(strategy, now, grid, config)
         now.prepared = True
-    now.model = constrained_model(strategy, now.model, now.method)
+    now.model = masked_model(strategy, now.model, now.method)
     now.history.append(unfinished)
     config[keys.ROUND] = round
     if now.class_totals:
         config[keys.CLASS_TOTALS] = now.class_totals
-    for name, pooled in now.pooled.items():
-        config[name] = pooled
     chosen = _chosen(strategy, now, round, config, grid)
     clients = tuple(client for client, _, _ in chosen)
     selection = Selection(round, clients, now.method, now.population)
     which = _which_model(strategy, now, selection)
-    shared, columns = told_columns(strategy, selection)
-    for key, value in shared.items():
+    told_to = told_apart(strategy, selection, now.model)
+    for key, value in told_to.plain.items():
         config[key] = value
+    plain = [now.class_totals, *told_to.plain.values()]
+    shared = _shared(strategy, now, {**now.pooled, **told_to.long}, plain)
     wanted = now.unpooled(strategy.pools, round)
     asks = [(*own, *wanted) for own in asked_names(strategy, selection)]
     arrivals = {arrival.client: arrival for arrival in now.arrivals or ()}
@@ -95,11 +97,14 @@ def train_messages(
     now.asked = {}
     for k, (client, node, part) in enumerate(chosen):
         arrival = arrivals.get(client)
-        now.asked[node] = Asked(client, part is not None, asks[k], which[k], arrival)
         told: dict[str, Any] = {}
-        for name, column in columns.items():
+        for name, column in told_to.columns.items():
             if column[k] is not None:
                 told[name] = column[k]
+        size = told_to_all.num_bytes(told.values()) if told else 0
+        now.asked[node] = Asked(
+            client, part is not None, asks[k], which[k], arrival, size
+        )
         if part is not None:
             told[keys.LOCAL_EPOCHS] = part
         if arrival is not None and arrival.round != round:
@@ -131,7 +136,7 @@ def train_messages(
         {
             strategy.arrayrecord_key: _flat(arrays, now.model),
             strategy.configrecord_key: config,
-            **_shared(strategy, now),
+            **shared,
         }
     )
     now.cohort = Cohort(
@@ -174,24 +179,24 @@ def _prepare(
 
 
 def _shared(
-    strategy: WeightingStrategy, now: Now, only: Collection[str] | None = None
+    strategy: WeightingStrategy,
+    now: Now,
+    long: Mapping[str, Long],
+    plain: Iterable[Any],
 ) -> dict[str, ConfigRecord]:
-    """Return what all clients are told of every parameter, as a record of a message.
+    """Return what all clients are told that is long, as a record of a message.
 
-    ``only`` some of it, by name. What a client is sent in all, and sends back, is
-    noted.
+    What every client is sent in all, with what is ``plain``, and sends back, is noted.
     """
-    if now.model is None:  # Nobody has trained.
-        return {}
-    vectors = checked_vectors(strategy, now.method, now.model)
-    mask = vectors.get(MASK)
-    if only is not None:
-        vectors = {name: one for name, one in vectors.items() if name in only}
+    assert now.model is not None
+    mask = mask_of(strategy, now.method, now.model.parameters)
+    if mask is not None:
+        long = {**long, keys.MASK: mask}
     layout = now.model.layout
-    told = told_alike.num_bytes(vectors)
-    now.bytes_down = num_bytes(DENSE, layout, mask) + told
+    now.bytes_down = num_bytes(DENSE, layout, mask)
+    now.bytes_down += told_to_all.num_bytes([*long.values(), *plain])
     now.bytes_up = num_bytes(strategy.codec, layout, mask)
-    return {keys.SHARED: shared_record(vectors, layout)} if vectors else {}
+    return {keys.SHARED: shared_record(long, layout)} if long else {}
 
 
 def evaluate_messages(
@@ -236,7 +241,8 @@ def last_messages(
     if now.class_totals:
         config[keys.CLASS_TOTALS] = now.class_totals
     nodes = [*numbered(grid).items()]
-    return _evaluation(strategy, now, round, nodes, arrays, config)
+    told = now.pooled, [now.class_totals]
+    return _evaluation(strategy, now, round, nodes, arrays, config, *told)
 
 
 def _evaluation(
@@ -246,8 +252,13 @@ def _evaluation(
     nodes: Sequence[tuple[int, int]],
     arrays: ArrayRecord,
     config: ConfigRecord,
+    long: Mapping[str, Long] = _NOTHING,
+    plain: Iterable[Any] = (),
 ) -> Cohort:
-    """Write some clients that they are to evaluate, each its global model."""
+    """Write some clients that they are to evaluate, each its global model.
+
+    ``long`` and ``plain`` are what they are told besides.
+    """
     clients = tuple(client for client, _ in nodes)
     selection = Selection(round, clients, now.method, now.population)
     which = _which_model(strategy, now, selection)
@@ -255,14 +266,17 @@ def _evaluation(
         node: Asked(client, False, (), own)
         for (client, node), own in zip(nodes, which, strict=True)
     }
-    if strategy.overrides("constrain") and now.model is not None:
+    if now.model is None:  # All rounds are over, of which this process saw none.
+        layout = layout_of(arrays, strategy.buffers, strategy.frozen)
+        now.model = flatten(arrays, layout)
+    if strategy.overrides("mask"):
         model = flatten(arrays, now.model.layout)
-        arrays = _flat(arrays, constrained_model(strategy, model, now.method))
+        arrays = _flat(arrays, masked_model(strategy, model, now.method))
     content = RecordDict(
         {
             strategy.arrayrecord_key: arrays,
             strategy.configrecord_key: config,
-            **_shared(strategy, now, (MASK,)),
+            **_shared(strategy, now, long, plain),
         }
     )
     now.cohort = Cohort(

@@ -25,7 +25,7 @@ from ..clients.objectives.base import Around, Facts, NamedObjective, Objective
 from ..clients.objectives.plain import Plain
 from ..core.errors import ConfigurationError
 from ..core.options import checked_fields
-from ..messages.shared import MASK
+from ..messages import keys
 from ..server.phase import Population
 from .fedavg import FedAvg
 from .fedlex import explore, guidance_of
@@ -47,13 +47,18 @@ class Pruned(Around):
     inner: NamedObjective = field(default_factory=Plain)
 
     @property
-    def shared(self) -> frozenset[str]:  # type: ignore[override]
-        """What the server tells: the mask."""
-        return self.inner.shared | {MASK}
+    def hears(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the other one hears, and the mask."""
+        return (*self.inner.hears, keys.MASK)
+
+    def unheard(self, x: Tensor, facts: Facts) -> Mapping[str, Tensor]:
+        """Return a mask of 0 and 1 in turns."""
+        turns = torch.arange(len(facts.received)) % 2
+        return {**self.inner.unheard(x, facts), keys.MASK: turns.float()}
 
     def after_step(self, parameters: Tensor, facts: Facts) -> Tensor:
         """Return what the other one makes of the parameters, times the mask."""
-        return self.inner.after_step(parameters, facts) * facts.shared[MASK]
+        return self.inner.after_step(parameters, facts) * facts.told(keys.MASK)
 
 
 class AutoFLIP(FedAvg):
@@ -90,27 +95,23 @@ class AutoFLIP(FedAvg):
 
     def begin(self) -> dict[str, Any]:
         """Know no mask."""
-        return {MASK: None}
+        return {keys.MASK: None}
 
     def prepare(self, population: Population) -> dict[str, Any]:
         """Let clients explore; keep the mask."""
 
         def everything(size: int) -> dict[str, Tensor]:
-            return {MASK: torch.ones(size, dtype=torch.bool)}
+            return {keys.MASK: torch.ones(size, dtype=torch.bool)}
 
         explored = explore(population, self.explorers, self.explore_epochs, everything)
         mask = kept(guidance_of(explored), self.prune)
         log.info("AutoFLIP keeps %.4g of the parameters", mask.double().mean())
-        return {MASK: mask}
+        return {keys.MASK: mask}
 
-    def tell_parameters(self, state: Any) -> Mapping[str, Tensor]:
-        """Tell all clients the mask, once it is known."""
-        return {} if state[MASK] is None else state
-
-    def constrain(self, parameters: Tensor, state: Any) -> Tensor:
-        """Set to 0 what is pruned, whatever the server's optimiser has made of it."""
-        mask: Tensor | None = state[MASK]
-        return parameters if mask is None else parameters * mask
+    def mask(self, state: Any) -> Tensor | None:
+        """Return the mask, once it is known."""
+        mask: Tensor | None = state[keys.MASK]
+        return mask
 
 
 def kept(guidance: Tensor, prune: float) -> Tensor:

@@ -48,14 +48,14 @@ from . import asking, making
 from .checks import as_weights
 from .making import MetricsFn, has_state
 from .now import GlobalModel, Now
-from .round import Report, Round, Selection, Vector
+from .round import PerParameter, Report, Round, Selection, Vector
 from .server_optimizers import ServerOptimizer
 from .weights import cap
 
 log = logging.getLogger("fedweight")
 
 # A number or a text for all clients, one for each, or several numbers for all.
-Told = float | int | str | Sequence[float | int | None] | Tensor | Vector
+Told = float | int | str | Sequence[float | int | None] | Tensor | Vector | PerParameter
 
 
 @dataclass_transform(
@@ -347,33 +347,19 @@ class WeightingStrategy(Strategy):
         """
         return self.begin()
 
-    def tell_parameters(self, state: Any) -> Mapping[str, Tensor]:
-        """Return what all clients are told of every parameter; nothing by default.
+    def mask(self, state: Any) -> Tensor | None:
+        """Return which parameters there are, ``[P]``, bool; ``None``, by default: all.
 
-        They are sent it with the global model of each round, which ``bytes_down``
-        counts; what :meth:`objective` puts around theirs has it in ``facts.shared``.
+        The others are 0 in every global model, whatever the server's optimiser makes of
+        it, and do not travel, but for the mask: a bit each. Clients keep them at 0 by
+        what :meth:`objective` puts around theirs, which hears ``"mask"``.
 
         Parameters
         ----------
         state : Any
             What the method carries.
-
-        Returns
-        -------
-        Mapping[str, Tensor]
-            By name ``[P]``: floating numbers, or bool, which takes a bit an element.
-            ``"mask"`` says which parameters are 0 in every model from now on where it
-            is 0, and are not sent; :meth:`constrain` sees to it on the server.
         """
-        return {}
-
-    def constrain(self, parameters: Tensor, state: Any) -> Tensor:
-        """Return the global parameters as the method allows them to be, ``[P]``.
-
-        Asked for the first model, and for what the server's optimiser makes of each
-        round's; as they are by default.
-        """
-        return parameters
+        return None
 
     def assign(self, selection: Selection) -> Sequence[int] | None:
         """Return which global model each client starts from, and trains.
@@ -448,9 +434,12 @@ class WeightingStrategy(Strategy):
     def tell(self, selection: Selection) -> Mapping[str, Told]:
         """Return what the method tells the clients of a round; nothing by default.
 
-        By name a number for all, a number for each (``None``: that one is told
-        nothing), or a :class:`~fedweight.strategies.Vector` of numbers for all. What
-        the clients' objective :attr:`~fedweight.clients.Objective.hears` is told so.
+        By name a number or a text for all, one for each (``None``: that one is told
+        nothing); or for all a :class:`~fedweight.strategies.Vector` of numbers, or a
+        :class:`~fedweight.strategies.PerParameter`, a value of each parameter. What the
+        clients' objective :attr:`~fedweight.clients.Objective.hears` is told so.
+        ``bytes_down`` counts it: 8 bytes a number, a text as UTF-8, a value of each
+        parameter as the model has it.
         """
         return {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from ..core.layout import FlatModel
 from ..core.texts import clients_called, shown
 from ..messages import keys
 from ..messages.records import MOST_NUMBERS, as_measured, fits_config
+from ..messages.shared import Long
 from ..server.sampling import Draw
-from .round import Round, Selection, Vector
+from .round import PerParameter, Round, Selection, Vector
 
 if TYPE_CHECKING:
     from .base import WeightingStrategy
@@ -127,90 +128,108 @@ def as_weights(strategy: WeightingStrategy, weights: Any, round: Round) -> Tenso
     return tensor
 
 
-def told_columns(
-    strategy: WeightingStrategy, selection: Selection
-) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
-    """Return what ``tell`` gives: what all are told, and a column for other names."""
-    shared: dict[str, Any] = {}
-    columns: dict[str, Sequence[Any]] = {}
+class ToldApart(NamedTuple):
+    """What ``tell`` gives.
+
+    Attributes
+    ----------
+    plain : dict
+        By name a number or a text for all.
+    columns : dict
+        By name a value for each client.
+    long : dict
+        By name several numbers for all.
+    """
+
+    plain: dict[str, Any]
+    columns: dict[str, Sequence[Any]]
+    long: dict[str, Long]
+
+
+def told_apart(
+    strategy: WeightingStrategy, selection: Selection, model: FlatModel
+) -> ToldApart:
+    """Return what ``tell`` gives, by how it travels; refuse what fits no message."""
+    whose = f"{type(strategy).__name__}.tell"
+    told_to = ToldApart({}, {}, {})
     for name, told in _by_name(strategy, "tell", strategy.tell(selection)):
         if name in keys.OF_THE_SERVER:
             raise ConfigurationError(
-                f"{type(strategy).__name__}.tell gave '{name}', which the server tells "
-                "clients itself. Choose another name."
+                f"{whose} gave '{name}', which the server tells clients itself. Choose "
+                "another name."
             )
-        if isinstance(told, Vector):
-            shared[name] = _numbers(strategy, name, told)
+        if isinstance(told, Vector | PerParameter):
+            told_to.long[name] = checked_long(whose, name, told, model)
             continue
         told = _scalar(told)
         if not isinstance(told, Iterable) or isinstance(told, str | bytes):
             several = [told]
+            told_to.plain[name] = told
         else:
-            columns[name] = _column(strategy, "tell", name, told, selection)
-            several = [one for one in columns[name] if one is not None]
+            column = _column(strategy, "tell", name, told, selection)
+            several = [one for one in column if one is not None]
+            told_to.columns[name] = column
         for one in several:
             if not fits_config(one):
                 raise ConfigurationError(
-                    f"{type(strategy).__name__}.tell gave {shown(one)} for '{name}'. "
-                    "Give a number of at most 64 bits or a text, one for all or a list "
-                    "of one for each client."
+                    f"{whose} gave {shown(one)} for '{name}'. Give a number of at most "
+                    "64 bits or a text, one for all or a list of one for each client."
                 )
-        if name not in columns:
-            shared[name] = told
-    return shared, columns
+    return told_to
 
 
-def _numbers(strategy: WeightingStrategy, name: str, told: Vector) -> list[float]:
+def checked_long(
+    whose: str, name: str, told: Vector | PerParameter, model: FlatModel
+) -> Long:
     """Return several numbers for all clients as a record carries them."""
-    found = as_measured(told.values)
-    if not isinstance(found, list) or not found or not np.isfinite(found).all():
-        raise ConfigurationError(
-            f"{type(strategy).__name__}.tell gave {shown(told)} for '{name}'. Give a "
-            f"Vector of 1 to {MOST_NUMBERS:,} finite numbers."
-        )
-    return [float(value) for value in found]
-
-
-def checked_vectors(
-    strategy: WeightingStrategy, state: Any, model: FlatModel
-) -> dict[str, Tensor]:
-    """Return what ``tell_parameters`` gives: by name a value for each parameter."""
-    found = dict(_by_name(strategy, "tell_parameters", strategy.tell_parameters(state)))
-    for name, vector in found.items():
-        good = isinstance(vector, Tensor) and vector.shape == model.parameters.shape
-        if good and vector.dtype == torch.bool:
-            continue
-        if not good or not vector.is_floating_point():
+    if isinstance(told, Vector):
+        found = as_measured(told.values)
+        if not isinstance(found, list) or not found or not np.isfinite(found).all():
             raise ConfigurationError(
-                f"{type(strategy).__name__}.tell_parameters must give floating or bool "
-                f"tensors of shape [{model.parameters.numel()}], got {shown(vector)} "
-                f"for '{name}'."
+                f"{whose} gave {shown(told)} for '{name}'. Give a Vector of 1 to "
+                f"{MOST_NUMBERS:,} finite numbers."
             )
-        found[name] = vector.to(model.layout.dtype)
-    return found
+        return [float(value) for value in found]
+    values: Any = told.values
+    if isinstance(values, Tensor) and values.shape == model.parameters.shape:
+        if values.dtype == torch.bool:
+            return values
+        if values.is_floating_point():
+            return values.to(model.layout.dtype)
+    raise ConfigurationError(
+        f"{whose} gave {shown(values)} for '{name}'. Give a PerParameter of a floating "
+        f"or bool tensor of shape [{model.parameters.numel()}]."
+    )
 
 
-def constrained(strategy: WeightingStrategy, parameters: Tensor, state: Any) -> Tensor:
-    """Return what ``constrain`` makes of parameters, if it is as many."""
-    if not strategy.overrides("constrain"):
-        return parameters
-    given: Any = strategy.constrain(parameters, state)
-    if not isinstance(given, Tensor) or given.shape != parameters.shape:
+def mask_of(
+    strategy: WeightingStrategy, state: Any, parameters: Tensor
+) -> Tensor | None:
+    """Return what ``mask`` gives, if it says of each of the parameters yes or no."""
+    given: Any = strategy.mask(state)
+    if given is None:
+        return None
+    mask = given if isinstance(given, Tensor) else None
+    if mask is None or mask.shape != parameters.shape or mask.dtype != torch.bool:
         raise ConfigurationError(
-            f"{type(strategy).__name__}.constrain must return parameters, shape "
-            f"[{parameters.numel()}], got {shown(given)}."
+            f"{type(strategy).__name__}.mask must return a bool tensor of shape "
+            f"[{parameters.numel()}], or None, got {shown(given)}."
         )
-    return given
+    return mask
 
 
-def constrained_model(
+def masked(strategy: WeightingStrategy, parameters: Tensor, state: Any) -> Tensor:
+    """Return parameters, 0 where the method's mask says that there are none."""
+    mask = mask_of(strategy, state, parameters)
+    return parameters if mask is None else parameters * mask
+
+
+def masked_model(
     strategy: WeightingStrategy, model: FlatModel, state: Any
 ) -> FlatModel:
-    """Return a global model as the method allows it to be."""
-    if not strategy.overrides("constrain"):
-        return model
-    given = constrained(strategy, model.parameters, state)
-    same = torch.equal(given, model.parameters)
+    """Return a global model that is 0 where the method's mask says so."""
+    given = masked(strategy, model.parameters, state)
+    same = given is model.parameters or torch.equal(given, model.parameters)
     return model if same else model.with_parameters(given)
 
 

@@ -14,16 +14,17 @@ from ..core.errors import AggregationError
 from ..core.records import ClientRecord, RoundRecord
 from ..core.threads import one_thread
 from ..messages import keys
-from ..messages import shared as told_alike
+from ..messages import shared as told_to_all
 from ..messages.arrays import FlatRecord
 from ..messages.codecs import DENSE, num_bytes
 from ..messages.dispatch import Cohort
 from ..messages.grids import staged
-from ..messages.shared import MASK, shared_record
+from ..messages.shared import shared_record
+from .checks import checked_long
 from .making import round_of
 from .now import Asked, Now
 from .receiving import sort
-from .round import Round
+from .round import PerParameter, Round
 
 if TYPE_CHECKING:
     from .base import WeightingStrategy
@@ -38,7 +39,7 @@ def explore(
     nodes: Mapping[int, int],
     epochs: int,
     start: Tensor | None,
-    shared: Callable[[int], Mapping[str, Tensor]] | None,
+    told_to: Callable[[int], Mapping[str, Tensor]] | None,
     timeout: float | None,
 ) -> Round:
     """Let some clients train; see :meth:`fedweight.server.phase.Population.train`.
@@ -56,18 +57,22 @@ def explore(
     assert whole is not None
     model = whole if start is None else whole.with_parameters(start)
     size = model.layout.num_parameters
-    vectors = {} if shared is None else shared(size)
+    long = {
+        name: checked_long("population.train", name, PerParameter(values), model)
+        for name, values in (told_to(size) if told_to is not None else {}).items()
+    }
     told = ConfigRecord({**config, keys.ROUND: 0, keys.LOCAL_EPOCHS: epochs})
     content = RecordDict(
         {
             strategy.arrayrecord_key: FlatRecord(model),
             strategy.configrecord_key: told,
-            **({keys.SHARED: shared_record(vectors, model.layout)} if vectors else {}),
+            **({keys.SHARED: shared_record(long, model.layout)} if long else {}),
         }
     )
-    mask = vectors.get(MASK)
+    given = long.get(keys.MASK)
+    mask = given if isinstance(given, Tensor) else None
     now.bytes_down = num_bytes(DENSE, model.layout, mask)
-    now.bytes_down += told_alike.num_bytes(vectors)
+    now.bytes_down += told_to_all.num_bytes([*long.values(), now.class_totals])
     now.bytes_up = num_bytes(strategy.codec, model.layout, mask)
     now.asked = {node: Asked(client, False, ()) for client, node in nodes.items()}
     now.cohort = Cohort(

@@ -147,7 +147,7 @@ def minus_error(client: ClientRound) -> float:
     if own is None or told is None:
         scores = [0.0]
     else:
-        w, c = client.received, min(float(told), 0.999)  # type: ignore[arg-type]
+        w, c = client.received, min(float(told), 0.999)
         # Buffers stay the global model's: they were averaged by data size, and what
         # is left of a variance without another share of it may be negative.
         minus = w.with_parameters((w.parameters - c * own.parameters) / (1 - c))

@@ -23,8 +23,9 @@ from ..clients.objectives.plain import Plain
 from ..core.options import checked_fields
 from ..core.rng import Purpose, generator
 from ..server.phase import Population
+from .base import Told
 from .fedavg import FedAvg
-from .round import Round
+from .round import PerParameter, Round, Selection
 
 GUIDANCE = "guidance"
 
@@ -43,9 +44,14 @@ class Guided(Around):
     inner: NamedObjective = field(default_factory=Plain)
 
     @property
-    def shared(self) -> frozenset[str]:  # type: ignore[override]
-        """What the server tells: G."""
-        return self.inner.shared | {GUIDANCE}
+    def hears(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the other one hears, and G."""
+        return (*self.inner.hears, GUIDANCE)
+
+    def unheard(self, x: Tensor, facts: Facts) -> Mapping[str, Tensor]:
+        """Return a G of 0 and 1 in turns."""
+        turns = torch.arange(len(facts.received)) % 2
+        return {**self.inner.unheard(x, facts), GUIDANCE: turns.float()}
 
     def gradient(
         self,
@@ -55,7 +61,7 @@ class Guided(Around):
     ) -> Tensor:
         """Return the other one's gradient, times G."""
         gradient = self.inner.gradient(gradient_at, parameters, facts)
-        return gradient * facts.shared[GUIDANCE]
+        return gradient * facts.told(GUIDANCE)
 
 
 class FedLEx(FedAvg):
@@ -102,16 +108,17 @@ class FedLEx(FedAvg):
         explored = explore(population, self.explorers, self.explore_epochs, no_guidance)
         return {GUIDANCE: guidance_of(explored)}
 
-    def tell_parameters(self, state: Any) -> Mapping[str, Tensor]:
+    def tell(self, selection: Selection) -> Mapping[str, Told]:
         """Tell all clients G, once it is known."""
-        return {} if state[GUIDANCE] is None else state
+        guidance = selection.state[GUIDANCE]
+        return {} if guidance is None else {GUIDANCE: PerParameter(guidance)}
 
 
 def explore(
     population: Population,
     share: float,
     epochs: int,
-    shared: Callable[[int], Mapping[str, Tensor]],
+    told: Callable[[int], Mapping[str, Tensor]],
 ) -> Round:
     """Let clients explore the losses around a model that one of them has trained.
 
@@ -123,7 +130,7 @@ def explore(
         How many of them explore, rounded down, one at least.
     epochs : int
         How many passes over its data each explorer makes.
-    shared : Callable
+    told : Callable
         Returns what clients are told of each of P parameters meanwhile.
 
     Returns
@@ -134,13 +141,11 @@ def explore(
     stream = generator(population.seed, Purpose.PHASE)
     clients = population.clients
     first = clients[int(stream.integers(len(clients)))]
-    base = population.train([first], epochs=1, shared=shared)
+    base = population.train([first], epochs=1, told=told)
     start = base.model.parameters + base.updates.combine(torch.ones(1))
     some = stream.choice(len(clients), max(1, int(share * len(clients))), replace=False)
     explorers = [clients[place] for place in sorted(some.tolist())]
-    explored: Round = population.train(
-        explorers, epochs=epochs, start=start, shared=shared
-    )
+    explored: Round = population.train(explorers, epochs=epochs, start=start, told=told)
     return explored
 
 

@@ -84,7 +84,7 @@ def normaliser(client: ClientRound) -> float:
     steps = client.num_steps
     if not rule.adds_up:
         return float(steps)
-    pull = client.learning_rate * float(mu)  # type: ignore[arg-type]
+    pull = client.learning_rate * float(mu)
     rates: tuple[float, ...] = ()
     if settings.rate_schedule.over_steps:
         rates = tuple(settings.learning_rate_at(1.0, k, steps) for k in range(steps))

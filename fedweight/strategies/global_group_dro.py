@@ -22,8 +22,6 @@ from ..clients.objectives.base import (
     Batch,
     Fact,
     Facts,
-    Loss,
-    Model,
     NamedObjective,
     Objective,
 )
@@ -272,10 +270,6 @@ class GroupWeighted(Around):
         """Return the weights 1, 2, ..., so that groups differ."""
         weights = 1 + facts.group_counts.cumsum(0) / facts.group_counts.sum()
         return {**self.inner.unheard(x, facts), keys.GROUP_WEIGHTS: weights}
-
-    def loss(self, model: Model, batch: Batch, facts: Facts) -> Loss:
-        """Return the weighed mean on a batch, and the outputs."""
-        return Objective.loss(self, model, batch, facts)
 
     def batch_loss(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
         """Return the weighed mean of the other one's losses."""

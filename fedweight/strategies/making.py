@@ -31,7 +31,7 @@ from ..server.reported import (
     recorded_metrics,
     sort_metrics,
 )
-from .checks import as_parameters, check_values, check_weights, constrained
+from .checks import as_parameters, check_values, check_weights, masked
 from .now import Asked, GlobalModel, Now
 from .receiving import read, reason_of, sort
 from .round import OddReplies, Round
@@ -141,7 +141,7 @@ def _made(
         parameters, optimizers[which] = _stepped(
             strategy, now, parameters, round, optimizers.get(which)
         )
-        parameters = constrained(strategy, parameters, state)
+        parameters = masked(strategy, parameters, state)
         made[which] = (
             round,
             _with_buffers(strategy, parameters, round, some, models),

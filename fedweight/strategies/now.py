@@ -33,6 +33,8 @@ class Asked(NamedTuple):
         Which global model it trains, where the method keeps several.
     arrival : Arrival, optional
         What the schedule says of its update.
+    bytes_told : int
+        What it is told that others are not, or are told otherwise.
     """
 
     client: int
@@ -40,6 +42,7 @@ class Asked(NamedTuple):
     asks: tuple[str, ...]
     which: int = 0
     arrival: Arrival | None = None
+    bytes_told: int = 0
 
 
 class GlobalModel(NamedTuple):
@@ -99,7 +102,7 @@ class Now:
     cohort : Cohort, optional
         The messages of the phase that goes on.
     bytes_down, bytes_up : int
-        What a client is sent in the phase that goes on, and sends back.
+        What every client is sent in the phase that goes on, and sends back.
     clock : Clock, optional
         The loop's schedule.
     outermost : bool

@@ -102,7 +102,7 @@ def sort(
     for client, sent, reply in found:
         entry = now.entry(client, "ok")
         record.clients.append(entry)
-        entry.bytes_down = now.bytes_down if sent else 0
+        entry.bytes_down = now.bytes_down + sent.bytes_told if sent else 0
         try:
             check_sender(sent is not None or anybody, client in answered)
             answered.add(client)

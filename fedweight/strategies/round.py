@@ -86,6 +86,18 @@ class Vector(NamedTuple):
     values: Any
 
 
+class PerParameter(NamedTuple):
+    """A value of every trained parameter that a strategy tells, the same to all.
+
+    Attributes
+    ----------
+    values : Tensor
+        ``[P]``: floating, sent in the model's dtype; or bool, a bit each.
+    """
+
+    values: Tensor
+
+
 class Report(NamedTuple):
     """What one client reported: its number, metrics, and the side data asked for."""
 

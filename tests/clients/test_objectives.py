@@ -41,9 +41,11 @@ from fedweight.clients.objectives.sam import SAM
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
 from fedweight.clients.steps.task import Known, Task
+from fedweight.clients.task_objectives import for_task
 from fedweight.core.errors import ClientError, ConfigurationError
 from fedweight.core.module import FlatModule
 from fedweight.data import Examples
+from fedweight.metrics import task_named
 from fedweight.strategies.agnostic_fair import KernelWeighted
 from fedweight.strategies.global_group_dro import GroupWeighted
 
@@ -540,6 +542,63 @@ def test_one_around_another_leaves_all_else_to_it():
     around.inner = inner
     assert around.wants == inner.wants
     assert around.group == "site"
+
+
+class Twice(Around):
+    """Minimises twice what another one does, by its examples or by its batches."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+class TwiceExamples(Twice):
+    def example_losses(self, outputs, batch, facts):
+        return 2 * self.inner.example_losses(outputs, batch, facts)
+
+
+class TwiceBatches(Twice):
+    def batch_loss(self, outputs, batch, facts):
+        return 2 * self.inner.batch_loss(outputs, batch, facts)
+
+
+OF_LOGITS = Facts(torch.zeros(0), {"class-counts": COUNTS})
+
+
+def of_batch(goal, facts=OF_LOGITS):
+    batch = Batch(LOGITS, torch.tensor([1]), torch.ones(1))
+    return float(goal.loss(lambda x: x, batch, facts).value)
+
+
+@pytest.mark.parametrize("twice", [TwiceExamples, TwiceBatches])
+def test_what_one_around_another_makes_of_losses_counts(twice):
+    plain = of_batch(Plain())
+    assert of_batch(twice(Plain())) == pytest.approx(2 * plain)
+    assert of_batch(twice(twice(Plain()))) == pytest.approx(4 * plain)
+    assert of_batch(SAM(0.1, twice(Proximal(0.1, Focal(1.0))))) == pytest.approx(
+        2 * of_batch(Focal(1.0))
+    )
+    goal = SAM(0.1, twice(Focal(1.0)))
+    assert for_task(goal, task_named("classification")) is goal
+
+
+@pytest.mark.parametrize(
+    ("twice", "inner"),
+    [
+        (TwiceExamples, GroupDRO("site")),
+        (TwiceExamples, SAM(0.1, TwiceBatches(Plain()))),
+        (TwiceExamples, ClassBalanced()),
+        (TwiceBatches, ALDR()),
+    ],
+)
+def test_what_would_leave_out_another_ones_loss_is_refused(twice, inner):
+    said = f"{twice.__name__} changes .* of {{}}, which makes its loss in another way"
+    name = type(inner.inner if isinstance(inner, SAM) else inner).__name__
+    for goal in (twice(inner), Proximal(0.1, twice(inner))):
+        with pytest.raises(ConfigurationError, match=said.format(name)):
+            for_task(goal, task_named("classification"))
+    assert of_batch(TwiceBatches(ClassBalanced(counts="own"))) == pytest.approx(
+        2 * of_batch(ClassBalanced(counts="own"))
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (4, 4), (4, 1), (3,)])

@@ -154,23 +154,36 @@ def test_what_is_shared_is_found_by_the_tensors_names():
     server = Layout.of({"a": ((3,), "float32"), "b": ((6,), "float32")}, ())
     mask = torch.tensor([1, 0, 1, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
     weights = torch.arange(9.0, dtype=torch.float64)
-    told = {"mask": mask, "weights": weights}
-    assert shared.num_bytes(told) == 2 + 9 * 8
+    told = {"mask": mask, "weights": weights, "rates": [0.5, 2.0]}
+    assert shared.num_bytes(told.values()) == 2 + 9 * 8 + 2 * 8
     content = RecordDict({keys.SHARED: shared.shared_record(told, server)})
     sizes = {"b": 6, "a": 3, "more": 2}
-    whole = shared.shared_vectors(content, sizes, ["a", "b"])
+    whole = shared.shared_of(content, sizes, ["a", "b"])
     assert whole["mask"].tolist() == mask.tolist()
     assert torch.equal(whole["weights"], weights)
+    assert whole["rates"] == [0.5, 2.0]
+    assert torch.equal(shared.mask_of(content, sizes, ["a", "b"]), whole["mask"])
     # A client that trains only one of them, or has them in another order.
-    part = shared.shared_vectors(content, sizes, ["b"])
+    part = shared.shared_of(content, sizes, ["b"])
     assert part["weights"].tolist() == [3, 4, 5, 6, 7, 8]
-    turned = shared.shared_vectors(content, sizes, ["b", "a"])
+    turned = shared.shared_of(content, sizes, ["b", "a"])
     assert turned["weights"].tolist() == [3, 4, 5, 6, 7, 8, 0, 1, 2]
     with pytest.raises(ClientError, match="nothing of the model's 'more'"):
-        shared.shared_vectors(content, sizes, ["a", "more"])
+        shared.shared_of(content, sizes, ["a", "more"])
     with pytest.raises(ClientError, match="a bit, for each of the model's 4 param"):
-        shared.shared_vectors(content, {"a": 3, "b": 1}, ["a"])
-    assert shared.shared_vectors(RecordDict(), sizes, ["a"]) == {}
+        shared.shared_of(content, {"a": 3, "b": 1}, ["a"])
+    assert shared.shared_of(RecordDict(), sizes, ["a"]) == {}
+
+
+def test_lists_alone_name_no_tensors():
+    record = shared.shared_record({"rates": [0.5]}, LAYOUT)
+    assert dict(record) == {"rates": [0.5]}
+    content = RecordDict({keys.SHARED: record})
+    assert shared.shared_of(content, {}, ["a"]) == {"rates": [0.5]}
+    assert shared.mask_of(content, {}, ["a"]) is None
+    odd = RecordDict({keys.SHARED: ConfigRecord({"rates": "fast"})})
+    with pytest.raises(ClientError, match="tells 'fast' for 'rates', where only"):
+        shared.shared_of(odd, {}, [])
 
 
 CODEC_KINDS = [Dense(), BFloat16(), LowBits(2), LowBits(5), LowBits(16, "nearest")]

@@ -92,7 +92,8 @@ class FakeGrid(Grid):
             client = self.clients[self.client_of(message.metadata.dst_node_id)]
             told = message.content.config_records["config"]
             self.config_records.add(id(told))
-            client.told.append(told)
+            long = message.content.config_records.get(keys.SHARED, ConfigRecord())
+            client.told.append(ConfigRecord({**told, **long}))
             if not client.silent:
                 replies.append(answer(client, message))
                 if client.twice:

@@ -19,7 +19,7 @@ from fedweight.core.errors import AggregationError, ConfigurationError
 from fedweight.messages import _flower, keys
 from fedweight.server.admission import size_of
 from fedweight.server.known_errors import MOST
-from fedweight.strategies import WeightingStrategy
+from fedweight.strategies import PerParameter, Vector, WeightingStrategy
 from fedweight.strategies.checks import LARGEST_VALUE
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.fedce import FedCE
@@ -217,6 +217,31 @@ def test_bytes_are_those_of_the_models_down_also_to_evaluate(kit):
     run.strategy.aggregate_evaluate(1, run.grid.send_and_receive(evaluated))
     assert [c.bytes_down for c in record.clients] == [2 * size] * 4
     assert [c.bytes_up for c in record.clients] == [size, size, 0, 0]
+
+
+class Telling(FedAvg):
+    """Tells something of every kind."""
+
+    def tell(self, selection):
+        return {
+            "rate": 0.5,
+            "kind": "für",
+            "own": [1.0, None, 3, None],
+            "rates": Vector([1.0, 2.0, 3.0]),
+            "guide": PerParameter(torch.ones(2)),
+            "some": PerParameter(torch.tensor([True, False])),
+        }
+
+
+def test_bytes_are_those_of_what_is_told_too(kit):
+    run = federation(kit, Telling(class_totals=False), [[1.0, 2.0]] * 4)
+    record = run.round()
+    alike = 2 * 8 + 8 + len("für".encode()) + 3 * 8 + 2 * 8 + 1
+    assert [c.bytes_down for c in record.clients] == [alike + 8, alike] * 2
+    assert [c.bytes_up for c in record.clients] == [16] * 4
+    evaluated = run.strategy.configure_evaluate(1, run.arrays, run.config, run.grid)
+    run.strategy.aggregate_evaluate(1, run.grid.send_and_receive(evaluated))
+    assert [c.bytes_down for c in record.clients] == [alike + 24, alike + 16] * 2
 
 
 def test_clients_are_called_by_their_names(kit, caplog):

@@ -72,7 +72,7 @@ def test_the_mask_is_of_all_tensors_together():
 def test_what_clients_minimise():
     facts = Facts(torch.zeros(2), shared={"guidance": torch.tensor([0.5, 0.0])})
     one = Guided(Plain())
-    assert one.shared == {"guidance"}
+    assert one.hears == ("guidance",)
     found = one.gradient(lambda at: at + 1, torch.ones(2), facts)
     assert found.tolist() == [1.0, 0.0]
     facts = Facts(torch.zeros(2), shared={"mask": torch.tensor([1.0, 0.0])})
@@ -140,6 +140,10 @@ def test_one_client_trains_the_common_model_whatever_min_replies_is():
 def test_explorers_are_told_the_class_totals(strategy):
     result = run(strategy, objective__name="balanced-softmax", run__rounds=1)
     assert set(result.clients["status"]) == {"ok", "evaluated"}
+    # Which count: four explore, three train.
+    plain = run(strategy, run__rounds=1)
+    more = result.clients["bytes_down"].sum() - plain.clients["bytes_down"].sum()
+    assert more == (4 + 3) * 10 * 8
 
 
 def share_of_zeros(result: fedweight.Run) -> tuple[int, int]:

@@ -296,6 +296,11 @@ def test_an_objective_that_is_no_mean_of_losses_is_refused(inner):
         GroupWeighted("site", inner)
 
 
+def test_weights_are_not_weighed_again():
+    with pytest.raises(ConfigurationError, match="GroupWeighted makes a batch's loss"):
+        GroupWeighted("site", SAM(0.1, GroupWeighted("site")))
+
+
 def test_what_is_not_told_is_said():
     from fedweight.clients.coding import Coding
 

@@ -793,6 +793,13 @@ def test_sums_are_asked_for_until_some_have_answered(kit, answers, expected):
     assert name not in told[1]
     assert (keys.REQUEST in told[2]) == (expected is None)
     assert told[2].get(name) == expected
+    # Who trains a model of its own after the rounds hears them, too; who evaluates not.
+    last = run.strategy.configure_last(3, run.arrays, run.config, run.grid)
+    [*run.grid.send_and_receive(last)]
+    assert told[-1].get(name) == expected
+    usual = run.strategy.configure_evaluate(3, run.arrays, run.config, run.grid)
+    [*run.grid.send_and_receive(usual)]
+    assert name not in told[-1]
     again = build("fedavg", pools={name: 2})
     again.restore(unpack(*pack(strategy.state)))
     assert again.state["pooled"] == ({} if expected is None else {name: expected})

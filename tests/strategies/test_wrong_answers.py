@@ -13,12 +13,15 @@ from flwr.app import Message
 
 from fedweight.clients import Answer
 from fedweight.core.errors import ConfigurationError
+from fedweight.core.layout import FlatModel, Layout
 from fedweight.messages import _flower
 from fedweight.server import Population, Question
-from fedweight.strategies import Selection, WeightingStrategy
-from fedweight.strategies.checks import asked_names, assigned, told_columns
+from fedweight.strategies import PerParameter, Selection, Vector, WeightingStrategy
+from fedweight.strategies.checks import asked_names, assigned, masked, told_apart
 
 CHOSEN = Selection(1, (3, 5), None, 6)
+LAYOUT = Layout.of({"w": ((3,), "float32")}, buffers=())
+MODEL = FlatModel(LAYOUT, torch.tensor([1.0, -2.0, 3.0]), torch.empty(0))
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,9 @@ class Odd(WeightingStrategy):
 
     ask = assign = tell
 
+    def mask(self, state: Any) -> Any:
+        return self.gives
+
 
 TELLS: list[tuple[Any, str]] = [
     (None, "Odd.tell must return a dictionary by names, which are texts, got None."),
@@ -54,13 +60,19 @@ TELLS: list[tuple[Any, str]] = [
     ({"a": torch.ones(2, 3)}, "Odd.tell gave [1.0, 1.0, 1.0] for 'a'."),
     ({"server-round": 3}, "Odd.tell gave 'server-round', which the server tells"),
     ({"request": "loss"}, "Odd.tell gave 'request', which the server tells clients"),
+    ({"mask": PerParameter(torch.ones(3))}, "Odd.tell gave 'mask', which the server"),
+    ({"a": Vector([])}, "'a'. Give a Vector of 1 to 1,000,000 finite numbers."),
+    ({"a": Vector([1.0, float("nan")])}, "Give a Vector of 1 to 1,000,000 finite"),
+    ({"a": PerParameter(torch.ones(2))}, "a floating or bool tensor of shape [3]."),
+    ({"a": PerParameter(torch.ones(3).int())}, "Give a PerParameter of a floating"),
+    ({"a": PerParameter([1.0, 2.0, 3.0])}, "Odd.tell gave [1.0, 2.0, 3.0] for 'a'."),
 ]
 
 
 @pytest.mark.parametrize(("gives", "said"), TELLS)
 def test_what_cannot_be_told_is_refused(gives: Any, said: str) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(said)) as caught:
-        told_columns(Odd(gives=gives), CHOSEN)
+        told_apart(Odd(gives=gives), CHOSEN, MODEL)
     assert "\n" not in str(caught.value)
 
 
@@ -72,10 +84,32 @@ def test_numbers_of_every_library_can_be_told() -> None:
         "d": "exp",
         "e": (k for k in (1, 2)),
     }
-    shared, columns = told_columns(Odd(gives=gives), CHOSEN)
-    assert shared == {"a": 0.5, "d": "exp"}
+    plain, columns, long = told_apart(Odd(gives=gives), CHOSEN, MODEL)
+    assert plain == {"a": 0.5, "d": "exp"}
     assert columns == {"b": [3, None], "c": [1.0, 2.0], "e": [1, 2]}
     assert type(columns["b"][0]) is int
+    assert long == {}
+
+
+def test_what_is_long_is_told_apart() -> None:
+    gives = {
+        "a": Vector(np.float32([0.5, 1.0])),
+        "b": PerParameter(torch.ones(3, dtype=torch.float64)),
+        "c": PerParameter(torch.tensor([True, False, True])),
+    }
+    plain, columns, long = told_apart(Odd(gives=gives), CHOSEN, MODEL)
+    assert plain == columns == {}
+    assert long["a"] == [0.5, 1.0]
+    assert [long[name].dtype for name in "bc"] == [torch.float32, torch.bool]
+
+
+def test_what_is_no_mask_is_refused() -> None:
+    for gives in (torch.ones(3), torch.ones(2, dtype=torch.bool), [True] * 3):
+        with pytest.raises(ConfigurationError, match=r"Odd\.mask must return a bool"):
+            masked(Odd(gives=gives), MODEL.parameters, None)
+    assert masked(Odd(gives=None), MODEL.parameters, None) is MODEL.parameters
+    kept = masked(Odd(gives=MODEL.parameters > 0), MODEL.parameters, None)
+    assert kept.tolist() == [1.0, 0.0, 3.0]
 
 
 ASKS: list[tuple[Any, str]] = [

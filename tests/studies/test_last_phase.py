@@ -64,10 +64,12 @@ def test_all_clients_take_part_and_the_rounds_are_as_without(tmp_path: Path) -> 
         _ = plain.personal
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "autoflip"])
 def test_a_run_that_is_stopped_in_the_phase_goes_on_with_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    whole = ran(tmp_path / "whole").folder
+    chosen = {"strategy.name": strategy}
+    whole = ran(tmp_path / "whole", **chosen).folder
     before = runner.after_rounds
 
     def stop(*given: Any) -> Any:
@@ -76,7 +78,7 @@ def test_a_run_that_is_stopped_in_the_phase_goes_on_with_the_same_bits(
 
     monkeypatch.setattr(runner, "after_rounds", stop)
     with pytest.raises(Stopped):
-        ran(tmp_path / "run")
+        ran(tmp_path / "run", **chosen)
     assert not Run(tmp_path / "run").complete
     monkeypatch.setattr(runner, "after_rounds", before)
     assert resume(tmp_path / "run", report=False).complete

@@ -45,9 +45,6 @@ class Hears(Good):
 class Tasks(Good):
     tasks = ("clasification",)
 
-class Shared(Good):
-    shared = {"mask": 1}
-
 class Pools(Good):
     pools = ("sums",)
 
@@ -118,7 +115,6 @@ SAID = {
     "Hears": r"objective Hears: hears must be a tuple of names, got 'lambda'",
     "Tasks": r"objective Tasks: tasks has 'clasification', which there is not. Did you "
     "mean 'classification'",
-    "Shared": r"objective Shared: shared must be a frozenset of names",
     "Pools": r"objective Pools: pools must be rounds by the names of probes",
     "Unsaid": r"objective Unsaid: 'class-counts' is known only to one whose 'wants'",
     "Fails": r"objective Fails: wrong_goals.py, line \d+, 'return outputs @ "

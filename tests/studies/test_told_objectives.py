@@ -119,6 +119,53 @@ def test_the_worst_groups_loss_falls(tmp_path: Path) -> None:
     assert found[1.0] < found[0.0] - 0.01
 
 
+PERSONAL: dict[str, dict[str, Any]] = {
+    **METHODS,
+    "guidance": {"strategy.name": "fedlex", "strategy.explore-epochs": 1},
+}
+
+
+@pytest.mark.parametrize("method", PERSONAL)
+def test_personal_models_are_trained_for_the_client_itself(
+    tmp_path: Path, method: str
+) -> None:
+    """Alone, what a client trains does not depend on what the others' model is for."""
+    alone = {"personal.name": "ditto", "personal.weight": 0.0}
+    found, expected = (
+        run(
+            settings={**QUICK, **alone, **settings},
+            dataset=points(),
+            out=tmp_path / str(settings["strategy.name"]),
+            report=False,
+        )
+        for settings in (PERSONAL[method], {"strategy.name": "fedavg"})
+    )
+    other = expected.personal_models()
+    for client, model in found.personal_models().items():
+        for name, values in model.items():
+            np.testing.assert_array_equal(values, other[client][name])
+    assert not filecmp.cmp(
+        *(one.folder / "model.safetensors" for one in (found, expected)), False
+    )
+
+
+@pytest.mark.parametrize("method", [*PERSONAL, "pruned"])
+def test_all_clients_have_a_personal_model_in_the_end(
+    tmp_path: Path, method: str
+) -> None:
+    """When nothing is told any more."""
+    pruned = {"strategy.name": "autoflip"}
+    settings = {
+        **QUICK,
+        **PERSONAL.get(method, pruned),
+        "personal.name": "fine-tuned",
+        "personal.when": "end",
+    }
+    made = run(settings=settings, dataset=points(), out=tmp_path, report=False)
+    assert made.personal["status"].tolist() == ["evaluated"] * 4
+    assert made.personal["personal_loss"].notna().all()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

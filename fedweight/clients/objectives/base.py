@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -183,8 +183,7 @@ class Facts:
         What the client carries from step to step, and from round to round: as
         :meth:`Objective.begin` made it, or the last step left it.
     shared : Mapping[str, Tensor]
-        ``[P]`` each: what the server tells all clients, by the names in the objective's
-        ``shared``.
+        ``[P]`` each: what the objective hears of every parameter.
     """
 
     def __init__(
@@ -196,8 +195,8 @@ class Facts:
     ) -> None:
         self.received = received
         self.carry = carry
-        self.shared = shared
         self._known = known
+        self._shared = shared
 
     @property
     def class_counts(self) -> Tensor:
@@ -222,8 +221,11 @@ class Facts:
     def told(self, name: str) -> Tensor:
         """Return what the strategy told by a name that is in ``hears``, float.
 
-        0-d where it is a number, ``[n]`` where it is a list.
+        0-d where it is a number, ``[n]`` where it is several, ``[P]`` where it is a
+        value of each parameter.
         """
+        if name in self._shared:
+            return self._shared[name]
         if TOLD + name not in self._known:
             raise ConfigurationError(
                 f"objective: what is told as '{name}' is known only to one that hears "
@@ -256,8 +258,8 @@ class Objective:
         What it reads of ``facts`` and ``batch``: ``"class-counts"``,
         ``"class-totals"``, ``"groups"``, ``"round"``.
     hears : tuple of str
-        What it reads of what the strategy tells, a number or a list of them by each
-        name; a client that is not told fails.
+        What it reads of what the strategy tells, by each name a number, a list of
+        them, or a value of each parameter; a client that is not told fails.
     pools : Mapping[str, int]
         Of what it hears, what is added up over clients, by the name of the probe that
         measures it: a round from which on clients are asked, until some have answered.
@@ -270,15 +272,12 @@ class Objective:
         what it is at first.
     tasks : tuple of str
         Which tasks it is for, where it names some: another is refused.
-    shared : frozenset of str
-        What it reads of ``facts.shared``: names of what a strategy's ``share`` gives.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ()
     wants: ClassVar[frozenset[Fact]] = frozenset()
     hears: ClassVar[tuple[str, ...]] = ()
     pools: Mapping[str, int] = {}
-    shared: ClassVar[frozenset[str]] = frozenset()
     group: str = ""
     per_example: Mapping[str, float] = {}
 
@@ -293,7 +292,7 @@ class Objective:
         x : Tensor
             A few inputs, ``[n, ...]``.
         facts : Facts
-            What is known besides.
+            What is known besides; of the received model how many parameters it has.
         """
         return {}
 
@@ -412,6 +411,10 @@ NamedObjective = Annotated[Objective, ByName(OBJECTIVES)]
 class Around(Objective):
     """An objective that changes something of another one, and leaves all else to it.
 
+    One that changes the examples' losses, or the batch's loss, takes the other one's
+    from ``inner.example_losses`` or ``inner.batch_loss``; it is refused around one that
+    makes its loss in another way, which would be left out.
+
     Attributes
     ----------
     inner : Objective
@@ -434,11 +437,6 @@ class Around(Objective):
     def pools(self) -> Mapping[str, int]:  # type: ignore[override]
         """What of that is added up over clients."""
         return self.inner.pools
-
-    @property
-    def shared(self) -> frozenset[str]:  # type: ignore[override]
-        """What the other one reads of what the server tells all clients."""
-        return self.inner.shared
 
     @property
     def group(self) -> str:  # type: ignore[override]
@@ -469,11 +467,15 @@ class Around(Objective):
         return self.inner.example_losses(outputs, batch, facts)
 
     def batch_loss(self, outputs: Tensor, batch: Batch, facts: Facts) -> Tensor:
-        """Return the other one's loss."""
+        """Return the other one's loss, or the mean of the examples' own losses."""
+        if changes(self, "example_losses"):
+            return super().batch_loss(outputs, batch, facts)
         return self.inner.batch_loss(outputs, batch, facts)
 
     def loss(self, model: Model, batch: Batch, facts: Facts) -> Loss:
-        """Return the other one's loss."""
+        """Return the other one's loss, or its own of a batch."""
+        if changes(self, "example_losses") or changes(self, "batch_loss"):
+            return super().loss(model, batch, facts)
         return self.inner.loss(model, batch, facts)
 
     def penalty_gradient(self, parameters: Tensor, facts: Facts) -> Tensor | None:
@@ -498,13 +500,14 @@ class Around(Objective):
         return self.inner.trains(name)
 
 
-def unshared(objective: Objective) -> Objective:
-    """Return what is inside the objectives that read ``facts.shared``.
+def of_its_own(objective: Objective) -> Objective:
+    """Return what a client minimises for itself, whatever the strategy tells.
 
-    Personal models, which may have other parameters and are trained when nothing of
-    them is told, are trained with that.
+    It is what is inside the objectives that hear the strategy: these make a client
+    train for the others, such as for the group that the global model serves worst. What
+    is added up over clients is heard there, too.
     """
-    while objective.shared and isinstance(objective, Around):
+    while isinstance(objective, Around) and {*objective.hears} - {*objective.pools}:
         objective = objective.inner
     return objective
 
@@ -512,8 +515,12 @@ def unshared(objective: Objective) -> Objective:
 def tracks(objective: Objective) -> bool:
     """Tell whether an objective wants to know, carry or keep anything of a client."""
     keeps = bool(objective.per_example) or defines(objective, "begin")
-    wants = objective.wants or objective.hears or objective.shared
-    return keeps or bool(wants)
+    return keeps or bool(objective.wants or objective.hears)
+
+
+def changes(objective: Around, name: str) -> bool:
+    """Tell whether one that is around another has a method of its own."""
+    return getattr(type(objective), name) is not getattr(Around, name)
 
 
 def defines(objective: Objective, name: str) -> bool:
@@ -526,7 +533,6 @@ def defines(objective: Objective, name: str) -> bool:
     name : str
         A method, such as ``"gradient"``.
     """
-    own: Any = getattr(type(objective), name)
-    if isinstance(objective, Around) and own is getattr(Around, name):
+    if isinstance(objective, Around) and not changes(objective, name):
         return defines(objective.inner, name)
-    return own is not getattr(Objective, name)
+    return getattr(type(objective), name) is not getattr(Objective, name)

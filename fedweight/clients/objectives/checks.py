@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.errors import ClientError, ConfigurationError, closest
 from ...core.texts import shown
 from ...data.tasks import TASKS
-from .base import Around, Fact, Loss, Objective, defines
+from .base import Around, Fact, Loss, Objective, changes
 from .plain import Plain
 
 
@@ -31,12 +31,6 @@ def check_declared(objective: Objective) -> None:
             f"wants = frozenset({{'{known[0]}'}})."
         )
     _check_known(f"{name}: wants", wants, known, "which nobody tells")
-    shared: Any = objective.shared
-    if not _are_names(shared, Set):
-        raise ConfigurationError(
-            f"{name}: shared must be a frozenset of names, got {shown(shared)}. Write "
-            "shared = frozenset({'mask'})."
-        )
     for what in ("hears", "tasks"):
         given = getattr(objective, what)
         if not _are_names(given, tuple | list):
@@ -117,26 +111,6 @@ def check_loss(
         _check_kept(f"{name}: what it carries", found.carry, carry)
     if found.state:
         _check_kept(f"{name}: what it keeps of each example", found.state, state)
-
-
-def check_shared(
-    objective: Objective, shared: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return what an objective reads of what the server tells all clients alike.
-
-    Raises
-    ------
-    ClientError
-        If the server does not tell it.
-    """
-    missing = sorted(objective.shared - shared.keys())
-    if missing:
-        raise ClientError(
-            f"objective {type(objective).__name__} reads {missing[0]!r} of what the "
-            "server tells all clients, which it does not tell. Its strategy's share "
-            "gives it."
-        )
-    return {name: shared[name] for name in sorted(objective.shared)}
 
 
 def check_carry(
@@ -234,17 +208,50 @@ def check_mean(inner: Objective) -> None:
     ConfigurationError
         If it is no plain mean of its examples' losses.
     """
-    own = inner
-    while isinstance(own, Around):
-        own = own.inner
-    if isinstance(own, Plain):
+    for name in ("loss", "batch_loss"):
+        own = _whose(inner, name)
+        if own is not None:
+            raise ConfigurationError(
+                f"objective {type(own).__name__} makes a batch's loss in its own way, "
+                "so that its examples cannot be weighed besides. Choose one that "
+                "defines example_losses alone, such as 'plain' or 'focal'."
+            )
+
+
+def check_around(objective: Around) -> None:
+    """Refuse an objective around one whose loss it would leave out.
+
+    Raises
+    ------
+    ConfigurationError
+        If it changes examples' losses, and the other one's loss is no plain mean of
+        them; or if it changes a batch's, and the other one's is not made of outputs.
+    """
+    if changes(objective, "loss"):
         return
-    if defines(inner, "loss") or defines(inner, "batch_loss"):
+    if changes(objective, "batch_loss"):
+        name, own = "batch_loss", _whose(objective.inner, "loss")
+    elif changes(objective, "example_losses"):
+        name = "example_losses"
+        own = _whose(objective.inner, "loss") or _whose(objective.inner, "batch_loss")
+    else:
+        return
+    if own is not None:
+        outer = type(objective).__name__
         raise ConfigurationError(
-            f"objective {type(own).__name__} makes a batch's loss in its own way, so "
-            "that its examples cannot be weighed besides. Choose one that defines "
-            "example_losses alone, such as 'plain' or 'focal'."
+            f"objective {outer} changes {name} of {type(own).__name__}, which makes "
+            "its loss in another way: that would be left out. Choose another objective "
+            f"inside, or define loss in {outer}."
         )
+
+
+def _whose(inner: Objective, name: str) -> Objective | None:
+    """Return which objective has a method of its own, if that is not the usual one."""
+    while isinstance(inner, Around) and not changes(inner, name):
+        inner = inner.inner
+    own = getattr(type(inner), name)
+    usual = own in (getattr(Objective, name), getattr(Plain, name))
+    return None if usual else inner
 
 
 def _check_kept(

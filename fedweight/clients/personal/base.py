@@ -71,8 +71,9 @@ class Personal:
         Parameters
         ----------
         local : Objective
-            What local training minimises. With ``facts.received`` an objective sees
-            the global model that the client received in this round.
+            What local training minimises, but for what hears the strategy: that makes a
+            client train for others. With ``facts.received`` an objective sees the
+            global model that the client received in this round.
         """
         return local
 

@@ -22,8 +22,9 @@ from .base import Personal
 class Ditto(Personal):
     """Personal models that minimise ``F_k(v) + (weight / 2) ||v - w||^2``.
 
-    ``F_k`` is what local training minimises, ``w`` the global model that the client
-    received. A step is ``v - rate * (grad F_k(v) + weight * (v - w))``.
+    ``F_k`` is what local training minimises, without what hears the strategy: that is
+    part of how the global model is made, ``G`` in the paper. ``w`` is the global model
+    that the client received. A step is ``v - rate * (grad F_k(v) + weight * (v - w))``.
 
     Parameters
     ----------
