@@ -82,7 +82,6 @@ def test_a_tracker_is_told_what_the_tables_hold(tmp_path: Path) -> None:
     assert not any(k.startswith("clients/") for k in few.told[3][1])
 
 
-<<<<<<< HEAD
 def people() -> DataSet:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 3))
@@ -116,7 +115,8 @@ def test_groups_are_told_where_asked(tmp_path: Path) -> None:
     told = [{k for k in one if "/sex/" in k} for one in (few, all_)]
     assert told[0] == {k for k in told[1] if k.startswith("groups/")}
     assert len(told[0]) < len(told[1])
-=======
+
+
 class Greedy(Tracker):
     """One that keeps what it is told for itself, and does not make its base."""
 
@@ -137,7 +137,6 @@ def test_a_tracker_takes_nothing_from_the_next(tmp_path: Path) -> None:
     assert greedy.rounds == 3
     assert kept.told[0][1]["run.rounds"] == 2
     assert kept.told[3][1]["test_accuracy"] > 0
->>>>>>> 98cb698 (Keep trackers from each other's values, and name models that cannot be read)
 
 
 def test_trackers_change_no_bit_of_a_run(tmp_path: Path) -> None:
