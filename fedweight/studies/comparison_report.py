@@ -97,13 +97,18 @@ def _tables(found: Comparison) -> Iterable[Part]:
                     "strategy": own["strategy"].to_numpy(),
                     "runs": own["n"].to_numpy(),
                     "mean": own["mean"].to_numpy(),
-                    "from": own["low"].to_numpy(),
+                    "95% from": own["low"].to_numpy(),
                     "to": own["high"].to_numpy(),
-                    f"minus {first}": own["difference"].to_numpy(),
-                    "from ": own["difference_low"].to_numpy(),
-                    "to ": own["difference_high"].to_numpy(),
+                    # A mean of differences that are 0 in sum is some 1e-17.
+                    f"minus {first}": own["difference"].to_numpy().round(6),
+                    "95% from ": own["difference_low"].to_numpy().round(6),
+                    "to ": own["difference_high"].to_numpy().round(6),
                     "p": own["p"].to_numpy(),
                     "Holm p": own["p_holm"].to_numpy(),
+                    "Wilcoxon p": own["wilcoxon_p"]
+                    .map("{:.4g}".format, na_action="ignore")
+                    .mask(own["wilcoxon_verdict"] == "cannot reach", "cannot reach")
+                    .to_numpy(),
                     "verdict": own["verdict"].to_numpy(),
                 }
             )

@@ -145,6 +145,19 @@ def test_of_a_gap_less_is_better(found: Comparison) -> None:
     assert "Accuracy against the gap in accuracy" not in titles
 
 
+def test_numbers_of_the_tables_are_those_that_a_terminal_shows(
+    found: Comparison,
+) -> None:
+    summary = found.summary
+    assert summary["wilcoxon_verdict"].eq("cannot reach").any()
+    text = render(found)
+    for said in ("95% from", "Wilcoxon p", "<td>cannot reach</td>"):
+        assert said in text
+    noise = summary["difference"].where(summary["difference"].isna(), 3.7e-17)
+    vars(found)["summary"] = summary.assign(difference=noise)
+    assert "e-17" not in render(found)
+
+
 def test_winners_are_marked_only_where_the_test_says_so(found: Comparison) -> None:
     text = render(found)
     verdicts = found.summary["verdict"].tolist()
