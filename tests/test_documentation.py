@@ -570,6 +570,15 @@ def test_a_command_means_something(
         Configuration.read(given.file, settings)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tables_of_the_pages_are_those_of_a_simulation_file(page: Path) -> None:
+    for block in code_blocks(page.relative_to(ROOT).as_posix(), "toml"):
+        written = tomllib.loads(block)
+        # One says what 'fedweight compare' runs, the other belongs to Flower.
+        ours = {k: v for k, v in written.items() if k not in ("compare", "superlink")}
+        Configuration.of(ours)
+
+
 # Examples.
 
 
