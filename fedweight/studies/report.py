@@ -186,6 +186,10 @@ def key_numbers(run: RunFolder, summary: Mapping[str, Any]) -> list[dict[str, st
         _percent(summary["client_accuracy_worst10"]),
         f"best {'client' if few else '10 %'}: {highest}" if highest else "",
     )
+    own = run.measured("evaluate_personal_accuracy")
+    if len(own):
+        after = _after(run, "evaluate_personal_accuracy")
+        add("Personal models", _percent(own.iloc[-1]), f"mean accuracy, {after}")
     effective = summary["effective_clients"]
     add(
         "Effective clients",
@@ -261,7 +265,10 @@ def _sections(run: RunFolder) -> Iterable[Part]:
             figure(partial(groups.over_rounds, run, *what))
             for what in groups.shown(run)[:_MOST_PANELS]
         ),
-        *(table(caption, frame) for caption, frame in groups.last(run)),
+        *(
+            table(caption, frame.rename(columns=_in_words))
+            for caption, frame in groups.last(run)
+        ),
         text="How far apart the groups are says nothing of why they are.",
         narrow=True,
     )
@@ -282,6 +289,10 @@ def _sections(run: RunFolder) -> Iterable[Part]:
         settings(run.config),
         settings(run.environment, "Environment"),
     )
+
+
+def _in_words(column: str) -> str:
+    return groups.RATES.get(column, column).lower()
 
 
 def _recorded(run: RunFolder) -> Part:

@@ -400,3 +400,20 @@ def test_personal_models_of_after_the_rounds_are_drawn(make_run: MakeRun) -> Non
     assert [row["own"] for row in rows(chart, "own", "client")] == [0.6, 0.25]
     heads, *_ = report.render(run).split('class="rows">')
     assert '<button type="button">personal accuracy</button>' in heads
+    run.rounds["evaluate_personal_accuracy"] = [*[np.nan] * 3, 0.425]
+    assert "evaluate_personal_accuracy" not in plots.own_numbers(run)
+    (tile,) = (
+        tile
+        for tile in report.key_numbers(run, run.summary())
+        if tile["label"] == "Personal models"
+    )
+    assert tile["value"] == "42.5 %"
+    assert tile["remark"] == "mean accuracy, after the last round"
+
+
+def test_a_name_at_the_right_edge_stands_left_of_its_dot(make_run: MakeRun) -> None:
+    run = Run(make_run())
+    run.clients.loc[run.clients["client"] == 3, "weight"] = 0.1
+    mark = plots.against_data(run).to_dict()["layer"][-1]["mark"]
+    assert mark["align"]["expr"].startswith("datum.share < ")
+    assert mark["align"]["expr"].endswith("? 'left' : 'right'")

@@ -342,7 +342,8 @@ def _readable(name: str) -> str:
 def own_columns(frame: pd.DataFrame, known: Sequence[str]) -> list[str]:
     """Return the numbers of a table that only the method or its clients know of."""
     numbers = frame.select_dtypes("number")
-    return [str(n) for n in numbers if n not in known and n not in PERSONAL]
+    apart = {*known, *PERSONAL, *(f"evaluate_{name}" for name in PERSONAL)}
+    return [str(name) for name in numbers if name not in apart]
 
 
 def own_numbers(run: RunFolder) -> Mapping[str, pd.DataFrame]:

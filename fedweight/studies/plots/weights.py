@@ -305,7 +305,15 @@ def against_data(run: RunFolder, round: int | None = None) -> alt.LayerChart:
             style.number("share", "share of data"),
         ],
     )
-    texts = base.mark_text(align="left", dx=7, fontSize=11, color=INK, clip=True)
+    # Right of its dot, or left of it where it would leave the figure.
+    right = f"datum.share < {0.6 * top}"
+    texts = base.mark_text(
+        align=alt.expr(f"{right} ? 'left' : 'right'"),
+        dx=alt.expr(f"{right} ? 7 : -7"),
+        fontSize=11,
+        color=INK,
+        clip=True,
+    )
     ends: list[style.Row] = [{"share": 0, "weight": 0}, {"share": top, "weight": top}]
     diagonal = alt.Chart(style.data_of(ends)).mark_line(
         color=MUTED, strokeWidth=1, strokeDash=[5, 3], clip=True
