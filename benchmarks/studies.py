@@ -22,7 +22,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -95,21 +95,23 @@ def read(found: Comparison) -> list[Row]:
         kept = ("strategy", "data", "seed", "candidate", "chosen", "failed_rounds")
         row = {name: cell[name] for name in kept}
         row["validation"] = cell["validation_accuracy"]
-        rows.append(row | reached(run))
+        # What no table holds against the first needs no gaps at the clients.
+        parts = ("test", "held-out") if cell["chosen"] else ("test",)
+        rows.append(row | reached(run, parts))
         if cell["chosen"] and run.config["personal"]["name"] != "none":
             own = {"strategy": cell["strategy"] + PERSONAL, "candidate": ""}
             rows.append(row | own | personal(run))
     return rows
 
 
-def reached(run: Run) -> Row:
+def reached(run: Run, parts: Sequence[Literal["test", "held-out"]]) -> Row:
     """Return a run's accuracies, and the gaps between groups if it measured any."""
     summary = run.summary()
     row: Row = {"test accuracy": summary["test_accuracy"]}
     row |= {f"{one} accuracy": summary[f"client_accuracy_{one}"] for one in OF_CLIENTS}
     if (run.folder / "groups.csv").is_file():
         for attribute in run.config["groups"]["attributes"]:
-            for part in ("test", "held-out"):
+            for part in parts:
                 gaps = run.gaps(attribute, part=part, resamples=0)["value"]
                 row |= {
                     f"{part} {attribute} {gap}": gaps[f"{gap}_difference"]
@@ -199,7 +201,8 @@ def tables(rows: list[Row], first: str, columns: Sequence[str] = ()) -> Iterable
             head = f"### {data}\n\n" if number == 0 else ""
             yield head + table(chosen, several, first)
         if any(row["candidate"] for row in own):
-            shown = columns or ["test accuracy", *of_groups]
+            tested = [name for name in of_groups if name.startswith("test ")]
+            shown = columns or ["test accuracy", *tested]
             yield "Candidates of the sweep:\n\n" + candidates(own, shown)
 
 
