@@ -15,6 +15,9 @@ from .updates import Updates
 # Names of two tensors, B and A, of which the product B A counts.
 Factors = tuple[str, str]
 
+# Singular values of up to so many roundings of the largest are nothing but rounding.
+ROUNDINGS = 64
+
 
 def put_products(
     parameters: Tensor,
@@ -44,6 +47,7 @@ def put_products(
     """
     entries: Mapping[str, Entry] = {e.name: e for e in model.layout.parameters}
     numbers = {name: number for number, name in enumerate(entries)}
+    noise = ROUNDINGS * torch.finfo(model.parameters.dtype).eps
     with one_thread():  # The last bits of a factorisation depend on it.
         for pair in factors:
             if not all(name in entries for name in pair):
@@ -66,12 +70,14 @@ def put_products(
             left = torch.cat([rest, *(shares[:, None, None] * b)], 1)
             right = torch.cat([before[1], *a])
             for place, factor in zip(
-                places, refactored(left, right, before[1]), strict=True
+                places, refactored(left, right, before[1], noise), strict=True
             ):
                 parameters[place] = factor.reshape(-1).to(parameters)
 
 
-def refactored(left: Tensor, right: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def refactored(
+    left: Tensor, right: Tensor, like: Tensor, noise: float = 1e-12
+) -> tuple[Tensor, Tensor]:
     """Return B, ``[out, r]``, and A, ``[r, in]``, of which the product is nearest.
 
     Parameters
@@ -81,7 +87,11 @@ def refactored(left: Tensor, right: Tensor, like: Tensor) -> tuple[Tensor, Tenso
     like : Tensor
         ``[r, in]``: the A of before. The rows of the new one are orthogonal, and as
         long as these are in the mean (root mean square), whatever the product is: where
-        B has a column of 0, as at first, it can still be learned.
+        B has a column of 0, as at first, it can still be learned. Of rows for which the
+        product has no direction those of before are taken, made orthogonal.
+    noise : float
+        Singular values of the product up to this share of the largest are 0: their
+        directions are those of rounding, and would be others after another one.
 
     Examples
     --------
@@ -99,8 +109,13 @@ def refactored(left: Tensor, right: Tensor, like: Tensor) -> tuple[Tensor, Tenso
     else:
         u, sizes, v = torch.linalg.svd(left @ right, full_matrices=False)
     length = float(like.norm()) / math.sqrt(rank) or 1.0
-    kept = min(rank, len(sizes))
+    kept = min(rank, int((sizes > noise * sizes[:1]).sum()))
+    u, sizes, v = u[:, :kept], sizes[:kept], v[:kept]
+    # A direction and its opposite are one; which it is must not be by chance either.
+    signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
     b, a = left.new_zeros(len(left), rank), like.clone()
-    b[:, :kept] = u[:, :kept] * (sizes[:kept] / length)
-    a[:kept] = v[:kept] * length
+    b[:, :kept] = u * (sizes / length) * signs.T
+    rows = torch.cat([v * signs, like[kept:]])[: like.shape[1]]
+    basis, upper = torch.linalg.qr(rows.T)
+    a[: len(rows)] = (basis * torch.where(upper.diag() < 0, -length, length)).T
     return b, a

@@ -76,3 +76,34 @@ def test_rows_keep_their_length_and_can_be_learned_from_where_b_is_0():
     length = float(like.norm()) / np.sqrt(3)
     np.testing.assert_allclose(a.norm(dim=1), length)
     np.testing.assert_allclose(a @ a.T, length**2 * np.eye(3), atol=1e-12)
+
+
+@given(
+    lost=st.integers(0, 3),
+    rank=st.integers(1, 4),
+    seed=st.integers(0, 100),
+)
+def test_rounding_moves_no_factor(lost, rank, seed):
+    # The product has fewer directions than the adapter, as behind a softmax of two.
+    rng = np.random.default_rng(seed)
+    few = max(rank - lost, 0)
+    left, right = rng.normal(size=(6, few)), rng.normal(size=(few, 5))
+    like = torch.from_numpy(rng.normal(size=(rank, 5)))
+    found = [
+        refactored(
+            torch.from_numpy(np.hstack([left, noise * rng.normal(size=(6, rank))])),
+            torch.cat([torch.from_numpy(right), like]),
+            like,
+            1e-6 if few else 1.0,
+        )
+        for noise in (0.0, 1e-10)
+    ]
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+
+
+def test_rows_without_a_direction_are_those_of_before():
+    eye = torch.eye(3, dtype=torch.float64)
+    b, a = refactored(2 * eye[:, :1], eye[:1], eye)
+    assert torch.equal(a, eye)
+    np.testing.assert_allclose(b, 2 * eye * eye[0], atol=1e-15)

@@ -85,3 +85,13 @@ def test_what_does_not_go_with_it_is_refused():
         run("product", strategy__name="fedlaw")
     with pytest.raises(ConfigurationError, match="have other factors"):
         run("product", schedule__name="buffered", schedule__buffer_size=2)
+
+
+def test_clients_at_once_end_where_each_alone_does():
+    more = {"run__rounds": 3, "model__rank": 16, "strategy__fraction_train": 0.4}
+    loop = run("product", engine__plan="loop", **more)
+    batched = run("product", engine__plan="batched-2", **more)
+    mine = load_file(loop.folder / "model.safetensors")
+    other = load_file(batched.folder / "model.safetensors")
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-3)
