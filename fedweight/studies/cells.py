@@ -31,6 +31,7 @@ from ..core.threads import limit_cores
 from ..data import DATA_SETS, DataSet, load
 from .configuration import Configuration
 from .folder import CHECKPOINT, LOCK
+from .reader import table_of
 from .result import Run
 from .runner import resume, run_configured
 
@@ -112,14 +113,18 @@ def what_is_there(folder: Path, wanted: Mapping[str, Any]) -> tuple[How, Any, st
         there = tomllib.loads((folder / "config.toml").read_text("utf-8"))
     except (OSError, ValueError):
         return "anew", None, ""
-    plan = there.get("engine", {}).get("plan")
+    plan = table_of(there, "engine").get("plan")
     if wanted["engine"]["plan"] == "auto" and plan is not None:
         there["engine"]["plan"] = "auto"
     for table in {**wanted, **there}:
-        mine, other = wanted.get(table, {}), there.get(table, {})
+        mine, other = table_of(wanted, table), table_of(there, table)
         for key in {**mine, **other}:
-            if mine.get(key) != other.get(key):
-                values = (plain(other.get(key)), plain(mine.get(key)))
+            if key not in other:
+                return "done", plan, f"it has no {table}.{key}"
+            if key not in mine:
+                return "done", plan, f"it has {table}.{key}, which this one has not"
+            if mine[key] != other[key]:
+                values = (plain(other[key]), plain(mine[key]))
                 return (
                     "done",
                     plan,

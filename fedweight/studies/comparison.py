@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import DataError, check_choice
 from ..core.extras import Imported
 from ..core.paths import clean_path
-from ..core.texts import listed, plain
+from ..core.texts import listed, plain, shown
 from .ranks import ROPE, Ranking
+from .reader import table_of
 from .result import Run
 from .statistics import LEVEL, pairs_needed
 from .summarizing import (
+    CELL_COLUMNS,
     CELLS,
+    JUDGES,
     METRICS,
     SUMMARY,
+    SUMMARY_COLUMNS,
     Row,
     ranking_of,
     signed_ranks_of,
@@ -36,6 +40,11 @@ else:
     pd = Imported("pandas", "studies", "a run's folder")
 
 PLAN = "comparison.toml"
+
+_ANEW = (
+    "It is spoilt, or of another version; the same 'fedweight compare' as before "
+    "writes it anew."
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,17 @@ class Comparison:
     def _plan(self) -> Mapping[str, Any]:
         path = self.folder / PLAN
         try:
-            content: Mapping[str, Any] = tomllib.loads(path.read_text("utf-8"))
-            return content["comparison"]  # type: ignore[no-any-return]
-        except (ValueError, KeyError) as error:
+            content = tomllib.loads(path.read_text("utf-8"))
+        except ValueError as error:
             raise DataError(f"{path} is no comparison's: {plain(error)}.") from error
+        table = table_of(content, "comparison")
+        for key, kind in (("strategies", str), ("data-sets", str), ("seeds", int)):
+            several = table.get(key)
+            if not isinstance(several, list) or not several:
+                raise DataError(f"{path} has no list '{key}'. {_ANEW}")
+            if not all(type(one) is kind for one in several):
+                raise DataError(f"{path}: {key} are {shown(several)}. {_ANEW}")
+        return table
 
     @property
     def strategies(self) -> list[str]:
@@ -96,7 +112,9 @@ class Comparison:
         Of a sweep all candidates; ``chosen`` is 1 for those that are compared.
         """
         text = ["strategy", "data", "candidate", "folder", "status", "reason"]
-        return self._frame(CELLS, text)
+        measured = {*METRICS, *JUDGES}
+        columns = [column for column in CELL_COLUMNS if column not in measured]
+        return self._frame(CELLS, columns, text)
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -113,7 +131,8 @@ class Comparison:
         failed. NaN is what is not known.
         """
         text = ["metric", "data", "strategy", "against", "wilcoxon_verdict", "verdict"]
-        return self._frame(SUMMARY, [*text, "sentence", "chosen", "note"])
+        text += ["sentence", "chosen", "note"]
+        return self._frame(SUMMARY, SUMMARY_COLUMNS, text)
 
     def ranking(self, metric: str = "test_accuracy") -> Ranking:
         """Rank the strategies over several data sets, each by its mean over the seeds.
@@ -208,10 +227,15 @@ class Comparison:
             frames.append(frame.assign(**named)[[*named, *frame.columns]])
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
-    def _frame(self, name: str, text: Sequence[str]) -> pd.DataFrame:
+    def _frame(
+        self, name: str, columns: Sequence[str], text: Sequence[str]
+    ) -> pd.DataFrame:
         path = self.folder / name
         try:
             frame = pd.read_csv(path, dtype="str", keep_default_na=False)
+            for column in columns:
+                if column not in frame:
+                    raise DataError(f"{path} has no column '{column}'. {_ANEW}")
             numbers = [column for column in frame if column not in text]
             return frame.assign(**{str(c): _numbers(frame[c]) for c in numbers})
         except ValueError as error:

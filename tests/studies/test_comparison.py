@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,13 @@ from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.core.threads import num_cores
 from fedweight.data import load
 from fedweight.strategies import FedAvg, FedDisco
-from fedweight.studies.cells import Cell, Ended, run_side_by_side, visible_cards
+from fedweight.studies.cells import (
+    Cell,
+    Ended,
+    run_side_by_side,
+    visible_cards,
+    what_is_there,
+)
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.methods import methods_of, parts, seeds_of
 from fedweight.studies.ranks import signed_ranks
@@ -406,6 +413,48 @@ def test_a_folder_that_is_no_comparisons_is_named(here: Path) -> None:
         compare(strategies="fedavg", out="file")
     with pytest.raises(DataError, match=r"nothing/comparison.toml is missing"):
         Comparison(Path("nothing"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("comparison.toml", lambda t: t.replace("data-sets", "data"), "list 'data-s"),
+        ("comparison.toml", lambda t: "comparison = 3", "no list 'strategies'"),
+        ("comparison.toml", lambda t: t.replace('["', '[1, "'), "strategies are [1"),
+        ("comparison.toml", lambda t: "[", "is no comparison's"),
+        ("cells.csv", lambda t: t.replace("candidate", "x"), "no column 'candidate'"),
+        ("cells.csv", lambda t: "", "cells.csv cannot be read"),
+        ("summary.csv", lambda t: t.replace("p_holm", "x", 1), "no column 'p_holm'"),
+    ],
+)
+def test_a_comparison_of_another_version_is_one_line(
+    made: Comparison, tmp_path: Path, name: str, change: Any, said: str
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(made.folder, folder)
+    (folder / name).write_text(change((folder / name).read_text()))
+    with pytest.raises(DataError) as caught:
+        Comparison(folder).report()
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.replace("rounds = ", "round = "), "it has no run.rounds"),
+        (lambda t: f"{t}\n[more]\nx = 1\n", "it has more.x, which this one has not"),
+        (lambda t: t.replace("[engine]", "engine = 3\n[other]"), "it has no engine."),
+    ],
+)
+def test_a_run_of_another_version_is_not_gone_on_with(
+    made: Comparison, change: Any, said: str
+) -> None:
+    text = (made.run("fedavg", 0).folder / "config.toml").read_text()
+    folder = made.folder.parent / "one"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.toml").write_text(change(text))
+    _, _, differs = what_is_there(folder, tomllib.loads(text))
+    assert said in differs
 
 
 def test_names_and_seeds_as_they_are_written() -> None:
