@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import ConfigurationError, EngineError, FedweightError
+from ..core.texts import plain
 from .app_folder import (
     NUM_SUPERNODES,
     AppFolder,
@@ -49,8 +50,8 @@ class FolderRun:
 
     def __post_init__(self) -> None:
         """Gather what clients failed of."""
-        told = [one for replies in self.ours.metrics.values() for one in replies]
-        self.failures = [one["error"].split("\n")[0] for one in told if "error" in one]
+        several = self.ours.seen.failures
+        self.failures = [plain(reason.strip().split("\n")[0]) for reason in several]
 
     @property
     def difference(self) -> float | None:

@@ -27,7 +27,9 @@ class Seen:
         The first array record of the message that was sent last and had one.
     metrics : dict[str, list[dict]]
         By the type of messages, for each reply: its ``client``, and what its metric
-        records say; or its ``error``.
+        records say; or its ``error``. Of metrics called ``client`` the number stays.
+    failures : list[str]
+        The errors among the replies.
     began : float, optional
         When the first reply was there, by ``time.perf_counter()``: what was before is
         start-up.
@@ -38,6 +40,7 @@ class Seen:
         self.wanted = wanted
         self.arrays: ArrayRecord | None = None
         self.metrics: dict[str, list[dict[str, Any]]] = {}
+        self.failures: list[str] = []
         self.began: float | None = None
 
     def sent(self, message: Message) -> None:
@@ -53,12 +56,12 @@ class Seen:
         for reply in replies if self.wanted else ():
             if self.began is None:
                 self.began = time.perf_counter()
-            told: dict[str, Any] = {
-                "client": self._client_of(reply.metadata.src_node_id)
-            }
+            told: dict[str, Any] = {}
             if reply.has_error():
                 told["error"] = reply.error.reason
+                self.failures.append(str(reply.error.reason))
             else:
                 for record in records_of(reply.content, MetricRecord).values():
                     told |= record
+            told = {**told, "client": self._client_of(reply.metadata.src_node_id)}
             self.metrics.setdefault(reply.metadata.message_type, []).append(told)

@@ -36,8 +36,9 @@ not_an_app = 5
 def train(message, context):
     print("told", context.run_config["text"])
     if context.node_config.get("broken"):
-        raise ValueError("no such file")
-    return Message(RecordDict({"m": MetricRecord({"a": 1})}), reply_to=message)
+        raise ValueError("no such file" + context.node_config["broken"] * 1000)
+    metrics = MetricRecord({"a": 1, "error": 0.5, "client": 77})
+    return Message(RecordDict({"m": metrics}), reply_to=message)
 
 
 @app.main()
@@ -228,11 +229,24 @@ def test_exit_status_is_the_servers(
 def test_clients_that_fail_are_told(
     small: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(small(), "--node-config", "1.broken=true") == 0
+    assert run(small(), "--node-config", "1.broken='!'") == 0
     out = capsys.readouterr().out
     assert (
         "warning: 1 replies are errors; the first: client 1, train: ValueError" in out
     )
+
+
+def test_what_is_told_of_failures_is_short_and_of_errors_alone(
+    small: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A metric may be called 'error', and an error's text may be of any length."""
+    assert run(small(), "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed_replies"] == 0
+    done = run_folder(small(), node_config=["0.broken='x'"], isolation="none")
+    assert [told["client"] for told in done.ours.metrics["train"]] == [0, 1]
+    assert done.ours.metrics["train"][1]["error"] == 0.5
+    [failure] = done.failures
+    assert len(failure) <= 300
 
 
 def test_the_cause_of_a_failure_is_kept(small: Any) -> None:
