@@ -83,6 +83,23 @@ def test_nothing_is_left_of_a_program_that_is_ended(script: Any, number: int) ->
     assert program.left_behind() == []
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        "__import__('threading').Thread(target=time.sleep, args=(3600,)).start()",
+        "os.abort()",
+    ],
+)
+def test_what_clients_leave_does_not_keep_a_program(script: Any, left: str) -> None:
+    """A thread that never ends, or a process that has only begun."""
+    text = UNGUARDED.format(seconds=0).replace("time.sleep(SECONDS)", left)
+    program = script(text.replace('r.content["m"]["value"]', "r.has_error()"))
+    lines = program.finish().splitlines()
+    assert lines[-1] == "ended", program.errors.read_text()
+    assert program.process.returncode == 0
+    assert program.left_behind() == []
+
+
 def environment(message: Message, context: Context) -> Message:
     names = ["OWN", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "FEDWEIGHT_PRELOAD"]
     found = {name: os.environ.get(name, "none") for name in names}

@@ -16,9 +16,11 @@ import pickletools
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from flwr.clientapp import ClientApp
@@ -35,7 +37,7 @@ from .worker import Answer, Side, Worker, driver
 
 cloudpickle = Imported("cloudpickle", "simulation", "a Flower app in other processes")
 
-# Seconds for an idle process to end.
+# Seconds for idle processes to end.
 END_TIMEOUT = 2.0
 
 
@@ -45,7 +47,8 @@ class _Process:
     def __init__(self) -> None:
         self.pool = _pool_of_one()
         self.held: set[int] = set()
-        self.loaded: Future[int] | None = None
+        self.loaded: Future[None] | None = None
+        self.children: list[BaseProcess] = []
         self.busy = False
 
 
@@ -117,6 +120,7 @@ class Processes(Crew):
     def _start(self, worker: _Process) -> None:
         """Send the app to a process, which begins with the first that it is sent."""
         worker.held = set()
+        before = {*multiprocessing.active_children()}
         modules = _modules(self._app)
         try:
             with as_fork_server_needs(modules):
@@ -126,6 +130,8 @@ class Processes(Crew):
             worker.pool = _pool_of_one()
             with as_fork_server_needs(modules):
                 worker.loaded = worker.pool.submit(_load, self._app, *driver())
+        children = multiprocessing.active_children()
+        worker.children += [child for child in children if child not in before]
 
     def send(
         self,
@@ -158,17 +164,24 @@ class Processes(Crew):
             self._start(worker)
 
     def kill(self) -> None:
-        """End the processes; those that still handle a client by force."""
-        children = {child.pid: child for child in multiprocessing.active_children()}
+        """End the processes, by force those that do not end by themselves.
+
+        One that still handles a client does not, nor one in which a client has left a
+        thread; and this process could not end before them.
+        """
+        children = [child for worker in self.handles for child in worker.children]
         for worker in self.handles:
-            loaded = worker.loaded
-            if worker.busy and loaded is not None and loaded.done():
+            for child in worker.children if worker.busy else ():
                 with contextlib.suppress(Exception):
-                    children[loaded.result()].kill()
+                    child.kill()
             worker.pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self.handles:
+        deadline = time.monotonic() + END_TIMEOUT
+        for child in children:
             with contextlib.suppress(Exception):
-                children[worker.loaded.result(0)].join(END_TIMEOUT)
+                child.join(max(0.0, deadline - time.monotonic()))
+                if child.is_alive():
+                    child.kill()
+                    child.join(END_TIMEOUT)
 
 
 def _modules(app: bytes) -> list[str]:
@@ -202,12 +215,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _load(app: bytes, paths: Sequence[str], argv: Sequence[str]) -> int:
-    """Take over an app; return this process's number."""
+def _load(app: bytes, paths: Sequence[str], argv: Sequence[str]) -> None:
+    """Take over an app."""
     _records.clear()
     _worker.prepare(paths, argv)
     _worker.load(*pickle.loads(app))
-    return os.getpid()
 
 
 def _run(
