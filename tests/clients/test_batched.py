@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fedweight import models
 from fedweight.clients import Batch, Objective, TrainingSettings
 from fedweight.clients.objectives import Plain, Proximal
-from fedweight.clients.steps import batched
+from fedweight.clients.steps import batched, schedule
 from fedweight.clients.steps import step as step_module
 from fedweight.clients.steps._torch import rewriting, torchscript
 from fedweight.clients.steps.batched import BatchedTrainer
@@ -916,3 +916,24 @@ def test_a_lone_last_example_joins_the_batch_before(sizes, common):
     trainer = BatchedTrainer(made(make), Plain(), settings, least=2)
     assert_same(alone, trainer.train(start, tasks, **options))
     assert alone[0].num_steps == 2 * (sizes[0] // 8)
+
+
+@pytest.mark.parametrize("size", [schedule.WIDEST + 1, 10**9, 2**31 - 1])
+def test_a_batch_of_all_examples_takes_no_memory_for_others(size):
+    tasks = tasks_of([5, 9, 2])
+    plan = schedule.Schedule.of(tasks, size, 1)
+    assert plan.width == 16
+    assert plan.steps.tolist() == [2, 3, 1]
+    settings = TrainingSettings(batch_size=size, learning_rate=0.1)
+    alone, at_once = both_ways(shipped("mlp"), tasks, settings)
+    for one, other in zip(alone, at_once, strict=True):
+        parameters = one.model.parameters, other.model.parameters
+        torch.testing.assert_close(*parameters, rtol=0, atol=1e-6)
+        assert one.num_steps == other.num_steps
+
+
+def test_usual_batches_are_as_wide_as_ever():
+    """Padding is in the last bits of a result, so it stays."""
+    assert schedule.Schedule.of(tasks_of([5, 9]), schedule.WIDEST, 1).width == 1 << 14
+    long = tasks_of([5, 100_000])
+    assert schedule.Schedule.of(long, 50_000, 1).width == 50_000

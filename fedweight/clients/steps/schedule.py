@@ -16,6 +16,10 @@ from ...core.layout import as_tensor
 from ...core.rng import permutations
 from .task import Task
 
+# A batch that is larger than this is no larger than it must be for the clients at hand:
+# a size that is to mean "all examples" would take all memory.
+WIDEST = 1 << 14
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -58,6 +62,8 @@ class Schedule:
         """Lay out the steps of some clients."""
         sizes = tuple(len(task.examples) for task in tasks)
         epochs = tuple(task.epochs for task in tasks)
+        if batch_size > WIDEST:  # By powers of 2: a step is made anew for each width.
+            batch_size = min(batch_size, 1 << (max(sizes) - 1).bit_length())
         return _schedule(sizes, epochs, batch_size, least)
 
     @property
