@@ -64,7 +64,7 @@ def check_own(
     check_declared(objective)
     try:
         module = _step(make, examples, objective, device, coding)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # On a device its process would end.
         try:
             _step(make, examples, for_task(Plain(), coding.task), device, coding)
         except Exception:  # It is not the objective: the clients will say what it is.
@@ -110,7 +110,7 @@ def _step(
     return module
 
 
-def _said(name: str, error: Exception) -> str:
+def _said(name: str, error: BaseException) -> str:
     """Return what went wrong in one line, and where."""
     place, _ = place_of(error)
     reason = plain((str(error).splitlines() or [""])[0])

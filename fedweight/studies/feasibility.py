@@ -8,13 +8,14 @@ import torch
 from flwr.serverapp.strategy import Strategy
 
 from ..clients import TrainingApp
-from ..clients.objectives import Objective, Proximal
+from ..clients.objectives import Proximal
 from ..clients.objectives.base import defines
 from ..clients.personal_models import own_layers
 from ..clients.probes import REPORTED
 from ..clients.registries import PROBES
 from ..core.errors import ConfigurationError, check_choice, closest
 from ..core.layout import as_tensor
+from ..core.texts import shown
 from ..data.examples import channels_last
 from ..messages import keys
 from ..server.schedules import Buffered, Clock, Schedule
@@ -49,7 +50,7 @@ def check_feasible(
         _tell_of_terms(one, client_app)
         if simulated:
             _check_clients(components, one)
-    _check_wants(components, strategy, client_app.objective)
+    _check_wants(components, strategy, client_app)
     _check_codec(components, strategy)
     _check_schedule(components, strategy, simulated=simulated)
     _check_decisions(components, strategy)
@@ -105,8 +106,19 @@ def _check_request(strategy: Strategy, client_app: TrainingApp) -> None:
             )
 
 
-def _check_wants(components: Components, strategy: Strategy, chosen: Objective) -> None:
+def _check_wants(
+    components: Components, strategy: Strategy, client_app: TrainingApp
+) -> None:
     """Refuse an objective that wants to know what nobody tells it."""
+    chosen = client_app.objective
+    measured = sorted({*PROBES.entries, *client_app.probes})
+    for one in chosen.pools:
+        if one not in measured:
+            raise ConfigurationError(
+                f"objective {type(chosen).__name__}: pools has {shown(one)}, which "
+                f"clients do not measure.{closest(one, measured)} There are "
+                f"{', '.join(measured)}."
+            )
     tells = [getattr(one, "class_totals", False) for one in with_inner(strategy)]
     if "class-totals" in chosen.wants and not any(tells):
         name = components.configuration["objective"]["name"]

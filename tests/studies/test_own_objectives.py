@@ -48,6 +48,27 @@ class Tasks(Good):
 class Pools(Good):
     pools = ("sums",)
 
+class Unmeasured(Good):
+    pools = {"transition-sum": 1}
+
+class Features(Objective):
+    def loss(self, model, batch, facts):
+        outputs = model(batch.x)
+        losses = F.cross_entropy(outputs, batch.y, reduction="none")
+        return Loss(batch.mean(losses), outputs.argmax(1))
+
+class Wide(Features):
+    def loss(self, model, batch, facts):
+        return super().loss(model, batch, facts)._replace(outputs=torch.ones(4, 30))
+
+class Listed(Good):
+    def begin(self, facts):
+        return [torch.ones(2)]
+
+class Ends(Good):
+    def example_losses(self, outputs, batch, facts):
+        raise SystemExit("no licence")
+
 class Unsaid(Objective):
     def example_losses(self, outputs, batch, facts):
         return outputs[:, 0] * facts.class_counts.sum()
@@ -116,6 +137,13 @@ SAID = {
     "Tasks": r"objective Tasks: tasks has 'clasification', which there is not. Did you "
     "mean 'classification'",
     "Pools": r"objective Pools: pools must be rounds by the names of probes",
+    "Unmeasured": r"objective Unmeasured: pools has 'transition-sum', which clients do "
+    "not measure. Did you mean 'transition-sums'",
+    "Features": r"objective Features: the outputs of its loss have shape \[4\]. Return "
+    r"the model's outputs for the batch, \[4, 10\]",
+    "Wide": r"objective Wide: the outputs of its loss have shape \[4, 30\]",
+    "Listed": r"objective Listed: begin returned list. Return tensors by name",
+    "Ends": r"objective Ends: wrong_goals.py, line \d+, .*SystemExit: no licence",
     "Unsaid": r"objective Unsaid: 'class-counts' is known only to one whose 'wants'",
     "Fails": r"objective Fails: wrong_goals.py, line \d+, 'return outputs @ "
     r"torch.ones\(7\)': RuntimeError: ",

@@ -113,6 +113,32 @@ def check_loss(
         _check_kept(f"{name}: what it keeps of each example", found.state, state)
 
 
+def check_outputs(objective: Objective, found: Loss, shape: Sequence[int]) -> None:
+    """Refuse outputs by which no hits can be counted.
+
+    Parameters
+    ----------
+    objective : Objective
+        Whose they are.
+    found : Loss
+        What its ``loss`` returned.
+    shape : Sequence[int]
+        That of the model's outputs for the batch.
+
+    Raises
+    ------
+    ClientError
+        With the shape that they have.
+    """
+    own = list(found.outputs.shape)
+    if own != list(shape):
+        raise ClientError(
+            f"objective {type(objective).__name__}: the outputs of its loss have shape "
+            f"{own}. Return the model's outputs for the batch, {list(shape)}: by them "
+            "is counted how often it is right."
+        )
+
+
 def check_carry(
     objective: Objective, by: str, found: Any, carry: Mapping[str, Tensor]
 ) -> None:

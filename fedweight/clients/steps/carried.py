@@ -132,6 +132,11 @@ def carry_of(
     if carry is None:
         facts = Facts(received, facts_of(task, received), {}, shared_of(task, received))
         carry = objective.begin(facts)
+        if not isinstance(carry, Mapping):
+            raise ClientError(
+                f"objective {type(objective).__name__}: begin returned "
+                f"{type(carry).__name__}. Return tensors by name."
+            )
         for name, value in carry.items():
             if not isinstance(value, Tensor):
                 raise ClientError(

@@ -14,7 +14,12 @@ from ...core.layout import FlatModel
 from ...core.module import FlatModule
 from ..noise import LocalTraining, Streams
 from ..objectives.base import Batch, Facts, Loss, Objective, defines
-from ..objectives.checks import check_gradient, check_loss, check_vector
+from ..objectives.checks import (
+    check_gradient,
+    check_loss,
+    check_outputs,
+    check_vector,
+)
 from .carried import carry_of, facts_of, kept_of, shared_of
 from .predictions import predictions
 from .task import Task
@@ -184,6 +189,8 @@ class ModuleStep:
         model = _Model(self, step, before, first=first)
         loss = self.objective.loss(model, batch, facts)
         check_loss(self.objective, loss, self.carry, batch.state)
+        if model.gives is not None:
+            check_outputs(self.objective, loss, (len(batch.y), *model.gives))
         self.module.gradients.zero_()
         loss.value.backward()  # type: ignore[no-untyped-call]
         return loss
@@ -198,7 +205,15 @@ class ModuleStep:
 
 
 class _Model:
-    """The model in a step, as an objective calls it."""
+    """The model in a step, as an objective calls it.
+
+    Attributes
+    ----------
+    gives : tuple of int, optional
+        The shape of what it gives for an example, once it was called.
+    """
+
+    gives: tuple[int, ...] | None = None
 
     def __init__(
         self, client: ModuleStep, step: int, before: _Before | None, *, first: bool
@@ -222,6 +237,7 @@ class _Model:
                 f"the model returned {type(outputs).__name__}, not one tensor of "
                 "logits, [n, C]."
             )
+        self.gives = tuple(outputs.shape[1:])
         if self.first:
             client.looks = client.noisy or (noise is not None and noise.layers > 0)
         self.first = False
