@@ -54,14 +54,16 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(PYTEST) -m "" $(ARGS)
 
-# The newest are those of constraints.txt.
+# The newest are those of constraints.txt. Both are tested, whatever comes of the first.
 test-versions:
 	@grep -v -E '^(flwr|ray|torch)==' constraints.txt > constraints-oldest.txt
 	@printf '%s\n' $(OLDEST) >> constraints-oldest.txt
+	@status=0; \
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt \
-	  TORCH=$(patsubst torch==%,%,$(filter torch==%,$(OLDEST)))
-	@rm constraints-oldest.txt
-	$(MAKE) test
+	  TORCH=$(patsubst torch==%,%,$(filter torch==%,$(OLDEST))) || status=1; \
+	rm -f constraints-oldest.txt; \
+	$(MAKE) test || status=1; \
+	exit $$status
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Every private name of Flower that fedweight touches, and nothing else.
 
 Each function has a test that fails with a clear message when Flower moves the name.
-Written against flwr 1.41.
+Written against flwr 1.41 and 1.42.
 """
 
 from __future__ import annotations

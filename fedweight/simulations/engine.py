@@ -49,9 +49,9 @@ class Simulated:
     seen : Seen
         The model that was sent last, and the metrics that clients replied.
     seconds : float
-        How long it took.
+        How long it took, until all workers had ended.
     seconds_started : float
-        How long it took without start-up: from the first reply on.
+        How long it took without start-up and end: from the first reply on.
     """
 
     context: Context
@@ -209,8 +209,8 @@ def simulate(
         started = time.perf_counter()
         server_app(grid, context)
         ended = time.perf_counter()
-        whole, rest = ended - began, ended - (grid.seen.began or started)
-        return Simulated(context, grid.seen, whole, rest)
+    rest = ended - (grid.seen.began or started)
+    return Simulated(context, grid.seen, time.perf_counter() - began, rest)
 
 
 def _one_number(num_supernodes: int | None, num_clients: int | None) -> int:

@@ -28,15 +28,16 @@ from .seen import Seen
 
 
 @dataclass
-class OnFlower:
-    """What came of an app on Flower's runtime.
+class Outcome:
+    """What came of an app that ran in another process.
 
     Attributes
     ----------
     arrays : list[ndarray]
         The model that was sent last.
     metrics : dict
-        As :class:`~fedweight.simulations.seen.Seen` has them; a client is its node.
+        As :class:`~fedweight.simulations.seen.Seen` has them; where it ran on
+        Flower's runtime a client is its node.
     seconds, seconds_started : float
         How long it took, and without start-up: from the first reply on.
     """
@@ -45,6 +46,20 @@ class OnFlower:
     metrics: dict[str, list[dict[str, Any]]]
     seconds: float
     seconds_started: float
+
+    def save(self, folder: str | Path) -> None:
+        """Write it to a folder."""
+        np.savez(Path(folder, "arrays.npz"), *self.arrays)
+        told = {name: v for name, v in vars(self).items() if name != "arrays"}
+        Path(folder, "result.json").write_text(json.dumps(told), "utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Outcome:
+        """Read what :meth:`save` has written."""
+        told = json.loads(Path(folder, "result.json").read_text("utf-8"))
+        with np.load(Path(folder, "arrays.npz"), allow_pickle=False) as saved:
+            arrays = [saved[f"arr_{k}"] for k in range(len(saved.files))]
+        return cls(arrays=arrays, **told)
 
 
 class _Watched(Grid):
@@ -91,7 +106,7 @@ class _Watched(Grid):
 
 def run_on_flower(
     folder: AppFolder, overrides: Mapping[str, Any], federation: Mapping[str, Any]
-) -> OnFlower:
+) -> Outcome:
     """Run an app as ``flwr run`` would simulate it, in another process.
 
     Parameters
@@ -117,15 +132,11 @@ def run_on_flower(
         }
         program = [sys.executable, "-m", __name__, json.dumps(told)]
         status = subprocess.run(program, check=False).returncode
-        file = Path(place, "result.json")
-        if status or not file.is_file():
+        if status or not Path(place, "result.json").is_file():
             raise EngineError(
                 f"Flower's own runtime did not run the app to its end: status {status}."
             )
-        result = json.loads(file.read_text("utf-8"))
-        with np.load(Path(place, "arrays.npz"), allow_pickle=False) as saved:
-            arrays = [saved[f"arr_{k}"] for k in range(len(saved.files))]
-        return OnFlower(arrays=arrays, **result)
+        return Outcome.load(place)
 
 
 def _main(told: dict[str, Any]) -> None:
@@ -153,10 +164,8 @@ def _main(told: dict[str, Any]) -> None:
     )
     whole = time.perf_counter() - began
     arrays = (seen.arrays or ArrayRecord()).to_numpy_ndarrays()
-    np.savez(Path(told["place"], "arrays.npz"), *arrays)
     rest = ended - (seen.began or began)
-    result = {"metrics": seen.metrics, "seconds": whole, "seconds_started": rest}
-    Path(told["place"], "result.json").write_text(json.dumps(result), "utf-8")
+    Outcome(arrays, seen.metrics, whole, rest).save(told["place"])
 
 
 if __name__ == "__main__":

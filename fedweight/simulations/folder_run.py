@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from ..core.errors import ConfigurationError, EngineError, FedweightError
 from ..core.texts import plain
@@ -23,7 +19,8 @@ from .app_folder import (
     read_pairs,
 )
 from .engine import Simulated, simulate
-from .flower_runtime import OnFlower, run_on_flower
+from .flower_runtime import Outcome, run_on_flower
+from .seen import difference_of_metrics, difference_of_models
 
 # Two models agree where no value differs by more, relative to 1 or the value.
 TOLERANCE = 1e-6
@@ -39,13 +36,13 @@ class FolderRun:
         The simulation.
     num_clients : int
         How many clients there were.
-    theirs : OnFlower, optional
+    theirs : Outcome, optional
         The same on Flower's runtime, where that was asked for.
     """
 
     ours: Simulated
     num_clients: int
-    theirs: OnFlower | None = None
+    theirs: Outcome | None = None
     failures: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,25 +54,28 @@ class FolderRun:
     def difference(self) -> float | None:
         """The largest difference of the two models; ``None`` where there are not two.
 
-        Relative to the value where that is larger than 1; infinite where the shapes
-        differ, or one value is not finite and the other is another one.
+        See :func:`~fedweight.simulations.seen.difference_of_models`.
         """
         if self.theirs is None:
             return None
         record = self.ours.arrays
         mine = [] if record is None else record.to_numpy_ndarrays()
-        others = self.theirs.arrays
-        if not mine and not others:
+        if not mine and not self.theirs.arrays:
             return None
-        if [a.shape for a in mine] != [a.shape for a in others]:
-            return float("inf")
-        pairs = zip(mine, others, strict=True)
-        return max((_apart(a, b) for a, b in pairs if a.size), default=0.0)
+        return difference_of_models(mine, self.theirs.arrays)
 
     @property
     def agrees(self) -> bool:
         """Whether the two models agree; two that were never sent do."""
         return self.theirs is not None and (self.difference or 0.0) <= TOLERANCE
+
+    @property
+    def metrics_agree(self) -> bool:
+        """Whether clients told the same, whoever they were."""
+        if self.theirs is None:
+            return False
+        told, others = self.ours.metrics, self.theirs.metrics
+        return difference_of_metrics(told, others) <= TOLERANCE
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is printed with ``--json``."""
@@ -92,6 +92,7 @@ class FolderRun:
             shapes_differ = self.difference == float("inf")
             result["difference"] = None if shapes_differ else self.difference
             result["models_agree"] = self.agrees
+            result["metrics_agree"] = self.metrics_agree
         return result
 
     def lines(self) -> list[str]:
@@ -109,6 +110,7 @@ class FolderRun:
                 f"Flower    {_times(self.theirs)}",
                 f"faster    {whole:.1f} times, {app:.1f} times without start-up",
                 f"models    {self._agreement()}",
+                f"metrics   {'agree' if self.metrics_agree else 'differ'}",
             ]
         if self.failures:
             result.append(
@@ -128,22 +130,7 @@ class FolderRun:
         )
 
 
-def _apart(mine: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
-    """Return the largest difference of two tensors' values."""
-    kinds = {mine.dtype.kind, other.dtype.kind}
-    if kinds - {*"biufc"}:
-        return 0.0 if np.array_equal(mine, other) else math.inf
-    wide = np.complex128 if "c" in kinds else np.float64
-    a, b = mine.astype(wide), other.astype(wide)
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(a - b) / np.maximum(1.0, np.abs(b))
-    # Of what is not finite there is no difference: it is the same, or it is not.
-    apart = np.where(np.isfinite(apart), apart, math.inf)
-    apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
-    return float(apart.max())
-
-
-def _times(run: Simulated | OnFlower) -> str:
+def _times(run: Simulated | Outcome) -> str:
     return f"{run.seconds:.1f} s, {run.seconds_started:.1f} s without start-up"
 
 

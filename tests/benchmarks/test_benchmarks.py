@@ -463,3 +463,40 @@ for table in studies.tables(rows, "fedavg", {[*columns, *gaps]}):
         assert len(found) > 10
         for line in found:
             assert line in shown
+
+
+def test_the_table_of_flower_apps(tmp_path):
+    file = tmp_path / "README.md"
+    code = f"""
+import pathlib, flower_apps as f
+def times(whole, started, models=0.0, metrics=0.0):
+    return dict(whole_s=whole, started_s=started,
+                models_differ_by=models, metrics_differ_by=metrics)
+def row(app, flower, local, ray, clients=10):
+    return dict(app=app, clients=clients, flower=flower, local=local, ray=ray)
+rows = [
+    row("a", times(10.0, 2.0), times(2.0, 0.5), times(5.0, 1.0)),
+    row("a", times(12.0, 3.0), times(2.0, 0.5), times(5.0, 1.0)),
+    row("b", times(9.0, 1.0), times(3.0, 0.5, metrics=None), times(9.0, 1.25)),
+    row("a, large", times(20.0, 8.0), times(9.0, 4.0), times(9.0, 4.0), 100),
+    dict(app="c", clients=10, note="Flower failed"),
+]
+file = pathlib.Path({str(file)!r})
+file.write_text("before\\n" + f.BEGIN + "\\nold\\n" + f.END + "\\nafter\\n")
+f.write_readme(rows, file)
+print(*f.claims(rows), sep="|")
+"""
+    claims = " ".join(in_benchmarks(code)).split("|")
+    assert claims[0] == (
+        "local: whole 3.0 at the median, 2.2 at least; without start-up 2.00 at "
+        "least, and 2.00 of the large ones"
+    )
+    assert claims[1].endswith("start-up 0.80 at least, and 2.00 of the large ones")
+    before, _, *table, _, end, after = file.read_text().splitlines()
+    assert (before, end, after) == ("before", "<!-- end -->", "after")
+    assert table[2:] == [
+        "| a | 11.0 s, 2.50 s | 5.5, 5.0 | 2.2, 2.5 | – | – | – | yes |",
+        "| b | 9.0 s, 1.00 s | 3.0, 2.0 | 1.0, 0.8 | – | – | – | no |",
+        "| c | – | – | – | – | – | – | – |",
+        "| a, large | – | – | – | 20.0 s, 8.00 s | 2.2, 2.0 | 2.2, 2.0 | yes |",
+    ]

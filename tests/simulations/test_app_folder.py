@@ -17,7 +17,7 @@ from fedweight.core.errors import ConfigurationError, EngineError
 from fedweight.simulations import app_folder
 from fedweight.simulations.app_folder import AppFolder
 from fedweight.simulations.engine import Simulated
-from fedweight.simulations.flower_runtime import OnFlower
+from fedweight.simulations.flower_runtime import Outcome
 from fedweight.simulations.folder_run import FolderRun, run_folder
 from fedweight.simulations.seen import Seen
 
@@ -309,7 +309,7 @@ def test_models_are_compared_value_by_value(
     seen = Seen(lambda node: node)
     seen.arrays = ArrayRecord([same, np.array(mine)])
     ours = Simulated(None, seen, 1.0, 1.0)  # type: ignore[arg-type]
-    theirs = OnFlower([same, np.array(other)], {}, 1.0, 1.0)
+    theirs = Outcome([same, np.array(other)], {}, 1.0, 1.0)
     found = FolderRun(ours, 2, theirs)
     assert found.difference == difference
     assert found.agrees == (difference == 0)
@@ -319,5 +319,5 @@ def test_unsigned_numbers_do_not_wrap() -> None:
     seen = Seen(lambda node: node)
     seen.arrays = ArrayRecord([np.array([0], np.uint8)])
     ours = Simulated(None, seen, 1.0, 1.0)  # type: ignore[arg-type]
-    theirs = OnFlower([np.array([1], np.uint8)], {}, 1.0, 1.0)
+    theirs = Outcome([np.array([1], np.uint8)], {}, 1.0, 1.0)
     assert FolderRun(ours, 2, theirs).difference == 1.0

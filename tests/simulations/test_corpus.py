@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "all-records": ("all-records", {}),
     "some-fail": ("some-fail", {}),
     "adaptive-clip": ("adaptive-clip", {}),
+    "small-photos": ("small-photos", {}),
 }
 
 # What differs by more than rounding, and why: SecAgg+ rounds what clients send, up or

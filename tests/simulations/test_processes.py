@@ -178,7 +178,7 @@ def test_a_model_travels_to_a_process_once(
             return submit(work, *given)
 
         monkeypatch.setattr(worker.pool, "submit", noting)
-    model = ArrayRecord({"w": Array(np.zeros(10))})
+    model = ArrayRecord({"w": Array(np.zeros(1_000))})
     processes.send_and_receive([write(processes, k, arrays=model) for k in range(8)])
     assert len(news) == 8
     assert 1 <= sum(news) <= 2

@@ -19,15 +19,21 @@ from ...core.errors import EngineError
 from ..grid import Nodes
 from ..workers.jobs import Job
 from ..workers.pool import Crew, Sent
-from ..workers.worker import Answer, Side, Worker, driver
+from ..workers.worker import Answer, Side, Worker, as_state, driver
 from .rows import LOST, Shard
 
 # Seconds to wait for the workers; a cluster where others work may have no room.
 START_TIMEOUT = 120.0
 
+# States of clients that have fewer bytes come with the answers of a list: to ask for
+# them once more would take as long as a quick client.
+SMALL_BYTES = 50_000
+
 
 class RayWorker(Worker):
     """A worker that is a Ray actor."""
+
+    most_bytes = SMALL_BYTES
 
     def load(self, app: ClientApp, nodes: Nodes) -> str:
         """Take over an app; return the Ray node that this process is on."""
@@ -65,9 +71,13 @@ class Actors(Crew):
         return ray.put(value)
 
     def get(self, references: Sequence[Any]) -> list[Any]:
-        """Return the values that references stand for."""
-        values: list[Any] = ray.get(list(references))
-        return values
+        """Return the values that references stand for, or states as bytes."""
+        apart = [one for one in references if isinstance(one, ray.ObjectRef)]
+        got = iter(ray.get(apart))
+        return [
+            next(got) if isinstance(one, ray.ObjectRef) else as_state(one)
+            for one in references
+        ]
 
     def shard(self, rows: Any, place: str, side: Side) -> Shard:
         """Return what a share's models are, which stay on their Ray node."""
@@ -111,8 +121,8 @@ class Actors(Crew):
     ) -> Sent:
         """Send a list to a worker; wait for the answers.
 
-        ``known`` are references to the states that clients have, ``kept`` is what they
-        have in the store.
+        ``known`` are the states that clients have, as bytes or references to them;
+        ``kept`` is what they have in the store.
         """
         arrays: dict[int, Any] = {}
         for job in jobs:
@@ -131,10 +141,11 @@ class Actors(Crew):
         first, *rows = sent if shares else [sent]
         # The only place where what clients reply comes into this process. Vectors stay
         # in shared memory, and last as long as somebody looks at them.
-        answers, written = cast("tuple[list[Answer], Any]", ray.get(first))
+        got = cast("tuple[list[Answer], Any, list[bytes] | None]", ray.get(first))
+        answers, written, small = got
+        if small is not None:
+            return Sent(answers, rows, small, written)
         count = sum(sum(answer.has_state) for answer in answers)
-        if not count:
-            return Sent(answers, rows, [], written)
         # Only now it is known how many there are. As results of a task they are this
         # process's own, and stay when the worker ends.
         done, *references = worker.states.options(num_returns=1 + count).remote()

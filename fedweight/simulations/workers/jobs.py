@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message
 
-from ...messages.arrays import FlatRecord
 from ...messages.dispatch import Answers, Cohort
 from ...messages.records import records_of
 from ..grid import Addressed, SimulationGrid
-from .worker import Share, pack
+from .worker import Share, num_bytes, pack
 
-# An array record used by one message alone travels with it if it has at most so many
-# bytes, and apart otherwise.
+# An array record travels with its message if it has at most so many bytes, and apart
+# otherwise: where several messages have it, and where one alone has.
+SHARED_BYTES = 4_000
 INLINE_BYTES = 100_000
 
 
@@ -146,7 +146,8 @@ def jobs_of_messages(
         records: dict[str, Any] = dict(message.content.items())
         for name, record in records_of(message.content, ArrayRecord).items():
             key = id(record)
-            if uses[key] == 1 and _num_bytes(record) <= INLINE_BYTES:
+            most = INLINE_BYTES if uses[key] == 1 else SHARED_BYTES
+            if num_bytes(record) <= most:
                 continue
             if key not in apart:
                 apart[key] = next(numbers), put(record)
@@ -193,10 +194,3 @@ def jobs_of_cohort(
         )
         for number, (nodes, size) in enumerate(zip(lists, sizes, strict=True))
     ]
-
-
-def _num_bytes(record: ArrayRecord) -> int:
-    if isinstance(record, FlatRecord) and record.flat is not None:
-        vectors = (record.flat.parameters, record.flat.buffers)
-        return sum(vector.numel() * vector.element_size() for vector in vectors)
-    return sum(len(array.data) for array in record.values())

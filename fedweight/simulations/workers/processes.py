@@ -235,7 +235,8 @@ def _run(
     _records.update(known)
     _records.update({number: pickle.loads(data) for number, data in news.items()})
     records = [_records[number] for number in numbers]
-    own = [pickle.loads(data) for data in states.values()]
-    answers, written = _worker.run(work, numbers, list(states), kept, *records, *own)
-    _, *left = _worker.states()
-    return answers, [pickle.dumps(state, 5) for state in left], written
+    own = states.values()
+    answers, written, left = _worker.run(
+        work, numbers, list(states), kept, *records, *own
+    )
+    return answers, left, written

@@ -22,6 +22,7 @@ from ...core.layout import FlatModel, Integers, Layout, as_tensor
 from ...core.local_models import ModelSum
 from ...core.rows import Rows
 from ...messages import _flower
+from ...messages.arrays import FlatRecord
 from ...messages.dispatch import Cohort, Reply
 from ..allocator import keep_freed_memory
 from ..grid import FIRST_NODE, Nodes, execute, is_stranger
@@ -142,7 +143,15 @@ class Answer:
 
 
 class Worker:
-    """What runs in a worker process."""
+    """What runs in a worker process.
+
+    Attributes
+    ----------
+    most_bytes : float
+        Up to how many bytes the states of a list's clients come back with the answers.
+    """
+
+    most_bytes = float("inf")
 
     def __init__(self) -> None:
         torch.set_num_threads(1)  # More would change the last bits of the results.
@@ -183,14 +192,16 @@ class Worker:
         kept : Mapping[str, ClientRows], optional
             What clients have in the store; nothing where they never have.
         *values
-            The array records, and then the clients' states: as arguments, as Ray
-            resolves references only there.
+            The array records, and then the clients' states, which may be bytes: as
+            arguments, as Ray resolves references only there.
 
         Returns
         -------
         tuple
-            Answers, and what clients have written. Where shares keep models a tuple of
-            this and those of each: separate results, which Ray leaves where they are.
+            Answers, what clients have written, and their states as bytes; ``None``
+            where these are large, and :meth:`states` hands them over. Where shares keep
+            models a tuple of this and those of each: separate results, which Ray leaves
+            where they are.
         """
         store = None if kept is None else ClientStore.of(kept)
         records = dict(zip(arrays, values, strict=False))
@@ -204,7 +215,7 @@ class Worker:
             for client in clients:
                 context = self.nodes.context(client, store)
                 if client in state_of:
-                    context.state = state_of[client]
+                    context.state = as_state(state_of[client])
                 contexts[context.node_id] = context
             replies: list[Any]
             total, side = None, None
@@ -222,7 +233,8 @@ class Worker:
             has_state = [len(state) > 0 for state in of_clients]
             seconds = time.perf_counter() - began
             answers.append(Answer(replies, seconds, has_state, total, side))
-        first = answers, {} if store is None else store.written()
+        written = {} if store is None else store.written()
+        first = answers, written, self._small_states()
         return (first, *models) if models else first
 
     def _execute(
@@ -245,6 +257,17 @@ class Worker:
             cohort, cohort.nodes, contexts.__getitem__, batched=share.batched
         )
         return answers.replies, answers.total if answers.total.coefficients else None
+
+    def _small_states(self) -> list[bytes] | None:
+        """Return what clients of the last list keep as bytes; ``None`` if many."""
+        arrays = [r for state in self._kept for r in state.array_records.values()]
+        if sum(map(num_bytes, arrays)) > self.most_bytes:
+            return None
+        small = [pickle.dumps(state, 5) for state in self._kept]
+        if sum(map(len, small)) > self.most_bytes:
+            return None
+        self._kept = []
+        return small
 
     def states(self) -> tuple[Any, ...]:
         """Hand over what clients of the last list keep, each by itself, after None."""
@@ -274,6 +297,12 @@ class Worker:
             own = [_argument(argument, values) for argument in arguments]
             answers.append(getattr(rows, method)(*own).numpy())
         return answers
+
+
+def as_state(state: Any) -> RecordDict:
+    """Return a client's state, which may be bytes."""
+    own: RecordDict = pickle.loads(state) if isinstance(state, bytes) else state
+    return own
 
 
 def driver() -> tuple[list[str], list[str]]:
@@ -325,6 +354,14 @@ def packed(replies: Sequence[Reply]) -> list[tuple[Any, ...]]:
 def unpacked(replies: Sequence[tuple[Any, ...]]) -> list[Reply]:
     """Return what :func:`packed` was given."""
     return [Reply(*fields) for fields in replies]
+
+
+def num_bytes(record: ArrayRecord) -> int:
+    """Return how many bytes an array record's values take."""
+    if isinstance(record, FlatRecord) and record.flat is not None:
+        vectors = (record.flat.parameters, record.flat.buffers)
+        return sum(vector.numel() * vector.element_size() for vector in vectors)
+    return sum(len(array.data) for array in record.values())
 
 
 def pack(message: Message, nth: int, records: Mapping[str, Any]) -> bytes:

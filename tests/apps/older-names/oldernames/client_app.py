@@ -11,10 +11,11 @@ from oldernames.task import arrays_of, build, load_data, set_arrays
 class Client(NumPyClient):
     """A client; it seeds what everybody draws from, as many do."""
 
-    def __init__(self, partition: int, rate: float) -> None:
-        self.data = load_data(partition)
-        self.rate = rate
-        self.model = build()
+    def __init__(self, partition: int, config) -> None:
+        self.data = load_data(partition, config["examples"])
+        self.rate = config["learning-rate"]
+        self.batch = config["batch"]
+        self.model = build(config["hidden"])
 
     def fit(self, parameters, config):
         """Train for an epoch in an order that is drawn."""
@@ -22,7 +23,7 @@ class Client(NumPyClient):
         set_arrays(self.model, parameters)
         x, y = self.data
         optimizer = torch.optim.SGD(self.model.parameters(), lr=self.rate)
-        for batch in torch.randperm(len(x)).split(8):
+        for batch in torch.randperm(len(x)).split(self.batch):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(self.model(x[batch]), y[batch]).backward()
             optimizer.step()
@@ -40,7 +41,7 @@ class Client(NumPyClient):
 def client_fn(context: Context):
     """Make a client."""
     partition = context.node_config["partition-id"]
-    return Client(partition, context.run_config["learning-rate"]).to_client()
+    return Client(partition, context.run_config).to_client()
 
 
 app = ClientApp(client_fn=client_fn)

@@ -17,11 +17,12 @@ def mean(metrics):
 def server_fn(context: Context) -> ServerAppComponents:
     """Make the strategy."""
     number = context.run_config["nodes"]
+    first = arrays_of(build(context.run_config["hidden"]))
     strategy = FedAvg(
         min_fit_clients=number,
         min_evaluate_clients=number,
         min_available_clients=number,
-        initial_parameters=ndarrays_to_parameters(arrays_of(build())),
+        initial_parameters=ndarrays_to_parameters(first),
         on_fit_config_fn=lambda number: {"scale": 1.0 / number},
         fit_metrics_aggregation_fn=lambda metrics: {"clients": len(metrics)},
         evaluate_metrics_aggregation_fn=mean,

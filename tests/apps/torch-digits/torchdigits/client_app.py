@@ -15,11 +15,13 @@ app = ClientApp()
 def train(msg: Message, context: Context):
     """Train the model on local data."""
     torch.manual_seed(context.node_config["partition-id"])
-    model = Net()
+    config = context.run_config
+    model = Net(config["hidden"])
     model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    loader = load_data(context.node_config["partition-id"])
+    partition = context.node_config["partition-id"]
+    loader = load_data(partition, config["examples"], config["batch"])
     loss = train_fn(model, loader, msg.content["config"]["lr"])
     metrics = {"train_loss": loss, "num-examples": len(loader.dataset)}
     content = RecordDict(
@@ -31,9 +33,11 @@ def train(msg: Message, context: Context):
 @app.evaluate()
 def evaluate(msg: Message, context: Context):
     """Evaluate the model on local data."""
-    model = Net()
+    config = context.run_config
+    model = Net(config["hidden"])
     model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
-    loader = load_data(context.node_config["partition-id"])
+    partition = context.node_config["partition-id"]
+    loader = load_data(partition, config["examples"], config["batch"])
     loss, accuracy = test_fn(model, loader)
     metrics = {
         "eval_loss": loss,

@@ -15,7 +15,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the rounds."""
     torch.manual_seed(0)
     number = context.run_config["nodes"]
-    arrays = ArrayRecord(Net().state_dict())
+    arrays = ArrayRecord(Net(context.run_config["hidden"]).state_dict())
     strategy = FedAvg(
         min_train_nodes=number, min_evaluate_nodes=number, min_available_nodes=number
     )

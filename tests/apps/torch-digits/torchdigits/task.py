@@ -8,22 +8,22 @@ from torch.utils.data import DataLoader, TensorDataset
 class Net(nn.Module):
     """Two layers and a norm, which has a whole number among its tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.first = nn.Linear(8, 12)
-        self.norm = nn.BatchNorm1d(12)
-        self.last = nn.Linear(12, 3)
+        self.first = nn.Linear(8, hidden)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.last = nn.Linear(hidden, 3)
 
     def forward(self, x):
         """Return the scores."""
         return self.last(torch.relu(self.norm(self.first(x))))
 
 
-def load_data(partition: int) -> DataLoader:
+def load_data(partition: int, examples: int, batch: int) -> DataLoader:
     """Return a client's examples, in an order that is drawn."""
     generator = torch.Generator().manual_seed(partition)
-    x = torch.randn(32 + 4 * partition, 8, generator=generator)
-    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8, shuffle=True)
+    x = torch.randn(examples + 4 * partition, 8, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch, shuffle=True)
 
 
 def train(net: Net, loader: DataLoader, rate: float) -> float:

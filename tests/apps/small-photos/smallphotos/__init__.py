@@ -1,0 +1,1 @@
+"""A network with convolutions, and a rate that the server tells."""
