@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 import tomllib
@@ -18,6 +19,8 @@ from ..core.errors import ConfigurationError, check_choice, closest
 from ..core.paths import clean_path, why_unreadable
 from ..core.texts import shown
 from .grid import RunConfig
+
+log = logging.getLogger("fedweight")
 
 # What Flower's simulation runtime may be told, with the names of its command line; and
 # what it takes where it is told nothing.
@@ -112,6 +115,15 @@ class AppFolder:
                     f"the app has no setting {name!r} in [tool.flwr.app.config] of its "
                     f"pyproject.toml.{closest(name, self.run_config)}"
                 )
+            default = self.run_config[name]
+            if not _alike(given[name], default):
+                log.warning(
+                    "%s is %r, where the app's pyproject.toml has %r: the app gets it "
+                    "so, as from Flower.",
+                    name,
+                    given[name],
+                    default,
+                )
         return {**self.run_config, **given}
 
     def load(self) -> tuple[ServerApp, ClientApp]:
@@ -151,6 +163,12 @@ class AppFolder:
                 f"{kind.__name__}, got {type(found).__name__}."
             )
         return found
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Tell whether a setting is of its default's type; a whole number may be real."""
+    whole = type(value) is int and type(default) is float
+    return whole or type(value) is type(default)
 
 
 def flattened(table: Mapping[str, Any], where: str, parent: str = "") -> RunConfig:

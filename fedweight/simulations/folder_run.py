@@ -113,10 +113,11 @@ class FolderRun:
                 f"metrics   {'agree' if self.metrics_agree else 'differ'}",
             ]
         if self.failures:
-            result.append(
-                f"warning: {len(self.failures)} replies are errors; the first: "
-                f"{self.failures[0]}"
+            number = len(self.failures)
+            are = (
+                "reply is an error" if number == 1 else "replies are errors; the first"
             )
+            result.append(f"warning: {number} {are}: {self.failures[0]}")
         return result
 
     def _agreement(self) -> str:

@@ -494,7 +494,7 @@ print(*f.claims(rows), sep="|")
     assert claims[1].endswith("start-up 0.80 at least, and 2.00 of the large ones")
     before, _, *table, _, end, after = file.read_text().splitlines()
     assert (before, end, after) == ("before", "<!-- end -->", "after")
-    assert table[2:] == [
+    assert table[3:] == [
         "| a | 11.0 s, 2.50 s | 5.5, 5.0 | 2.2, 2.5 | – | – | – | yes |",
         "| b | 9.0 s, 1.00 s | 3.0, 2.0 | 1.0, 0.8 | – | – | – | no |",
         "| c | – | – | – | – | – | – | – |",

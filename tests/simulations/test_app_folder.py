@@ -91,6 +91,17 @@ def test_settings_are_read_as_flower_reads_them() -> None:
     assert app_folder.read_pairs(quoted, "-c") == parse_config_args(quoted)
 
 
+def test_a_setting_of_another_type_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    app = AppFolder.read(APPS / "line-fit")
+    assert app.config(["local.rate=1 nodes=5"])["local.rate"] == 1
+    assert not caplog.records
+    assert app.config(["nodes='five'"])["nodes"] == "five"
+    (record,) = caplog.records
+    assert (
+        "nodes is 'five', where the app's pyproject.toml has 4" in record.getMessage()
+    )
+
+
 def test_settings_add_up() -> None:
     pairs = app_folder.read_pairs(["local.rate=1.0", "local.steps=7"], "-c")
     assert pairs == {"local.rate": 1.0, "local.steps": 7}
@@ -231,9 +242,7 @@ def test_clients_that_fail_are_told(
 ) -> None:
     assert run(small(), "--node-config", "1.broken='!'") == 0
     out = capsys.readouterr().out
-    assert (
-        "warning: 1 replies are errors; the first: client 1, train: ValueError" in out
-    )
+    assert "warning: 1 reply is an error: client 1, train: ValueError" in out
 
 
 def test_what_is_told_of_failures_is_short_and_of_errors_alone(

@@ -90,12 +90,20 @@ def test_our_engines_agree(name: str, ray_session: Any) -> None:
     check(name, local, arrays, metrics_of(ray.ours))
 
 
-@pytest.mark.processes
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("local", marks=pytest.mark.processes),
+        pytest.param("ray", marks=pytest.mark.ray),
+    ],
+)
 def test_secure_aggregation_finishes_without_a_late_client(
-    capfd: pytest.CaptureFixture[str],
+    engine: str, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    if engine == "ray":
+        request.getfixturevalue("ray_session")
     settings = {"timeout": 2.0, "late": 1}
-    run("secure-sum", engine="local", workers=2, settings=settings)
+    run("secure-sum", engine=engine, workers=2, settings=settings)
     first, second = (
         float(line.partition(": ")[2])
         for line in capfd.readouterr().out.splitlines()

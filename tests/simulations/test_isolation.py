@@ -291,9 +291,19 @@ def test_a_client_that_raises_no_exception_costs_itself_alone(
     assert "as planned" in replies[1].error.reason
 
 
-@pytest.mark.processes
-def test_old_apps_give_the_same_each_time(processes: Any) -> None:
+@pytest.mark.parametrize(
+    ("engine", "grids"),
+    [
+        pytest.param("local", "processes", marks=pytest.mark.processes),
+        pytest.param("ray", "ray_grids", marks=pytest.mark.ray),
+    ],
+)
+def test_old_apps_give_the_same_each_time(
+    engine: str, grids: str, request: pytest.FixtureRequest
+) -> None:
     """Ones whose clients draw from the process's generators, a thread a message."""
+    request.getfixturevalue(grids)  # What is defined here travels along.
+
     from flwr.common import ndarrays_to_parameters
     from flwr.server import ServerAppComponents, ServerConfig
     from flwr.server.strategy import FedAvg as OldFedAvg
@@ -324,7 +334,12 @@ def test_old_apps_give_the_same_each_time(processes: Any) -> None:
             return ServerAppComponents(config=config, strategy=strategy)
 
         simulate(
-            ServerApp(server_fn=server_fn), ClientApp(client_fn=client_fn), 6, seed=0
+            ServerApp(server_fn=server_fn),
+            ClientApp(client_fn=client_fn),
+            6,
+            engine=engine,
+            workers=2,
+            seed=0,
         )
         return found
 

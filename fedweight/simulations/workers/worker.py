@@ -24,6 +24,7 @@ from ...core.rows import Rows
 from ...messages import _flower
 from ...messages.arrays import FlatRecord
 from ...messages.dispatch import Cohort, Reply
+from ...messages.records import records_of
 from ..allocator import keep_freed_memory
 from ..grid import FIRST_NODE, Nodes, execute, is_stranger
 from ..isolation import prefix_output
@@ -260,8 +261,8 @@ class Worker:
 
     def _small_states(self) -> list[bytes] | None:
         """Return what clients of the last list keep as bytes; ``None`` if many."""
-        arrays = [r for state in self._kept for r in state.array_records.values()]
-        if sum(map(num_bytes, arrays)) > self.most_bytes:
+        arrays = [records_of(state, ArrayRecord).values() for state in self._kept]
+        if sum(num_bytes(r) for own in arrays for r in own) > self.most_bytes:
             return None
         small = [pickle.dumps(state, 5) for state in self._kept]
         if sum(map(len, small)) > self.most_bytes:
