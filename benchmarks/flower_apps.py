@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 # The same apps with work that takes a client half a second and more, in large batches:
-# what lies between two layers is then larger than what malloc gives out again by itself.
+# what lies between two layers is then more than what malloc gives out again by itself.
 LARGE = ", large"
 SIZES: dict[str, dict[str, Any]] = {
     "small-photos": {
