@@ -211,6 +211,8 @@ def claims(rows: Sequence[results.Row]) -> list[str]:
     lines = []
     for engine in ENGINES:
         own = [row for row in summaries(rows) if row["engine"] == engine]
+        if not own:
+            continue
         whole = [row["whole_gain"] for row in own]
         started = [row["started_gain"] for row in own]
         large = [row["started_gain"] for row in own if row["app"].endswith(LARGE)]
