@@ -414,7 +414,7 @@ def test_aggregation(tmp_path, how):
         assert ("--largest" in row["note"]) == (not small)
 
 
-def test_tables_of_a_study_hold_each_method_against_the_first():
+def test_tables_of_a_study_hold_each_method_against_the_first(in_benchmarks):
     code = """
 import studies
 rows = []
@@ -440,7 +440,7 @@ print("\\n\\n".join(studies.tables(rows, "fedavg")).replace(" ", "_"))
     assert any("sex:_gap_in_TPR" in line for line in lines)
 
 
-def test_the_page_of_studies_has_what_was_recorded():
+def test_the_page_of_studies_has_what_was_recorded(in_benchmarks):
     page = (ROOT / "docs/studies.md").read_text("utf-8")
     files = re.findall(r"benchmarks/results/(studies-[\w-]+\.json)", page)
     assert files
@@ -465,7 +465,7 @@ for table in studies.tables(rows, "fedavg", {[*columns, *gaps]}):
             assert line in shown
 
 
-def test_the_table_of_flower_apps(tmp_path):
+def test_the_table_of_flower_apps(tmp_path, in_benchmarks):
     file = tmp_path / "README.md"
     code = f"""
 import pathlib, flower_apps as f
