@@ -275,7 +275,9 @@ def test_clients_without_examples_never_count(kit, name, options):
             if c.client in (0, 2, 5):
                 assert (c.status, c.reason) == ("dropped", "it has no examples")
                 assert np.isnan(c.weight)
-                assert c.bytes_down == (0 if number else 8 * SIZE)
+                # The model, and with some strategies one number, once.
+                down = {0} if number else {8 * SIZE, 8 * SIZE + 8}
+                assert c.bytes_down in down
         weights = {c.client: c.weight for c in record.clients if c.status == "ok"}
         assert weights == {c.client: c.weight for c in alone.clients}
         np.testing.assert_array_equal(run.vector, others.vector)

@@ -173,6 +173,11 @@ STUDIES = {
 }
 
 
+def test_no_file_of_a_comparison_is_left_out() -> None:
+    files = (ROOT / "simulations").glob("**/*.toml")
+    assert {p.stem for p in files if "[compare]" in p.read_text("utf-8")} == {*STUDIES}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_that_comes_with_the_library_resolves(name: str) -> None:
     file = ROOT / "simulations" / f"{name}.toml"

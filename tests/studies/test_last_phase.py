@@ -116,10 +116,10 @@ def test_a_client_that_fails_in_the_phase_is_told(
 
     train = PersonalModels.train
 
-    def failing(self: Any, module: Any, start: Any, clients: Any, **named: Any) -> Any:
+    def failing(self: Any, m: Any, start: Any, clients: Any, *a: Any, **k: Any) -> Any:
         if any(client.number == 2 for client in clients):
             raise RuntimeError("no room")
-        return train(self, module, start, clients, **named)
+        return train(self, m, start, clients, *a, **k)
 
     monkeypatch.setattr(PersonalModels, "train", failing)
     own = ran(tmp_path / "run").personal
