@@ -179,6 +179,13 @@ class Actors(Crew):
                     ray.kill(handle)
 
 
+def _name_of(failure: Any) -> str:
+    """Return the name of what cannot be sent, quoted; Ray 2.60 has it in a path."""
+    path = getattr(failure, "path", None)
+    name = path[-1] if path else getattr(failure, "name", None)
+    return "" if name is None else f"'{name}' "
+
+
 def _unshippable(app: ClientApp, error: Exception) -> str:
     """Say what of an app cannot be sent to another process."""
     found: set[str] = set()
@@ -189,7 +196,7 @@ def _unshippable(app: ClientApp, error: Exception) -> str:
                     continue
                 _, failures = inspect_serializability(part, print_file=nowhere)
                 found |= {
-                    f"'{failure.name}' ({type(failure.obj).__name__})"
+                    f"{_name_of(failure)}({type(failure.obj).__name__})"
                     for failure in failures
                     if not inspect.isroutine(failure.obj)
                 }
