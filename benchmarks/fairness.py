@@ -11,21 +11,17 @@ method with every seed, and goes on where an earlier call stopped.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from engines.results import RESULTS, today, write_study
 
 import fedweight
 from fedweight.data import load
-
-RESULTS = Path(__file__).parent / "results"
 
 SETTINGS: dict[str, Any] = {
     "run.rounds": 20,
@@ -89,8 +85,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--json", type=Path, help="where the rows are, and are written")
     given = parser.parse_args()
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    path: Path = given.json or RESULTS / f"fairness-{today}.json"
+    path: Path = given.json or RESULTS / f"fairness-{today()}.json"
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
     done = {(row["method"], row["seed"]) for row in rows}
     for seed in given.seeds:
@@ -98,7 +93,7 @@ def main() -> None:
             if (method, seed) not in done:
                 rows.append({"method": method, "seed": seed, **measured(method, seed)})
                 print(json.dumps(rows[-1]), flush=True)
-                write(path, today, rows)
+                write_study(rows, path, settings=SETTINGS, methods=METHODS)
     print(table(rows))
 
 
@@ -138,19 +133,6 @@ def by_sex(
         "risk_difference": float(abs(rates[0] - rates[1])),
         "tpr_gap": float(abs(hits[0] - hits[1])),
     }
-
-
-def write(path: Path, today: str, rows: list[dict[str, Any]]) -> None:
-    """Write the rows with their circumstances."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "date": today,
-        "settings": SETTINGS,
-        "methods": METHODS,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "rows": rows,
-    }
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:

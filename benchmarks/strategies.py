@@ -10,21 +10,17 @@ command goes on where it was stopped, and ``--picture`` draws again without runn
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engines.results import RESULTS, today, write_study
 
 import fedweight
 from fedweight.strategies import STRATEGIES
-
-RESULTS = Path(__file__).parent / "results"
 
 COLUMNS = {
     "strategy": "strategy",
@@ -90,18 +86,9 @@ def measured(run: fedweight.Run, strategy: str, seed: int) -> dict[str, Any]:
 
 def write(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the rows with their circumstances."""
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    name = f"strategies-{Path(given.file).stem}-{today}.json"
+    name = f"strategies-{Path(given.file).stem}-{today()}.json"
     path = given.json or RESULTS / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "date": today,
-        "file": given.file,
-        "settings": given.settings,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "rows": rows,
-    }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_study(rows, path, file=given.file, settings=given.settings)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

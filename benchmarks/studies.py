@@ -15,17 +15,15 @@ The JSON in place of the folder prints the same tables again; --columns "test ac
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from engines.results import RESULTS, today, write_study
 
 from fedweight import __version__
 from fedweight.data import load
@@ -33,8 +31,6 @@ from fedweight.metrics import client_spread
 from fedweight.studies import Comparison, Run
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.statistics import compare_pairs, t_interval
-
-RESULTS = Path(__file__).parent / "results"
 
 # Columns are called "test sex equal_opportunity": part of the data, attribute, gap.
 GAPS = {
@@ -74,10 +70,9 @@ def main() -> None:
         return
     found = Comparison(given.folder)
     rows = read(found)
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     name = given.folder.name.removesuffix("-comparison")
-    path = given.json or RESULTS / f"studies-{name}-{today}.json"
-    write(path, today, found, rows)
+    path = given.json or RESULTS / f"studies-{name}-{today()}.json"
+    write(path, found, rows)
     first = given.against or found.strategies[0]
     print("\n\n".join(tables(rows, first, given.columns)))
 
@@ -163,22 +158,15 @@ def personal(run: Run) -> Row:
     return row | {"test accuracy": math.nan}
 
 
-def write(path: Path, today: str, found: Comparison, rows: Iterable[Row]) -> None:
+def write(path: Path, found: Comparison, rows: Iterable[Row]) -> None:
     """Write the rows with their circumstances."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "date": today,
-        "version": __version__,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "seeds": found.seeds,
-        "settings": found.run(found.strategies[0], found.seeds[0]).config,
-        "rows": [
-            {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-            for row in rows
-        ],
-    }
-    text = json.dumps(_no_nan(content), indent=1, allow_nan=False)
-    path.write_text(text + "\n", "utf-8")
+    short = [
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        for row in rows
+    ]
+    config = found.run(found.strategies[0], found.seeds[0]).config
+    about = {"version": __version__, "seeds": found.seeds, "settings": config}
+    write_study(short, path, **about)
 
 
 def tables(rows: list[Row], first: str, columns: Sequence[str] = ()) -> Iterable[str]:
@@ -300,17 +288,6 @@ def _known(value: Any) -> bool:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def _no_nan(content: Any) -> Any:
-    """JSON has no NaN, and what is not there is null."""
-    if isinstance(content, Mapping):
-        return {name: _no_nan(value) for name, value in content.items()}
-    if isinstance(content, list):
-        return [_no_nan(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content.item() if isinstance(content, np.generic) else content
 
 
 if __name__ == "__main__":

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from . import BENCHMARKS
 from .processes import machine
 
 Row = dict[str, Any]
+
+RESULTS = BENCHMARKS / "results"
 
 
 def today() -> str:
@@ -29,14 +34,35 @@ def write(rows: Sequence[Row], program: str, file: Path | None) -> Path:
     """Write rows to a file, by default a new one with the date; return which."""
     if file is None:
         name = f"{program}-{today()}"
-        file = BENCHMARKS / "results" / f"{name}.json"
+        file = RESULTS / f"{name}.json"
         number = 1
         while file.exists():
             number += 1
-            file = BENCHMARKS / "results" / f"{name}-{number}.json"
+            file = RESULTS / f"{name}-{number}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(list(rows), indent=1, allow_nan=False) + "\n")
     return file
+
+
+def write_study(rows: Sequence[Row], file: Path, **about: Any) -> None:
+    """Write the rows of many runs to a file, with date, machine and what they hold for.
+
+    What is not finite is null there: JSON has no NaN.
+    """
+    content = {"date": today(), "machine": machine(), **about, "rows": list(rows)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    file.write_text(text + "\n", "utf-8")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content.item() if isinstance(content, np.generic) else content
 
 
 def show(rows: Sequence[Row], columns: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from ..messages.arrays import complete, leaves_out_base
 from ..messages.codecs import DENSE, Codec, Draw, as_read
 from ..messages.dispatch import Reply, only_arrays
 from ..messages.records import NUMBERS, as_measured
-from ..messages.shared import Long, shared_of, sizes_of
+from ..messages.shared import Long, mask_among, shared_of, sizes_of
 from ..messages.wire import asks_to_write, written
 from ..metrics import Statistics
 from .bases import base_of
@@ -124,8 +124,7 @@ class LocalWork:
             )
             part = leaves_out_base(record, module.layout)
             pairs = list(zip(clients, results, strict=True))
-            given = shared.get(keys.MASK)
-            mask = given if isinstance(given, torch.Tensor) else None
+            mask = mask_among(shared)
             draws = self._draws(clients)
             trained = [result.model for result in results]
             models = as_read(self.codec, trained, start, draws, mask)

@@ -104,7 +104,12 @@ def mask_of(
     content: RecordDict, sizes: Mapping[str, int], wanted: Iterable[str]
 ) -> Tensor | None:
     """Return the mask of a message, if any; the arguments are as there."""
-    mask = shared_of(content, sizes, wanted).get(keys.MASK)
+    return mask_among(shared_of(content, sizes, wanted))
+
+
+def mask_among(told: Mapping[str, Long]) -> Tensor | None:
+    """Return the mask of what is told, if any."""
+    mask = told.get(keys.MASK)
     return mask if isinstance(mask, Tensor) else None
 
 

@@ -19,7 +19,7 @@ from ..messages.arrays import FlatRecord
 from ..messages.codecs import DENSE, num_bytes
 from ..messages.dispatch import Cohort
 from ..messages.grids import staged
-from ..messages.shared import shared_record
+from ..messages.shared import mask_among, shared_record
 from .checks import checked_long
 from .making import round_of
 from .now import Asked, Now
@@ -69,8 +69,7 @@ def explore(
             **({keys.SHARED: shared_record(long, model.layout)} if long else {}),
         }
     )
-    given = long.get(keys.MASK)
-    mask = given if isinstance(given, Tensor) else None
+    mask = mask_among(long)
     now.bytes_down = num_bytes(DENSE, model.layout, mask)
     now.bytes_down += told_to_all.num_bytes([*long.values(), now.class_totals])
     now.bytes_up = num_bytes(strategy.codec, model.layout, mask)
