@@ -7,7 +7,6 @@ say of a method is true is tested beside the method.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -751,14 +750,12 @@ def test_a_cards_results_are_the_recorded_ones(name: str) -> None:
         assert f" {form.format(row[key])}" in card, key
 
 
-def test_what_cards_say_of_fairness_is_recorded() -> None:
+def test_what_cards_say_of_fairness_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The last record of the program, and its date."""
-    path = ROOT / "benchmarks" / "fairness.py"
-    spec = importlib.util.spec_from_file_location("fairness", path)
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    program = importlib.import_module("fairness")
     record = json.loads(sorted(RESULTS.glob("fairness-*.json"))[-1].read_text("utf-8"))
     assert record["settings"] == program.SETTINGS
     assert record["methods"] == program.METHODS
