@@ -160,10 +160,13 @@ class LastData:
 
 
 def run_cell(cell: Cell, dataset: DataSet) -> tuple[str, str]:
-    """Run a cell; return why it failed, in a line and in full, or empty texts."""
+    """Run a cell; return why it failed, in a line and in full, or empty texts.
+
+    Its own report is written by who wants to see it: it takes longer than a short run.
+    """
     try:
         if cell.how == "resume":
-            resume(cell.folder, progress=False)
+            resume(cell.folder, report=False, progress=False)
         else:
             tables = tomllib.loads(cell.config)
             run_configured(
@@ -172,6 +175,7 @@ def run_cell(cell: Cell, dataset: DataSet) -> tuple[str, str]:
                 cell.name,
                 dataset=dataset,
                 preface=cell.preface,
+                report=False,
                 progress=False,
                 overwrite=cell.how == "anew",
             )

@@ -71,7 +71,8 @@ def compare(
     same sampling of clients, so differences are taken seed by seed. What is there
     already, with the same configuration, is not run again; what was stopped goes on. So
     the same call again ends a comparison that was stopped, and more strategies or seeds
-    are added to one that is there.
+    are added to one that is there. Only the comparison has a report; that of a cell is
+    written by :meth:`fedweight.Run.report`.
 
     Parameters
     ----------
