@@ -82,9 +82,9 @@ class Imported:
     ----------
     package : str
         Its name.
-    extra : str
-        The extra that brings it.
-    what : str
+    extra : str, optional
+        The extra that brings it; without one it is always installed.
+    what : str, optional
         What needs it, for :func:`require`.
 
     Examples
@@ -94,14 +94,16 @@ class Imported:
     0
     """
 
-    def __init__(self, package: str, extra: str, what: str) -> None:
+    def __init__(self, package: str, extra: str = "", what: str = "") -> None:
         self._needed = (what, extra, package)
 
     def __getattr__(self, name: str) -> Any:
         """Return what the package has by this name, and keep it."""
         if name.startswith("__"):  # What looks at modules does not want it imported.
             raise AttributeError(name)
-        require(*self._needed)
-        value = getattr(importlib.import_module(self._needed[-1]), name)
+        what, extra, package = self._needed
+        if extra:
+            require(what, extra, package)
+        value = getattr(importlib.import_module(package), name)
         setattr(self, name, value)
         return value

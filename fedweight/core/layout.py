@@ -17,15 +17,17 @@ from collections.abc import (
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
 
 from .errors import AggregationError, ConfigurationError
+from .pytorch import torch
 from .texts import listed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Kind = Literal["parameter", "frozen", "buffer", "integer", "tied"]
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from .errors import AggregationError
 from .layout import FlatModel, Integers, as_tensor, is_finite
+from .pytorch import torch
 from .rows import TILE_ROWS
 from .threads import one_thread
 from .updates import Accumulate, StackedUpdates, Updates
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LocalModels(ABC):

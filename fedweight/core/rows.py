@@ -12,16 +12,18 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from .extras import is_installed
+from .pytorch import torch
 from .threads import map_in_order
-from .vectors import NO_VALUES, empty, plain
+from .vectors import empty, no_values, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("fedweight")
 
@@ -94,7 +96,7 @@ class Rows:
         self._matrix = (
             np.array([model.data_ptr() for model in self.models], np.uint64),
             np.array([*accumulate(sizes, initial=0)]),
-            NO_VALUES[dtype],
+            no_values(dtype),
             TILE_ROWS,
         )
 
@@ -268,10 +270,10 @@ def _given(
     vector: Tensor | Sum | None, dtype: torch.dtype
 ) -> tuple[Tensor, npt.NDArray[Any], float]:
     """Return a vector as the kernels take it: its values, or the weights of a sum."""
-    nothing = torch.from_numpy(NO_VALUES[dtype])
+    nothing = torch.from_numpy(no_values(dtype))
     if isinstance(vector, Sum):
         return nothing, plain(vector.weights, dtype).numpy(), vector.total_weight
-    return nothing if vector is None else vector, NO_VALUES[dtype], 0.0
+    return nothing if vector is None else vector, no_values(dtype), 0.0
 
 
 def changed_tensors(

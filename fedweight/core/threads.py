@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
-import torch
+from .pytorch import torch
 
 S = TypeVar("S")
 T = TypeVar("T")

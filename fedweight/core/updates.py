@@ -19,17 +19,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, reduce
 from itertools import pairwise
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from .errors import check_choice
+from .pytorch import torch
 from .rows import TILE_ROWS, Block, Rows, Sum, kernels
 from .threads import map_in_order, num_cores, one_thread
 from .vectors import check_shape, empty, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Accumulate = Literal["float64", "float32"]
 
@@ -239,7 +241,7 @@ class Updates(ABC):
 
         def measure(span: Sequence[Block]) -> npt.NDArray[np.float64]:
             here = slice(span[0].start, span[-1].stop)
-            near = given[here] if isinstance(given, Tensor) else given
+            near = given[here] if isinstance(given, torch.Tensor) else given
             one = (near, self.origin[here], order, span, self.dtype)
             arguments = [one] * len(self.members)
             return self._gather("distances", arguments, (len(span),))
@@ -306,7 +308,7 @@ class Updates(ABC):
         if (point is None) == (weights is None):
             raise ValueError("give either a vector of parameters or weights")
         if weights is None:
-            point = cast(Tensor, point)
+            point = cast("Tensor", point)
             check_shape("the vector", point, self.num_parameters, "parameter")
             return point
         check_shape("weights", weights, self.num_clients, "row")
@@ -330,7 +332,7 @@ class Updates(ABC):
 
         def multiply(span: Sequence[Block]) -> npt.NDArray[np.float64]:
             here = slice(span[0].start, span[-1].stop)
-            near = vector[here] if isinstance(vector, Tensor) else vector
+            near = vector[here] if isinstance(vector, torch.Tensor) else vector
             rest = (span, self.dtype)
             arguments = [
                 (near, self.origin[here], *own, *rest)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+from .pytorch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The memory of vectors of at least so many bytes is used again: in each thread one of
 # each of so many sizes.
 LARGE_BYTES = 1 << 20
 KEPT_SIZES = 4
 
-# What the kernels are given where there is no vector.
-NO_VALUES: dict[torch.dtype, npt.NDArray[Any]] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
+_NO_VALUES: dict[int, npt.NDArray[Any]] = {
+    4: np.empty(0, np.float32),
+    8: np.empty(0, np.float64),
 }
+
+
+def no_values(dtype: torch.dtype) -> npt.NDArray[Any]:
+    """Return what the kernels are given where there is no vector."""
+    return _NO_VALUES[dtype.itemsize]
 
 
 def check_shape(name: str, given: Tensor, size: int, what: str) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast, overload
 
-import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -34,6 +33,7 @@ from ..core.local_models import (
     ModelSum,
     SummedModels,
 )
+from ..core.pytorch import torch
 from ..core.rows import changed_tensors
 from . import keys
 from ._flower import CLIENT_APP_RAISED_EXCEPTION, NO_REPLY, reason_of

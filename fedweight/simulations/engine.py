@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -17,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from ..core.environment import set_for_a_while
 from ..core.errors import ConfigurationError, EngineError, check_choice, check_range
 from ..core.extras import is_installed
+from ..core.pytorch import torch
 from ..core.signals import interruptible
 from ..core.texts import shown
 from ..core.threads import num_cores
@@ -316,7 +316,7 @@ def make_grid(
     check_local(engine, None if apart else workers, gpus_per_worker, address)
     if engine == "auto":
         several = None if apart else workers
-        engine = choose_engine(several, gpus_per_worker, address)
+        engine = choose_engine(several, gpus_per_worker, address, counts_gpus=not apart)
     if engine == "ray" and isolation == "none":
         raise ConfigurationError(
             "isolation is 'none', which is this process, but the engine is Ray. Leave "
@@ -448,9 +448,16 @@ def check_engine(engine: str) -> None:
 
 
 def choose_engine(
-    workers: int | None, gpus_per_worker: float, address: str | None
+    workers: int | None,
+    gpus_per_worker: float,
+    address: str | None,
+    *,
+    counts_gpus: bool = True,
 ) -> str:
     """Return the engine that ``auto`` stands for.
+
+    Several GPUs are a reason for Ray, unless clients are to have none of them
+    (``counts_gpus``).
 
     Examples
     --------
@@ -459,5 +466,6 @@ def choose_engine(
     >>> choose_engine(workers=4, gpus_per_worker=0.0, address=None)
     'ray'
     """
-    several = (workers or 1) > 1 or gpus_per_worker > 0
-    return "ray" if several or address or torch.cuda.device_count() > 1 else "local"
+    if (workers or 1) > 1 or gpus_per_worker > 0 or address:
+        return "ray"
+    return "ray" if counts_gpus and torch.cuda.device_count() > 1 else "local"

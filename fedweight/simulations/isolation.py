@@ -7,18 +7,22 @@ handles one client after another, and in a debugger all of them are in the serve
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 
 from ..core.environment import set_environment
+from ..core.pytorch import is_imported, torch
 from ..core.rng import Purpose, torch_seed
 
 
@@ -46,7 +50,7 @@ def seed_generators(seed: int, client: int, nth: int) -> None:
     own = torch_seed(seed, Purpose.CLIENT_APP, nth, client)
     random.seed(own)
     np.random.seed(own & 0xFFFFFFFF)  # noqa: NPY002
-    torch.manual_seed(own)
+    _with_pytorch(lambda: torch.manual_seed(own))
 
 
 @contextlib.contextmanager
@@ -59,19 +63,47 @@ def undone() -> Iterator[None]:
     logger's level and the filters of warnings. Not what the block has stored in
     modules: many an app keeps its data there.
     """
-    back = [
-        _argv(),
-        _environment(),
-        _folder(),
-        _generators(),
-        _torch(),
-        _warnings(),
-    ]
+    back = [_argv(), _environment(), _folder(), _generators(), _warnings()]
+    _with_pytorch(lambda: back.extend([_torch_generators(), _torch()]))
     try:
         yield
     finally:
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Waiting)]
         for put_back in back:
             put_back()
+
+
+def _with_pytorch(do: Callable[[], object]) -> None:
+    """Do something with PyTorch, now or as soon as a client has imported it."""
+    if is_imported():
+        do()
+    else:
+        sys.meta_path.insert(0, _Waiting(do))
+
+
+class _Waiting(MetaPathFinder):
+    """Waits for PyTorch to be imported. Who waits last does its part last."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self._do = do
+
+    def find_spec(
+        self, name: str, path: Any = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Let the others find it, and what is to be done follow its import."""
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self._do()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def _argv() -> Callable[[], None]:
@@ -107,12 +139,19 @@ def _folder() -> Callable[[], None]:
 def _generators() -> Callable[[], None]:
     python = random.getstate()
     numbers = np.random.get_state()  # noqa: NPY002
-    on_cpu = torch.get_rng_state()
-    on_cuda = torch.cuda.get_rng_state_all() if _on_cuda() else None
 
     def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numbers)  # noqa: NPY002
+
+    return put_back
+
+
+def _torch_generators() -> Callable[[], None]:
+    on_cpu = torch.get_rng_state()
+    on_cuda = torch.cuda.get_rng_state_all() if _on_cuda() else None
+
+    def put_back() -> None:
         torch.set_rng_state(on_cpu)
         if on_cuda is not None:
             torch.cuda.set_rng_state_all(on_cuda)

@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -32,10 +33,43 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
 from fedweight.simulations import SimulationGrid, simulate
-from fedweight.simulations.isolation import undone
+from fedweight.simulations.isolation import seed_generators, undone
 from fedweight.simulations.local import LocalGrid
 
 Make = Callable[..., SimulationGrid]
+
+
+def test_pytorch_imported_by_a_client_is_seeded_and_put_back_too() -> None:
+    """In a process that has not imported it."""
+    program = """
+import sys
+from fedweight.simulations.isolation import seed_generators, undone
+
+def client(nth):
+    with undone():
+        seed_generators(0, 3, nth)
+        import torch
+        torch.set_default_dtype(torch.float64)
+        return torch.rand(3, dtype=torch.float32).tolist()
+
+with undone():
+    seed_generators(0, 3, 1)
+    finders = list(sys.meta_path)
+assert len(finders) == len(sys.meta_path) + 2 and "torch" not in sys.modules
+first = client(1)
+import torch
+assert torch.get_default_dtype() == torch.float32
+before = torch.get_rng_state()
+assert client(1) == first != client(2)
+assert torch.equal(torch.get_rng_state(), before)
+print(*first)
+"""
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True)
+    with undone():
+        seed_generators(0, 3, 1)
+        expected = torch.rand(3).tolist()
+    assert [float(word) for word in printed.stdout.split()] == expected
 
 
 def app_of(handler: Callable[[Message, Context], Any]) -> ClientApp:

@@ -60,6 +60,44 @@ print("ended", flush=True)
 """
 
 
+WITHOUT_PYTORCH = """
+import sys
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from fedweight import simulate
+
+client_app, server_app = ClientApp(), ServerApp()
+
+
+def imported():
+    return [name for name in ("torch", "ray", "pandas") if name in sys.modules]
+
+
+@client_app.train()
+def train(message, context):
+    metrics = MetricRecord({"imported": len(imported())})
+    return Message(RecordDict({"m": metrics}), reply_to=message)
+
+
+@server_app.main()
+def main(grid, context):
+    ids = list(grid.get_node_ids())
+    replies = grid.send_and_receive([Message(RecordDict(), n, "train") for n in ids])
+    print([r.content["m"]["imported"] for r in replies], imported())
+
+
+simulate(server_app, client_app, num_supernodes=3, workers=2, seed=0)
+print(imported())
+"""
+
+
+def test_an_app_without_pytorch_does_not_wait_for_its_import(script: Any) -> None:
+    program = script(WITHOUT_PYTORCH)
+    expected = ["[0, 0, 0] []", "[]"]
+    assert program.finish().splitlines() == expected, program.errors.read_text()
+
+
 def test_a_script_with_everything_in_it(script: Any) -> None:
     program = script(UNGUARDED.format(seconds=0))
     assert program.finish().splitlines() == [

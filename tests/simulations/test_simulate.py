@@ -86,6 +86,8 @@ def test_auto(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
     assert choose_engine(workers, gpus, address) == engine
+    expected = "local" if devices > 1 else engine
+    assert choose_engine(workers, gpus, address, counts_gpus=False) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
 from ...core.client_store import ClientRows, ClientStore
 from ...core.layout import FlatModel, Integers, Layout, as_tensor
 from ...core.local_models import ModelSum
+from ...core.pytorch import is_imported, torch
 from ...core.rows import Rows
 from ...messages import _flower
 from ...messages.arrays import FlatRecord
@@ -28,6 +27,9 @@ from ...messages.records import records_of
 from ..allocator import keep_freed_memory
 from ..grid import FIRST_NODE, Nodes, execute, is_stranger
 from ..isolation import prefix_output
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Where a row lies: in which of the objects that were sent along, and where in it.
 Place = tuple[int, int]
@@ -155,7 +157,8 @@ class Worker:
     most_bytes = float("inf")
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)  # More would change the last bits of the results.
+        # For PyTorch, whoever imports it: more would change the last bits of results.
+        os.environ["OMP_NUM_THREADS"] = "1"
         keep_freed_memory()
         self._kept: list[RecordDict] = []
 
@@ -172,6 +175,8 @@ class Worker:
         """Take over an app; return where this process is."""
         self.app, self.nodes = app, nodes
         self._stranger = is_stranger(app)
+        if is_imported():
+            torch.set_num_threads(1)
         return ""
 
     def run(
