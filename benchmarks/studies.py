@@ -271,7 +271,11 @@ def candidates(rows: list[Row], names: Sequence[str]) -> str:
     for (method, candidate), own in groups.items():
         means = [f"{np.mean([_number(r.get(c)) for r in own]):.3f}" for c in columns]
         mark = "yes" if own[0]["chosen"] else ""
-        lines.append("| " + " | ".join([method, candidate, mark, *means]) + " |")
+        short = ", ".join(
+            key.rpartition(".")[2] + " " + value
+            for key, value in (one.split("=") for one in candidate.split("+"))
+        )
+        lines.append("| " + " | ".join([method, short, mark, *means]) + " |")
     return "\n".join(lines)
 
 

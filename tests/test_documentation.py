@@ -775,6 +775,39 @@ def test_what_cards_say_of_fairness_is_recorded(
     assert said == found.keys()
 
 
+@pytest.mark.parametrize("section", text_of("docs/studies.md").split("\n## ")[1:])
+def test_the_tables_of_a_study_are_those_of_its_record(
+    section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every table of the page, as its program makes it of what was recorded."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    program = importlib.import_module("studies")
+    shown = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    records = re.findall(r"benchmarks/results/(studies-.*)\.json", section)
+    rows = [
+        row
+        for name in dict.fromkeys(records)
+        for row in json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
+    ]
+    known = {program.title(name): name for row in rows for name in row}
+    made = []
+    for text in shown:
+        heads = [cell.strip() for cell in text.split("\n")[0].strip("|").split("|")]
+        columns = [known[h] for h in heads if h in known and known[h] != "strategy"]
+        swept = "candidate" in heads
+        for data in dict.fromkeys(row["data"] for row in rows):
+            own = [row for row in rows if row["data"] == data]
+            if swept:
+                made.append(program.candidates(own, columns[3:]))
+            else:
+                chosen = [row for row in own if row["chosen"]]
+                made.append(program.table(chosen, columns, rows[0]["strategy"]))
+    # A page may leave rows out, not change one, nor take them from several tables.
+    for text in shown:
+        lines = {*text.strip().split("\n")}
+        assert any(lines <= {*table.split("\n")} for table in made), text
+
+
 ENGINES = {
     "floor": "floor",
     "local": "local",
