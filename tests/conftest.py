@@ -4,7 +4,9 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -87,3 +89,68 @@ def pytest_collection_modifyitems(
         if marked and (reason := missing()):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Any]:
+    """One Ray for all tests in this process, started when the first one asks."""
+    import ray
+
+    # The tests hold a grid of one worker, one of two, and at times another worker or
+    # another grid of two, as a run in this process has. A worker needs a core of these.
+    # A small store, as /dev/shm is small in containers.
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=200_000_000,
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def session_grids(ray_session: Any) -> Iterator[list[Any]]:
+    from flwr.clientapp import ClientApp
+
+    from fedweight.simulations.ray.grid import RayGrid
+
+    grids = [RayGrid(ClientApp(), 1, workers=n) for n in (1, 2)]
+    yield grids
+    for grid in grids:
+        grid.close()
+
+
+@pytest.fixture
+def ready_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs on Ray, in a test that is marked ``ray``, have workers that are there.
+
+    They are those of the session's grids: a run begins with them as a grid does that
+    another app is loaded into, and leaves them to the next one. To import PyTorch in
+    each run's own takes longer than the run. A module that clients import must not have
+    the name of one of another test.
+    """
+    if request.node.get_closest_marker("ray") is None:
+        return
+    crews = [grid._pool.crew for grid in request.getfixturevalue("session_grids")]
+
+    from fedweight.simulations.ray.actors import Actors
+
+    class Lent(Actors):
+        def __init__(self, lender: Actors, options: dict[str, Any]) -> None:
+            super().__init__(0, options)
+            assert self._options == lender._options
+            # The lists themselves: who has ended is replaced for the lender, too.
+            self.handles, self.places = lender.handles, lender.places
+
+        def kill(self) -> None:
+            """Leave them be."""
+
+    def crew_of(count: int, options: dict[str, Any]) -> Actors:
+        for crew in crews:
+            if len(crew.handles) == count:
+                return Lent(crew, options)
+        return Actors(count, options)
+
+    monkeypatch.setattr("fedweight.simulations.ray.grid.Actors", crew_of)

@@ -121,6 +121,7 @@ FILE = {
 }
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.parametrize(
     "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]
 )

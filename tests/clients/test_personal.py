@@ -68,6 +68,7 @@ def test_a_step_of_ditto_has_its_golden_value():
     assert result.model.parameters.tolist() == pytest.approx([0.93, 1.09])
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.parametrize("name", ["ditto", "fine-tuned"])
 @pytest.mark.parametrize(
     "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]

@@ -1,4 +1,4 @@
-"""Grids for the tests: one Ray for all of them, started when the first test asks."""
+"""Grids for the tests, and programs that start their own."""
 
 from __future__ import annotations
 
@@ -29,34 +29,6 @@ def _identity() -> Iterator[None]:
     """Let the tests write messages, as a ServerApp may."""
     with _flower.task_identity(run_id=0):
         yield
-
-
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[Any]:
-    import ray
-
-    # The tests hold a grid of one worker, one of two, and at times another worker or
-    # another grid of two, as a run in this process has. A worker needs a core of these.
-    # A small store, as /dev/shm is small in containers.
-    ray.init(
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=200_000_000,
-    )
-    yield ray
-    ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def session_grids(ray_session: Any) -> Iterator[list[Any]]:
-    from fedweight.simulations.ray.grid import RayGrid
-
-    grids = [RayGrid(ClientApp(), 1, workers=n) for n in (1, 2)]
-    yield grids
-    for grid in grids:
-        grid.close()
 
 
 @pytest.fixture(scope="session")

@@ -79,10 +79,11 @@ def check(name: str, mine: FolderRun, arrays: list[Any], metrics: Any) -> None:
             assert values == pytest.approx([v for _, v in other], rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.ray
 @pytest.mark.processes
 @pytest.mark.parametrize("name", RUNS)
-def test_our_engines_agree(name: str, ray_session: Any) -> None:
+def test_our_engines_agree(name: str) -> None:
     local = run(name, engine="local", workers=2)
     ray = run(name, engine="ray", workers=1)
     record = ray.ours.arrays
@@ -90,6 +91,7 @@ def test_our_engines_agree(name: str, ray_session: Any) -> None:
     check(name, local, arrays, metrics_of(ray.ours))
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.parametrize(
     "engine",
     [
@@ -98,10 +100,8 @@ def test_our_engines_agree(name: str, ray_session: Any) -> None:
     ],
 )
 def test_secure_aggregation_finishes_without_a_late_client(
-    engine: str, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
+    engine: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if engine == "ray":
-        request.getfixturevalue("ray_session")
     settings = {"timeout": 2.0, "late": 1}
     run("secure-sum", engine=engine, workers=2, settings=settings)
     first, second = (

@@ -337,6 +337,7 @@ def test_old_apps_give_the_same_each_time(
 ) -> None:
     """Ones whose clients draw from the process's generators, a thread a message."""
     request.getfixturevalue(grids)  # What is defined here travels along.
+    request.getfixturevalue("ready_ray")
 
     from flwr.common import ndarrays_to_parameters
     from flwr.server import ServerAppComponents, ServerConfig

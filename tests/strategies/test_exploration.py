@@ -241,6 +241,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(strategy):
     same_files(whole, fedweight.resume("stopped", report=False, progress=False))
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.ray
 @pytest.mark.parametrize("strategy", ["fedlex", "autoflip"])
 def test_bytes_and_bits_are_the_same_on_ray(strategy):

@@ -241,6 +241,7 @@ def test_all_models_are_kept(finished: Run) -> None:
         torch.testing.assert_close(mean[name], (one[name] + other[name]) / 2)
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.parametrize(
     ("engine", "plan"),
     [

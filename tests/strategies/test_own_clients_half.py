@@ -64,18 +64,27 @@ class ByHalf(WeightingStrategy):
 '''
 
 
-@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+ON_RAY = pytest.param("ray", marks=pytest.mark.ray)
+AS_A_PROGRAM = pytest.param("program", marks=pytest.mark.ray)
+
+
+@pytest.fixture(params=["local", ON_RAY])
 def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "ray":
+        # Workers of its own: each of these tests has another module of the same name.
+        request.getfixturevalue("ray_session")
     return str(request.param)
 
 
 def ran(folder: Path, code: str, settings: dict[str, object], engine: str) -> Run:
-    """Run a strategy whose file is beside the run: on Ray as a program would."""
+    """Run a strategy whose file is beside the run; ``"program"`` is one, on Ray."""
     (folder / "own.py").write_text(code)
-    given = {**settings, "engine.name": engine}
     if engine == "local":
+        given = {**settings, "engine.name": engine}
+    else:
+        given = {**settings, "engine.name": "ray", "engine.workers": 2}
+    if engine != "program":
         return run(settings=given, out=folder / "run", report=False)
-    given["engine.workers"] = 2
     pairs = [f"{key}={value!r}" for key, value in given.items()]
     options = [part for pair in pairs for part in ("--set", pair)]
     command = [sys.executable, "-m", "fedweight", "run", "--out", "run", *options]
@@ -91,6 +100,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("engine", ["local", AS_A_PROGRAM])
 def test_a_strategy_brings_its_probes(own: Path, engine: str) -> None:
     settings = {
         "strategy.name": "own:ByGain",

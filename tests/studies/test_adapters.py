@@ -260,6 +260,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(elsewhere, tmp_path):
         assert one.read_bytes() == other.read_bytes(), name
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.ray
 def test_bytes_and_bits_are_the_same_on_ray(elsewhere):
     one = run(engine__plan="batched-2", strategy__name="ida")

@@ -116,6 +116,7 @@ def test_nothing_changes_where_no_groups_are_asked_for(
         _ = without.groups
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.parametrize(
     "more",
     [

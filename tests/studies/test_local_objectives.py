@@ -106,6 +106,7 @@ def test_what_clients_estimate_on_the_way_is_kept(
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.parametrize("strategy", ["fedavg", "afl"])
 @pytest.mark.parametrize(
     "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)]

@@ -67,6 +67,7 @@ def test_of_several_it_is_another_model(strategy):
         assert torch.linalg.matrix_rank(mine) <= 3
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.ray
 def test_bits_are_the_same_on_ray():
     more = {"engine__plan": "batched-2", "run__rounds": 2}

@@ -101,7 +101,7 @@ def written(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in timed}
 
 
-@pytest.mark.usefixtures("own_module")
+@pytest.mark.usefixtures("own_module", "ready_ray")
 @pytest.mark.filterwarnings("ignore")  # Flower's own.
 @pytest.mark.parametrize(
     ("method", "engine"),
@@ -111,7 +111,6 @@ def written(folder: Path) -> dict[str, bytes]:
             pytest.param(
                 method,
                 "ray",
-                # Ray starts three times.
                 marks=[pytest.mark.ray, pytest.mark.timeout(400)],
             )
             for method in ("fedce, momentum", "ditto, aldr", "fedbuff")

@@ -62,6 +62,7 @@ def test_the_discount_that_was_asked_for_is_no_warning(tmp_path: Path) -> None:
     assert made.warnings == []
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -78,6 +79,7 @@ def test_every_engine_gives_the_same_bits(
     assert written(simulated(tmp_path / "run", **settings)) == written(made)
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -132,6 +132,7 @@ def test_the_same_bits_on_threads_and_resumed(tmp_path: Path) -> None:
     assert resumed.best_round == one.best_round
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.ray
 def test_the_same_bits_on_ray(tmp_path: Path) -> None:
     pytest.importorskip("ray")

@@ -87,6 +87,7 @@ def test_it_resumes_with_the_same_bits(tmp_path: Path, method: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("ready_ray")
 @pytest.mark.ray
 @every_method
 def test_on_ray_it_has_the_bits_of_the_local_engine(
