@@ -1,9 +1,10 @@
-"""Flower's own processes, for the time of a test, and not a moment longer."""
+"""Flower's own processes, for the time of a test or of a module's, and no longer."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -115,11 +116,14 @@ class Flower:
         """
         where = [connection] if connection else []
         log = self.flwr("run", ".", *where, "--stream", *arguments)
+        started = re.search(r"started run (\d+)", log)
+        assert started, log
+        asked = ("--run-id", started[1], "--format", "json")
         deadline = time.monotonic() + 10
         while True:
-            runs = json.loads(self.flwr("list", *where, "--format", "json"))["runs"]
-            if runs and runs[0]["status"].startswith("finished"):
-                return {**runs[0], "log": log}
+            (run,) = json.loads(self.flwr("list", *where, *asked))["runs"]
+            if run["status"].startswith("finished"):
+                return {**run, "log": log}
             assert time.monotonic() < deadline, log
             time.sleep(0.5)
 
@@ -155,13 +159,23 @@ class Flower:
         return self.processes()
 
 
-@pytest.fixture
-def flower(tmp_path: Path) -> Iterator[Flower]:
+def _place(folder: Path) -> Iterator[Flower]:
     if not Path("/proc/self/environ").exists():
         pytest.skip("needs /proc to find, and end, what Flower starts")
-    place = Flower(tmp_path)
+    place = Flower(folder)
     yield place
     assert place.stop() == []
+
+
+@pytest.fixture
+def flower(tmp_path: Path) -> Iterator[Flower]:
+    yield from _place(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lasting_flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
+    """A place whose SuperLink, once started, serves all runs of a module."""
+    yield from _place(tmp_path_factory.mktemp("flower"))
 
 
 @pytest.fixture
