@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,9 @@ def test_ids_and_times_as_flowers(make: Make, write: Any) -> None:
     assert grid.run.run_id != LocalGrid(app_of(train), 1).run.run_id
 
 
-def test_a_message_that_expires(make_apart: Make, write: Any) -> None:
-    grid = make_apart(app_of(sleep), 2)
-    messages = [write(grid, k, seconds=3.0 * k) for k in range(2)]
+def test_a_message_that_expires(make_apart: Make, write: Any, over: Path) -> None:
+    grid = make_apart(app_of(wait), 2)
+    messages = [write(grid, k, until=["", str(over)][k]) for k in range(2)]
     for message in messages:
         message.metadata.ttl = 1.5
     began = time.perf_counter()
@@ -133,6 +133,7 @@ def test_a_message_that_expires(make_apart: Make, write: Any) -> None:
     assert time.perf_counter() - began < 3.0
     assert [r.has_error() for r in replies] == [False, True]
     assert replies[1].error.code == _flower.MESSAGE_UNAVAILABLE
+    over.touch()
     pushed = write(grid, 0)
     pushed.metadata.ttl = 1e-6
     time.sleep(0.01)
@@ -347,9 +348,20 @@ def test_what_has_not_begun_at_the_timeout_never_does(
     assert len(list(tmp_path.iterdir())) < 8
 
 
-def sleep(message: Message, context: Context) -> Message:
+@pytest.fixture
+def over(tmp_path: Path) -> Iterator[Path]:
+    """Give a file that is there at the end of the test at the latest."""
+    path = tmp_path / "over"
+    yield path
+    path.touch()
+
+
+def wait(message: Message, context: Context) -> Message:
+    """Reply once the file is there that the message names; else at once."""
     config = message.content["config"]
-    time.sleep(config.get("seconds", 0))
+    until = config.get("until")
+    while until and not Path(until).exists():
+        time.sleep(0.01)
     client = context.node_config["partition-id"]
     calls = context.state.get("past", MetricRecord({"calls": 0}))["calls"] + 1
     context.state["past"] = MetricRecord({"calls": calls})
@@ -361,11 +373,11 @@ def of(replies: Any, name: str) -> list[Any]:
 
 
 def test_push_returns_at_once_and_replies_come_as_they_are_there(
-    make_apart: Make, write: Any
+    make_apart: Make, write: Any, over: Path
 ) -> None:
-    grid = make_apart(app_of(sleep), 4)
+    grid = make_apart(app_of(wait), 4)
     began = time.perf_counter()
-    messages = [write(grid, k, seconds=3.0 * (k == 0)) for k in range(4)]
+    messages = [write(grid, k, until="" if k else str(over)) for k in range(4)]
     ids = grid.push_messages(messages)
     assert time.perf_counter() - began < 1.0
     found: list[int] = []
@@ -376,15 +388,18 @@ def test_push_returns_at_once_and_replies_come_as_they_are_there(
     assert time.perf_counter() - began < 3.0
 
 
-def test_nobody_is_lost_with_a_slow_one(make_apart: Make, write: Any) -> None:
-    grid = make_apart(app_of(sleep), 8)
+def test_nobody_is_lost_with_a_slow_one(
+    make_apart: Make, write: Any, over: Path
+) -> None:
+    grid = make_apart(app_of(wait), 8)
     for _ in range(2):  # It is known by now that they are quick.
         grid.send_and_receive([write(grid, k) for k in range(8)])
-    late = [write(grid, k, tag=1, seconds=4.0 * (k == 2)) for k in range(8)]
+    late = [write(grid, k, tag=1, until=str(over) if k == 2 else "") for k in range(8)]
     began = time.perf_counter()
     replies = list(grid.send_and_receive(late, timeout=2.5))
     assert time.perf_counter() - began < 4.0
     assert of(replies, "client") == [0, 1, 3, 4, 5, 6, 7]
+    over.touch()
     # The late client and its worker are there for the next round; what it replied late
     # never comes, and what it did to its state stays.
     messages = [write(grid, k, tag=2) for k in range(8)]

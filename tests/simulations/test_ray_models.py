@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -363,15 +364,30 @@ def test_lists_are_taken_in_order(
     assert bits == play(LocalGrid(app, CLIENTS), FedAvg())
 
 
-@pytest.mark.parametrize("strategy", [FedAvg, IDA])
-def test_timeout(strategy: Any, ray_grid: Any) -> None:
-    def slow(client: int) -> None:
-        time.sleep(8 if client == 6 else 0)
+@pytest.fixture
+def late(tmp_path: Path) -> Iterator[Callable[[int], None]]:
+    """Give what app_of calls ``before``: client 6 waits for the end of the test.
 
-    ray_grid.load(app_of(before=slow), CLIENTS)
+    Or until somebody calls it with -1.
+    """
+    over = tmp_path / "over"
+
+    def wait(client: int) -> None:
+        if client < 0:
+            over.touch()
+        while client == 6 and not over.exists():
+            time.sleep(0.01)
+
+    yield wait
+    wait(-1)
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, IDA])
+def test_timeout(strategy: Any, ray_grid: Any, late: Any) -> None:
+    ray_grid.load(app_of(before=late), CLIENTS)
     method = strategy()
-    # The others take a tenth of this on an idle machine.
-    replies = replies_of(ray_grid, method, timeout=5)
+    # The others take a fifth of this on an idle machine.
+    replies = replies_of(ray_grid, method, timeout=2.5)
     arrived = {reply.node - FIRST_NODE for reply in replies.plain or ()}
     assert 6 not in arrived
     assert len(arrived) >= 5
@@ -381,17 +397,15 @@ def test_timeout(strategy: Any, ray_grid: Any) -> None:
     assert status == {k: "ok" if k in arrived else "missing" for k in range(CLIENTS)}
 
 
-def test_what_comes_too_late_is_not_kept(ray_grid: Any) -> None:
-    def slow(client: int) -> None:
-        time.sleep(3 if client == 6 else 0)
-
-    ray_grid.load(app_of(before=slow, personal=Ditto()), CLIENTS)
+def test_what_comes_too_late_is_not_kept(ray_grid: Any, late: Any) -> None:
+    ray_grid.load(app_of(before=late, personal=Ditto()), CLIENTS)
     with ray_grid.store.staged() as keep:
         replies = replies_of(ray_grid, FedAvg(), timeout=1.5)
         arrived = {reply.node - FIRST_NODE for reply in replies.plain or ()}
         assert 6 not in arrived
         assert arrived
         keep()
+    late(-1)
     while ray_grid._pool._queue.busy:
         time.sleep(0.05)
     kept = ray_grid.store.read("personal", np.arange(CLIENTS)).clients
@@ -415,10 +429,10 @@ class Odd(Objective):
 def test_a_client_that_carries_something_else_fails_alone(
     chunk: int, ray_grid: Any
 ) -> None:
-    def late(client: int) -> None:
+    def last(client: int) -> None:
         time.sleep(1 if client == 6 else 0)
 
-    ray_grid.load(app_of(before=late, objective=Odd(), personal=Ditto()), CLIENTS)
+    ray_grid.load(app_of(before=last, objective=Odd(), personal=Ditto()), CLIENTS)
     ray_grid.plan = Plan(chunk)
     try:
         for _ in range(2):
