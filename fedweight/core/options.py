@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -50,6 +51,10 @@ ANY = "**"
 
 # Marks, in ``Annotated``, what the library fills in and a file cannot.
 GIVEN = "given by the library"
+
+
+# What annotations say: to read them takes a millisecond, and a run asks often.
+_KNOWN: WeakKeyDictionary[Callable[..., Any], dict[str, Option]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -155,12 +160,12 @@ class Option:
         """Whether it has no default."""
         return self.default is inspect.Parameter.empty
 
-    @property
+    @cached_property
     def given(self) -> bool:
         """Whether the library fills it in, and a file cannot."""
         return GIVEN in metadata(self.annotation)
 
-    @property
+    @cached_property
     def in_file(self) -> Option:
         """The same with the default that a simulation file has."""
         for mark in metadata(self.annotation):
@@ -170,7 +175,7 @@ class Option:
             return dataclasses.replace(self, default=self.written(self.default))
         return self
 
-    @property
+    @cached_property
     def by_name(self) -> ByName | None:
         """How a file picks it, where it is an object."""
         marks = metadata(self.annotation)
@@ -288,6 +293,14 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     ConfigurationError
         If it does not tell its parameters, as much that is written in C does not.
     """
+    if not isinstance(function, type | types.FunctionType):
+        return _parameters(function)
+    if function not in _KNOWN:
+        _KNOWN[function] = _options(function)
+    return dict(_KNOWN[function])
+
+
+def _options(function: Callable[..., Any]) -> dict[str, Option]:
     if not isinstance(function, type):
         return _parameters(function)
     if dataclasses.is_dataclass(function) and _is_generated(function.__init__):
