@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +74,8 @@ def page(
     facts : iterable of (str, object)
         What stands below the title; what is empty is left out.
     sections : iterable of dict
-        What :func:`section` returns; those without parts are left out.
+        What :func:`section` returns, best made as they are asked for; those without
+        parts are left out.
     **more
         What the template takes besides.
 
@@ -84,7 +85,8 @@ def page(
         A package is missing that writes reports.
     """
     templates = check_pages()
-    shown = [part for part in sections if part["parts"]]
+    with _unchecked():
+        shown = [part for part in sections if part["parts"]]
     figures = any(p["kind"] == "figure" for s in shown for p in s["parts"])
     scripts = [_runtime()] if figures else []
     scripts.append((templates / "report.js").read_text("utf-8"))
@@ -152,6 +154,16 @@ def check_pages() -> Path:
         "a report needs its templates, which are not in what Flower ships of an app. "
         "Install fedweight[studies] on this machine."
     )
+
+
+def _unchecked() -> AbstractContextManager[None]:
+    """Let Altair make charts without holding each part of them to its schema.
+
+    That takes a third of a report's time, and the tests do it.
+    """
+    from altair.utils.schemapi import debug_mode
+
+    return debug_mode(False)
 
 
 @cache

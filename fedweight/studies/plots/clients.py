@@ -92,7 +92,7 @@ def ranked(run: RunFolder, measure: str = "") -> alt.LayerChart:
     size = float(np.clip(700 / count, 14, 45)) if count <= _MANY else 10
     colour = alt.when("datum.worst").then(alt.value(VERMILION))
     dots = base.mark_circle(size=size, opacity=1).encode(
-        color=colour.otherwise(alt.value(BLUE))
+        color=alt.ColorValue(**colour.otherwise(alt.value(BLUE)))
     )
     mean = _told(values.mean(), percent)
     level = alt.Chart(style.data_of([{"value": style.short(values.mean())}]))
@@ -102,9 +102,9 @@ def ranked(run: RunFolder, measure: str = "") -> alt.LayerChart:
     return finished(
         style.layered(
             shade.mark_rect(color=VERMILION, opacity=0.12, clip=True).encode(
-                x="rank:Q", x2="end:Q"
+                x=alt.X("rank:Q"), x2=alt.X2("end:Q")
             ),
-            level.mark_rule(color=MUTED, strokeDash=[5, 3]).encode(y="value:Q"),
+            level.mark_rule(color=MUTED, strokeDash=[5, 3]).encode(y=alt.Y("value:Q")),
             style.zoomable(dots),
         ),
         f"Clients’ {'accuracies' if measure == 'accuracy' else called(measure)}, "
@@ -264,7 +264,7 @@ def labels(run: RunFolder, order: str = "number") -> alt.VConcatChart:
     )
     bars = base.mark_rect(color=style.HELD, clip=True).encode(
         x=alt.X("left:Q", title=None, axis=None, **x),
-        x2="right:Q",
+        x2=alt.X2("right:Q"),
         y=alt.Y(
             "size:Q",
             title="Examples",
@@ -308,14 +308,14 @@ def labels(run: RunFolder, order: str = "number") -> alt.VConcatChart:
     few = len(rows) <= 24 and sum(map(len, whose)) <= 90
     drawn = cells.encode(
         x=alt.X("left:Q", title=place, axis=names_axis(whose, 24 if few else 12), **x),
-        x2="right:Q",
+        x2=alt.X2("right:Q"),
         y=alt.Y(
             "top:Q",
             title="Class",
             scale=alt.Scale(domain=[count - 0.5, -0.5], nice=False),
             axis=names_axis(called_classes, extent=EDGE),
         ),
-        y2="bottom:Q",
+        y2=alt.Y2("bottom:Q"),
         opacity=shade,
         tooltip=[
             alt.Tooltip("client:N", title="client" if merged == 1 else "clients from"),

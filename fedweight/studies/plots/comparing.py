@@ -68,7 +68,7 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
     band = base.mark_area(opacity=0.16, clip=True).encode(
         x=x,
         y=style.value_axis("low", title, domain, percent=percent),
-        y2="high",
+        y2=alt.Y2("high"),
         color=colour,
     )
     line = base.mark_line(strokeWidth=2, clip=True, point=len(set(places)) < 3)
@@ -176,7 +176,7 @@ def clients_beside(
             half.encode(
                 x=x,
                 y=style.value_axis("low", told, domain, percent=percent),
-                y2="high",
+                y2=alt.Y2("high"),
             ),
             style.zoomable(
                 cloud.encode(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -295,16 +295,17 @@ def recorded(run: RunFolder, name: str = "") -> alt.LayerChart:
     DataError
         The method recorded nothing of its own, or nothing by this name.
     """
-    frames = own_numbers(run)
+    frames = own_numbers(run, name)
     if not frames:
-        raise DataError(f"the strategy '{run.strategy}' recorded nothing of its own.")
-    name = name or next(iter(frames))
-    if name not in frames:
+        known = own_numbers(run)
+        if not known:
+            said = f"the strategy '{run.strategy}' recorded nothing of its own."
+            raise DataError(said)
         raise DataError(
             f"the strategy '{run.strategy}' recorded no '{name}'."
-            f"{closest(name, frames)} It recorded {listed(frames, most=20)}."
+            f"{closest(name, known)} It recorded {listed(known, most=20)}."
         )
-    frame = frames[name]
+    name, frame = next(iter(frames.items()))
     frame = frame.iloc[style.thinned(len(frame), style.MOST_ROUNDS)]
     several = frame.shape[1] > 1
     few = frame.shape[1] <= FEW
@@ -323,7 +324,7 @@ def recorded(run: RunFolder, name: str = "") -> alt.LayerChart:
     if several:
         area = base.mark_area(color=BLUE, opacity=0.2, clip=True)
         low = style.value_axis("a", None, domain)
-        drawn.insert(0, area.encode(x=x, y=low, y2="e"))
+        drawn.insert(0, area.encode(x=x, y=low, y2=alt.Y2("e")))
         lowest, highest = ends(few)
         told = [style.number("e", highest), *told, style.number("a", lowest)]
     title = f"{_readable(name)}{' of a client' if several else ''}"
@@ -346,20 +347,22 @@ def own_columns(frame: pd.DataFrame, known: Sequence[str]) -> list[str]:
     return [str(name) for name in numbers if name not in apart]
 
 
-def own_numbers(run: RunFolder) -> Mapping[str, pd.DataFrame]:
-    """Return the method's numbers as frames ``[rounds, 1 or clients]``, by column."""
+def own_numbers(run: RunFolder, name: str = "") -> Mapping[str, pd.DataFrame]:
+    """Return the method's numbers as frames ``[rounds, 1 or clients]``, by column.
+
+    With a name, that one alone, where there is such a number.
+    """
     rounds = run.rounds.set_index("round")
-    frames: dict[str, Any] = {
-        name: rounds[[name]] for name in own_columns(rounds, ROUND_COLUMNS)
-    }
+    of_rounds, of_clients = own_columns(rounds, ROUND_COLUMNS), list[str]()
     if (run.folder / "clients.csv").is_file():
-        # What all clients have says more than the mean of it.
-        own = own_columns(run.clients, CLIENT_COLUMNS)
-        frames |= {name: run.by_number(name) for name in own}
+        of_clients = own_columns(run.clients, CLIENT_COLUMNS)
     known = {}
-    for name, frame in frames.items():
-        values = frame.astype(float)
-        values = values.where(np.isfinite(values)).dropna(how="all")
-        if not values.empty:
-            known[name] = values
+    for one in dict.fromkeys([*of_rounds, *of_clients]):
+        if name in ("", one):
+            # What all clients have says more than the mean of it.
+            frame = run.by_number(one) if one in of_clients else rounds[[one]]
+            values = frame.astype(float)
+            values = values.where(np.isfinite(values)).dropna(how="all")
+            if not values.empty:
+                known[one] = values
     return known

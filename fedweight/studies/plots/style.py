@@ -104,8 +104,11 @@ def layered(*charts: alt.Chart) -> alt.LayerChart:
 
 
 def data_of(rows: Iterable[Mapping[str, Any]]) -> alt.InlineData:
-    """Return rows as a chart's data, however many there are."""
-    return alt.InlineData(values=[dict(row) for row in rows])
+    """Return rows as a chart's data, however many there are.
+
+    A tuple, as Altair copies a list of rows whenever it copies a chart.
+    """
+    return alt.InlineData(values=tuple(dict(row) for row in rows))
 
 
 def short(value: Any, digits: int = 5) -> float | int | None:
@@ -220,12 +223,13 @@ def at_pointer(chart: alt.Chart, told: Sequence[alt.Tooltip]) -> alt.Chart:
         fields=["round"],
         empty=False,
     )
+    shown = alt.when(near).then(alt.value(0.7)).otherwise(alt.value(0))
     drawn: alt.Chart = (
         chart.properties(name="pointer")
         .mark_rule(color=MUTED, strokeWidth=1)
         .encode(
-            x="round:Q",
-            opacity=alt.when(near).then(alt.value(0.7)).otherwise(alt.value(0)),
+            x=alt.X("round:Q"),
+            opacity=alt.OpacityValue(**shown),
             tooltip=[alt.Tooltip("round:Q", title="round"), *told],
         )
         .add_params(near)
@@ -308,7 +312,7 @@ def shades(
         .mark_rect(color=MISSING, clip=True)
         .encode(
             x=alt.X("low:Q", title=None),
-            x2="high:Q",
+            x2=alt.X2("high:Q"),
             tooltip=[
                 alt.Tooltip("at:Q", title="round failed"),
                 alt.Tooltip("why:N", title="reason"),

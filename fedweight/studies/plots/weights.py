@@ -146,14 +146,14 @@ def heatmap(
             scale=alt.Scale(domain=edges, nice=False),
             axis=alt.Axis(format="d", tickMinStep=1, tickCount=10),
         ),
-        x2="right:Q",
+        x2=alt.X2("right:Q"),
         y=alt.Y(
             "top:Q",
             title="Client" if order == "number" else "Client, most data first",
             scale=alt.Scale(domain=[rows - 0.5, -0.5], nice=False),
             axis=names_axis(names[::merged]),
         ),
-        y2="bottom:Q",
+        y2=alt.Y2("bottom:Q"),
         color=colour,
         tooltip=[
             alt.Tooltip("who:N", title="client" if merged == 1 else "clients"),
@@ -328,10 +328,10 @@ def against_data(run: RunFolder, round: int | None = None) -> alt.LayerChart:
         words += "farthest from the dashed line, and some of the others."
     return finished(
         style.layered(
-            diagonal.encode(x="share:Q", y="weight:Q"),
-            level.mark_rule(color=MUTED, strokeDash=[1, 3]).encode(y="weight:Q"),
+            diagonal.encode(x=alt.X("share:Q"), y=alt.Y("weight:Q")),
+            level.mark_rule(color=MUTED, strokeDash=[1, 3]).encode(y=alt.Y("weight:Q")),
             style.zoomable(dots, "x", "y"),
-            texts.transform_filter("datum.label").encode(text="label:N"),
+            texts.transform_filter("datum.label").encode(text=alt.Text("label:N")),
         ),
         f"Weight against data, round {number}",
         words,
