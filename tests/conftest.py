@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,8 +16,15 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+# Nor does torch, later. Tests run side by side on all cores: with threads of their own,
+# which wait for each other in loops, small operations took up to eight times as long.
+# A test whose matter is threads sets their number itself.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # hypothesis comes after: its import is harmless, the order only stays plain.
 from hypothesis import settings
+
+from fedweight.core.lazy import kept_imports
 
 # Training is slow the first time, so no deadline. In CI the examples are the same
 # each time: a failure there is the change's, not the draw's.
@@ -42,6 +49,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # A script's background job ignores Ctrl-C, and so would all that tests start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector from what stays: modules, and thousands of tests.
+
+    A look at these takes half a second, and there were dozens.
+    """
+    with kept_imports():
+        return (yield)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

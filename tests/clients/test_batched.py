@@ -32,15 +32,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_intra_op_thread():
-    """As on a grid: more would change the last bits, and cost small nets time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["small", "large"])
 def weights(request, monkeypatch):
     """Change the weights as small ones are, and as large ones."""

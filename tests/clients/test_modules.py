@@ -50,14 +50,6 @@ BEFORE_ANY_CLIENT = ("half", "complex")
 AT_ONCE = [name for name, sort in SORTS.items() if sort.at_once == ""]
 
 
-@pytest.fixture(autouse=True)
-def _one_intra_op_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop",
     "ignore:None of the inputs have requires_grad",

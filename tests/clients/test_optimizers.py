@@ -94,14 +94,6 @@ def net():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
-@pytest.fixture(autouse=True)
-def _one_intra_op_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def made(make, dtype=torch.float32):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

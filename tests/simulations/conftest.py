@@ -15,6 +15,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -29,6 +30,15 @@ def _identity() -> Iterator[None]:
     """Let the tests write messages, as a ServerApp may."""
     with _flower.task_identity(run_id=0):
         yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let PyTorch's operations have two threads, as in a program; tests have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -446,6 +446,7 @@ def test_modules_are_found_where_the_server_finds_them(
     assert of(grid.send_and_receive([write(grid, 0)]), "value") == [7]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_torch_has_one_thread(make: Make, write: Any) -> None:
     def train(message: Message, context: Context) -> Message:
         return answer(message, threads=torch.get_num_threads())

@@ -102,15 +102,15 @@ def test_client_addressed_twice_in_threads(write: Any) -> None:
     assert numbers(replies, "calls") == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_interrupt(threads: int, write: Any) -> None:
     app = App()
     grid = LocalGrid(app, 4, threads=threads)
     messages = [write(grid, k, interrupt=k == 2) for k in range(4)]
-    before = torch.get_num_threads()
     with pytest.raises(KeyboardInterrupt):
         grid.send_and_receive(messages)
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 2
     assert app.cancelled == (threads > 1)
 
 
@@ -121,15 +121,11 @@ def test_contexts_only_of_clients_that_were_used(write: Any) -> None:
     assert sorted(grid.contexts) == [5, 999]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_intra_op_threads_are_put_back(write: Any) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        grid = LocalGrid(App(), 2)
-        grid.send_and_receive([write(grid, 0)])
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    grid = LocalGrid(App(), 2)
+    grid.send_and_receive([write(grid, 0)])
+    assert torch.get_num_threads() == 2
 
 
 def test_threads_out_of_range() -> None:

@@ -273,11 +273,8 @@ def golden_values(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _may_make_messages() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
     with _flower.task_identity(1):
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
