@@ -478,7 +478,12 @@ def test_grid_that_nobody_closes(script: Any, tmp_path: Path) -> None:
 
 
 ENDLESS = """
+import time
 from fedweight import run
+
+def progress(progress):
+    print("round", progress.round, flush=True)
+    time.sleep({pause})
 
 run(
     engine="ray",
@@ -489,28 +494,38 @@ run(
         "training.epochs": 1,
         "engine.workers": 2,
     }},
-    progress=lambda progress: print("round", progress.round, flush=True),
+    progress=progress,
 )
 """
 
 
+def wait_for_agents(session: str, mark: str) -> None:
+    """Wait until Ray's agents have started: then they wipe their environment."""
+    deadline = time.monotonic() + 60
+    while len(watch.writing_to(session) - watch.marked(mark.encode())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
-    ("number", "seconds"),
-    [(signal.SIGTERM, 0), (signal.SIGKILL, 0), (signal.SIGKILL, 8)],
+    ("number", "settled"),
+    [(signal.SIGTERM, False), (signal.SIGKILL, False), (signal.SIGKILL, True)],
 )
 def test_a_run_that_is_ended_leaves_no_process(
-    script: Any, tmp_path: Path, number: signal.Signals, seconds: float
+    script: Any, tmp_path: Path, number: signal.Signals, settled: bool
 ) -> None:
     folder = tmp_path / "run"
-    program = script(ENDLESS.format(folder=str(folder)))
+    # A run that takes its time leaves the cores to the agents.
+    program = script(ENDLESS.format(folder=str(folder), pause=int(settled)))
     program.wait_for("round 1")
-    time.sleep(seconds)  # Ray's agents wipe their environment once they have started.
+    (session,) = Path("/tmp/ray").glob(f"session_*_{program.process.pid}")
+    if settled:
+        wait_for_agents(str(session), program.mark)
     os.kill(program.process.pid, number)
     program.finish()
     assert program.process.returncode == -number
     assert program.left_behind() == []
     # Ray's agents, which wipe their environment, still write to their logs.
-    (session,) = Path("/tmp/ray").glob(f"session_*_{program.process.pid}")
     assert watch.writing_to(str(session)) == set()
     said = program.errors.read_text()
     assert "SIGTERM" not in said  # Ray would write where each thread was.
