@@ -486,26 +486,25 @@ def test_client_that_kills_its_worker(
 
 
 @pytest.mark.parametrize("who", ["server", "workers"])
-def test_models_outlive_their_worker(who: str, read: Any, ray_session: Any) -> None:
+def test_models_outlive_their_worker(
+    who: str, read: Any, ray_session: Any, ray_grids: list[Any]
+) -> None:
     """It ends between training and aggregation; another reads what it has left."""
     read(who)
-    from fedweight.simulations.ray.grid import RayGrid
-
-    app = app_of()
-    grid = RayGrid(app, CLIENTS, workers=1)
-    try:
-        method = IDA()
-        replies = replies_of(grid, method)
-        ray_session.kill(grid._pool.crew.handles[0])
-        arrays, _ = method.aggregate_train(1, replies)
-        assert method.history[-1].status == "ok", method.history[-1].reason
-        expected = IDA()
-        local = replies_of(LocalGrid(app, CLIENTS), expected)
-        other, _ = expected.aggregate_train(1, local)
-        assert [a.data for a in arrays.values()] == [a.data for a in other.values()]
-        assert replies_of(grid, IDA())  # The next round goes on.
-    finally:
-        grid.close()
+    app, grid = app_of(), ray_grids[0]
+    grid.load(app, CLIENTS)
+    method = IDA()
+    replies = replies_of(grid, method)
+    [lost] = grid._pool.crew.handles
+    ray_session.kill(lost)
+    arrays, _ = method.aggregate_train(1, replies)
+    assert method.history[-1].status == "ok", method.history[-1].reason
+    expected = IDA()
+    local = replies_of(LocalGrid(app, CLIENTS), expected)
+    other, _ = expected.aggregate_train(1, local)
+    assert [a.data for a in arrays.values()] == [a.data for a in other.values()]
+    assert replies_of(grid, IDA())  # The next round goes on.
+    assert grid._pool.crew.handles != [lost]
 
 
 def test_models_that_are_lost_fail_the_round(
