@@ -87,17 +87,22 @@ class FakeGrid(Grid):
     ) -> Iterable[Message]:
         replies = []
         self.config_records = set()
+        models: dict[int, tuple[ArrayRecord, dict[str, Any]]] = {}
         for i, message in enumerate(messages):
             _flower.set_message_id(message, f"message-{i}")
             client = self.clients[self.client_of(message.metadata.dst_node_id)]
+            sent = message.content.array_records["arrays"]
+            if id(sent) not in models:  # Read once, as most have the same one.
+                models[id(sent)] = sent, {n: a.numpy() for n, a in sent.items()}
+            model = models[id(sent)][1]
             told = message.content.config_records["config"]
             self.config_records.add(id(told))
             long = message.content.config_records.get(keys.SHARED, ConfigRecord())
             client.told.append(ConfigRecord({**told, **long}))
             if not client.silent:
-                replies.append(answer(client, message))
+                replies.append(answer(client, message, model))
                 if client.twice:
-                    replies.append(answer(client, message))
+                    replies.append(answer(client, message, model))
         return self.arrange(replies)
 
     def set_run(self, run: Any) -> None:
@@ -117,13 +122,12 @@ class FakeGrid(Grid):
         raise NotImplementedError
 
 
-def answer(client: Client, message: Message) -> Message:
+def answer(client: Client, message: Message, model: Mapping[str, Any]) -> Message:
     """Reply as a client of ours does: with what it was asked for, and no more."""
     if client.error:
         return Message(Error(code=2, reason=client.error), reply_to=message)
     told = message.content.config_records["config"]
-    sent = message.content.array_records["arrays"]
-    arrays = {name: a.numpy() for name, a in sent.items()}
+    arrays = dict(model)
     if isinstance(client.model, Mapping):
         arrays = dict(client.model)
     elif client.model is not None:

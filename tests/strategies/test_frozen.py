@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,15 +72,24 @@ def build(name, **options):
     cls = strategy_class(name)
     inputs = {"model": network(), "proxy": PROXY}
     needed = {key: inputs[key] for key in cls.needs}
-    # Pruned, a bias of zeros stays one.
-    few = {"fedlex": {"explore_epochs": 1}, "autoflip": {"prune": 0.1}}.get(name, {})
-    return cls(**needed, fraction_evaluate=0.0, **few, **options)
+    few = {
+        "autoflip": {"prune": 0.1},  # Pruned, a bias of zeros stays one.
+        "fedcollab": {"discriminator_rounds": 20},
+        "fedlex": {"explore_epochs": 1},
+    }
+    more = {**few.get(name, {}), **options}
+    return cls(**needed, fraction_evaluate=0.0, **more)
+
+
+@cache
+def app_of(model):
+    """One for all: to try a model, and to trace it, takes longer than a run."""
+    settings = TrainingSettings(batch_size=4, learning_rate=0.1, weight_decay=0.01)
+    return TrainingApp(model, client_data, num_classes=CLASSES, settings=settings)
 
 
 def run(strategy, grid=LocalGrid, told=True, chunk=1, rounds=3, model=network):
-    settings = TrainingSettings(batch_size=4, learning_rate=0.1, weight_decay=0.01)
-    app = TrainingApp(model, client_data, num_classes=CLASSES, settings=settings)
-    grid = grid(app, CLIENTS, plan=Plan(chunk))
+    grid = grid(app_of(model), CLIENTS, plan=Plan(chunk))
     whole = FlatModule(model()).save()
     if told == "part":
         start = FlatRecord(whole.travelling())
