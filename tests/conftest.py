@@ -3,9 +3,12 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +109,80 @@ def pytest_collection_modifyitems(
         if marked and (reason := missing()):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class Interpreter:
+    """Runs texts of Python, each in a fork of a process that has imported what is slow.
+
+    Parameters
+    ----------
+    imports : str
+        The modules.
+    folder : Path
+        Where it stands.
+    """
+
+    TEXT = """
+import contextlib, os, sys
+for name in sys.argv[1].split():
+    with contextlib.suppress(ImportError):
+        __import__(name)
+while size := sys.stdin.buffer.readline():
+    code = sys.stdin.buffer.read(int(size))
+    if not os.fork():
+        print(os.getpid(), flush=True)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        try:
+            exec(compile(code, "code", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            import traceback
+            traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+    print("\\0", end="", flush=True)
+"""
+
+    def __init__(self, imports: str, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.TEXT, imports],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def start(self, code: str) -> int:
+        """Begin with a text; return the number of its process."""
+        stream = self._process.stdin
+        stream.write(b"%d\n" % len(code.encode()) + code.encode())
+        stream.flush()
+        return int(self._process.stdout.readline())
+
+    def finish(self) -> str:
+        """Wait for the end of a text; return what it has printed."""
+        said = b""
+        while not said.endswith(b"\0"):
+            part = self._process.stdout.read1()
+            assert part, f"the interpreter ended: {said.decode()}"
+            said += part
+        return said[:-1].decode()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Callable[[str, Path], Interpreter]]:
+    """Give a function that starts an interpreter, which ends with the session."""
+    started: list[Interpreter] = []
+
+    def start(imports: str, folder: Path) -> Interpreter:
+        started.append(Interpreter(imports, folder))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
 
 
 @pytest.fixture(scope="session")

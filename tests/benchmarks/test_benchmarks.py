@@ -33,52 +33,19 @@ def run(program, *arguments, file):
     return json.loads(file.read_text())
 
 
-# Runs one text of Python after another, each in a fork that has imported what is slow.
-INTERPRETER = """
-import os, sys
-import numpy, torch, flwr.simulation
-import fedweight.clients, fedweight.simulations
-sys.path.insert(0, "")
-while size := sys.stdin.buffer.readline():
-    code = sys.stdin.buffer.read(int(size))
-    if not os.fork():
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        try:
-            exec(compile(code, "code", "exec"), {"__name__": "__main__"})
-        except BaseException:
-            import traceback
-            traceback.print_exc(file=sys.stdout)
-        sys.stdout.flush()
-        os._exit(0)
-    os.wait()
-    print("\\0", end="", flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
-def in_benchmarks():
+def in_benchmarks(interpreter):
     """Give a function that runs code beside the benchmarks; it returns the words."""
-    with subprocess.Popen(
-        [sys.executable, "-c", INTERPRETER],
-        cwd=ROOT / "benchmarks",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
+    imports = "numpy torch flwr.simulation fedweight.clients fedweight.simulations"
+    process = interpreter(imports, ROOT / "benchmarks")
 
-        def call(code):
-            process.stdin.write(b"%d\n" % len(code.encode()) + code.encode())
-            process.stdin.flush()
-            said = b""
-            while not said.endswith(b"\0"):
-                part = process.stdout.read1()
-                assert part, f"the interpreter ended: {said.decode()}"
-                said += part
-            words = said[:-1].decode()
-            assert "Traceback" not in words, words
-            return words.split()
+    def call(code):
+        process.start(f"import sys; sys.path.insert(0, '')\n{code}")
+        words = process.finish()
+        assert "Traceback" not in words, words
+        return words.split()
 
-        yield call
-        process.stdin.close()
+    return call
 
 
 def test_fairness_measures_gaps_between_groups(in_benchmarks):

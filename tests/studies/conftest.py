@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from fedweight.studies.folder import CHECKPOINT
 
 ROUND_COLUMNS = (
     "round status reason asked ok rejected failed missing dropped effective_clients "
@@ -25,6 +31,48 @@ CLIENT_COLUMNS = (
 )
 
 MakeRun = Callable[..., Path]
+
+# Not Ray, which takes what it is told by the environment when it is imported.
+SLOW_IMPORTS = "numba torch fedweight.studies.runner"
+
+
+@pytest.fixture(scope="session")
+def _ready(interpreter: Any) -> Any:
+    return interpreter(SLOW_IMPORTS, Path(__file__).parents[2])
+
+
+@pytest.fixture
+def killed(_ready: Any) -> Callable[..., None]:
+    """Give a function that runs something until some time after its first checkpoint.
+
+    Then the process is killed. ``first`` is what it does before.
+    """
+
+    def run(
+        folder: Path, settings: dict[str, Any], seconds: float, first: str = ""
+    ) -> None:
+        process = _ready.start(
+            "import os, random, numpy as np\n"
+            "from fedweight import run\n"
+            f"os.chdir({os.getcwd()!r})\n"
+            f"os.environ.update({dict(os.environ)!r})\n"
+            f"{first}\n"
+            "random.seed(5)\n"
+            "np.random.seed(5)\n"
+            f"run(settings={settings!r}, out={str(folder)!r}, report=False)\n"
+        )
+        try:
+            deadline = time.monotonic() + 100
+            while not (folder / CHECKPOINT).exists() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(seconds)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            said = _ready.finish()
+        assert "Traceback" not in said, said
+
+    return run
 
 
 def write_csv(path: Path, columns: str, rows: list[dict[str, Any]]) -> None:

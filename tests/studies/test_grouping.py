@@ -22,7 +22,7 @@ from fedweight.messages import _flower, keys
 from fedweight.messages.arrays import FlatRecord
 from fedweight.metrics import Groups, Statistics, task_named
 
-from .test_resume import killed, written
+from .test_resume import written
 
 QUICK: dict[str, Any] = {
     "run.rounds": 4,
@@ -178,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_groups(
 )
 @pytest.mark.parametrize("method", ["fedavg", "global-group-dro"])
 def test_a_run_that_was_killed_goes_on_with_the_same_groups(
-    file: Path, tmp_path: Path, method: str, engine: str
+    file: Path, tmp_path: Path, killed: Any, method: str, engine: str
 ) -> None:
     settings = {**QUICK, "data.path": str(file), "run.rounds": 60}
     settings |= {"engine.name": engine, "strategy.name": method}

@@ -16,7 +16,7 @@ import pytest
 
 from fedweight import Run, resume, run
 
-from .test_resume import OWN, killed, written
+from .test_resume import OWN, written
 
 ROUNDS = 40
 COMMON: dict[str, Any] = {
@@ -88,6 +88,7 @@ def uninterrupted(method: str, engine: str, folder: Path) -> tuple[Path, float]:
 def test_a_killed_run_ends_as_if_it_had_not_been(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
+    killed: Any,
     method: str,
     engine: str,
     kill: int,

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,26 +71,6 @@ def settings_of(method: str, engine: str) -> dict[str, Any]:
     return settings
 
 
-def killed(folder: Path, settings: dict[str, Any], seconds: float) -> None:
-    """Run until some time after the first checkpoint; then kill it."""
-    code = f"""
-    import random, numpy as np
-    from fedweight import run
-    random.seed(5)
-    np.random.seed(5)
-    run(settings={settings!r}, out={str(folder)!r}, report=False)
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    try:
-        deadline = time.monotonic() + 300
-        while not (folder / CHECKPOINT).exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(seconds)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def written(folder: Path) -> dict[str, bytes]:
     """Return what the clock does not decide, nor at which moment a run was killed."""
     timed = {"timings.csv", "report.html", "environment.json", ".lock"}
@@ -118,12 +94,22 @@ def written(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_a_run_that_was_killed_ends_with_the_same_bits(
-    tmp_path: Path, method: str, engine: str
+    tmp_path: Path,
+    killed: Any,
+    method: str,
+    engine: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     import numpy as np
 
     settings = settings_of(method, engine)
-    killed(tmp_path / "killed", settings, random.Random(method + engine).random())
+    join = ""
+    if engine == "ray":  # The session's, with workers of its own.
+        ray = request.getfixturevalue("ray_session")
+        address = ray.get_runtime_context().gcs_address
+        join = f"import ray\nray.init({address!r}, log_to_driver=False)"
+    seconds = random.Random(method + engine).random()
+    killed(tmp_path / "killed", settings, seconds, join)
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
     run(settings=settings, out=tmp_path / "whole", report=False)
