@@ -359,11 +359,12 @@ def test_a_new_result_keeps_the_last_one(tmp_path, in_benchmarks):
     code = (
         "from pathlib import Path\n"
         "from engines import results as r\n"
-        f"r.BENCHMARKS = Path({str(tmp_path)!r})\n"
+        f"r.RESULTS = Path({str(tmp_path)!r})\n"
         "for k in range(3): print(r.write([{'k': k}], 'speed', None).stem[-5:])"
     )
     first, *others = in_benchmarks(code)
     assert others == [f"{first[2:]}-2", f"{first[2:]}-3"]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("how", [[], ["--apart"]])
