@@ -12,21 +12,24 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError
-from torch import Tensor
 
 from ...core.errors import AggregationError
 from ...core.layout import FlatModel, Integers, as_tensor
 from ...core.local_models import LocalModels, members
+from ...core.pytorch import torch
 from ...core.updates import Accumulate, StackedUpdates, Updates
 from ...messages.arrays import flatten
 from ...messages.dispatch import Cohort, Reply
 from ..workers.worker import Place, Side, Value, as_array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The server maps the rows of its own node into its memory where they fill at most this
 # share of the node's store: what is mapped cannot be moved to disk.
@@ -243,7 +246,7 @@ class ShardedUpdates(Updates):
 
     def _sent(self, argument: Any, put: dict[tuple[int, int], Any]) -> Any:
         """Return an argument as it travels: what is large is put, once."""
-        if not isinstance(argument, Tensor):
+        if not isinstance(argument, torch.Tensor):
             return argument
         array = as_array(argument)
         if array.nbytes <= SHARED_BYTES:
