@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -70,19 +72,21 @@ AS_A_PROGRAM = pytest.param("program", marks=pytest.mark.ray)
 
 @pytest.fixture(params=["local", ON_RAY])
 def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "ray":
-        # Workers of its own: each of these tests has another module of the same name.
-        request.getfixturevalue("ray_session")
     return str(request.param)
 
 
 def ran(folder: Path, code: str, settings: dict[str, object], engine: str) -> Run:
-    """Run a strategy whose file is beside the run; ``"program"`` is one, on Ray."""
-    (folder / "own.py").write_text(code)
-    if engine == "local":
-        given = {**settings, "engine.name": engine}
-    else:
-        given = {**settings, "engine.name": "ray", "engine.workers": 2}
+    """Run a strategy of a module of the user's; ``"program"`` is one, on Ray.
+
+    The module, ``own`` in the settings, has another name each time: workers on Ray
+    remember those of other tests.
+    """
+    name = f"own_{uuid.uuid4().hex}"
+    Path(f"{name}.py").write_text(code)
+    strategy = str(settings["strategy.name"]).replace("own:", f"{name}:")
+    given = {**settings, "strategy.name": strategy, "engine.name": "local"}
+    if engine != "local":
+        given |= {"engine.name": "ray", "engine.workers": 2}
     if engine != "program":
         return run(settings=given, out=folder / "run", report=False)
     pairs = [f"{key}={value!r}" for key, value in given.items()]
@@ -92,11 +96,16 @@ def ran(folder: Path, code: str, settings: dict[str, object], engine: str) -> Ru
     return Run(folder / "run")
 
 
+def gains(made: Run) -> pd.Series:
+    """Return the clients' gains, whose column has the module's name before it."""
+    [column] = (name for name in made.clients if name.endswith("_gain"))
+    return made.clients[column]
+
+
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own(tmp_path: Path, ready_ray: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "own", raising=False)
     return tmp_path
 
 
@@ -109,7 +118,7 @@ def test_a_strategy_brings_its_probes(own: Path, engine: str) -> None:
     }
     made = ran(own, GAIN, settings, engine)
     assert made.rounds["ok"].tolist()[1:] == [4, 4]
-    assert made.clients["own_gain"].notna().all()
+    assert gains(made).notna().all()
 
 
 def test_a_strategy_brings_its_queries(own: Path, engine: str) -> None:
@@ -245,7 +254,7 @@ def test_a_wrapped_strategy_brings_its_probes(
         "partition.name": "iid",
     }
     made = ran(own, GAIN + WRAPPED.format("ByGain"), settings, engine)
-    assert made.clients["own_gain"].notna().all()
+    assert gains(made).notna().all()
     assert made.clients["status"].tolist() == ["ok"] * 10
 
 
