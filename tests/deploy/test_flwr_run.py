@@ -116,14 +116,16 @@ def weighed(place: Any, name: str) -> dict[str, int]:
 def test_flwr_run_gives_what_fedweight_run_gives(place: Any, codec: str) -> None:
     """With a strategy of the user's own, sampled clients, and a base that is frozen.
 
-    With the dense codec all clients evaluate the models, too.
+    With the dense codec all clients evaluate the models, too, and there are two workers
+    of Ray's.
     """
     evaluated = codec == "dense"
     name = f"weighing_{codec.replace('-', '_')}"
     out = place.folder / codec
     run = place.run(
         "--federation-config",
-        "num-supernodes=4 client-resources-num-cpus=1",
+        "num-supernodes=4 client-resources-num-cpus=1 "
+        f"init-args-num-cpus={1 + evaluated}",
         "-c",
         f"strategy.name='strategies.{name}:Weighing' run.rounds=2 training.epochs=1 "
         f"out='{out}' model.adapters='lora' codec.name='{codec}' "
@@ -200,7 +202,7 @@ def test_what_a_strategy_tells_arrives_and_is_counted(
     given = " ".join(f"{key}={value}" for key, value in options.items())
     run = place.run(
         "--federation-config",
-        "num-supernodes=3 client-resources-num-cpus=1",
+        "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=1",
         "-c",
         "strategy.name='strategies.weighing_told:Weighing' run.rounds=3 "
         f"training.epochs=1 data.name='strategies.kernel_points:points' out='{out}' "
