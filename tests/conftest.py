@@ -186,6 +186,16 @@ def interpreter() -> Iterator[Callable[[str, Path], Interpreter]]:
 
 
 @pytest.fixture(scope="session")
+def ready_python(interpreter: Callable[[str, Path], Interpreter]) -> Interpreter:
+    """One that has imported what a run needs.
+
+    But not Ray, which takes what it is told by the environment when it is imported.
+    """
+    root = Path(__file__).parents[1]
+    return interpreter("numba torch fedweight.studies.runner", root)
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[Any]:
     """One Ray for all tests in this process, started when the first one asks."""
     import ray

@@ -32,17 +32,9 @@ CLIENT_COLUMNS = (
 
 MakeRun = Callable[..., Path]
 
-# Not Ray, which takes what it is told by the environment when it is imported.
-SLOW_IMPORTS = "numba torch fedweight.studies.runner"
-
-
-@pytest.fixture(scope="session")
-def _ready(interpreter: Any) -> Any:
-    return interpreter(SLOW_IMPORTS, Path(__file__).parents[2])
-
 
 @pytest.fixture
-def killed(_ready: Any) -> Callable[..., None]:
+def killed(ready_python: Any) -> Callable[..., None]:
     """Give a function that runs something until some time after its first checkpoint.
 
     Then the process is killed. ``first`` is what it does before.
@@ -51,7 +43,7 @@ def killed(_ready: Any) -> Callable[..., None]:
     def run(
         folder: Path, settings: dict[str, Any], seconds: float, first: str = ""
     ) -> None:
-        process = _ready.start(
+        process = ready_python.start(
             "import os, random, numpy as np\n"
             "from fedweight import run\n"
             f"os.chdir({os.getcwd()!r})\n"
@@ -69,7 +61,7 @@ def killed(_ready: Any) -> Callable[..., None]:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            said = _ready.finish()
+            said = ready_python.finish()
         assert "Traceback" not in said, said
 
     return run
