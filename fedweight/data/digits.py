@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,9 @@ def load() -> DataSet:
     )
 
 
+@cache
 def _read() -> tuple[Array, Array]:
-    """Return the pixels ``[n, 64]``, 0 to 16, and the labels ``[n]``.
+    """Return the pixels ``[n, 64]``, 0 to 16, and the labels ``[n]``; read once.
 
     Scikit-learn is asked for the file only: nothing else of it is needed, and it takes
     long to import.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -558,6 +559,7 @@ def _weights(components: Components) -> dict[str, str]:
     return {WEIGHTS_DIGEST: digest(path)} if path else {}
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -208,9 +208,9 @@ def test_gaps_within_control_groups_are_those_of_fairlearn(
 
 def test_intervals_are_those_of_examples_drawn_anew(made: Run) -> None:
     found = made.gaps("sex", resamples=600, confidence=0.9, seed=1)
-    again = made.gaps("sex", resamples=600, confidence=0.9, seed=1)
-    assert found.equals(again)
-    assert not found.equals(made.gaps("sex", resamples=600, confidence=0.9, seed=2))
+    few, again, others = (made.gaps("sex", resamples=40, seed=k) for k in (1, 1, 2))
+    assert few.equals(again)
+    assert not few.equals(others)
     frame = made.predictions("test", dataset=DATA)
     rng = np.random.default_rng(5)
     y, guess = frame["target"].to_numpy(), frame["prediction"].to_numpy()
@@ -297,7 +297,7 @@ def test_gaps_that_there_are_not_are_one_line(
 CELLS = st.tuples(*[st.integers(0, 6)] * 4)  # tp, fn, fp, tn
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(CELLS.filter(any), min_size=2, max_size=4),
     st.sampled_from(["between_groups", "to_overall"]),
@@ -331,10 +331,10 @@ def test_gaps_of_any_counts_are_those_of_fairlearn(
         "demographic_parity": fairlearn.selection_rate,
     }
     frames = fairlearn.MetricFrame(metrics=metrics, **columns)
-    for name in metrics:
-        for kind in ("difference", "ratio"):
-            wanted = getattr(frames, kind)(method=method)[name]
-            assert found[f"{name}_{kind}"] == pytest.approx(wanted, nan_ok=True)
+    for kind in ("difference", "ratio"):
+        wanted = getattr(frames, kind)(method=method)
+        for name in metrics:
+            assert found[f"{name}_{kind}"] == pytest.approx(wanted[name], nan_ok=True)
     # Fairlearn takes a rate of no example for 0; a group without one is left out here.
     if (tp + fn).all():
         wanted = fairlearn.equal_opportunity_difference(**columns, method=method)
