@@ -264,6 +264,21 @@ def test_app_runs_on_our_own_grids(start: Start) -> None:
     assert len((folder / "partition.csv").read_text().splitlines()) == 4
 
 
+def test_a_simulated_client_has_one_thread_as_on_our_own_grids() -> None:
+    import torch
+
+    node = {"partition-id": 0, "num-partitions": 3}
+    context = Context(0, 1001, node, RecordDict(), QUICK | OWN_KEYS)
+    message = Message(RecordDict(), dst_node_id=1001, message_type="query.label_counts")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert not apps.client_app(message, context).has_error()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_folder_is_named_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     config = {"strategy.name": "mine.x:My", "run.name": "a/b", "run.seed": 4}
