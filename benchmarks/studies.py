@@ -47,6 +47,9 @@ OF_CLIENTS = {
 WORST = "worst group"
 PARTS = ("test ", "held-out ")
 
+# What stands between a strategy and its objective where both are compared.
+OBJECTIVE = "+"
+
 # What the label of a method's personal models ends with.
 PERSONAL = ", personal models"
 
@@ -188,10 +191,29 @@ def tables(rows: list[Row], first: str, columns: Sequence[str] = ()) -> Iterable
         for number, several in enumerate([columns] if columns else each):
             head = f"### {data}\n\n" if number == 0 else ""
             yield head + table(chosen, several, first)
+            if any(OBJECTIVE in row["strategy"] for row in chosen):
+                yield f"By objective:\n\n{by_objective(chosen, several)}"
         if any(row["candidate"] for row in own):
             tested = [name for name in of_groups if name.startswith("test ")]
             shown = columns or ["test accuracy", *tested]
             yield "Candidates of the sweep:\n\n" + candidates(own, shown)
+
+
+def by_objective(rows: list[Row], names: Sequence[str]) -> str:
+    """Return the table of objectives, each averaged over strategies, seed by seed."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        label = row["strategy"].partition(OBJECTIVE)[2]
+        groups.setdefault((label, row["seed"]), []).append(row)
+    means = [
+        {"strategy": label, "seed": seed}
+        | {
+            name: float(np.mean([_number(row.get(name)) for row in own]))
+            for name in names
+        }
+        for (label, seed), own in groups.items()
+    ]
+    return table(means, names, means[0]["strategy"])
 
 
 def title(name: str) -> str:

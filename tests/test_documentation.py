@@ -802,6 +802,7 @@ def test_the_tables_of_a_study_are_those_of_its_record(
             else:
                 chosen = [row for row in own if row["chosen"]]
                 made.append(program.table(chosen, columns, rows[0]["strategy"]))
+                made.append(program.by_objective(chosen, columns))
     # A page may leave rows out, not change one, nor take them from several tables.
     for text in shown:
         lines = {*text.strip().split("\n")}
