@@ -164,11 +164,11 @@ def _on_cuda() -> bool:
 
 
 def _torch() -> Callable[[], None]:
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    dtype, device = torch.get_default_dtype(), _default_device()
     recorded, threads = torch.is_grad_enabled(), torch.get_num_threads()
 
     def put_back() -> None:
-        if torch.get_default_device() != device:
+        if _default_device() != device:
             # "cpu" is what it is when nobody has said anything.
             torch.set_default_device(None if device.type == "cpu" else device)
         torch.set_default_dtype(dtype)
@@ -177,6 +177,11 @@ def _torch() -> Callable[[], None]:
             torch.set_num_threads(threads)
 
     return put_back
+
+
+def _default_device() -> torch.device:
+    # PyTorch 2.9's own function fails once the default was put back to nothing.
+    return torch.empty(0).device
 
 
 def _warnings() -> Callable[[], None]:
