@@ -95,7 +95,7 @@ def state_of_process() -> dict[str, Any]:
         "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]  # noqa: NPY002
         "torch": torch.get_rng_state().tolist(),
         "dtype": torch.get_default_dtype(),
-        "device": torch.get_default_device(),
+        "device": torch.empty(0).device,
         "gradients": torch.is_grad_enabled(),
         "threads": torch.get_num_threads(),
         "environment": dict(os.environ),
