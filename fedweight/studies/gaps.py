@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from ..core.errors import ConfigurationError, DataError, check_choice, check_range
 from ..core.extras import Imported, require
 from ..core.rng import Purpose, generator
-from ..core.texts import listed, shown
+from ..core.texts import listed, plain, shown
 from ..metrics.groups import AND
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .reader import RunFolder
 else:
     pd = Imported("pandas", "studies", "gaps between groups")
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 Part = Literal["held-out", "test"]
@@ -36,6 +39,14 @@ RATES: dict[str, tuple[str, ...]] = {
 }
 KINDS = ("difference", "ratio")
 GAPS = ("accuracy", *RATES)
+# Of which examples two groups must have some, and what there is no gap in otherwise.
+NEEDED = {
+    "": "",
+    "positive ": "equal opportunity and equalised odds",
+    "negative ": "equalised odds",
+}
+NEEDS_TWO = "a gap needs two groups"
+PLACES = {"test": "on the test set", "held-out": "in the held-out data"}
 
 
 def group_gaps(
@@ -52,7 +63,6 @@ def group_gaps(
     seed: int,
 ) -> pd.DataFrame:
     """Return what :meth:`fedweight.Run.gaps` returns."""
-    require("gaps between groups", "studies", "fairlearn")
     check_choice("method", method, ("between_groups", "to_overall"))
     check_choice("agg", agg, ("worst_case", "mean"))
     check_range("resamples", resamples, 0)
@@ -60,13 +70,64 @@ def group_gaps(
     rows = _rows(run, part, round, client)
     names = [attribute] if isinstance(attribute, str) else list(attribute)
     table = _table(run, rows, names, control_features)
-    own = table[table["examples"] > 0]
-    if own["group"].nunique() < 2:
-        have = listed(own["group"].unique().tolist()) or "none"
-        raise DataError(
-            f"{run.folder}: gaps are between two groups of {AND.join(names)} or more, "
-            f"and those that have examples are {have}."
-        )
+    place = PLACES[str(rows["part"].iloc[0])]
+    if client is not None:
+        who = client if isinstance(client, str) else run.name_of(client)
+        place = f"at client {plain(who)}"
+    called = AND.join(names)
+    if reason := _too_few(table).get(""):
+        raise DataError(f"{run.folder}: {called}: {reason} {place}; {NEEDS_TWO}.")
+    for control, own in table.groupby("control", sort=False):
+        within = f" within {control_features} {control}" if control_features else ""
+        if lines := why_no_gap(own, place):
+            log.warning("%s%s: %s; %s", called, within, "; ".join(lines), NEEDS_TWO)
+    return _measured_gaps(table, method, agg, resamples, confidence, seed)
+
+
+def why_no_gap(table: pd.DataFrame, place: str) -> list[str]:
+    """Return who alone has the examples that a gap needs of two groups.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Rows of ``groups.csv``: the groups of an attribute, once each.
+    place : str
+        Where they were measured, in words.
+    """
+    few = _too_few(table)
+    if "" in few:  # Of the others there is nothing more to say.
+        return [f"{few['']} {place}"]
+    return [
+        f"{reason} {place}, so there is no gap in {NEEDED[kind]}"
+        for kind, reason in few.items()
+    ]
+
+
+def _too_few(table: pd.DataFrame) -> dict[str, str]:
+    """Return of which examples fewer than two groups have any, and who has."""
+    n = table["examples"]
+    of = {"": n}
+    if "positives" in table:
+        of |= {"positive ": table["positives"], "negative ": n - table["positives"]}
+    found = {}
+    for kind, counts in of.items():
+        have = table.loc[counts > 0, "group"].unique().tolist()
+        if len(have) < 2:
+            who = f"only {plain(have[0])} has" if have else "no group has"
+            found[kind] = f"{who} {kind}examples"
+    return found
+
+
+def _measured_gaps(
+    table: pd.DataFrame,
+    method: Method,
+    agg: Aggregation,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> pd.DataFrame:
+    """Return the gaps of a table of groups, two of which have examples or more."""
+    require("gaps between groups", "studies", "fairlearn")
     n = table["examples"].to_numpy(np.float64)
     right = np.rint(np.nan_to_num(table["accuracy"].to_numpy(np.float64)) * n)
     cells = np.stack([right, n - right], 1)  # [G, 2]: right, wrong.
@@ -92,19 +153,17 @@ def largest_gaps(run: RunFolder) -> dict[str, float | None]:
     found: list[pd.Series[float]] = []
     for attribute in run.groups["attribute"].unique():
         if AND not in attribute:
-            with suppress(DataError):  # One group, or no rates.
-                found.append(_last_gaps(run, attribute))
+            with suppress(DataError):  # No rates.
+                rows = _rows(run, None, None, None)
+                table = _table(run, rows, [attribute], None)
+                if "" not in _too_few(table):
+                    gaps = _measured_gaps(
+                        table, "between_groups", "worst_case", 0, 0.95, 0
+                    )
+                    found.append(gaps["value"])
     largest = pd.concat(found, axis=1).max(axis=1) if found else pd.Series(dtype=float)
     values = {name: float(largest.get(f"{name}_difference", math.nan)) for name in GAPS}
     return {f"{n}_gap": None if math.isnan(v) else v for n, v in values.items()}
-
-
-def _last_gaps(run: RunFolder, attribute: str) -> pd.Series[float]:
-    method: Method = "between_groups"
-    found = group_gaps(
-        run, attribute, None, None, None, method, "worst_case", None, 0, 0.95, 0
-    )
-    return found["value"]
 
 
 def _rows(
@@ -222,7 +281,11 @@ def _resampled(counts: Array, resamples: int, stream: np.random.Generator) -> Ar
 def _gaps(
     table: pd.DataFrame, counts: Array, metrics: dict[str, Any], method: Method
 ) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return gaps of each metric, ``[1 + B, control groups]``, by metric and kind."""
+    """Return gaps of each metric, ``[1 + B, control groups]``, by metric and kind.
+
+    NaN is one between fewer than two groups that have the metric, which fairlearn
+    takes for 0.
+    """
     from fairlearn.metrics import MetricFrame
 
     several, groups, width = counts.shape
@@ -244,6 +307,8 @@ def _gaps(
         },
     )
     found = {"difference": frame.difference(method), "ratio": frame.ratio(method)}
+    two = frame.by_group.groupby(level=["number", "control"]).count() > 1
+    found = {kind: values.where(two) for kind, values in found.items()}
     return {
         (name, kind): values[name].astype(float).unstack("control")
         for kind, values in found.items()
@@ -265,6 +330,9 @@ def _summed_up(
         for name, rates in names.items():
             each = pd.concat({rate: found[rate, kind] for rate in rates})
             gaps = each.groupby(level=1).agg("mean" if agg == "mean" else worst)
+            # Two rates have a gap where each has; a ratio of 0 to 0 is left out only.
+            known = pd.concat({rate: found[rate, "difference"] for rate in rates})
+            gaps = gaps.where(known.notna().groupby(level=1).all())
             for control in gaps:
                 values = gaps[control].to_numpy(np.float64)
                 known = values[1:][np.isfinite(values[1:])]

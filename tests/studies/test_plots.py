@@ -367,6 +367,9 @@ def test_groups_are_drawn_and_how_far_apart_they_are_is_told(
     assert held_out["selection_rate"].tolist() == pytest.approx([0.3, 0.4, 0.1])
     assert held_out["tpr"].tolist() == pytest.approx([0.5, 0.7, 0.2])
     assert "fpr" not in held_out
+    run.groups.loc[run.groups["group"] == "f", "tpr"] = np.nan
+    [held_out] = [t for name, t in plots.groups.last(run) if name.startswith("By sex")]
+    assert np.isnan(held_out["tpr"].iloc[-1])  # Of one group there is none.
     text = report.render(run)
     assert "Selection rate by sex" in text
     assert "By &lt;i&gt;age&lt;/i&gt;, round 2" in text

@@ -131,6 +131,7 @@ def last(run: RunFolder) -> list[tuple[str, pd.DataFrame]]:
         rates = [rate for rate in RATES if rate in frame and frame[rate].notna().any()]
         table = frame[["group", "examples", *rates]].reset_index(drop=True)
         gaps = table[rates].max() - table[rates].min()
+        gaps = gaps.where(table[rates].count() > 1)  # Between two groups, or none.
         row = pd.DataFrame([{"group": "largest difference", **gaps.to_dict()}])
         caption = f"By {attribute}, round {number}, on {PARTS[part]}"
         tables.append((caption, pd.concat([table, row], ignore_index=True)))
