@@ -16,7 +16,7 @@ import time
 import tomllib
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,12 +130,34 @@ def what_is_there(folder: Path, wanted: Mapping[str, Any]) -> tuple[How, Any, st
                     plan,
                     f"its {table}.{key} is {values[0]}, not {values[1]}",
                 )
-    try:
-        if Run(folder).complete:
-            return "done", plan, ""
-    except DataError:
-        return "anew", plan, ""
+    if is_complete(folder):
+        return "done", plan, ""
     return ("resume" if (folder / CHECKPOINT).is_file() else "anew"), plan, ""
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether a folder holds a run that came to its end."""
+    try:
+        return Run(folder).complete
+    except DataError:
+        return False
+
+
+def runs_beside(folder: Path, names: Container[str]) -> list[tuple[str, str, int]]:
+    """Return the runs of a comparison's folder but those that are named.
+
+    Returns
+    -------
+    list of tuple
+        What its folder is called, what that begins with, and the seed.
+    """
+    found = []
+    for config in folder.glob("*-seed*/config.toml"):
+        name = config.parent.name
+        method, _, seed = name.rpartition("-seed")
+        if name not in names and seed.isdecimal():
+            found.append((name, method, int(seed)))
+    return sorted(found, key=lambda run: (run[1], run[2]))
 
 
 class LastData:

@@ -28,8 +28,10 @@ from .cells import (
     Cell,
     Ended,
     LastData,
+    is_complete,
     run_here,
     run_side_by_side,
+    runs_beside,
     visible_cards,
     what_is_there,
 )
@@ -70,9 +72,11 @@ def compare(
     same seed gives every strategy the same partition, the same initial model and the
     same sampling of clients, so differences are taken seed by seed. What is there
     already, with the same configuration, is not run again; what was stopped goes on. So
-    the same call again ends a comparison that was stopped, and more strategies or seeds
-    are added to one that is there. Only the comparison has a report; that of a cell is
-    written by :meth:`fedweight.Run.report`.
+    the same call again ends a comparison that was stopped, and one that names more
+    strategies, data sets or seeds beside those that are there adds them. One that would
+    leave out runs of the folder that are complete, or that is of another configuration,
+    is refused: no summary loses a result. Only the comparison has a report; that of a
+    cell is written by :meth:`fedweight.Run.report`.
 
     Parameters
     ----------
@@ -321,6 +325,7 @@ class _Study:
             raise ConfigurationError(
                 f"--out '{folder}' is a file. Name a folder for the comparison."
             )
+        self._refuse_to_lose(folder)
         self.plans = _plans_of(folder)
         for one in self.wanted:
             where = folder / one.folder
@@ -328,16 +333,37 @@ class _Study:
                 where, tomllib.loads(one.configuration.to_toml())
             )
             if differs:
-                raise ConfigurationError(
-                    f"{where} holds another run: {differs}. Nothing was run. Name "
-                    "another folder with --out, or remove that one."
-                )
+                raise _holds_another(where, differs)
             if plan is not None:
                 one.configuration = one.configuration.having("engine", "plan", plan)
                 self.plans.setdefault(one.choice.label, plan)
             if how == "resume" and self.of_this_process:
                 how = "anew"  # Its config.toml does not repeat it.
             one.cell = Cell(one.folder, str(where), "", how, one.preface)
+
+    def _refuse_to_lose(self, folder: Path) -> None:
+        """Refuse to leave out what was compared before: the summary would lose it."""
+        if not (folder / PLAN).is_file():
+            return
+        like = {one.choice.folder: one.configuration for one in self.wanted}
+        lost = []
+        for name, method, seed in runs_beside(folder, [w.folder for w in self.wanted]):
+            if method in like:
+                asked = like[method].having("run", "seed", seed).to_toml()
+                differs = what_is_there(folder / name, tomllib.loads(asked))[2]
+                if differs:
+                    raise _holds_another(folder / name, differs)
+            if is_complete(folder / name):
+                lost.append((name, seed))
+        if lost:
+            seeds = sorted({*self.axes.seeds, *(seed for _, seed in lost)})
+            raise ConfigurationError(
+                f"{folder} holds runs that are not named, and that its summary would "
+                f"lose: {listed([name for name, _ in lost], 6)}. Nothing was run. Name "
+                "all strategies, data sets and seeds that are there beside what is to "
+                f"be added (--seeds {','.join(map(str, seeds))}), or another folder "
+                "with --out."
+            )
 
     def choose_plans(self, folder: Path, dataset: DataSet | None) -> None:
         """Make every method once, or refuse it; decide how its clients train.
@@ -435,6 +461,13 @@ class _Study:
                 row |= reached(Path(one.cell.folder))
             rows.append(row)
         return rows
+
+
+def _holds_another(where: Path, differs: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{where} holds another run: {differs}. Nothing was run. Name another folder "
+        "with --out, or remove that one."
+    )
 
 
 def _trains_like(components: Components) -> str:

@@ -167,6 +167,24 @@ def test_strategies_and_seeds_are_added(here: Path) -> None:
     assert ran == {"ida-seed0", "fedavg-seed1", "ida-seed1"}
     assert [ended.number for ended in told] == [2, 3, 4]
     assert len(found.cells) == 4
+    # What is there is never left out of the summary, nor mixed with something else.
+    before = {p: p.read_bytes() for p in sorted(here.rglob("*")) if p.is_file()}
+    longer = {**QUICK, "run.rounds": 3}
+    for strategies, seeds, settings, said in (
+        ("fedavg,ida", 5, longer, "fedavg-seed0 holds another run: its run.rounds is"),
+        ("fedavg,ida", 5, QUICK, "fedavg-seed0, fedavg-seed1, ida-seed0 and ida-seed1"),
+        ("fedavg,ida", 5, QUICK, "(--seeds 0,1,5)"),
+        ("fedavg", "0,1", QUICK, "would lose: ida-seed0 and ida-seed1. Nothing was"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            compare(None, strategies, seeds, **{**options, "settings": settings})
+        assert said in str(caught.value)
+    assert {p: p.read_bytes() for p in before} == before
+    assert sorted(p for p in here.rglob("*") if p.is_file()) == sorted(before)
+    # What has no result yet is nothing to lose.
+    for path in Path("c").glob("ida-seed*/model.safetensors"):
+        path.unlink()
+    assert len(compare(None, "fedavg", "0,1", **options).cells) == 2
 
 
 FAILING = """
