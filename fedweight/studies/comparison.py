@@ -23,6 +23,7 @@ from .reader import table_of
 from .result import Run
 from .statistics import LEVEL, pairs_needed
 from .summarizing import (
+    ALL_DATA,
     CELL_COLUMNS,
     CELLS,
     JUDGES,
@@ -45,6 +46,13 @@ _ANEW = (
     "It is spoilt, or of another version; the same 'fedweight compare' as before "
     "writes it anew."
 )
+
+_IN_WORDS = {
+    "better": "better than",
+    "worse": "worse than",
+    "same": "the same as",
+    "undecided": "not told apart from",
+}
 
 
 @dataclass(frozen=True)
@@ -267,20 +275,48 @@ class Comparison:
         if len(self.data_sets) > 1:
             ranks = {m: self.ranking(m) for m in dict.fromkeys(self.summary["metric"])}
             parts += [f"{METRICS[m].title}, {ranking}" for m, ranking in ranks.items()]
+        if self.verdicts:
+            parts.append("\n".join(self.verdicts))
         return "\n\n".join([*parts, "\n".join(self.notes)])
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Who differs from the first strategy in the first metric, and how surely.
+
+        A sentence for each strategy, over all data sets; none where there is only one.
+        """
+        rows, first = self.summary, self.strategies[0]
+        metric = rows["metric"][0]
+        title = f"the {METRICS[metric].title}"
+        data = self.data_sets[0]
+        if len(self.data_sets) > 1:
+            data, title = ALL_DATA, f"{title} over {ALL_DATA}"
+        rows = rows[(rows["metric"] == metric) & (rows["data"] == data)]
+        rows = rows[rows["against"] != ""]
+        said = []
+        if len(rows) > 1 and not rows["verdict"].isin(["better", "worse"]).any():
+            said.append(f"No strategy is told apart from {first} in {title}.")
+        for row in _rows(rows):
+            _, _, numbers = row["sentence"].partition(": ")
+            found = f"{_IN_WORDS.get(row['verdict'], row['verdict'])} {first}"
+            said.append(f"{row['strategy']} is {found} in {title}: {numbers}.")
+        return said
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the tables must know, one line each."""
         others = max(len(self.strategies) - 1, 1)
-        notes = [
-            f"* better than {self.strategies[0]} by the paired t test at {LEVEL:g}"
-            + (f", Holm over {others} comparisons" if others > 1 else "")
-            + ". Intervals are 95% t intervals. The test set chose nothing."
-        ]
-        if len(self.strategies) == 1:
-            notes = ["Intervals are 95% t intervals. The test set chose nothing."]
-        elif self.summary["wilcoxon_verdict"].eq("cannot reach").any():
+        notes = []
+        if len(self.strategies) > 1:
+            notes = [
+                f"Verdicts are the paired t test's at {LEVEL:g}"
+                + (f", Holm over {others} comparisons" if others > 1 else "")
+                + "; Wilcoxon's test stands beside it and decides nothing."
+            ]
+        notes.append("Intervals are 95% t intervals. The test set chose nothing.")
+        if self.summary["verdict"].eq("better").any():
+            notes.append(f"* better than {self.strategies[0]}.")
+        if self.summary["wilcoxon_verdict"].eq("cannot reach").any():
             notes.append(
                 f"cannot reach: Wilcoxon's test needs {pairs_needed(others)} pairs "
                 f"that differ to find anything at {LEVEL:g}, whatever they are"
@@ -354,7 +390,8 @@ class Comparison:
                 f"<table><caption style='text-align:left'><b>{escape(title)}</b>"
                 f"</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
             )
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        lines = [*self.verdicts, *self.notes]
+        notes = "".join(f"<li>{escape(line)}</li>" for line in lines)
         return "".join(parts) + f"<ul>{notes}</ul>"
 
 

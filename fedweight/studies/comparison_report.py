@@ -12,12 +12,12 @@ from ..core.errors import DataError
 from ..core.extras import Imported
 from ..core.writing import write_whole
 from . import plots
-from .pages import Part, diagram, figure, page, section, table
+from .pages import Part, diagram, figure, page, section, settings, table
 from .plots import comparing
 from .ranks import ROPE
+from .reader import table_of
 from .report import in_bytes
 from .result import Run
-from .statistics import LEVEL
 from .summarizing import ALL_DATA, METRICS
 
 if TYPE_CHECKING:
@@ -69,16 +69,59 @@ def render(found: Comparison) -> str:
         sections.append(_over_data_sets(found))
     for data in found.data_sets:
         sections += _of_data(found, data, f" on {data}" if several else "")
-    sections.append(section("Runs", _runs(found)))
+    sections.append(
+        section(
+            "Runs",
+            _runs(found),
+            text="A run has a report of its own when 'fedweight report FOLDER' has "
+            "written it.",
+        )
+    )
+    shared = _shared(found)
+    said = "What all runs share; the rest stands in each run's config.toml"
+    sections.append(section("Configuration", settings(shared, said)))
     facts = (
         ("strategies", len(found.strategies)),
         ("data", ", ".join(found.data_sets)),
         ("seeds", ", ".join(map(str, found.seeds))),
         ("runs", len(found.cells)),
+        *(
+            (name, shared.get(table, {}).get(key))
+            for name, table, key in (
+                ("rounds", "run", "rounds"),
+                ("clients", "partition", "clients"),
+                ("model", "model", "name"),
+            )
+        ),
     )
     return page(
-        "comparison.html", found.folder.name, facts, sections, notes=found.notes
+        "comparison.html",
+        found.folder.name,
+        facts,
+        sections,
+        verdicts=found.verdicts,
+        notes=found.notes,
     )
+
+
+def _shared(found: Comparison) -> dict[str, dict[str, Any]]:
+    """Return the keys whose values all runs have in common, table by table."""
+    configs = []
+    for name in found.cells["folder"]:
+        with suppress(DataError):  # It failed before it was written.
+            configs.append(Run(found.folder / name).config)
+    first, *others = configs or [{}]
+    return {
+        table: common
+        for table in first
+        if (
+            common := {
+                key: value
+                for key, value in table_of(first, table).items()
+                if all(table_of(one, table).get(key) == value for one in others)
+            }
+        )
+    }
 
 
 def _tables(found: Comparison) -> Iterable[Part]:
@@ -93,7 +136,7 @@ def _tables(found: Comparison) -> Iterable[Part]:
             frame = pd.DataFrame(
                 {
                     # Only what the test says is better is marked.
-                    "": ["★" if v == "better" else "" for v in own["verdict"]],
+                    "": ["*" if v == "better" else "" for v in own["verdict"]],
                     "strategy": own["strategy"].to_numpy(),
                     "runs": own["n"].to_numpy(),
                     "mean": own["mean"].to_numpy(),
@@ -113,13 +156,8 @@ def _tables(found: Comparison) -> Iterable[Part]:
                 }
             )
             where = f", {data}" if len(found.data_sets) > 1 else ""
-            yield table(
-                f"{one.title[:1].upper()}{one.title[1:]}{where}",
-                frame.dropna(axis=1, how="all"),
-                f"★ better than {first} by the paired t test at {LEVEL:g}, after Holm."
-                if len(found.strategies) > 1
-                else "",
-            )
+            title = f"{one.title[:1].upper()}{one.title[1:]}{where}"
+            yield table(title, frame.dropna(axis=1, how="all"))
 
 
 def _over_data_sets(found: Comparison) -> Part:
@@ -257,4 +295,9 @@ def _costs(cells: pd.DataFrame, strategies: list[str]) -> Part:
 def _runs(found: Comparison) -> Part:
     frame = found.cells.dropna(axis=1, how="all")
     empty = [c for c in frame if frame[c].eq("").all()]
-    return table("cells.csv", frame.drop(columns=empty), closed="Every run in numbers")
+    return table(
+        "cells.csv",
+        frame.drop(columns=empty),
+        closed="Every run in numbers",
+        folders="folder",
+    )

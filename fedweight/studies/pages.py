@@ -288,7 +288,13 @@ def _by_role(value: Any) -> Any:
     return [_by_role(inner) for inner in value] if isinstance(value, list) else value
 
 
-def table(caption: str, frame: pd.DataFrame, rest: str = "", closed: str = "") -> Part:
+def table(
+    caption: str,
+    frame: pd.DataFrame,
+    rest: str = "",
+    closed: str = "",
+    folders: str | None = None,
+) -> Part:
     """Return a frame as a table in a box that scrolls.
 
     Parameters
@@ -301,8 +307,11 @@ def table(caption: str, frame: pd.DataFrame, rest: str = "", closed: str = "") -
         What is left out.
     closed : str
         What to click to see it; empty: it is open.
+    folders : str, optional
+        The column that names folders beside the page, which become links.
     """
     columns, values = _columns(frame)
+    columns = [{**one, "folder": one["name"] == folders} for one in columns]
     texts = [["" if value is None else _told(value) for value in row] for row in values]
     return {
         **{"kind": "table", "caption": caption, "rest": rest, "closed": closed},

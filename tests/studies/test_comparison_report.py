@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import html
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 import tomli_w
 
@@ -15,7 +18,12 @@ from fedweight.studies.comparison import PLAN, Comparison
 from fedweight.studies.comparison_report import render
 from fedweight.studies.plots import comparing
 from fedweight.studies.result import Run
-from fedweight.studies.summarizing import reached, write_comparison
+from fedweight.studies.summarizing import (
+    METRICS,
+    reached,
+    summary_of,
+    write_comparison,
+)
 
 from .chromium import Browser
 
@@ -93,7 +101,7 @@ def test_a_comparison_has_a_report(found: Comparison) -> None:
     shown = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert "<i>" not in shown
     for note in found.notes:
-        assert note.split(":")[0].replace("<i>", "&lt;i&gt;").split("<")[0] in shown
+        assert f"<li>{note}</li>" in html.unescape(shown)
 
 
 def test_curves_are_means_over_seeds_with_their_intervals(found: Comparison) -> None:
@@ -162,10 +170,65 @@ def test_winners_are_marked_only_where_the_test_says_so(found: Comparison) -> No
     text = render(found)
     verdicts = found.summary["verdict"].tolist()
     assert "better" in verdicts
-    assert text.count("<td>★</td>") == verdicts.count("better")
+    assert text.count("<td>*</td>") == verdicts.count("better")
+    footnote = "<li>* better than fedavg.</li>"
+    assert text.count(footnote) == 1
     summary = found.summary.assign(verdict="undecided")
     vars(found)["summary"] = summary
-    assert "<td>★</td>" not in render(found)
+    text = render(found)
+    assert "<td>*</td>" not in text
+    assert footnote not in text
+
+
+def test_it_begins_with_who_differs_and_how_sure_that_is(found: Comparison) -> None:
+    rows = found.summary[found.summary["metric"] == "test_accuracy"]
+    numbers = rows["sentence"].iloc[1].removeprefix("better: ")
+    title = METRICS["test_accuracy"].title
+    said = f"<i>mine</i> is better than fedavg in the {title}: {numbers}."
+    assert found.verdicts == [said]
+    assert said in str(found)
+    for shown in (render(found), found._repr_html_()):
+        at = shown.index(html.escape(said, quote=False))
+        assert at < shown.index("Intervals are 95% t intervals")
+    # Where nobody differs from the first, one line says so.
+    names = [*STRATEGIES, "third"]
+    cells = [
+        {**cell, "strategy": name, "test_accuracy": 0.5 + 0.01 * seed * (-1) ** k}
+        for k, name in enumerate(names)
+        for seed, cell in enumerate(found.cells.to_dict("records")[:3])
+    ]
+    vars(found)["_plan"] = {"strategies": names, "data-sets": ["digits"], "seeds": [0]}
+    vars(found)["summary"] = pd.DataFrame(summary_of(cells)).fillna({"against": ""})
+    first, mine, third = found.verdicts
+    assert first == f"No strategy is told apart from fedavg in the {title}."
+    assert mine.startswith(f"<i>mine</i> is not told apart from fedavg in the {title}:")
+    assert "(3 pairs, Holm over 2 comparisons)." in mine
+    assert third == (
+        f"third is the same as fedavg in the {title}: not one of 3 pairs differs."
+    )
+    assert (
+        over_two(found)
+        .verdicts[0]
+        .startswith(
+            f"<i>mine</i> is better than fedavg in the {title} over all data sets: "
+        )
+    )
+
+
+def test_it_says_what_was_compared_and_where_the_runs_are(found: Comparison) -> None:
+    config = found.folder / "fedavg-seed1" / "config.toml"
+    tables = tomllib.loads(config.read_text())
+    tables["strategy"]["note"] = "another"
+    config.write_text(tomli_w.dumps(tables))
+    shown = re.sub(r"<script.*?</script>", "", render(found), flags=re.DOTALL)
+    closed = shown[shown.index("<summary>What all runs share") :]
+    rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', closed))
+    assert rows["rounds"] == str(tables["run"]["rounds"])
+    assert (rows["nested.deep"], "note" in rows) == ("[1, 2]", False)
+    assert f"<dt>rounds</dt><dd>{tables['run']['rounds']}</dd>" in shown
+    for folder in found.cells["folder"]:
+        assert f'<a href="./{folder}/">{folder}</a>' in shown
+    assert shown.count("fedweight report FOLDER") == 1
 
 
 def test_weights_of_all_strategies_are_on_one_scale(found: Comparison) -> None:
