@@ -47,6 +47,9 @@ _ANEW = (
     "writes it anew."
 )
 
+# With fewer, 95% t intervals are so wide that a reader must be warned.
+FEW_SEEDS = 5
+
 _IN_WORDS = {
     "better": "better than",
     "worse": "worse than",
@@ -307,12 +310,18 @@ class Comparison:
         """What a reader of the tables must know, one line each."""
         others = max(len(self.strategies) - 1, 1)
         notes = []
+        count = len(self.seeds)
+        if count < FEW_SEEDS:
+            notes.append(
+                f"{count} seed{' tells' if count == 1 else 's tell'} little: at most "
+                "large differences are found. 10 or more, --seeds 0-9, tell more."
+            )
         if len(self.strategies) > 1:
-            notes = [
+            notes.append(
                 f"Verdicts are the paired t test's at {LEVEL:g}"
                 + (f", Holm over {others} comparisons" if others > 1 else "")
                 + "; Wilcoxon's test stands beside it and decides nothing."
-            ]
+            )
         notes.append("Intervals are 95% t intervals. The test set chose nothing.")
         if self.summary["verdict"].eq("better").any():
             notes.append(f"* better than {self.strategies[0]}.")

@@ -190,6 +190,7 @@ def test_it_begins_with_who_differs_and_how_sure_that_is(found: Comparison) -> N
     for shown in (render(found), found._repr_html_()):
         at = shown.index(html.escape(said, quote=False))
         assert at < shown.index("Intervals are 95% t intervals")
+    assert "3 seeds tell little: at most large" in found.notes[0]
     # Where nobody differs from the first, one line says so.
     names = [*STRATEGIES, "third"]
     cells = [
@@ -198,6 +199,10 @@ def test_it_begins_with_who_differs_and_how_sure_that_is(found: Comparison) -> N
         for seed, cell in enumerate(found.cells.to_dict("records")[:3])
     ]
     vars(found)["_plan"] = {"strategies": names, "data-sets": ["digits"], "seeds": [0]}
+    assert found.notes[0].startswith("1 seed tells little: ")
+    assert "10 or more, --seeds 0-9, tell more" in found.notes[0]
+    vars(found)["_plan"]["seeds"] = [*range(5)]
+    assert found.notes[0].startswith("Verdicts are the paired t test's at 0.05")
     vars(found)["summary"] = pd.DataFrame(summary_of(cells)).fillna({"against": ""})
     first, mine, third = found.verdicts
     assert first == f"No strategy is told apart from fedavg in the {title}."
