@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigurationError, EngineError, FedweightError
-from ..core.texts import plain
+from ..core.texts import listed, plain
 from .app_folder import (
     NUM_SUPERNODES,
     AppFolder,
@@ -20,7 +20,7 @@ from .app_folder import (
 )
 from .engine import Simulated, simulate
 from .flower_runtime import Outcome, run_on_flower
-from .seen import difference_of_metrics, difference_of_models
+from .seen import Metrics, difference_of_metrics, difference_of_models
 
 # Two models agree where no value differs by more, relative to 1 or the value.
 TOLERANCE = 1e-6
@@ -77,11 +77,29 @@ class FolderRun:
         told, others = self.ours.metrics, self.theirs.metrics
         return difference_of_metrics(told, others) <= TOLERANCE
 
+    @property
+    def replies(self) -> dict[str, int]:
+        """How many replies there were, errors too, by the type of messages."""
+        return _numbers(self.ours.metrics)
+
+    @property
+    def flower_replies(self) -> dict[str, int]:
+        """The same on Flower's runtime; empty where it was not asked for.
+
+        Fewer where its first round began before all of its nodes were there.
+        """
+        return {} if self.theirs is None else _numbers(self.theirs.metrics)
+
+    @property
+    def replies_agree(self) -> bool:
+        """Whether there were as many replies of each type."""
+        return self.theirs is not None and self.replies == self.flower_replies
+
     def to_dict(self) -> dict[str, Any]:
         """Return what is printed with ``--json``."""
         result: dict[str, Any] = {
             "clients": self.num_clients,
-            "replies": {kind: len(own) for kind, own in self.ours.metrics.items()},
+            "replies": self.replies,
             "failed_replies": len(self.failures),
             "seconds": self.ours.seconds,
             "seconds_started": self.ours.seconds_started,
@@ -89,6 +107,8 @@ class FolderRun:
         if self.theirs is not None:
             result["flower_seconds"] = self.theirs.seconds
             result["flower_seconds_started"] = self.theirs.seconds_started
+            result["flower_replies"] = self.flower_replies
+            result["replies_agree"] = self.replies_agree
             shapes_differ = self.difference == float("inf")
             result["difference"] = None if shapes_differ else self.difference
             result["models_agree"] = self.agrees
@@ -97,10 +117,12 @@ class FolderRun:
 
     def lines(self) -> list[str]:
         """Return what is printed."""
-        replies = ", ".join(f"{k} {len(v)}" for k, v in self.ours.metrics.items())
+        replies = _told(self.replies)
+        if self.theirs is not None:
+            replies += f"; on Flower's runtime {_told(self.flower_replies)}"
         result = [
             f"clients   {self.num_clients}",
-            f"replies   {replies or 'none as messages'}",
+            f"replies   {replies}",
             f"time      {_times(self.ours)}",
         ]
         if self.theirs is not None:
@@ -112,6 +134,8 @@ class FolderRun:
                 f"models    {self._agreement()}",
                 f"metrics   {'agree' if self.metrics_agree else 'differ'}",
             ]
+            if not self.replies_agree:
+                result.append(f"warning: {self._missing()}")
         if self.failures:
             number = len(self.failures)
             are = (
@@ -125,10 +149,38 @@ class FolderRun:
             return "none was sent"
         if self.agrees:
             return f"agree to {TOLERANCE:g}"
+        differ = f"differ by up to {self.difference:.2g}"
+        if not self.replies_agree:
+            return f"{differ}, and so do the numbers of replies"
         return (
-            f"differ by up to {self.difference:.2g}, as they do where the app draws "
-            "random numbers or chooses among clients"
+            f"{differ}, as they do where the app draws random numbers or chooses among "
+            "clients"
         )
+
+    def _missing(self) -> str:
+        """Say which numbers of replies differ, and why that may be."""
+        ours, theirs = self.replies, self.flower_replies
+        numbers = {kind: theirs.get(kind, 0) for kind in {**ours, **theirs}}
+        kinds = [kind for kind, n in numbers.items() if n != ours.get(kind, 0)]
+        found = listed([f"{numbers[kind]} {kind}" for kind in kinds], most=9)
+        mine = listed([ours.get(kind, 0) for kind in kinds], most=9)
+        s = "s" * (sum(numbers[kind] for kind in kinds) != 1)
+        said = f"Flower's clients answered {found} message{s}, ours {mine}"
+        if not any(numbers[kind] < ours.get(kind, 0) for kind in kinds):
+            return said
+        return (
+            f"{said}: its first round may begin before all nodes are there; let the "
+            "strategy wait: min_available_nodes"
+        )
+
+
+def _numbers(metrics: Metrics) -> dict[str, int]:
+    return {kind: len(replies) for kind, replies in metrics.items()}
+
+
+def _told(numbers: dict[str, int]) -> str:
+    told = ", ".join(f"{kind} {number}" for kind, number in numbers.items())
+    return told or "none as messages"
 
 
 def _times(run: Simulated | Outcome) -> str:

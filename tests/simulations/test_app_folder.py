@@ -330,3 +330,69 @@ def test_unsigned_numbers_do_not_wrap() -> None:
     ours = Simulated(None, seen, 1.0, 1.0)  # type: ignore[arg-type]
     theirs = Outcome([np.array([1], np.uint8)], {}, 1.0, 1.0)
     assert FolderRun(ours, 2, theirs).difference == 1.0
+
+
+def compared(mine: dict[str, int], others: dict[str, int]) -> FolderRun:
+    """Return a comparison of so many replies, whose models differ."""
+    told = [{k: [{"n": 1.0}] * n for k, n in of.items()} for of in (mine, others)]
+    seen = Seen(lambda node: node)
+    seen.arrays, seen.metrics = ArrayRecord([np.zeros(1)]), told[0]
+    ours = Simulated(None, seen, 1.0, 1.0)  # type: ignore[arg-type]
+    return FolderRun(ours, 10, Outcome([np.ones(1)], told[1], 1.0, 1.0))
+
+
+WAIT = (
+    ": its first round may begin before all nodes are there; let the strategy wait: "
+    "min_available_nodes"
+)
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "warning"),
+    [
+        (
+            {"train": 50, "evaluate": 50},
+            {"train": 42, "evaluate": 50},
+            f"Flower's clients answered 42 train messages, ours 50{WAIT}",
+        ),
+        (
+            {"train": 50, "evaluate": 50},
+            {"train": 42, "evaluate": 45},
+            f"Flower's clients answered 42 train and 45 evaluate messages, ours 50 and "
+            f"50{WAIT}",
+        ),
+        (
+            {"train": 4, "query": 2},
+            {"train": 4, "query": 1},
+            f"Flower's clients answered 1 query message, ours 2{WAIT}",
+        ),
+        ({"query": 2}, {}, f"Flower's clients answered 0 query messages, ours 2{WAIT}"),
+        ({}, {"train": 4}, "Flower's clients answered 4 train messages, ours 0"),
+    ],
+)
+def test_other_numbers_of_replies_are_not_the_apps_fault(
+    mine: Any, others: Any, warning: str
+) -> None:
+    """Flower's own race: it may begin with the nodes that are there."""
+    found = compared(mine, others)
+    lines = found.lines()
+    assert f"warning: {warning}" in lines
+    assert "models    differ by up to 1, and so do the numbers of replies" in lines
+    assert not found.replies_agree
+    told = found.to_dict()
+    assert (told["replies"], told["flower_replies"]) == (mine, others)
+    assert told["replies_agree"] is False
+
+
+def test_where_as_many_answered_the_app_may_draw_numbers() -> None:
+    found = compared({"train": 50, "query": 1}, {"query": 1, "train": 50})
+    lines = found.lines()
+    both = "train 50, query 1; on Flower's runtime query 1, train 50"
+    assert f"replies   {both}" in lines
+    [models] = [line for line in lines if line.startswith("models")]
+    assert models.endswith("draws random numbers or chooses among clients")
+    assert not any(line.startswith("warning") for line in lines)
+    assert found.to_dict()["replies_agree"] is True
+    alone = FolderRun(found.ours, 10)
+    assert "replies   train 50, query 1" in alone.lines()
+    assert "flower_replies" not in alone.to_dict()
