@@ -6,6 +6,7 @@ say of a method is true is tested beside the method.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -647,6 +648,48 @@ def test_the_readmes_strategy_is_the_worked_one(
     for k in range(3, 9):
         given = local_round(rng, k)
         assert torch.equal(short.weights(given), cls(tolerance=1.5).weights(given))
+
+
+def test_the_readmes_script_runs_an_app_that_reads_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the apps of Flower's templates read them, on the server and on clients."""
+    [code] = [b for b in code_blocks("README.md", "python") if "my_app" in b]
+    folder = tmp_path / "my_app"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "client_app.py").write_text("""
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.train()
+def train(message, context):
+    told = MetricRecord({"epochs": context.run_config["local-epochs"]})
+    return Message(RecordDict({"m": told}), reply_to=message)
+""")
+    (folder / "server_app.py").write_text("""
+from flwr.app import Message, RecordDict
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    nodes = list(grid.get_node_ids())
+    some = nodes[: int(context.run_config["fraction-train"] * len(nodes))]
+    for _ in range(context.run_config["num-server-rounds"]):
+        grid.send_and_receive([Message(RecordDict(), node, "train") for node in some])
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    # The same in one process, which takes a second less.
+    here = functools.partial(fedweight.simulate, isolation="none")
+    monkeypatch.setattr(fedweight, "simulate", here)
+    space: dict[str, Any] = {}
+    exec(code, space)
+    assert len(space["done"].metrics["train"]) == 3 * 50
+    assert {told["epochs"] for told in space["done"].metrics["train"]} == {1}
 
 
 @pytest.mark.parametrize("name", ["LabelSmoothing", "Doubt"])
