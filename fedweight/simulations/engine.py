@@ -21,6 +21,7 @@ from ..core.signals import interruptible
 from ..core.texts import shown
 from ..core.threads import num_cores
 from ..messages import _flower
+from .failures import tracebacks_once
 from .grid import (
     RunConfig,
     SimulationGrid,
@@ -184,6 +185,7 @@ def simulate(
     with (
         set_for_a_while(settings),
         _verbose(verbose_logging),
+        tracebacks_once(),
         make_grid(
             client_app,
             num_clients,
