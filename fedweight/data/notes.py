@@ -84,6 +84,11 @@ def _classes(data: FederatedData) -> list[str]:
     ]
 
 
+def nobody_is_of(attribute: str) -> str:
+    """Return how the note begins that says which groups no client has."""
+    return f"no training example is of group {attribute}: "
+
+
 def _groups(data: FederatedData) -> list[str]:
     """Name the groups of sensitive attributes that no client has."""
     lines = []
@@ -94,8 +99,5 @@ def _groups(data: FederatedData) -> list[str]:
         there = {*np.unique(codes).tolist()}
         missing = [name for k, name in enumerate(names) if k not in there]
         if missing:
-            lines.append(
-                f"no training example is of group {attribute}: "
-                f"{listed(missing, most=5)}"
-            )
+            lines.append(f"{nobody_is_of(attribute)}{listed(missing, most=5)}")
     return lines

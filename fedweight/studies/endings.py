@@ -17,6 +17,7 @@ from ..core.extras import Imported
 from ..core.texts import cause, plain, rounds_listed, without_numbers
 from ..data.tasks import CLASSIFICATION, TASKS
 from ..messages import keys
+from .gaps import lost_groups
 from .reader import BAD_REPLIES, RunFolder
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def warnings_of(run: RunFolder) -> list[str]:
             *_dominant(run, asked),
             *_huge_updates(run, asked),
         ]
-    lines += _notes(run)
+    notes = _notes(run)
+    lines += [*lost_groups(run, _data(run).get("grouped_by"), notes), *notes]
     if (run.folder / "errors.log").is_file():
         lines.append("errors.log, in the run's folder, has the errors in full")
     return [plain(line, LINE_LENGTH) for line in lines]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,12 +15,12 @@ from ..core.errors import ConfigurationError, DataError, check_choice, check_ran
 from ..core.extras import Imported, require
 from ..core.rng import Purpose, generator
 from ..core.texts import listed, plain, shown
+from ..data.notes import nobody_is_of
 from ..metrics.groups import AND
+from .reader import RunFolder, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from .reader import RunFolder
 else:
     pd = Imported("pandas", "studies", "gaps between groups")
 
@@ -101,6 +101,65 @@ def why_no_gap(table: pd.DataFrame, place: str) -> list[str]:
         f"{reason} {place}, so there is no gap in {NEEDED[kind]}"
         for kind, reason in few.items()
     ]
+
+
+def lost_groups(run: RunFolder, asked: Any, notes: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each attribute of whose groups something was not measured.
+
+    Parameters
+    ----------
+    run : RunFolder
+        Finished or not.
+    asked : list of str, or anything
+        By which attributes it was to measure, as far as is known.
+    notes : sequence of str
+        What is said of its data; a group that nobody has is not said again.
+    """
+    if not (run.folder / "groups.csv").is_file():
+        attributes = asked if isinstance(asked, list) and run.rounds_done else []
+        yield from (
+            f"{plain(a)}: no group was measured in any round" for a in attributes
+        )
+        return
+    groups = run.groups[run.groups["client"].isna()]
+    for attribute in groups["attribute"].unique():
+        if AND not in attribute:
+            known = any(note.startswith(nobody_is_of(attribute)) for note in notes)
+            own = groups[groups["attribute"] == attribute]
+            if line := _lost(own, _least(run), known):
+                yield f"{plain(attribute)}: {line}"
+
+
+def _least(run: RunFolder) -> int:
+    least = table_of(run.config, "groups").get("min-size")
+    return least if isinstance(least, int) else 1
+
+
+def _lost(groups: pd.DataFrame, least: int, known: bool) -> str:
+    """Return what was not measured of an attribute in its last round, if anything.
+
+    ``least`` is how many examples of a group a client tells of, and ``known`` whether
+    it is known already which groups nobody has.
+    """
+    lines, gaps, hidden = list[str](), False, False
+    parts = [part for part in PLACES if (groups["part"] == part).any()]
+    for part in parts:
+        rows = groups[groups["part"] == part]
+        rows = rows[rows["round"] == rows["round"].max()]
+        none = rows.loc[~(rows["examples"] > 0), "group"].tolist()
+        hides = part == "held-out" and least > 1 and bool(none)
+        if len(none) == len(rows) and part != parts[0] and not hides:
+            continue  # Clients hold nothing out, and the test data are measured.
+        hidden |= hides
+        found = why_no_gap(rows, PLACES[part])
+        gaps |= bool(found)
+        if not found and none and not known:
+            found = [f"no example of {listed(map(plain, none), 5)} {PLACES[part]}"]
+        lines += found
+    ends = [NEEDS_TWO] if gaps else []
+    if hidden:
+        ends.append(f"clients tell of no group below groups.min-size = {least}")
+    return "; ".join([*lines, *ends]) if lines else ""
 
 
 def _too_few(table: pd.DataFrame) -> dict[str, str]:

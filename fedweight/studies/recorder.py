@@ -545,6 +545,7 @@ def environment_of(components: Components) -> dict[str, Any]:
             "input_shape": list(components.data.input_shape),
             "test_examples": len(test),
             "largest_test_class": components.task.guessed(test.y),
+            "grouped_by": list(components.groups.names) if components.groups else [],
         },
         "model": {
             "parameters": Layout.of_module(components.make_model()).num_parameters,

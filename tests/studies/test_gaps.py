@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from sklearn.metrics import accuracy_score
 from fedweight import Run, compare, run
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.data import DataSet, Examples, FederatedData
+from fedweight.studies.endings import warnings_of
 from fedweight.studies.gaps import group_gaps
 
 SETTINGS: dict[str, Any] = {
@@ -111,7 +113,11 @@ def test_a_comparison_goes_on_where_a_group_is_nobodys(tmp_path: Path) -> None:
     assert found.cells["status"].eq("complete").all()
     assert not [m for m in found.summary["metric"] if m.endswith("_gap")]
     run = found.run("afl", 0)
-    assert "sex: m" in " ".join(run.warnings)
+    assert [line for line in run.warnings if "sex" in line] == [
+        "sex: only f has examples on the test set; only f has examples in the held-out "
+        "data; a gap needs two groups",
+        "no training example is of group sex: m",
+    ]
     with pytest.raises(DataError, match="have no attribute 'sx'"):
         compare(
             strategies="fedavg,afl",
@@ -408,6 +414,78 @@ def test_a_gap_that_one_group_has_alone_is_none(
     assert summary["accuracy_gap"] is not None
     assert summary["demographic_parity_gap"] is not None
     assert [summary[f"{name}_gap"] for name in none] == [None, None]
+    [line] = [line for line in made.warnings if line.startswith("sex: ")]
+    assert line.startswith(f"sex: {why}")
+    assert line.endswith("equalised odds; a gap needs two groups")
+    frame = made.groups
+    women = (frame["group"] == "f") & (frame["part"] == "test")
+    frame.loc[women, ["tpr", "positives"]] = [0.5, 4.0]
+    assert "positive examples on the test set" not in "".join(warnings_of(made))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "least", "notes", "wanted"),
+    [
+        # Examples of f and m: of the test set, of what all clients hold out.
+        ([(5, 5), (5, 5)], 1, [], []),
+        ([(5, 5), (0, 0)], 1, [], []),  # Nothing is held out.
+        (
+            *([(5, 5), (0, 0)], 20, []),
+            [
+                "sex: no group has examples in the held-out data; a gap needs two "
+                "groups; clients tell of no group below groups.min-size = 20"
+            ],
+        ),
+        (
+            *([(0, 5), (0, 5)], 1, []),
+            [
+                "sex: only m has examples on the test set; only m has examples in the "
+                "held-out data; a gap needs two groups"
+            ],
+        ),
+        (
+            *([None, (0, 0)], 1, []),
+            ["sex: no group has examples in the held-out data; a gap needs two groups"],
+        ),
+        (
+            *([None, (5, 0, 5)], 3, []),
+            [
+                "sex: no example of m in the held-out data; clients tell of no group "
+                "below groups.min-size = 3"
+            ],
+        ),
+        ([(5, 0, 5), (5, 0, 5)], 1, ["no training example is of group sex: m"], []),
+        ([None, None], 1, [], ["sex: no group was measured in any round"]),
+    ],
+)
+def test_what_is_not_measured_of_groups_is_a_line(
+    tmp_path: Path, sizes: Any, least: int, notes: list[str], wanted: list[str]
+) -> None:
+    known = {"notes": notes, "grouped_by": ["sex"]}
+    (tmp_path / "environment.json").write_text(json.dumps({"data": known}))
+    (tmp_path / "config.toml").write_text(f"[groups]\nmin-size = {least}\n")
+    (tmp_path / "rounds.csv").write_text("round,status\n1,ok\n")
+    rows = [
+        {"round": number, "part": part, "client": math.nan, "attribute": "sex"}
+        # What was measured before is not looked at.
+        | {"group": group, "examples": 0 if number == 0 else n}
+        for number in (0, 1)
+        for part, own in zip(("test", "held-out"), sizes, strict=True)
+        for group, n in zip("fmx", own or (), strict=False)
+    ]
+    if rows:
+        pd.DataFrame(rows).to_csv(tmp_path / "groups.csv", index=False)
+    assert Run(tmp_path).warnings == [*wanted, *notes]
+
+
+def test_groups_too_small_for_any_client_to_tell_are_a_line(tmp_path: Path) -> None:
+    more = {"groups.min-size": 500, "run.rounds": 1, "groups.intersections": False}
+    lines = start(tmp_path / "a", **more).warnings
+    assert [line for line in lines if "min-size" in line] == [
+        f"{name}: no group has examples in the held-out data; a gap needs two groups; "
+        "clients tell of no group below groups.min-size = 500"
+        for name in ("sex", "race")
+    ]
 
 
 def test_one_group_has_no_gap(tmp_path: Path) -> None:
