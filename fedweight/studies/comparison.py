@@ -120,6 +120,7 @@ class Comparison:
     def cells(self) -> pd.DataFrame:
         """``cells.csv``: a row per run, with what it reached, or why it failed.
 
+        Of a run that did not fail ``reason`` says which groups it has not measured.
         Of a sweep all candidates; ``chosen`` is 1 for those that are compared.
         """
         text = ["strategy", "data", "candidate", "folder", "status", "reason"]
@@ -338,6 +339,10 @@ class Comparison:
                 notes.append(f"chosen: {row['strategy']}{on}: {row['chosen']}.")
         for folder, reason in self.failures.items():
             notes.append(f"failed: {folder}: {reason}")
+        whole = self.cells[self.cells["status"] == "complete"]
+        for lost, times in whole["reason"].value_counts().items():
+            if lost != "":
+                notes.append(f"{lost} ({times} of {len(whole)} runs).")
         if self.failed_rounds:
             notes.append(f"{self.failed_rounds} rounds failed; see {CELLS}.")
         return notes

@@ -61,11 +61,15 @@ def warnings_of(run: RunFolder) -> list[str]:
             *_dominant(run, asked),
             *_huge_updates(run, asked),
         ]
-    notes = _notes(run)
-    lines += [*lost_groups(run, _data(run).get("grouped_by"), notes), *notes]
+    lines += [*lost_groups_of(run), *_notes(run)]
     if (run.folder / "errors.log").is_file():
         lines.append("errors.log, in the run's folder, has the errors in full")
     return [plain(line, LINE_LENGTH) for line in lines]
+
+
+def lost_groups_of(run: RunFolder) -> list[str]:
+    """Return the lines of :func:`warnings_of` on groups that were not measured."""
+    return [*lost_groups(run, _data(run).get("grouped_by"), _notes(run))]
 
 
 def ending_of(run: RunFolder) -> str | None:

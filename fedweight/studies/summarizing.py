@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.errors import DataError
 from ..metrics.measures import MEASURES
+from .endings import lost_groups_of
 from .folder import Table
 from .gaps import GAPS
 from .ranks import Ranking, SignedRanks, rank_methods, signed_ranks
@@ -78,14 +79,16 @@ Row = dict[str, Any]
 
 
 def reached(folder: Path) -> Row:
-    """Return what a run that has ended has reached, or why that is not known."""
+    """Return what a run that has ended has reached, and why what is not known."""
     try:
-        summary = Run(folder).summary()
+        run = Run(folder)
+        summary = run.summary()
     except DataError as error:
         return {"reason": " ".join(str(error).split())}
     names = ("rounds", "failed_rounds", *METRICS, *JUDGES)
     row = {name: summary.get(name) for name in (*names, "bytes_down", "bytes_up")}
-    return {"status": "complete", **row}
+    # Gaps that there are not would be missed without a word.
+    return {"status": "complete", "reason": "; ".join(lost_groups_of(run)), **row}
 
 
 def write_comparison(
@@ -293,7 +296,7 @@ def _compared(
             "low": low,
             "high": high,
             "chosen": "" if data == ALL_DATA else _choice(mine),
-            "note": _note(mine, data == ALL_DATA),
+            "note": _note(mine, data == ALL_DATA, metric),
         }
         if target is not None and metric == "test_accuracy":
             picked = [cell for cell in mine if cell["chosen"]]
@@ -327,7 +330,7 @@ def _compared(
     return rows
 
 
-def _note(cells: Sequence[Row], says_data: bool) -> str:
+def _note(cells: Sequence[Row], says_data: bool, metric: str) -> str:
     notes = []
     for cell in cells:
         names = [cell["data"]] if says_data else []
@@ -337,4 +340,6 @@ def _note(cells: Sequence[Row], says_data: bool) -> str:
             notes.append(f"{where} failed: {cell['reason']}")
         elif cell["failed_rounds"]:
             notes.append(f"{where}: {cell['failed_rounds']} rounds failed")
+        elif metric.endswith("_gap") and cell.get("reason"):
+            notes.append(f"{where}: {cell['reason']}")
     return "; ".join(notes)
