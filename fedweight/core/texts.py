@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -158,6 +159,21 @@ def listed(names: Iterable[object], most: int = 3) -> str:
     if len(every) > most + 1:
         every = [*every[:most], f"{len(every) - most} others"]
     return " and ".join([", ".join(every[:-1]), every[-1]] if every[1:] else every)
+
+
+def in_bytes(count: float) -> str:
+    """Return an amount of data as a reader takes it in.
+
+    Examples
+    --------
+    >>> in_bytes(512), in_bytes(1_234_567), in_bytes(999_999)
+    ('512 B', '1.23 MB', '1 MB')
+    """
+    count = float(f"{count:.3g}")  # Three digits of 999,999 are a million.
+    if count < 1000:
+        return f"{count:.0f} B"
+    power = min(int(math.log10(count) / 3), 5)
+    return f"{count / 1000**power:.3g} {'kMGTP'[power - 1]}B"
 
 
 def rounds_listed(rounds: Iterable[int], most: int = 4) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import DataError, check_choice
 from ..core.extras import Imported
 from ..core.paths import clean_path
-from ..core.texts import listed, plain, shown
+from ..core.texts import in_bytes, listed, plain, shown
 from .ranks import ROPE, Ranking
 from .reader import table_of
 from .result import Run
@@ -354,7 +354,7 @@ class Comparison:
             on = f" on {row['data']}" if len(self.data_sets) > 1 else ""
             took = (
                 f", in {row['rounds_to_target']:.1f} rounds and "
-                f"{row['bytes_to_target']:.3g} bytes on average"
+                f"{in_bytes(row['bytes_to_target'])} on average"
                 if row["reached"]
                 else ""
             )

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
 from ..core.extras import Imported
+from ..core.texts import in_bytes
 from ..core.writing import write_whole
 from . import plots
 from .pages import Part, diagram, figure, page, section, settings, table
 from .plots import comparing
 from .ranks import ROPE
 from .reader import table_of
-from .report import in_bytes
 from .result import Run
 from .summarizing import ALL_DATA, METRICS
 

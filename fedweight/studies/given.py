@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from ..clients.settings import TrainingSettings
-from ..core.errors import ConfigurationError
+from ..core.errors import ConfigurationError, closest
 from ..core.options import options_of
 from ..core.registry import Registry
 from ..core.settings import kebab, parse_setting
@@ -52,6 +52,12 @@ def as_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
                 f"'{key.partition('.')[0]}' says all of its options. Give it there."
             )
         if key not in SCHEMA:
+            if "." not in key:
+                raise ConfigurationError(
+                    f"setting {shown(key)} must be written table.key=value, such as "
+                    f"partition.alpha=0.1, or be a table.{closest(key, SCHEMA)} There "
+                    f"are {', '.join(SCHEMA)}."
+                )
             found[key] = value
             continue
         table = value if isinstance(value, Mapping) else _table_of(key, value)

@@ -6,7 +6,6 @@ depends on the clock: the same run gives the same bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
 from ..core.extras import Imported
+from ..core.texts import in_bytes
 from ..core.writing import write_whole
 from . import plots
 from .client_table import all_clients, extremes, with_names
@@ -391,17 +391,3 @@ def _has(run: RunFolder, name: str) -> bool:
 
 def _percent(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f} %"
-
-
-def in_bytes(count: float) -> str:
-    """Return an amount of data as a reader takes it in.
-
-    Examples
-    --------
-    >>> in_bytes(512), in_bytes(1_234_567)
-    ('512 B', '1.23 MB')
-    """
-    if count < 1000:
-        return f"{count:.0f} B"
-    power = min(int(math.log10(count) / 3), 5)
-    return f"{count / 1000**power:.3g} {'kMGTP'[power - 1]}B"

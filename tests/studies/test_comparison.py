@@ -22,6 +22,7 @@ from fedweight import Comparison, compare
 from fedweight.cli import main
 from fedweight.clients.objectives import Plain
 from fedweight.core.errors import ConfigurationError, DataError
+from fedweight.core.texts import in_bytes
 from fedweight.core.threads import num_cores
 from fedweight.data import load
 from fedweight.strategies import FedAvg, FedDisco
@@ -254,6 +255,7 @@ def test_a_process_that_dies_takes_one_cell_with_it(failing: Path) -> None:
 
 
 SEEING = """
+from fedweight.core.texts import in_bytes
 from fedweight.core.threads import num_cores
 from fedweight.strategies import WeightingStrategy
 
@@ -404,6 +406,7 @@ def test_python_gives_objects_data_and_objectives(here: Path) -> None:
         ),
         ({"data_sets": "digitz"}, "Did you mean 'digits'?"),
         ({"settings": {"run.round": 3}}, "Did you mean 'rounds'?"),
+        ({"settings": {"trainig": {"epochs": 1}}}, "Did you mean 'training'?"),
         ({"workers": 0}, "workers must be a whole number from 1, got 0"),
         ({"file": "none.toml"}, "there is no simulation file 'none.toml'"),
         ({"strategies": "fedlaw", "settings": {"data.proxy": 0}}, "'fedlaw': "),
@@ -644,6 +647,7 @@ def test_rounds_and_bytes_to_a_target(made: Comparison, wide: Comparison) -> Non
     first = rows.iloc[0]
     said = f"fedavg reached {first['target']:.4f} in {first['reached']:.0f} of 2 runs"
     assert said in str(made)
+    assert f"rounds and {in_bytes(first['bytes_to_target'])} on average" in str(made)
 
 
 def test_a_file_and_a_command_line_say_all(
