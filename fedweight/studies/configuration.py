@@ -97,7 +97,8 @@ class Configuration:
         Parameters
         ----------
         path : str or Path, optional
-            The file; the quick start by default.
+            The file; the quick start by default. A run that it does not name is called
+            as the file is, without its ending.
         settings : Mapping or iterable of str
             ``{"partition.alpha": 0.1}``, or texts, ``["partition.alpha=0.1"]``; later
             ones win.
@@ -110,7 +111,7 @@ class Configuration:
         """
         if path is not None:
             path = clean_path("the simulation file", path)
-        given: dict[str, Any] = {} if path is None else read_tables(path)
+        given: dict[str, Any] = {} if path is None else _named(path, read_tables(path))
         given = {name: table for name, table in given.items() if name not in {*whole}}
         changes: dict[str, Any] = {}
         for setting in settings:
@@ -184,6 +185,14 @@ class Configuration:
     def to_toml(self) -> str:
         """Return the tables as a simulation file that repeats the run."""
         return tomli_w.dumps({k: dict(v) for k, v in self.tables.items()})
+
+
+def _named(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables of a file, with a name for the run where they have none."""
+    run = given.get("run", {})
+    if isinstance(run, Mapping) and "name" not in run and path.stem.isprintable():
+        return {**given, "run": {"name": path.stem, **run}}
+    return given
 
 
 def _leave_out(given: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -54,9 +54,10 @@ def _several(value: Any) -> Any:
 class Run:
     """[run]: how long, and from which seed."""
 
-    name: Annotated[str, Field(description="what the run's folder is called")] = (
-        "quickstart"
-    )
+    name: Annotated[
+        str,
+        Field(description="what the run's folder is called; a file's own name, if any"),
+    ] = "quickstart"
     rounds: Annotated[int, Field(ge=1, le=MOST, description="rounds of training")] = 20
     seed: Annotated[
         Seed, Field(description="the seed that every random number comes from")

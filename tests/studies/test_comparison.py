@@ -478,6 +478,13 @@ def test_a_run_of_another_version_is_not_gone_on_with(
     assert said in differs
 
 
+def test_a_comparison_goes_on_under_another_name(made: Comparison) -> None:
+    folder = made.run("fedavg", 0).folder
+    tables = tomllib.loads((folder / "config.toml").read_text())
+    tables["run"]["name"] = "other"
+    assert what_is_there(folder, tables)[::2] == ("done", "")
+
+
 def test_names_and_seeds_as_they_are_written() -> None:
     found = methods_of("fedavg, feddisco:a=0.2:b=0.3")
     assert [one.label for one in found] == ["fedavg", "feddisco:a=0.2:b=0.3"]

@@ -277,6 +277,24 @@ def test_settings_override_the_file_and_later_ones_win(tmp_path):
     assert "[run]\nrounds = 3" in file.read_text()
 
 
+def test_a_run_without_a_name_is_called_as_its_file(tmp_path):
+    file = tmp_path / "label.skew.toml"
+    file.write_text("[run]\nrounds = 3\n")
+    assert Configuration.read(file)["run"] == {
+        **Configuration.of({})["run"],
+        **{"name": "label.skew", "rounds": 3},
+    }
+    assert Configuration.read(file, ["run.name=b"])["run"]["name"] == "b"
+    file.write_text("[run]\nname = 'own'\n")
+    assert Configuration.read(file)["run"]["name"] == "own"
+    file.write_text("")
+    assert Configuration.read(file)["run"]["name"] == "label.skew"
+    assert Configuration.read()["run"]["name"] == "quickstart"
+    file.write_text("run = 3\n")
+    with pytest.raises(ConfigurationError, match="'run' is a table of keys, got 3"):
+        Configuration.read(file)
+
+
 def test_settings_may_be_values():
     given = {"run.name": "😀 null", "model.hidden": [3, 4], "partition.alpha": 2}
     read = Configuration.read(settings=given)
