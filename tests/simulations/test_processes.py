@@ -98,6 +98,12 @@ def test_an_app_without_pytorch_does_not_wait_for_its_import(script: Any) -> Non
     assert program.finish().splitlines() == expected, program.errors.read_text()
 
 
+def test_such_tests_run_one_after_another(request: pytest.FixtureRequest) -> None:
+    """Where tests run side by side; xdist reads the group from the test's id."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@processes")
+
+
 def test_a_script_with_everything_in_it(script: Any) -> None:
     program = script(UNGUARDED.format(seconds=0))
     assert program.finish().splitlines() == [
