@@ -54,7 +54,7 @@ def killed(ready_python: Any) -> Callable[..., None]:
             f"run(settings={settings!r}, out={str(folder)!r}, report=False)\n"
         )
         try:
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + 300
             while not (folder / CHECKPOINT).exists() and time.monotonic() < deadline:
                 time.sleep(0.005)
             time.sleep(seconds)
