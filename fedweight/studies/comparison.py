@@ -33,6 +33,7 @@ from .summarizing import (
     Row,
     ranking_of,
     signed_ranks_of,
+    within_bounds,
 )
 
 if TYPE_CHECKING:
@@ -332,6 +333,12 @@ class Comparison:
                 f"that differ to find anything at {LEVEL:g}, whatever they are"
                 + (f", in {others} comparisons." if others > 1 else ".")
             )
+        rows = _rows(self.summary)
+        own = [(row["metric"], row["low"], row["high"]) for row in rows]
+        if any(within_bounds(*one) != one[1:] for one in own if one[1] == one[1]):
+            notes.append(
+                f"Intervals of shares are cut at 0 and 1; {SUMMARY} has them whole."
+            )
         notes += self._targets()
         for row in _rows(self.summary):
             if row["chosen"] and row["metric"] == self.summary["metric"][0]:
@@ -418,7 +425,7 @@ def _cells_of(row: Mapping[str, Any]) -> list[str]:
         row["strategy"],
         f"{row['n']:.0f}",
         _number(row["mean"]),
-        _interval(row["low"], row["high"]),
+        _interval(*within_bounds(row["metric"], row["low"], row["high"])),
     ]
     if not row["against"]:
         return [mark, *own]

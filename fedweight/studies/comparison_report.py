@@ -18,7 +18,7 @@ from .plots import comparing
 from .ranks import ROPE
 from .reader import table_of
 from .result import Run
-from .summarizing import ALL_DATA, METRICS
+from .summarizing import ALL_DATA, METRICS, within_bounds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,6 +133,10 @@ def _tables(found: Comparison) -> Iterable[Part]:
             own = summary[(summary["metric"] == metric) & (summary["data"] == data)]
             if own.empty:
                 continue
+            bounds = [
+                within_bounds(metric, low, high)
+                for low, high in zip(own["low"], own["high"], strict=True)
+            ]
             frame = pd.DataFrame(
                 {
                     # Only what the test says is better is marked.
@@ -140,8 +144,8 @@ def _tables(found: Comparison) -> Iterable[Part]:
                     "strategy": own["strategy"].to_numpy(),
                     "runs": own["n"].to_numpy(),
                     "mean": own["mean"].to_numpy(),
-                    "95% from": own["low"].to_numpy(),
-                    "to": own["high"].to_numpy(),
+                    "95% from": [low for low, _ in bounds],
+                    "to": [high for _, high in bounds],
                     # A mean of differences that are 0 in sum is some 1e-17.
                     f"minus {first}": own["difference"].to_numpy().round(6),
                     "95% from ": own["difference_low"].to_numpy().round(6),

@@ -330,6 +330,17 @@ def _compared(
     return rows
 
 
+def within_bounds(metric: str, low: float, high: float) -> tuple[float, float]:
+    """Return an interval of a metric's mean, to be shown: of a share within [0, 1].
+
+    The mean of shares lies there for sure, so that an interval holds it as often with
+    what is cut off as without.
+    """
+    if not METRICS[metric].is_share:
+        return low, high
+    return float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
+
+
 def _note(cells: Sequence[Row], says_data: bool, metric: str) -> str:
     notes = []
     for cell in cells:

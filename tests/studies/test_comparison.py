@@ -37,7 +37,12 @@ from fedweight.studies.configuration import Configuration
 from fedweight.studies.methods import methods_of, parts, seeds_of
 from fedweight.studies.ranks import signed_ranks
 from fedweight.studies.statistics import compare_pairs, t_interval
-from fedweight.studies.summarizing import METRICS, choose, summary_of
+from fedweight.studies.summarizing import (
+    METRICS,
+    choose,
+    summary_of,
+    within_bounds,
+)
 
 ROOT = Path(fedweight.__file__).parents[1]
 QUICK: dict[str, Any] = {
@@ -523,6 +528,22 @@ def test_without_held_out_data_there_is_one_metric() -> None:
     rows = pd.DataFrame(summary_of(failed))
     assert list(rows["n"]) == [0, 0]
     assert rows["verdict"][1] == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "wanted"),
+    [
+        ("test_accuracy", (-0.2, 1.5), (0.0, 1.0)),
+        ("equalized_odds_gap", (-0.2, 0.5), (0.0, 0.5)),
+        ("test_accuracy", (0.2, 0.9), (0.2, 0.9)),
+        ("test_rmse", (-0.2, 1.5), (-0.2, 1.5)),
+    ],
+)
+def test_an_interval_of_a_share_is_shown_within_its_bounds(
+    metric: str, given: tuple[float, float], wanted: tuple[float, float]
+) -> None:
+    assert within_bounds(metric, *given) == wanted
+    assert all(map(math.isnan, within_bounds(metric, math.nan, math.nan)))
 
 
 SMALL = {"few": {"partition.clients": 3}, "many": {"partition.clients": 5}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -581,3 +582,11 @@ def test_a_comparison_says_of_which_gaps_there_are_none(tmp_path: Path) -> None:
     rows = found.summary.set_index("metric")["note"]
     assert rows["accuracy_gap"].str.contains(f"seed 0: {why}", regex=False).all()
     assert (rows["test_accuracy"] == "").all()
+    # Two seeds tell little of a mean, and of a share nothing is below 0 or above 1.
+    wide = found.summary[["low", "high"]]
+    assert (wide["low"] < 0).any()
+    # The upper end of a difference has a sign.
+    means = re.findall(r" (-?\d\S*) to (\d\S*)", str(found))
+    assert len(means) == len(wide)
+    assert all(0 <= float(low) <= float(high) <= 1 for low, high in means)
+    assert "Intervals of shares are cut at 0 and 1; summary.csv has" in str(found)
