@@ -228,13 +228,13 @@ def write_readme(rows: Sequence[results.Row], file: Path) -> None:
     """Put the table into the README, between its two marks."""
     before, rest = file.read_text("utf-8").split(BEGIN)
     _, after = rest.split(END)
-    days = sorted({row["date"] for row in rows})
+    days = sorted({row["date"] for row in rows if "note" not in row})
     caption = (
         "How long the apps of `tests/apps` take on Flower's runtime, whole and without "
         "start-up, and how many times as fast they are on ours, likewise. Models and "
         f"metrics agree to {TOLERANCE:g}. Large: a client works for half a second and "
         f"more. By `benchmarks/flower_apps.py`, one turn, {', '.join(days)}, "
-        f"{rows[-1]['machine']}."
+        f"{rows[0]['machine']}."
     )
     found = [f"* {line[0].upper()}{line[1:]}." for line in claims(rows)]
     middle = [textwrap.fill(caption, 92), "", *table(rows), "", *found]

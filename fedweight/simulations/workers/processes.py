@@ -122,14 +122,19 @@ class Processes(Crew):
         worker.held = set()
         before = {*multiprocessing.active_children()}
         modules = _modules(self._app)
-        try:
-            with as_fork_server_needs(modules):
-                worker.loaded = worker.pool.submit(_load, self._app, *driver())
-        except (EOFError, OSError):
-            # The fork server has ended just now, because of what it has imported.
-            worker.pool = _pool_of_one()
-            with as_fork_server_needs(modules):
-                worker.loaded = worker.pool.submit(_load, self._app, *driver())
+        deadline = time.monotonic() + END_TIMEOUT
+        while True:
+            try:
+                with as_fork_server_needs(modules):
+                    worker.loaded = worker.pool.submit(_load, self._app, *driver())
+                break
+            except (EOFError, OSError):
+                # The fork server ends just now, because of what it has imported, and
+                # while it does nobody can tell: another is started when it has.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+                worker.pool = _pool_of_one()
         children = multiprocessing.active_children()
         worker.children += [child for child in children if child not in before]
 
