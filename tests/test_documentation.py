@@ -66,7 +66,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OF_FAIRNESS = [f"strategies/{n}.md" for n in ("global-group-dro", "agnostic-fair")]
 METHODS = sorted(STRATEGIES.entries)
-PAGES = sorted(p for p in ROOT.glob("**/*.md") if ".venv" not in p.parts)
+PAGES = sorted(
+    p
+    for p in ROOT.glob("**/*.md")
+    if not p.relative_to(ROOT).parts[0].startswith(".venv")  # .venv-oldest, too
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 Row = dict[str, str]
