@@ -333,9 +333,9 @@ class Comparison:
                 f"that differ to find anything at {LEVEL:g}, whatever they are"
                 + (f", in {others} comparisons." if others > 1 else ".")
             )
-        rows = _rows(self.summary)
-        own = [(row["metric"], row["low"], row["high"]) for row in rows]
-        if any(within_bounds(*one) != one[1:] for one in own if one[1] == one[1]):
+        known = self.summary.dropna(subset=["low", "high"])
+        own = known[["metric", "low", "high"]].itertuples(index=False, name=None)
+        if any(within_bounds(*one) != one[1:] for one in own):
             notes.append(
                 f"Intervals of shares are cut at 0 and 1; {SUMMARY} has them whole."
             )
