@@ -33,6 +33,8 @@ torch.backends.cudnn.allow_tf32 = False
 class SmallCNN(nn.Module):
     """Two 5 by 5 convolutions without padding, 582,026 parameters."""
 
+    channels_last = True
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(

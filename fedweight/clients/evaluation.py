@@ -102,7 +102,7 @@ def _sums_of_each(
     x = [as_tensor(part.x) for part in some]
     y = torch.cat([as_tensor(part.y) for part in some]).to(device)
     for first, batch in _batches(x, _batch_size(y), device):
-        outputs = module.module(batch)
+        outputs = module(batch)
         adding.add(outputs, y[first : first + len(batch)])
     return adding.sums()
 
@@ -216,7 +216,7 @@ def outputs_of(module: FlatModule, examples: Examples) -> Tensor:
     device = module.parameters.device
     x, size = [as_tensor(examples.x)], _batch_size(as_tensor(examples.y))
     with own_streams(0, device):
-        each = [module.module(b).cpu() for _, b in _batches(x, size, device)]
+        each = [module(b).cpu() for _, b in _batches(x, size, device)]
     return torch.cat(each)
 
 

@@ -217,7 +217,7 @@ def _observed(
             return [], ""
         for step in range(2):
             with LocalTraining(SEED, step), observer:
-                module.module(x.clone())
+                module(x.clone())
     return sorted(observer.draws), observer.coarse
 
 
@@ -364,8 +364,8 @@ def mixes_examples(
         module = FlatModule(make(), device)
         module.train(False)
         x = as_tensor(examples.x).to(module.parameters.device)
-        together = module.module(x.clone())  # It may change its inputs.
-        alone = [module.module(x[k : k + 1].clone()) for k in range(len(x))]
+        together = module(x.clone())  # It may change its inputs.
+        alone = [module(x[k : k + 1].clone()) for k in range(len(x))]
         apart = torch.cat(alone)
     tolerance = MIXED * together.abs().max().item()
     return not torch.allclose(together, apart, rtol=0, atol=tolerance, equal_nan=True)

@@ -41,6 +41,8 @@ class UNet(nn.Module):
     Y. Wu, K. He, "Group Normalization", ECCV, 2018.
     """
 
+    channels_last = True  # See fedweight.core.module.FlatModule.
+
     @validated
     def __init__(
         self,

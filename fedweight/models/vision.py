@@ -46,6 +46,8 @@ class CNN(nn.Module):
     Document Recognition", Proceedings of the IEEE, 1998.
     """
 
+    channels_last = True  # See fedweight.core.module.FlatModule.
+
     @validated
     def __init__(
         self,

@@ -329,7 +329,7 @@ class _Held:
         devices = [self.x.device] if self.x.is_cuda else []
         with torch.random.fork_rng(devices):
             try:
-                scores = module.module(self.x[rows])
+                scores = module(self.x[rows])
                 loss = nn.functional.cross_entropy(scores, self.y[rows])
                 loss.backward()  # type: ignore[no-untyped-call]
             except Exception:
@@ -347,7 +347,7 @@ class _Held:
             if devices:
                 with torch.cuda.device(self.x.device):
                     torch.cuda.manual_seed(self.seed + self.step)
-            scores = self.module.module(self.x[batch])
+            scores = self.module(self.x[batch])
         return nn.functional.cross_entropy(scores, self.y[batch])
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedweight import models
 from fedweight.clients import Batch, Objective, TrainingSettings, objective
 from fedweight.clients.evaluation import (
     CLASSIFIED,
@@ -494,3 +495,28 @@ def test_from_where_a_proximal_term_diverges(momentum, rate):
 def test_adam_and_a_rate_of_nothing_never_diverge_by_a_proximal_term():
     assert TrainingSettings(optimizer="adam").diverging_mu == math.inf
     assert TrainingSettings(learning_rate=0.0).diverging_mu == math.inf
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_laid_out_as_a_convolutional_model_computes_fastest(channels):
+    """It trains to the same values, to rounding, and sees channels last."""
+    rng = np.random.default_rng(0)
+    x = rng.random((12, channels, 28, 28), dtype=np.float32)
+    task = Task(Examples(x, rng.integers(0, 10, 12)), 3, order_key=7)
+    settings = TrainingSettings(batch_size=4, learning_rate=0.05)
+    seen, trained = [], []
+    for channels_last in (True, False):
+        torch.manual_seed(0)
+        model = models.build("cnn", (channels, 28, 28), 10)
+        assert model.channels_last
+        model.channels_last = channels_last
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(*inputs))
+        module = FlatModule(model)
+        start = module.save()
+        result = train(module, start, task, Plain(), settings, learning_rate=0.05)
+        trained.append(result.model.parameters)
+    half = len(seen) // 2
+    assert {x.stride()[1] for x in seen[:half]} == {1}
+    assert {x.stride()[1] for x in seen[half:]} == {28 * 28}
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
+    assert (trained[0] - start.parameters).abs().max() > 1e-3

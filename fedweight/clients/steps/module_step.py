@@ -229,7 +229,7 @@ class _Model:
         noise = LocalTraining(client.key, self.step) if client.looks else None
         with noise or nullcontext():
             if self.first and parameters is None:
-                outputs = client.module.module(x)
+                outputs = client.module(x)
             else:
                 outputs = self._again(x, parameters)
         if not isinstance(outputs, Tensor):
@@ -254,7 +254,9 @@ class _Model:
             pairs = zip(entries, parts, strict=True)
             state |= {e.name: part.view(e.shape) for e, part in pairs}
         with self.before.streams or nullcontext():
-            outputs: Tensor = functional_call(module.module, state, (x,))
+            outputs: Tensor = functional_call(
+                module.module, state, (module.laid_out(x),)
+            )
         return outputs
 
 

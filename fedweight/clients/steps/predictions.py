@@ -32,7 +32,7 @@ def predictions(module: FlatModule, model: FlatModel, examples: Examples) -> Ten
     device = module.parameters.device
     parts = [
         # A copy: a model may change its inputs.
-        module.module(x[k : k + AT_ONCE].to(device, copy=True)).cpu()
+        module(x[k : k + AT_ONCE].to(device, copy=True)).cpu()
         for k in range(0, len(x), AT_ONCE)
     ]
     module.train()
