@@ -425,12 +425,11 @@ def test_the_operations_that_the_readme_lists_are_there() -> None:
         ("fedweight.clients.personal", PERSONAL),
     ],
 )
-def test_what_has_a_name_is_imported_from_where_the_readme_says(
+def test_what_has_a_name_is_imported_from_where_its_page_says(
     package: str, registry: Any
 ) -> None:
-    [said] = re.findall(
-        r"Wherever a file has a name,.*?\n\n", text_of("README.md"), re.S
-    )
+    page = text_of("docs/runs.md")
+    [said] = re.findall(r"Wherever a file has a name,.*?\n\n", page, re.S)
     assert f"`{package}`" in said
     for made in map(registry.resolve, registry.entries):
         if isinstance(made, type):

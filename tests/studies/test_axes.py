@@ -306,8 +306,8 @@ def test_other_commands_say_whose_file_it_is(
     assert "Give the file to that" in capsys.readouterr().err
 
 
-def test_the_readmes_table_says_what_it_says() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+def test_the_pages_table_says_what_it_says() -> None:
+    text = (ROOT / "docs" / "comparisons.md").read_text("utf-8")
     [table] = [t for t in re.findall(r"```toml\n(.*?)```", text, re.S) if COMPARE in t]
     told = {k.replace("-", "_"): v for k, v in tomllib.loads(table)[COMPARE].items()}
     axes = Asked(**told).axes()

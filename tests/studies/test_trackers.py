@@ -273,8 +273,8 @@ def test_wandb_writes_its_offline_folder(
     assert b"run.rounds" in content
 
 
-def test_the_readmes_own_tracker_runs(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+def test_the_pages_own_tracker_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "runs.md").read_text("utf-8")
     [code] = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "Lines" in c]
     assert len([line for line in code.splitlines() if line]) <= 11
     found: dict[str, Any] = {}
