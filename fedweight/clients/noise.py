@@ -233,6 +233,10 @@ class LocalTraining(TorchFunctionMode):
         0-d, int64: which step it is.
     mask : Tensor, optional
         ``[n]``: 1 for an example, 0 for padding.
+    plain : bool
+        Whether BatchNorm is made of operations that say what they change. A GPU's
+        library changes running statistics in place and does not say so; of clients
+        that are batched it may change a copy.
 
     Attributes
     ----------
@@ -243,12 +247,18 @@ class LocalTraining(TorchFunctionMode):
     """
 
     def __init__(
-        self, seed: Tensor | int, step: Tensor | int, mask: Tensor | None = None
+        self,
+        seed: Tensor | int,
+        step: Tensor | int,
+        mask: Tensor | None = None,
+        *,
+        plain: bool = False,
     ) -> None:
         super().__init__()
         self.seed = seed
         self.step = step
         self.mask = mask
+        self.plain = plain
         self.layers = 0
         self.least = 1
 
@@ -263,7 +273,7 @@ class LocalTraining(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _WHOLE_CHANNELS or func is F.dropout:
             return self._dropout(func, *args, **kwargs)
-        if func is F.batch_norm and self.mask is not None:
+        if func is F.batch_norm and (self.plain or self.mask is not None):
             return self._batch_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -298,24 +308,30 @@ class LocalTraining(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        assert self.mask is not None
         if not training:
             return F.batch_norm(
                 input, running_mean, running_var, weight, bias, False, momentum, eps
             )
         others = [d for d in range(input.ndim) if d != 1]
         channel = (1, -1, *(1 for _ in others[1:]))
-        # Chosen, not multiplied: 0 times infinity is not 0.
-        real = (self.mask > 0).reshape(-1, *(1 for _ in range(input.ndim - 1)))
         per_example = input[0, 0].numel()
         if per_example == 1:
             self.least = 2  # A variance of one value: PyTorch refuses it, too.
-        count = (self.mask.to(input.dtype).sum() * per_example).clamp(min=1)
-        mean = torch.where(real, input, 0).sum(others) / count
-        centred = torch.where(real, input - mean.reshape(channel), 0)
-        var = centred.square().sum(others) / count
+        if self.mask is None:
+            count: Any = len(input) * per_example
+            var, mean = torch.var_mean(input, others, correction=0)
+            centred = input - mean.reshape(channel)
+            correction: Any = count / max(count - 1, 1)
+        else:
+            # Chosen, not multiplied: 0 times infinity is not 0.
+            real = (self.mask > 0).reshape(-1, *(1 for _ in range(input.ndim - 1)))
+            count = (self.mask.to(input.dtype).sum() * per_example).clamp(min=1)
+            mean = torch.where(real, input, 0).sum(others) / count
+            centred = torch.where(real, input - mean.reshape(channel), 0)
+            var = centred.square().sum(others) / count
+            correction = count / (count - 1).clamp(min=1)
         if running_mean is not None and running_var is not None:
-            unbiased = var * (count / (count - 1).clamp(min=1))
+            unbiased = var * correction
             running_mean.mul_(1 - momentum).add_(momentum * mean.detach())
             running_var.mul_(1 - momentum).add_(momentum * unbiased.detach())
         output = centred * torch.rsqrt(var + eps).reshape(channel)

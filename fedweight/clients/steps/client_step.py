@@ -82,6 +82,8 @@ class ClientStep:
         self.module = module
         self.objective = objective
         self.grad = grad
+        # On a CPU PyTorch's own BatchNorm can be batched.
+        self.plain_norms = module.parameters.device.type != "cpu"
         entries = module.layout.entries
         self.parameters = list(module.layout.parameters)
         self.frozen = [e for e in entries if e.kind == "frozen"]
@@ -245,7 +247,8 @@ class _Model:
         entries = [*self.step.parameters, *self.step.frozen, *self.entries]
         values = [*own, *self.frozen, *kept]
         state = {e.name: t for e, t in zip(entries, values, strict=True)}
-        with LocalTraining(*self.stream, self.mask) as noise:
+        plain = self.step.plain_norms
+        with LocalTraining(*self.stream, self.mask, plain=plain) as noise:
             outputs: Tensor = functional_call(self.step.module.module, state, (x,))
         self.found.least = max(self.found.least, noise.least)
         if not self._called:

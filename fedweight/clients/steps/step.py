@@ -104,6 +104,7 @@ class ChunkStep:
                 moving,
                 moved,
                 recorder.has_changed,
+                recorder.may_have_changed,
                 descends=descends,
             )
 
@@ -146,8 +147,10 @@ class ChunkStep:
             of_parameters = dict(zip(map(id, given.parameters), before, strict=True))
 
             def has_changed(tensor: Tensor) -> bool:
-                # Of a buffer it does not matter: it is copied where it already is.
-                return tensor._version != of_parameters.get(id(tensor), -1)
+                return tensor._version != of_parameters[id(tensor)]
+
+            def may_have_changed(buffer: Tensor) -> bool:
+                return True  # If it has not, it is copied where it already is.
 
             every = set(range(len(client.buffers)))
             # The choice of kernels is that of all threads.
@@ -159,6 +162,7 @@ class ChunkStep:
                     every,
                     moved,
                     has_changed,
+                    may_have_changed,
                     descends=descends,
                     client=client,
                 )
@@ -186,6 +190,7 @@ class ChunkStep:
         moving: set[int],
         moved: list[int],
         has_changed: Callable[[Tensor], bool],
+        may_have_changed: Callable[[Tensor], bool],
         *,
         descends: bool,
         client: ClientStep | None = None,
@@ -205,7 +210,9 @@ class ChunkStep:
         moved : list of int
             Is told of which parameters there are gradients.
         has_changed : Callable
-            Tells whether a tensor has been changed in the step.
+            Tells whether a parameter has been changed in the step.
+        may_have_changed : Callable
+            Tells whether a buffer has been, or may have been without a word.
         descends : bool
             Whether the step is ``w - rate * gradient``, with one rate.
         client : ClientStep, optional
@@ -232,7 +239,7 @@ class ChunkStep:
         for k, value in zip(found.assigned, besides.assigned, strict=True):
             [*together, *given.counters][k].copy_(value)
         for k in sorted(moving):
-            if has_changed(together[k]):
+            if may_have_changed(together[k]):
                 given.buffers[k].copy_(together[k])
             else:
                 moving.remove(k)

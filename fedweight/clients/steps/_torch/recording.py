@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Memory that values which vary were written to, and that of constants, by
         # address; kept, so that no other gets the address.
         self._changed: dict[int, torch.UntypedStorage] = {}
+        # Memory that may have been changed without a word.
+        self._doubted: dict[int, torch.UntypedStorage] = {}
         self._constant: dict[int, torch.UntypedStorage] = {}
 
     def trace(
@@ -94,6 +97,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Tell whether values that vary were written to a tensor's memory."""
         return tensor.untyped_storage().data_ptr() in self._changed
 
+    def may_have_changed(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor's memory was changed, or may have been in silence."""
+        doubted = tensor.untyped_storage().data_ptr() in self._doubted
+        return doubted or self.has_changed(tensor)
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Tell PyTorch that nothing here is compiled: it would import the compiler."""
@@ -121,8 +129,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"{func} depends on values and cannot be traced")
         written = []
         if func._schema.is_mutable:
-            tensors = tensors_in(_written(func, args, kwargs))
-            written = [tensor.untyped_storage() for tensor in tensors]
+            told = {a.name for a in func._schema.arguments if _is_written(a)}
+            written = _memory(func, told, args, kwargs)
         if any(memory.data_ptr() in self._constant for memory in written):
             raise RuntimeError(
                 f"{func} changes a tensor that is no buffer, which would be changed "
@@ -133,6 +141,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta["varies"] = varies
         if varies:
             self._changed |= {memory.data_ptr(): memory for memory in written}
+            doubted = _memory(func, in_silence(func), args, kwargs)
+            self._doubted |= {memory.data_ptr(): memory for memory in doubted}
         if isinstance(result, Tensor):
             self.keep(node, result)
         elif isinstance(result, Iterable):
@@ -234,12 +244,38 @@ def tensors_in(values: Any) -> list[Tensor]:
     return found
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments that an operation changes."""
+@cache
+def in_silence(func: Any) -> frozenset[str]:
+    """Return the arguments that an operation may change, though it does not say so.
+
+    Of PyTorch's own these are running statistics: BatchNorm by cuDNN or MIOpen writes
+    them in place, and its schema promises that it changes nothing. Of somebody else's
+    that says to change nothing it is not known.
+    """
+    schema = func._schema
+    if not schema.name.startswith(("aten::", "prims::")):
+        changes = () if schema.is_mutable else schema.arguments
+        return frozenset(a.name for a in changes)
+    if schema.name.endswith(_READ_ONLY):
+        return frozenset()
+    running = (a for a in schema.arguments if a.name.startswith("running_"))
+    return frozenset(a.name for a in running if a.alias_info is None)
+
+
+# Operations that are named so only read running statistics.
+_READ_ONLY = ("_backward", "_functional", "_no_training", "_no_update")
+
+
+def _is_written(argument: Any) -> bool:
+    """Tell whether an argument is one that its operation says to change."""
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _memory(
+    func: Any, names: Iterable[str], args: Sequence[Any], kwargs: dict[str, Any]
+) -> list[torch.UntypedStorage]:
+    """Return the memory of some of an operation's arguments."""
     by_name = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
     by_name |= kwargs
-    return [
-        by_name[a.name]
-        for a in func._schema.arguments
-        if a.alias_info is not None and a.alias_info.is_write and a.name in by_name
-    ]
+    given = [by_name[name] for name in names if name in by_name]
+    return [tensor.untyped_storage() for tensor in tensors_in(given)]

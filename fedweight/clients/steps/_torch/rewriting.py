@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from .recording import aten
+from .recording import aten, in_silence
 
 # What gives a tensor another shape, if it is another.
 RESHAPES = tuple(
@@ -33,14 +33,19 @@ def drop_unused(graph: fx.Graph) -> None:
         As :func:`trace` gives it; changed in place.
     """
     for node in reversed(graph.nodes):
-        mutable = _is_operation(node) and node.target._schema.is_mutable
-        if node.op not in ("placeholder", "output") and not (node.users or mutable):
+        changes = _is_operation(node) and _may_change(node.target)
+        if node.op not in ("placeholder", "output") and not (node.users or changes):
             graph.erase_node(node)
 
 
 def _is_operation(node: fx.Node) -> bool:
     """Tell whether a node is one of PyTorch's operations, not one of its results."""
     return isinstance(node.target, torch._ops.OpOverload)
+
+
+def _may_change(func: Any) -> bool:
+    """Tell whether an operation changes what it is given, as far as one can know."""
+    return func._schema.is_mutable or bool(in_silence(func))
 
 
 def drop_idle(graph: fx.Graph) -> None:
