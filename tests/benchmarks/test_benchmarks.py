@@ -99,6 +99,24 @@ def test_throughput_measures_the_floor_and_the_local_grid(tmp_path):
         assert all(row["pss_mb"] > 50 for row in rows)
 
 
+def test_host_tells_the_parts_of_a_client_update_apart(tmp_path):
+    arguments = ["--cohorts=30", "--rounds=2", "--examples=4"]
+    rows = run("host", *arguments, file=tmp_path / "rows.json")
+    assert [(row["device"], row["cohort"]) for row in rows] == [
+        ("none", 30),
+        ("cpu", 30),
+    ]
+    outside = {"device", "cohort", "examples", "rounds", "microseconds"}
+    outside |= {"date", "machine"}
+    for row in rows:
+        parts = {name: row[name] for name in row.keys() - outside}
+        assert sum(parts.values()) == pytest.approx(row["microseconds"])
+        # Garbage is not collected in every round.
+        assert min(v for name, v in parts.items() if name != "collector") > 0
+        # Everybody trains at once, and with one device as with the other.
+        assert parts["orders"] > 0
+
+
 @pytest.mark.parametrize("program", ["throughput", "gpu"])
 def test_without_a_gpu_nothing_is_measured_and_the_reason_said(tmp_path, program):
     file = tmp_path / "rows.json"
