@@ -505,3 +505,19 @@ def test_coherence_lies_between_its_limits(k, seed):
     p = torch.from_numpy(stream.dirichlet(np.ones(k)))
     found = coherence(StackedUpdates(rows, torch.zeros(3, dtype=torch.float64)), p)
     assert (found.abs() <= 1 - p + 1e-12).all()
+
+
+@pytest.mark.parametrize("k", [2, 40])
+def test_coherence_is_the_mean_cosine_whatever_the_lengths(k):
+    stream = np.random.default_rng(k)
+    origin = stream.normal(size=20_000).astype(np.float32)
+    lengths = 10.0 ** stream.uniform(-4, 2, (k, 1))
+    moves = stream.normal(size=(k, len(origin))) + stream.normal(size=len(origin))
+    models = (origin + lengths * moves).astype(np.float32)
+    rows = models.astype(np.float64) - origin
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    p = stream.dirichlet(np.ones(k))
+    cosines = rows @ rows.T - np.eye(k)
+    updates = StackedUpdates(torch.from_numpy(models), torch.from_numpy(origin))
+    found = coherence(updates, torch.from_numpy(p))
+    np.testing.assert_allclose(found, cosines @ p, atol=2e-6)
