@@ -1,4 +1,4 @@
-"""Gaps between the groups of a sensitive attribute, by fairlearn, with intervals."""
+"""Gaps between the groups of a sensitive attribute, as fairlearn's, with intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import ConfigurationError, DataError, check_choice, check_range
-from ..core.extras import Imported, require
+from ..core.extras import Imported
 from ..core.rng import Purpose, generator
 from ..core.texts import listed, plain, shown
 from ..data.notes import nobody_is_of
@@ -36,6 +36,14 @@ RATES: dict[str, tuple[str, ...]] = {
     "demographic_parity": ("selection_rate",),
     "equal_opportunity": ("tpr",),
     "equalized_odds": ("tpr", "fpr"),
+}
+# Each rate as shares of counts, see _accuracies and _confusion: which are counted, and
+# of which.
+ACCURACY = {"accuracy": ((1, 0), (1, 1))}
+CONFUSION = {
+    "selection_rate": ((1, 0, 1, 0), (1, 1, 1, 1)),
+    "tpr": ((1, 0, 0, 0), (1, 1, 0, 0)),
+    "fpr": ((0, 0, 1, 0), (0, 0, 1, 1)),
 }
 KINDS = ("difference", "ratio")
 GAPS = ("accuracy", *RATES)
@@ -186,20 +194,27 @@ def _measured_gaps(
     seed: int,
 ) -> pd.DataFrame:
     """Return the gaps of a table of groups, two of which have examples or more."""
-    require("gaps between groups", "studies", "fairlearn")
     n = table["examples"].to_numpy(np.float64)
-    right = np.rint(np.nan_to_num(table["accuracy"].to_numpy(np.float64)) * n)
-    cells = np.stack([right, n - right], 1)  # [G, 2]: right, wrong.
-    stream = generator(seed, Purpose.BOOTSTRAP)
-    several = _resampled(cells, resamples, stream)
-    found = _gaps(table, several, {"accuracy": _share}, method)
+    counted = [(_accuracies(table, n), ACCURACY)]
     names_of: dict[str, tuple[str, ...]] = {"accuracy": ("accuracy",)}
     if "selection_rate" in table:
-        several = _resampled(_confusion(table, n), resamples, stream)
-        metrics = {"selection_rate": _selection, "tpr": _tpr, "fpr": _fpr}
-        found |= _gaps(table, several, metrics, method)
+        counted.append((_confusion(table, n), CONFUSION))
         names_of |= RATES
-    return _summed_up(found, names_of, agg, confidence, resamples)
+    stream = generator(seed, Purpose.BOOTSTRAP)
+    several = [(_resampled(cells, resamples, stream), of) for cells, of in counted]
+    controls = table["control"].to_numpy(str)
+    within = {}
+    for control in np.unique(controls).tolist():
+        own = controls == control
+        found: dict[str, dict[str, Array]] = {}
+        for counts, shares in several:
+            for rate, (some, every) in shares.items():
+                among = counts[:, own]
+                found[rate] = _apart(
+                    among @ np.array(some), among @ np.array(every), method
+                )
+        within[control] = found
+    return _summed_up(within, names_of, agg, confidence, resamples)
 
 
 def largest_gaps(run: RunFolder) -> dict[str, float | None]:
@@ -313,6 +328,12 @@ def _whole(rows: pd.DataFrame) -> bool:
     return bool((abs(right - right.round()) < 1e-6).all())
 
 
+def _accuracies(table: pd.DataFrame, n: Array) -> Array:
+    """Return how many examples are right, and wrong: ``[G, 2]``."""
+    right = np.rint(np.nan_to_num(table["accuracy"].to_numpy(np.float64)) * n)
+    return np.stack([right, n - right], 1)
+
+
 def _confusion(table: pd.DataFrame, n: Array) -> Array:
     """Return how many examples are truly positive, and selected: ``[G, 4]``.
 
@@ -337,63 +358,58 @@ def _resampled(counts: Array, resamples: int, stream: np.random.Generator) -> Ar
     return np.concatenate([counts[None], drawn.reshape(resamples, *counts.shape)])
 
 
-def _gaps(
-    table: pd.DataFrame, counts: Array, metrics: dict[str, Any], method: Method
-) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return gaps of each metric, ``[1 + B, control groups]``, by metric and kind.
+def _apart(some: Array, every: Array, method: Method) -> dict[str, Array]:
+    """Return how far groups are apart in a rate, ``[B]`` each, by kind.
 
-    NaN is one between fewer than two groups that have the metric, which fairlearn
-    takes for 0.
+    Parameters
+    ----------
+    some, every : ndarray
+        ``[B, G]``: the rate's counts by group, and of how many examples.
+    method : str
+        Between two groups, or between a group and all together.
+
+    Returns
+    -------
+    dict
+        A group without such examples is left out, and with fewer than two there is
+        none: NaN. So is a ratio of 0 to 0.
     """
-    from fairlearn.metrics import MetricFrame
-
-    several, groups, width = counts.shape
-    # Each resample is a control group of its own: fairlearn makes all gaps at once.
-    shape = (several, groups, width)
-    numbers = np.broadcast_to(np.arange(several)[:, None, None], shape).ravel()
-    of_group = np.broadcast_to(table["group"].to_numpy(str)[None, :, None], shape)
-    control = np.broadcast_to(table["control"].to_numpy(str)[None, :, None], shape)
-    cell = np.broadcast_to(np.arange(width), shape).ravel()
-    frame = MetricFrame(
-        metrics=metrics,
-        y_true=np.isin(cell, (0, 1)).astype(int),
-        y_pred=np.isin(cell, (0, 2)).astype(int),
-        sensitive_features=pd.Series(of_group.ravel(), name="group"),
-        control_features=pd.DataFrame({"number": numbers, "control": control.ravel()}),
-        sample_params={
-            name: {"sample_weight": counts.ravel().astype(np.float64)}
-            for name in metrics
-        },
-    )
-    found = {"difference": frame.difference(method), "ratio": frame.ratio(method)}
-    two = frame.by_group.groupby(level=["number", "control"]).count() > 1
-    found = {kind: values.where(two) for kind, values in found.items()}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates = some / every
+        if method == "between_groups":
+            least, most = np.fmin.reduce(rates, axis=1), np.fmax.reduce(rates, axis=1)
+            difference, ratio = most - least, least / most
+        else:
+            overall = (some.sum(axis=1) / every.sum(axis=1))[:, None]
+            difference = np.fmax.reduce(np.abs(rates - overall), axis=1)
+            ratios = rates / overall
+            ratios = np.where(ratios > 1, 1 / ratios, ratios)
+            ratio = np.fmin.reduce(ratios, axis=1)
+    two = np.count_nonzero(every, axis=1) > 1
     return {
-        (name, kind): values[name].astype(float).unstack("control")
-        for kind, values in found.items()
-        for name in metrics
+        "difference": np.where(two, difference, math.nan),
+        "ratio": np.where(two, ratio, math.nan),
     }
 
 
 def _summed_up(
-    found: dict[tuple[str, str], pd.DataFrame],
+    within: dict[str, dict[str, dict[str, Array]]],
     names: dict[str, tuple[str, ...]],
     agg: Aggregation,
     confidence: float,
     resamples: int,
 ) -> pd.DataFrame:
+    """Return a row a gap and control group, of gaps by control group, rate and kind."""
     rows: list[dict[str, Any]] = []
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     for kind in KINDS:
-        worst = "max" if kind == "difference" else "min"
         for name, rates in names.items():
-            each = pd.concat({rate: found[rate, kind] for rate in rates})
-            gaps = each.groupby(level=1).agg("mean" if agg == "mean" else worst)
-            # Two rates have a gap where each has; a ratio of 0 to 0 is left out only.
-            known = pd.concat({rate: found[rate, "difference"] for rate in rates})
-            gaps = gaps.where(known.notna().groupby(level=1).all())
-            for control in gaps:
-                values = gaps[control].to_numpy(np.float64)
+            for control, found in within.items():
+                each = np.stack([found[rate][kind] for rate in rates])
+                # Two rates have a gap where each has; a ratio of 0 to 0 is left out.
+                apart = np.stack([found[rate]["difference"] for rate in rates])
+                whole = np.isfinite(apart).all(axis=0)
+                values = np.where(whole, _together(each, kind, agg), math.nan)
                 known = values[1:][np.isfinite(values[1:])]
                 # Where half of the resamples have no gap, nothing is known of it.
                 enough = 2 * len(known) > resamples
@@ -406,24 +422,13 @@ def _summed_up(
     return frame.set_index(["gap", "control"])
 
 
-def _weighed(mask: Array, within: Array, sample_weight: Array) -> float:
-    """Return which share of some examples is such; NaN where there are none."""
-    total = float(sample_weight[within].sum())
-    return float(sample_weight[within & mask].sum()) / total if total else math.nan
-
-
-def _selection(y_true: Array, y_pred: Array, sample_weight: Array) -> float:
-    return _weighed(y_pred == 1, np.ones(len(y_pred), bool), sample_weight)
-
-
-def _tpr(y_true: Array, y_pred: Array, sample_weight: Array) -> float:
-    return _weighed(y_pred == 1, y_true == 1, sample_weight)
-
-
-def _fpr(y_true: Array, y_pred: Array, sample_weight: Array) -> float:
-    return _weighed(y_pred == 1, y_true == 0, sample_weight)
-
-
-def _share(y_true: Array, y_pred: Array, sample_weight: Array) -> float:
-    """Return the share of the first of two cells, which stands for the right ones."""
-    return _selection(y_true, y_pred, sample_weight)
+def _together(each: Array, kind: str, agg: Aggregation) -> Array:
+    """Return one gap of several rates' ``[R, B]``; those that are NaN are left out."""
+    if agg == "mean":
+        known = np.isfinite(each)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(
+                np.where(known, each, 0.0).sum(axis=0) / known.sum(axis=0)
+            )
+    worst = np.fmax if kind == "difference" else np.fmin
+    return np.asarray(worst.reduce(each, axis=0))

@@ -298,12 +298,12 @@ class Run(SummedRun):
     ) -> pd.DataFrame:
         """Return gaps between the groups of a sensitive attribute, with intervals.
 
-        They are fairlearn's, of the rates that :attr:`groups` has. ``difference`` lies
-        in [0, 1] and is 0 where all groups have the same; ``ratio`` lies in [0, 1] and
-        is 1 where they have. A rate that is not defined for a group, such as the true
-        positive rate of one without a positive example, leaves that group out; a gap is
-        NaN, and a warning says why, where fewer than two groups have its rate, or one
-        of its two rates.
+        They are defined as fairlearn's, of the rates that :attr:`groups` has.
+        ``difference`` lies in [0, 1] and is 0 where all groups have the same; ``ratio``
+        lies in [0, 1] and is 1 where they have. A rate that is not defined for a group,
+        such as the true positive rate of one without a positive example, leaves that
+        group out; a gap is NaN, and a warning says why, where fewer than two groups
+        have its rate, or one of its two rates.
 
         Parameters
         ----------

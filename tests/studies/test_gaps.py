@@ -19,6 +19,7 @@ from sklearn.metrics import accuracy_score
 
 from fedweight import Run, compare, run
 from fedweight.core.errors import ConfigurationError, DataError
+from fedweight.core.rng import Purpose, generator
 from fedweight.data import DataSet, Examples, FederatedData
 from fedweight.studies.endings import warnings_of
 from fedweight.studies.gaps import group_gaps
@@ -380,6 +381,39 @@ def test_gaps_of_any_counts_are_those_of_fairlearn(
             wanted = gap(**columns, method=method, agg=agg)
             if not np.isnan(wanted):
                 assert found[f"equalized_odds_{kind}"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("method", ["between_groups", "to_overall"])
+def test_an_interval_is_that_of_fairlearns_gaps_of_the_same_draws(method: Any) -> None:
+    right, examples, group = (
+        np.array([9, 20, 7]),
+        np.array([12, 22, 20]),
+        ["a", "b", "c"],
+    )
+    frame = pd.DataFrame(
+        {
+            **{"round": 1, "part": "test", "client": np.nan, "attribute": "s"},
+            **{"group": group, "examples": examples, "accuracy": right / examples},
+        }
+    )
+    run: Any = SimpleNamespace(groups=frame, folder=Path("run"))
+    found = group_gaps(run, "s", None, None, None, method, "mean", None, 9, 0.8, 4)
+    cells = np.stack([right, examples - right], 1)
+    shares = cells.ravel() / cells.sum()
+    draws = generator(4, Purpose.BOOTSTRAP).multinomial(cells.sum(), shares, size=9)
+    for kind in ("difference", "ratio"):
+        gaps = []
+        for counts in draws:
+            hits = np.repeat(np.tile([1, 0], 3), counts)
+            rates = fairlearn.MetricFrame(
+                metrics=accuracy_score,
+                **{"y_true": np.ones(len(hits)), "y_pred": hits},
+                sensitive_features=np.repeat(np.repeat(group, 2), counts),
+            )
+            gaps.append(getattr(rates, kind)(method=method))
+        expected = np.quantile(gaps, [0.1, 0.9])
+        own = found.loc[f"accuracy_{kind}", ["low", "high"]]
+        assert own.to_numpy(float) == pytest.approx(expected)
 
 
 def only_men_are_positive(n: int = 240) -> DataSet:
