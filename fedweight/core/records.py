@@ -22,7 +22,8 @@ class ClientRecord:
     ``dropped`` (it has nothing to count for, or the method leaves it out) or
     ``evaluated`` (it only evaluated). ``name`` is the client's, where it has one
     besides its number; ``own_metrics`` are those that the server does not know.
-    Bytes are those of the models in the messages, down also for evaluation.
+    Bytes are those of the models in the messages as a codec writes them, down also for
+    evaluation, and 8 for each number that a strategy tells besides, or asks for.
     """
 
     client: int

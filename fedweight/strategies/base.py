@@ -446,7 +446,8 @@ class WeightingStrategy(Strategy):
     def ask(self, selection: Selection) -> Mapping[str, bool | Sequence[bool]]:
         """Return what the method asks the clients for; :attr:`request` by default.
 
-        By name whether all are asked, or whether each is.
+        By name whether all are asked, or whether each is. ``bytes_up`` counts what they
+        answer, 8 bytes a number.
         """
         return dict.fromkeys(self.request, True)
 

@@ -102,7 +102,8 @@ class Now:
     cohort : Cohort, optional
         The messages of the phase that goes on.
     bytes_down, bytes_up : int
-        What every client is sent in the phase that goes on, and sends back.
+        What every client is sent in the phase that goes on, and the model that it sends
+        back.
     clock : Clock, optional
         The loop's schedule.
     outermost : bool

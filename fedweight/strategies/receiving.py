@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import TYPE_CHECKING
 
 from flwr.app import Message
@@ -110,6 +110,8 @@ def sort(
                 raise reply
             if reply.model is not None or reply.summed:
                 entry.bytes_up = now.bytes_up
+                if sent is not None and sent.asks:
+                    entry.bytes_up += _num_bytes(reply, sent.asks)
             sent = sent or Asked(client, False, strategy.request)
             accepted[client] = _admit(strategy, round, sent, reply, entry, looks)
             entries[client] = entry
@@ -144,6 +146,12 @@ def sort(
     if models is None:
         models = held_models([one.reply for one in accepted.values()])
     return list(accepted.values()), models
+
+
+def _num_bytes(reply: Reply, asks: Iterable[str]) -> int:
+    """Return how many bytes take the numbers that a client was asked for, 8 each."""
+    given = (reply.profile.get(n, reply.metrics.get(n, [])) for n in asks)
+    return 8 * sum(len(v) if isinstance(v, Sized) else 1 for v in given)
 
 
 def reason_of(error: AggregationError) -> str:

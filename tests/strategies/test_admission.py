@@ -244,6 +244,28 @@ def test_bytes_are_those_of_what_is_told_too(kit):
     assert [c.bytes_down for c in record.clients] == [alike + 24, alike + 16] * 2
 
 
+class Asking(FedAvg):
+    """Asks for a number, and half of the clients for a list too."""
+
+    request = ("train-loss-before",)
+
+    def ask(self, selection):
+        some = [client % 2 == 0 for client in selection.clients]
+        return {"train-loss-before": True, "label-counts": some}
+
+
+def test_bytes_are_those_of_what_is_asked_for_too(kit):
+    run = federation(kit, Asking(), [[1.0, 2.0]] * 4)
+    for client in run.clients.values():
+        client.metrics |= {"train-loss-before": 0.5, "train-loss": 0.25}
+        client.profile = {"label-counts": [1, 2, 0, 4, 5]}
+    run.clients[2].model = [1.0, math.nan]  # It has travelled all the same.
+    run.clients[3].error = "no power"
+    record = run.round()
+    assert [c.status for c in record.clients] == ["ok", "ok", "rejected", "failed"]
+    assert [c.bytes_up for c in record.clients] == [16 + 8 + 5 * 8, 16 + 8, 64, 0]
+
+
 def test_clients_are_called_by_their_names(kit, caplog):
     run = federation(kit, FedAvg(), [[1.0]] * 3)
     run.grid.name_of = lambda client: ["Bern", "Genf", "2"][client]
