@@ -77,5 +77,8 @@ FEATURE_SUMS: Final = "feature-sums"
 NO_EXAMPLES: Final = "it has no examples"
 STRAGGLER: Final = "straggler"
 
+# Why a model is refused, its client's or that of all, where training diverged.
+NOT_FINITE: Final = "NaN or infinite values"
+
 # How the reason begins of a client that has another frozen base than the server tells.
 OTHER_BASE: Final = "its frozen tensors are not the server's"

@@ -85,7 +85,7 @@ def check_model(reply: Reply, arrays_key: str) -> None:
     if reply.model is None and not reply.summed:
         raise AggregationError(f"its reply has no '{arrays_key}'")
     if not reply.is_finite():
-        raise AggregationError("its model has NaN or infinite values")
+        raise AggregationError(f"its model has {keys.NOT_FINITE}")
     if not isinstance(reply.model, FlatModel):
         return
     for e in reply.model.layout.variances:

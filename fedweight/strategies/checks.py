@@ -55,7 +55,7 @@ def check_values(
     """Refuse a model from which training cannot start."""
     largest = _largest(parameters)
     if not math.isfinite(largest):
-        raise AggregationError("the aggregated model has NaN or infinite values")
+        raise AggregationError(f"the aggregated model has {keys.NOT_FINITE}")
     if largest > LARGEST_VALUE and largest > _largest(round.model.parameters):
         raise AggregationError(
             f"the aggregated model has values of up to {largest:.3g}, from which "

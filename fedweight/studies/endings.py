@@ -18,7 +18,7 @@ from ..core.texts import cause, plain, rounds_listed, without_numbers
 from ..data.tasks import CLASSIFICATION, TASKS
 from ..messages import keys
 from .gaps import lost_groups
-from .reader import BAD_REPLIES, RunFolder
+from .reader import BAD_REPLIES, RunFolder, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +56,7 @@ def warnings_of(run: RunFolder) -> list[str]:
             *_never_asked(run, asked),
             *_many_failed(asked),
             *_clients_losses(run, asked),
+            *_diverged(run, asked),
             *_empty_sites(run),
             *_odd_weights(run, asked),
             *_dominant(run, asked),
@@ -268,14 +269,10 @@ def _losses(run: RunFolder) -> Iterator[str]:
 
 
 def _clients_losses(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
-    """Name clients whose own training loss exploded or became NaN."""
-    rows = asked[asked["status"] == "ok"]
-    if "train_loss" not in rows or rows["train_loss"].isna().all():
-        return
-    if "steps" in rows:
-        rows = rows[rows["steps"].fillna(1) > 0]
-    first = rows[rows["round"] == rows["round"].min()]
-    grown = _exploded(rows, float(first["train_loss"].mean()))
+    """Name clients whose own training loss exploded, became NaN or always was."""
+    rows = _trained(asked)
+    first = rows.loc[rows["round"] == rows["round"].min(), "train_loss"]
+    grown = _exploded(rows, float(first.fillna(0.0).mean()))
     if len(grown):
         clients = sorted(set(grown["client"].tolist()))
         whose = run.called([int(_worst(grown)["client"])]) if clients[1:] else ""
@@ -284,12 +281,47 @@ def _clients_losses(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
             f"{f'; that was {whose}' if whose else ''}"
         )
     lost = _became_nan(rows)
-    if len(lost):
-        clients = sorted(set(lost["client"].tolist()))
+    for how, no_loss in (("became", lost), ("was", _always_nan(run, asked))):
+        if len(no_loss):
+            clients = sorted(set(no_loss["client"].tolist()))
+            yield (
+                f"the training loss of {run.called(clients)} {how} NaN in "
+                f"{rounds_listed(no_loss['round'].tolist())}"
+            )
+
+
+def _diverged(run: RunFolder, asked: pd.DataFrame) -> Iterator[str]:
+    """Say what may help where training diverged, in whatever way that shows."""
+    reasons = [*asked["why"].unique(), *run.rounds.get("reason", pd.Series()).unique()]
+    found = any(keys.NOT_FINITE in str(reason) for reason in reasons)
+    if found or len(_always_nan(run, asked)) or len(_became_nan(_trained(asked))):
+        rate = table_of(run.config, "training").get("learning-rate")
+        now = "" if rate is None else f", which is {rate:g}"
         yield (
-            f"the training loss of {run.called(clients)} became NaN in "
-            f"{rounds_listed(lost['round'].tolist())}"
+            f"training diverged: try a smaller training.learning-rate{now}, or limit "
+            "gradients by training.clip-norm; and look for NaN and for very large "
+            "numbers in these clients' data"
         )
+
+
+def _trained(asked: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of clients in the model that made a step, with their losses."""
+    rows = asked[asked["status"] == "ok"]
+    if "train_loss" not in rows:
+        return rows.assign(train_loss=math.nan)
+    return rows[rows["steps"].fillna(1) > 0] if "steps" in rows else rows
+
+
+def _always_nan(run: RunFolder, asked: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of clients that trained and never had a loss that is a number.
+
+    Clients of an app that is not ours may report none.
+    """
+    rows = _trained(asked)
+    if "steps" not in rows or not table_of(run.config, "training"):
+        return rows.iloc[:0]
+    never = rows["train_loss"].isna().groupby(rows["client"]).transform("all")
+    return rows[never & (rows["steps"] > 0)]
 
 
 def _exploded(rows: pd.DataFrame, first: float) -> pd.DataFrame:

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
+import fedweight
+from fedweight.data import DataSet, Examples
 from fedweight.studies import endings
 from fedweight.studies.result import Run
 
@@ -278,6 +281,68 @@ def test_a_failed_round_has_no_loss_and_that_is_no_nan(tell: Tell) -> None:
     assert len(tell(asked(3, 2), rounds)) == 1
 
 
+DIVERGED = (
+    "training diverged: try a smaller training.learning-rate, or limit gradients by "
+    "training.clip-norm; and look for NaN and for very large numbers in these clients' "
+    "data"
+)
+
+
+def test_a_loss_that_is_nan_from_the_first_round_is_told(tell: Tell) -> None:
+    rows = asked(3, 4, client_1={"steps": 2, "train_loss": None})
+    rows = [{"steps": 2, "train_loss": 0.5} | row for row in rows]
+    assert tell(rows) == []  # An app of one's own may report none.
+    training = "[training]\nlearning-rate = 30.0"
+    which = DIVERGED.replace("rate,", "rate, which is 30,", 1)
+    assert tell(rows, strategy=training) == [
+        "the training loss of client 1 was NaN in rounds 1 to 3",
+        which,
+    ]
+    for row in rows:
+        row |= {"train_loss": None, "steps": 2 if row["client"] else 0}
+    assert tell(rows, strategy=training) == [
+        "the training loss of clients 1, 2 and 3 was NaN in rounds 1 to 3",
+        which,
+    ]
+
+
+@pytest.mark.parametrize("whose", ["its model", "the aggregated model"])
+def test_of_a_model_that_is_not_finite_it_is_said_what_may_help(
+    tell: Tell, whose: str
+) -> None:
+    why = f"{whose} has NaN or infinite values"
+    bad = {"status": "rejected", "reason": why} if whose == "its model" else {}
+    rounds = [{"round": 1, "status": "failed" if not bad else "ok", "reason": why}]
+    first, *_, last = tell(asked(1, 3, client_2=bad), rounds)
+    assert why in first
+    assert last == DIVERGED
+
+
+def test_whatever_diverges_is_told_once_with_its_clients(tmp_path: Path) -> None:
+    """Flower's FedAvg takes models that are NaN, from round 1 on."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 3)).astype(np.float32)
+    every = Examples(x, (x[:, 0] > 0).astype(int))
+    data = DataSet("p", every, every.take(slice(0, 30)), 2)
+    given: dict[str, Any] = {
+        **{"run.rounds": 2, "partition.clients": 3, "partition.name": "iid"},
+        **{"model.name": "mlp", "training.epochs": 1, "training.learning-rate": 1e30},
+        "engine.name": "local",
+    }
+    for name in ("flwr.serverapp.strategy:FedAvg", "fedavg"):
+        made = fedweight.run(
+            dataset=data,
+            settings={**given, "strategy.name": name},
+            out=tmp_path / name[:3],
+            report=False,
+            progress=False,
+        )
+        told = [line for line in made.warnings if "clients 0, 1 and 2" in line]
+        assert len(told) == 1
+        assert "NaN" in told[0]
+        assert sum("diverged: try" in line for line in made.warnings) == 1
+
+
 def test_a_clients_own_loss_is_told_with_its_name(tell: Tell) -> None:
     rows = asked(3, 12)
     for row in rows:
@@ -294,6 +359,7 @@ def test_a_clients_own_loss_is_told_with_its_name(tell: Tell) -> None:
         "the training loss of clients 1 and 4 grew to 2e+04 in round 3, from 1 before; "
         "that was client 4",
         "the training loss of client 5 became NaN in rounds 2 and 3",
+        DIVERGED,
     ]
 
 
