@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from ..clients import TrainingApp
 from ..clients.objectives import Proximal
@@ -135,10 +135,27 @@ def _check_wants(
             f"clients, which {type(strategy).__name__} does not do. Choose a strategy "
             "of fedweight's."
         )
+    # The loop tells the round itself, and the totals that the strategy is asked for.
+    known = {*chosen.pools, keys.ROUND, keys.CLASS_TOTALS}
+    untold = [one for one in chosen.hears if one not in known]
+    if untold and not any(map(_may_tell, with_inner(strategy))):
+        name = components.configuration["objective"]["name"]
+        raise ConfigurationError(
+            f"objective '{name}' hears '{untold[0]}' from the strategy, and "
+            f"{type(strategy).__name__} tells clients nothing. Choose the strategy "
+            "that it belongs to, or another objective."
+        )
     if "groups" in chosen.wants and components.schema is None:
         by = [one for one in with_inner(strategy) if hasattr(one, "num_groups")]
         key = "strategy.group" if by else "objective.group"
         check_choice(key, chosen.group, components.data.attribute_names)
+
+
+def _may_tell(strategy: Strategy) -> bool:
+    """Tell whether clients may be told something by a strategy, whatever that is."""
+    if isinstance(strategy, WeightingStrategy):
+        return any(map(strategy.overrides, ("configure_train", "mask", "tell")))
+    return type(strategy).configure_train is not FedAvg.configure_train
 
 
 def _check_codec(components: Components, strategy: Strategy) -> None:

@@ -42,6 +42,9 @@ class WantsText(Wants):
 class Hears(Good):
     hears = "lambda"
 
+class Untold(Good):
+    hears = ("lambda",)
+
 class Tasks(Good):
     tasks = ("clasification",)
 
@@ -134,6 +137,8 @@ SAID = {
     "mean 'class-counts'",
     "WantsText": r"objective WantsText: wants must be a frozenset of names, got",
     "Hears": r"objective Hears: hears must be a tuple of names, got 'lambda'",
+    "Untold": r"objective 'wrong_goals:Untold' hears 'lambda' from the strategy, and "
+    r"FedAvg tells clients nothing. Choose the strategy that it belongs to, or another",
     "Tasks": r"objective Tasks: tasks has 'clasification', which there is not. Did you "
     "mean 'classification'",
     "Pools": r"objective Pools: pools must be rounds by the names of probes",
@@ -181,6 +186,13 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
         run(settings=settings_of(name), out=tmp_path / "run", report=False)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_flowers_own_strategies_tell_no_objective_anything(tmp_path: Path) -> None:
+    settings = settings_of("Untold")
+    settings["strategy.name"] = "flwr.serverapp.strategy:FedMedian"
+    with pytest.raises(ConfigurationError, match="FedMedian tells clients nothing"):
+        run(settings=settings, out=tmp_path / "run", report=False)
 
 
 def test_so_it_is_in_a_personal_method(tmp_path: Path) -> None:
