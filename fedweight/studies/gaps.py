@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 Part = Literal["held-out", "test"]
+Shares = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 Method = Literal["between_groups", "to_overall"]
 Aggregation = Literal["worst_case", "mean"]
 
@@ -39,8 +40,8 @@ RATES: dict[str, tuple[str, ...]] = {
 }
 # Each rate as shares of counts, see _accuracies and _confusion: which are counted, and
 # of which.
-ACCURACY = {"accuracy": ((1, 0), (1, 1))}
-CONFUSION = {
+ACCURACY: Shares = {"accuracy": ((1, 0), (1, 1))}
+CONFUSION: Shares = {
     "selection_rate": ((1, 0, 1, 0), (1, 1, 1, 1)),
     "tpr": ((1, 0, 0, 0), (1, 1, 0, 0)),
     "fpr": ((0, 0, 1, 0), (0, 0, 1, 1)),
