@@ -6,6 +6,7 @@ client on a real device, where its data lies at a path.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
 from ..core.errors import ClientError, closest, describe_failure
+from ..core.limits import is_too_large
 from ..core.rng import Purpose
 from ..core.texts import shown
 from ..data.federated import ClientData
@@ -256,9 +259,7 @@ class TrainingApp(ClientApp):
     @property
     def own_trials(self) -> list[Trials]:
         """The trials of objectives that are a user's, and not this library's."""
-        several = [self._trials]
-        if self._work.personal is not None:
-            several += [trainer.trials for trainer, _ in self._work.personal.phases]
+        several = [trainer.trials for trainer in self._trainers]
         own = {id(one): one for one in several if is_own(one.objective)}
         return [*own.values()]
 
@@ -292,6 +293,20 @@ class TrainingApp(ClientApp):
         """
         cancelled, self._cancelled = self._cancelled, threading.Event()
         cancelled.set()
+
+    def let_go(self) -> None:
+        """Give back memory that is kept for the next clients that train at once."""
+        for trainer in self._trainers:
+            trainer.let_go()
+        if self.device != "cpu":
+            gc.collect()  # An error's traceback holds on to tensors.
+            torch.cuda.empty_cache()
+
+    @property
+    def _trainers(self) -> list[CohortTrainer]:
+        personal = self._work.personal
+        own = [] if personal is None else [trainer for trainer, _ in personal.phases]
+        return [self._trainer, *own]
 
     def trains_batched(self, context: Context) -> bool:
         """Tell whether clients may train at once: it has to give what each alone gives.
@@ -333,9 +348,15 @@ class TrainingApp(ClientApp):
         -------
         Answers
             Replies in the order of the nodes; a client's failure is its reply's
-            ``error``. The models are added up where the cohort allows it.
+            ``error``. The models are added up where the cohort allows it. Where the
+            device has no room for so many at once,
+            :attr:`~fedweight.messages.dispatch.Answers.were_too_many` says so, and
+            nothing has changed.
         """
         replies = self._answer(cohort, nodes, context_of, batched=batched)
+        if batched and Answers(replies).were_too_many:
+            self.let_go()
+            return Answers(replies)
         lay_out_as_sent(cohort.arrays, replies)
         answers = Answers(replies)
         if cohort.summed_by is not None:
@@ -381,6 +402,9 @@ class TrainingApp(ClientApp):
                     Reply(node, error=describe_failure(client, stage, error))
                     for node, client in zip(nodes, clients, strict=True)
                 ]
+            if batched and stage == "train" and is_too_large(error):
+                why = str(error).split("\n", 1)[0] or type(error).__name__
+                return Answers.too_many(nodes, why).replies
             # Whose fault it was shows when each is tried alone.
             alone = [self._answer(cohort, [node], context_of)[0] for node in nodes]
             if all(reply.error is None for reply in alone):

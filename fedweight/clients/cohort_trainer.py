@@ -117,6 +117,12 @@ class CohortTrainer:
         self.__dict__.update(state)
         self._forget()
 
+    def let_go(self) -> None:
+        """Give back the memory that trainers keep for the next clients."""
+        with self._making:
+            for trainer in self._trainers.values():
+                trainer.let_go()
+
     def trains_batched(self, context: Context) -> bool:
         """Tell whether clients may train at once; warn where nobody has examples."""
         if not self._optimizer_batches():

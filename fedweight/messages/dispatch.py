@@ -40,6 +40,9 @@ from ._flower import CLIENT_APP_RAISED_EXCEPTION, NO_REPLY, reason_of
 from .arrays import FlatRecord, flatten
 from .records import records_of
 
+# Begins the error of clients that were too many to train at once; why comes after it.
+TOO_MANY = "too many clients at once: "
+
 
 def only_arrays(content: RecordDict) -> ArrayRecord:
     """Return the one array record of a message to a client.
@@ -324,6 +327,17 @@ class Answers:
 
     replies: list[Reply]
     total: ModelSum = field(default_factory=ModelSum)
+
+    @classmethod
+    def too_many(cls, nodes: Sequence[int], why: str) -> Answers:
+        """Return that some clients have to train fewer at once."""
+        return cls([Reply(node, error=TOO_MANY + why) for node in nodes])
+
+    @property
+    def were_too_many(self) -> str:
+        """Why the clients have to train fewer at once; empty if they need not."""
+        error = self.replies[0].error if self.replies else None
+        return error[len(TOO_MANY) :] if error and error.startswith(TOO_MANY) else ""
 
     def sum_up(self, cohort: Cohort) -> None:
         """Add up the models of those who trained, and let go of all."""

@@ -124,11 +124,21 @@ class SimulationGrid(Grid):
         What clients keep for our own app, such as personal models.
     seen : Seen
         What passed through it as messages, of apps that are not ours.
+    plan : Plan
+        How our own app trains clients. It is halved where the device turns out to have
+        no room for so many at once, and stays so.
+    why_halved : str
+        What the device said then.
+    tells : bool
+        Whether a warning says so, too.
     """
 
     complete = True
     sums_models = True
     client_app: ClientApp
+    plan = Plan()
+    why_halved = ""
+    tells = True
 
     def __init__(self, nodes: Nodes) -> None:
         self._begin(nodes)
@@ -164,6 +174,43 @@ class SimulationGrid(Grid):
     def sizes_of(self, clients: Sequence[int]) -> list[int] | None:
         """Return how many examples some clients have, where the app knows."""
         return sizes_of(self.client_app, clients)
+
+    def _usable_plan(self) -> Plan:
+        return usable_plan(
+            self.plan, self.client_app, self.num_clients, self.run_config
+        )
+
+    def _cut_smaller(
+        self, cohort: Cohort, lists: list[list[int]], too_many: Sequence[int]
+    ) -> list[list[int]]:
+        """Halve the plan, and return the lists of those who were too many at once.
+
+        In ``lists`` they take the place of those that came to nothing. Where that is
+        the first list of a round, as a rule, the round goes as with the halved plan.
+        """
+        if not too_many:
+            return []
+        failed = {*too_many}
+        tried = max(len(nodes) for nodes in lists if nodes[0] in failed)
+        self.plan = self.plan.halved(tried)
+        nodes = [node for node in cohort.nodes if node in failed]
+        sizes = self.sizes_of([self.client_of(node) for node in nodes])
+        again = self.plan.cut(cohort, sizes, nodes)
+        lists[:] = [part for part in lists if part[0] not in failed] + again
+        return again
+
+    def _tell_halved(self, before: Plan, why: str) -> None:
+        """Say once that fewer clients train at once from now on."""
+        if self.plan != before:
+            self.why_halved = why
+        if self.plan != before and self.tells:
+            log.warning(
+                "engine.plan: %s is too many clients at once for this device; from "
+                "now on it is %s. (%s)",
+                before,
+                self.plan,
+                why,
+            )
 
     @property
     def kept_tables(self) -> Mapping[str, Sequence[str]]:

@@ -30,7 +30,7 @@ from .grid import (
     is_stranger,
     usable_plan,
 )
-from .plan import Plan, sizes_of
+from .plan import Plan
 
 T = TypeVar("T")
 
@@ -138,33 +138,61 @@ class LocalGrid(SimulationGrid):
     def _answer(self, cohort: Cohort, deadline: float | None) -> Replies:
         """Let our own app handle a cohort, a list of clients at a time."""
         clients = [self._checked_client(node) for node in cohort.nodes]
-        app: Any = self.client_app
-        plan = usable_plan(
-            self.plan, self.client_app, self.num_clients, self.run_config
-        )
-        lists = plan.cut(cohort, sizes_of(app, clients))
-
-        def answer(nodes: Sequence[int]) -> Answers:
-            batched = plan.chunk > 1
-            return app.answer(  # type: ignore[no-any-return]
-                cohort, nodes, self._context_of, batched=batched
-            )
-
-        jobs = [partial(answer, nodes) for nodes in lists]
+        plan = self._usable_plan()
+        lists = plan.cut(cohort, self.sizes_of(clients))
         gathered = Gathered(cohort, lists)
-        if self.threads is None and cohort.message_type == "train" and jobs:
-            began = time.monotonic()
-            for answers in self._do([jobs.pop(0)], deadline):
-                seconds = time.monotonic() - began
-                self.threads = self._choose_threads(plan, answers.replies, seconds)
-                gathered.add(answers)
-        for answers in self._do(jobs, deadline):
-            gathered.add(answers)
-            self.store.relieve()
+        before, todo, why = self.plan, [*lists], ""
+        while todo:
+            too_many: list[int] = []
+            for answers in self._answers_to(cohort, todo, plan, deadline):
+                if answers.were_too_many:
+                    why = answers.were_too_many
+                    too_many += [reply.node for reply in answers.replies]
+                else:
+                    gathered.add(answers)
+                    self.store.relieve()
+            todo = self._cut_smaller(cohort, lists, too_many)
+            plan = self.plan
+        self._tell_halved(before, why)
         if len(self.contexts) > IDLE_CONTEXTS:
             kept = {k: c for k, c in self.contexts.items() if len(c.state)}
             self.contexts = kept
         return gathered.replies()
+
+    def _answers_to(
+        self,
+        cohort: Cohort,
+        lists: Sequence[Sequence[int]],
+        plan: Plan,
+        deadline: float | None,
+    ) -> Iterator[Answers]:
+        """Yield what our own app answers, a list of clients at a time.
+
+        Once there is no room for a list, the others are not tried.
+        """
+        app: Any = self.client_app
+        full: list[str] = []
+
+        def answer(nodes: Sequence[int]) -> Answers:
+            if full:
+                return Answers.too_many(nodes, full[0])
+            answers: Answers = app.answer(
+                cohort, nodes, self._context_of, batched=plan.chunk > 1
+            )
+            if answers.were_too_many:
+                full.append(answers.were_too_many)
+            return answers
+
+        jobs = [partial(answer, nodes) for nodes in lists]
+        if self.threads is None and cohort.message_type == "train" and jobs:
+            began = time.monotonic()
+            for answers in self._do([jobs.pop(0)], deadline):
+                seconds = time.monotonic() - began
+                if not full:
+                    chosen = self._choose_threads(plan, answers.replies, seconds)
+                    self.threads = chosen
+                yield answers
+        yield from self._do(jobs, deadline)
 
     def _choose_threads(
         self, plan: Plan, replies: Sequence[Reply], seconds: float

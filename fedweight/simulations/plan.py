@@ -76,7 +76,23 @@ class Plan:
     def __str__(self) -> str:
         return "loop" if self.chunk == 1 else f"batched-{self.chunk}"
 
-    def cut(self, cohort: Cohort, sizes: Sequence[int] | None) -> list[list[int]]:
+    def halved(self, tried: int) -> Plan:
+        """Return the plan for a device that has no room for so many at once.
+
+        Examples
+        --------
+        >>> Plan(80).halved(50), Plan(20).halved(50), Plan(3).halved(3)
+        (Plan(chunk=25), Plan(chunk=20), Plan(chunk=1))
+        """
+        # Three in twos would be three again.
+        return Plan(min(self.chunk, -(-tried // 2) if tried > 3 else 1))
+
+    def cut(
+        self,
+        cohort: Cohort,
+        sizes: Sequence[int] | None,
+        nodes: Sequence[int] | None = None,
+    ) -> list[list[int]]:
         """Return the cohort's nodes in the lists that are handled at once.
 
         Parameters
@@ -86,10 +102,12 @@ class Plan:
         sizes : Sequence[int], optional
             How much work each of its clients has. Clients of like size share a list,
             so that few wait for others, and the largest come first.
+        nodes : Sequence[int], optional
+            Whom to cut, with their ``sizes``; by default all of the cohort.
         """
-        if not cohort.nodes:
+        nodes = list(cohort.nodes if nodes is None else nodes)
+        if not nodes:
             return []
-        nodes = cohort.nodes
         train = cohort.trains
         if train and sizes is not None:
             order = np.argsort(-np.asarray(sizes), kind="stable").tolist()

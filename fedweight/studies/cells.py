@@ -44,6 +44,10 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 How = Literal["new", "anew", "resume", "done"]
 
 
+# What [engine] leaves open, and is chosen before cells are run.
+CHOSEN = ("plan", "device")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a comparison.
@@ -90,51 +94,55 @@ class Ended:
         )
 
 
-def what_is_there(folder: Path, wanted: Mapping[str, Any]) -> tuple[How, Any, str]:
-    """Look at the folder of a cell: what to do, its plan, and how it differs.
+def what_is_there(
+    folder: Path, wanted: Mapping[str, Any]
+) -> tuple[How, dict[str, Any], str]:
+    """Look at the folder of a cell: what to do, what was chosen, how it differs.
 
     Parameters
     ----------
     folder : Path
         It need not exist.
     wanted : Mapping
-        The tables of the cell's configuration. Where its plan is ``"auto"`` any is
-        right.
+        The tables of the cell's configuration. Where its plan or device is ``"auto"``
+        any is right.
 
     Returns
     -------
     tuple
-        What to do; the plan that is there, or ``None``; and the key that differs, in
-        words, or empty.
+        What to do; the plan and the device that are there; and the key that differs,
+        in words, or empty.
     """
     if not folder.is_dir() or not {*os.listdir(folder)} - {LOCK}:
-        return "new", None, ""
+        return "new", {}, ""
     try:
         there = tomllib.loads((folder / "config.toml").read_text("utf-8"))
     except (OSError, ValueError):
-        return "anew", None, ""
-    plan = table_of(there, "engine").get("plan")
-    if wanted["engine"]["plan"] == "auto" and plan is not None:
-        there["engine"]["plan"] = "auto"
+        return "anew", {}, ""
+    engine = table_of(there, "engine")
+    chosen = {key: engine[key] for key in CHOSEN if key in engine}
+    for key in chosen:
+        if wanted["engine"][key] == "auto":
+            there["engine"][key] = "auto"
     for table in {**wanted, **there}:
         mine, other = table_of(wanted, table), table_of(there, table)
         for key in {**mine, **other}:
             if (table, key) == ("run", "name"):  # As the file is called: no number's.
                 continue
             if key not in other:
-                return "done", plan, f"it has no {table}.{key}"
+                return "done", chosen, f"it has no {table}.{key}"
             if key not in mine:
-                return "done", plan, f"it has {table}.{key}, which this one has not"
+                return "done", chosen, f"it has {table}.{key}, which this one has not"
             if mine[key] != other[key]:
                 values = (plain(other[key]), plain(mine[key]))
                 return (
                     "done",
-                    plan,
+                    chosen,
                     f"its {table}.{key} is {values[0]}, not {values[1]}",
                 )
     if is_complete(folder):
-        return "done", plan, ""
-    return ("resume" if (folder / CHECKPOINT).is_file() else "anew"), plan, ""
+        return "done", chosen, ""
+    return ("resume" if (folder / CHECKPOINT).is_file() else "anew"), chosen, ""
 
 
 def is_complete(folder: Path) -> bool:

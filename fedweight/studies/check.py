@@ -500,7 +500,7 @@ def _check_simulation(
         "strategy": configuration["strategy"]["name"],
         "rounds": configuration["run"]["rounds"],
         "engine": components.engine(),
-        "device": components.device,
+        "device": " or ".join(components.devices),
     }
     checked.notes += [*data.notes(federated), *_alone_with(client_app)]
     return checked

@@ -25,6 +25,7 @@ from ..core.writing import write_whole
 from ..data import DataSet
 from .axes import Asked, Axes
 from .cells import (
+    CHOSEN,
     Cell,
     Ended,
     LastData,
@@ -35,6 +36,7 @@ from .cells import (
     visible_cards,
     what_is_there,
 )
+from .choosing import as_chosen, choose
 from .comparison import PLAN, Comparison
 from .components import Components, prepare
 from .configuration import Configuration
@@ -43,6 +45,7 @@ from .given import as_settings, of_main, setting_map, whole_tables
 from .methods import Method, joined, refuse_taken
 from .pages import report_or_say
 from .progress import watched
+from .reader import table_of
 from .runner import make_ready, name_of_own, preface_of
 from .summarizing import Row, reached, write_comparison
 from .tables import COMPARE
@@ -263,7 +266,7 @@ class _Study:
         self.of_this_process = False
         self.alone = False
         self.on_cards = False
-        self.plans: dict[str, str] = {}
+        self.chosen: dict[str, dict[str, Any]] = {}
         self.last = LastData()
 
     def read(
@@ -326,17 +329,18 @@ class _Study:
                 f"--out '{folder}' is a file. Name a folder for the comparison."
             )
         self._refuse_to_lose(folder)
-        self.plans = _plans_of(folder)
+        self.chosen = _chosen_in(folder)
         for one in self.wanted:
             where = folder / one.folder
-            how, plan, differs = what_is_there(
+            how, chosen, differs = what_is_there(
                 where, tomllib.loads(one.configuration.to_toml())
             )
             if differs:
                 raise _holds_another(where, differs)
-            if plan is not None:
-                one.configuration = one.configuration.having("engine", "plan", plan)
-                self.plans.setdefault(one.choice.label, plan)
+            for key, value in chosen.items():
+                one.configuration = one.configuration.having("engine", key, value)
+            if chosen:
+                self.chosen.setdefault(one.choice.label, chosen)
             if how == "resume" and self.of_this_process:
                 how = "anew"  # Its config.toml does not repeat it.
             one.cell = Cell(one.folder, str(where), "", how, one.preface)
@@ -371,7 +375,7 @@ class _Study:
         It is decided, and written down, before anything is run: under load another plan
         could win, and give other bits.
         """
-        chosen: dict[str, str] = {}
+        measured: dict[str, dict[str, Any]] = {}
         seen: set[str] = set()
         for one in self.wanted:
             label = one.choice.label
@@ -382,20 +386,23 @@ class _Study:
             with _of(one.choice):
                 components = prepare(one.configuration, data)
                 _, client_app, initial = make_ready(components)
-            # A card with a number is the only one that will do.
-            self.on_cards |= components.device == "cuda"
-            named = components.device not in ("cpu", "cuda")
-            self.alone |= named or components.engine() != "local"
-            if label not in self.plans:
+            if label not in self.chosen:
                 like = _trains_like(components)
-                if like not in chosen:
-                    chosen[like] = str(components.plan(client_app, initial))
-                self.plans[label] = chosen[like]
+                if like not in measured:
+                    choice = choose(components, client_app, initial)
+                    to_be = as_chosen(components, one.configuration, choice)["engine"]
+                    measured[like] = {key: to_be[key] for key in CHOSEN}
+                self.chosen[label] = measured[like]
+            device = self.chosen[label].get("device", "auto")
+            device = components.device if device == "auto" else device
+            # A card with a number is the only one that will do.
+            self.on_cards |= device == "cuda"
+            named = device not in ("cpu", "cuda")
+            self.alone |= named or components.engine() != "local"
         for one in self.wanted:
-            told = one.configuration["engine"]["plan"]
-            if told == "auto" and one.choice.label in self.plans:
-                plan = self.plans[one.choice.label]
-                one.configuration = one.configuration.having("engine", "plan", plan)
+            for key, value in self.chosen.get(one.choice.label, {}).items():
+                if one.configuration["engine"][key] == "auto":
+                    one.configuration = one.configuration.having("engine", key, value)
             one.cell = replace(one.cell, config=one.configuration.to_toml())
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -411,9 +418,17 @@ class _Study:
                 "seeds": self.axes.seeds,
                 **({} if self.axes.target is None else {"target": self.axes.target}),
             },
-            "plans": self.plans,
+            **self._chosen_by_label(),
         }
         write_whole(folder / PLAN, tomli_w.dumps(content))
+
+    def _chosen_by_label(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {"plans": {}}
+        for label, chosen in self.chosen.items():
+            for key, value in chosen.items():
+                if value != "auto":  # Where there is no card, the device stays open.
+                    found.setdefault(f"{key}s", {})[label] = value
+        return found
 
     def run(
         self,
@@ -478,14 +493,20 @@ def _trains_like(components: Components) -> str:
     return json.dumps([apart, share], sort_keys=True, default=str)
 
 
-def _plans_of(folder: Path) -> dict[str, str]:
-    """Return how the clients of a comparison that was begun train, by strategy."""
+def _chosen_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return how clients of a comparison that was begun train, and where, by strategy.
+
+    A file that was written before has no devices.
+    """
     try:
         content = tomllib.loads((folder / PLAN).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    plans = content.get("plans")
-    return {k: str(v) for k, v in plans.items()} if isinstance(plans, dict) else {}
+    found: dict[str, dict[str, Any]] = {}
+    for key in CHOSEN:
+        for label, value in table_of(content, f"{key}s").items():
+            found.setdefault(label, {})[key] = str(value)
+    return found
 
 
 @contextmanager

@@ -37,22 +37,13 @@ from ..data import (
 )
 from ..data import check as check_data
 from ..data.files import load_one_csv, load_one_npz
-from ..messages.arrays import FlatRecord
 from ..messages.codecs import Codec, codec
 from ..metrics import Groups, LearningTask, Statistics, task_named
 from ..models.adapters import factors_of
 from ..server.schedules import SCHEDULES, Buffered, Schedule, make_schedule
 from ..server.wrapped import with_inner
-from ..simulations import Plan
 from ..simulations.engine import choose_engine
-from ..simulations.grid import usable_plan
-from ..simulations.planner import (
-    SAMPLE,
-    WORTH_MEASURING,
-    choose_plan,
-    estimated_seconds,
-    machine,
-)
+from ..simulations.planner import Choice
 from ..strategies import WeightingStrategy, strategy_class
 from ..strategies.server_optimizers import server_optimizer
 from .configuration import Configuration
@@ -72,17 +63,30 @@ class Components:
     data: FederatedData
     schema: Schema | None = None  # What nodes with files of their own are told.
     device: str = field(init=False)
+    choice: Choice | None = None  # Where and how clients train, once it is decided.
 
     def __post_init__(self) -> None:
-        """Choose the device."""
-        wanted = self.configuration["engine"]["device"]
+        """Take the device, or the first of those that may be chosen."""
         gpus = torch.cuda.device_count()
-        if wanted == "auto":
-            wanted = "cuda" if gpus else "cpu"
         allowed = ["cpu", *(["cuda"] if gpus else [])]
         allowed += [f"cuda:{number}" for number in range(gpus)]
+        wanted = self.configuration["engine"]["device"]
         check_choice("engine.device", wanted, ["auto", *allowed])
-        self.device = wanted
+        self.device = self.devices[0]
+
+    @property
+    def devices(self) -> list[str]:
+        """Where clients may train: as told, or on a card and on the CPU."""
+        wanted = str(self.configuration["engine"]["device"])
+        if wanted != "auto":
+            return [wanted]
+        if not torch.cuda.device_count():
+            return ["cpu"]
+        return ["cuda", *([] if self._asks_for_cards else ["cpu"])]
+
+    @property
+    def _asks_for_cards(self) -> bool:
+        return float(self.configuration["engine"]["gpus-per-worker"]) > 0
 
     def clients_model(self) -> nn.Module:
         """Build the model as a client does, which may not have the server's file.
@@ -159,12 +163,13 @@ class Components:
 
     def objective(self) -> Objective:
         """Make what clients minimise, with what the strategy puts around it."""
-        made = self._chosen_objective()
+        made = self.chosen_objective()
         for method, options in self._methods():
             made = named("strategy", partial(method.objective, made, options))
         return made
 
-    def _chosen_objective(self) -> Objective:
+    def chosen_objective(self) -> Objective:
+        """Make what clients minimise, by itself."""
         name = self.configuration["objective"]["name"]
         options = self.configuration.options("objective")
         return named("objective", partial(objective, name, **options))
@@ -189,8 +194,8 @@ class Components:
             "codec", partial(codec, name, **self.configuration.options("codec"))
         )
 
-    def client_app(self) -> TrainingApp:
-        """Make the ClientApp."""
+    def client_app(self, device: str | None = None) -> TrainingApp:
+        """Make the ClientApp, for the device or for another."""
         training = self.configuration["training"]
         methods = self._methods()
         return TrainingApp(
@@ -205,7 +210,7 @@ class Components:
                 self.configuration["run"]["rounds"],
             ),
             seed=self.configuration["run"]["seed"],
-            device=self.device,
+            device=device or self.device,
             sizes=self.data.sizes,
             name_of=self.data.name_of if self.data.names else None,
             probes={n: f for one, _ in methods for n, f in one.probes.items()},
@@ -271,54 +276,14 @@ class Components:
         """How many examples clients have; of those drawn when asked for, of some."""
         return self.data.sizes[:MANY] if self.data.is_lazy else self.data.sizes
 
-    def plan(self, client_app: TrainingApp, initial: FlatRecord) -> Plan:
-        """Return how clients are trained: as told, or as is fastest here.
-
-        Not at once where that does not give what each alone gives.
-        """
-        told = Plan.parse(self.configuration["engine"]["plan"])
-        if told is not None:
-            return usable_plan(told, client_app, self.data.num_clients, {})
-        module = self.make_model()
-        training = self.configuration["training"]
+    def cohort(self) -> int:
+        """Return how many clients train at a time."""
         share = self.configuration["strategy"].get("fraction-train") or 1.0
         cohort = max(1, int(self.data.num_clients * share))
-        traced = self.configuration["engine"]["trace"]
-        made, own = self.objective(), self._chosen_objective()
-        around = "" if type(made) is type(own) else type(made).__name__
         schedule = self.schedule()
         if isinstance(schedule, Buffered):
             cohort = min(cohort, schedule.buffer_size)
-        sizes = self.known_sizes
-        steps = -(-sizes // training["batch-size"]) * training["epochs"]
-        rounds = self.configuration["run"]["rounds"]
-        num_steps = int(rounds * cohort * steps.mean())
-        num_parameters = Layout.of_module(module).num_parameters
-        short = estimated_seconds(num_steps, training["batch-size"], num_parameters)
-        # On a CPU convolutions of many clients at once are slower, always.
-        convolves = any(
-            isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()
-        )
-        if self.device == "cpu" and (convolves or short < WORTH_MEASURING):
-            return Plan()
-        return choose_plan(
-            client_app,
-            initial,
-            clients=np.flatnonzero(sizes)[:SAMPLE].tolist(),
-            num_clients=self.data.num_clients,
-            cohort=cohort,
-            about={
-                "model": str(module),
-                "objective": dict(self.configuration["objective"]),
-                **({"around it": around} if around else {}),
-                "training": dict(training),
-                "cohort": cohort,
-                "examples": int(np.median(sizes)),
-                "device": self.device,
-                **machine(),
-                **({} if traced else {"traced": traced}),
-            },
-        )
+        return cohort
 
     def schedule(self) -> Schedule | None:
         """Make the schedule; ``None`` for the synchronous one."""
@@ -345,8 +310,8 @@ class Components:
             ),
             "device": self.device,
             "local_learning_rate": self.configuration["training"]["learning-rate"],
-            "class_totals": "class-totals" in self._chosen_objective().wants,
-            "pools": self._chosen_objective().pools,
+            "class_totals": "class-totals" in self.chosen_objective().wants,
+            "pools": self.chosen_objective().pools,
             "codec": self.codec(),
             "factors": factors_of(self.clients_model()),
         }

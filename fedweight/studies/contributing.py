@@ -26,7 +26,7 @@ from ..metrics.contribution import (
     leave_one_out,
     shapley,
 )
-from .cells import LastData, what_is_there
+from .cells import CHOSEN, LastData, what_is_there
 from .components import prepare
 from .configuration import Configuration
 from .given import as_settings, of_main, setting_map, whole_tables
@@ -196,17 +196,19 @@ class _Worth:
         if not some:
             return float(whole.measured(self.column).loc[0])
         # Under load another plan could win, and give other bits.
-        plan = whole.config["engine"]["plan"]
-        made = self._run(sorted(some), plan)
+        chosen = {key: whole.config["engine"][key] for key in CHOSEN}
+        made = self._run(sorted(some), chosen)
         return float(made.measured(self.column).iloc[-1])
 
-    def _run(self, clients: Sequence[int], plan: str | None = None) -> Run:
+    def _run(
+        self, clients: Sequence[int], chosen: Mapping[str, str] | None = None
+    ) -> Run:
         """Return the run of some clients, and run it if it is not there."""
         left_out = {*self.clients} - {*clients}
         left_out |= {*self.configuration["partition"]["leave-out"]}
         wanted = self.configuration.having("partition", "leave-out", sorted(left_out))
-        if plan is not None:
-            wanted = wanted.having("engine", "plan", plan)
+        for key, value in (chosen or {}).items():
+            wanted = wanted.having("engine", key, value)
         name = "clients-" + "-".join(map(str, clients))
         if len(name) > LONGEST_NAME:
             name = "clients-" + hashlib.sha256(name.encode()).hexdigest()[:32]
@@ -221,8 +223,8 @@ class _Worth:
             return Run(folder)
         if how == "resume" and not self.of_this_process:
             return resume(folder, progress=False)
-        if before is not None:
-            wanted = wanted.having("engine", "plan", before)
+        for key, value in before.items():
+            wanted = wanted.having("engine", key, value)
         log.info("running with the clients %s", listed(list(map(str, clients))))
         return run_configured(
             wanted,

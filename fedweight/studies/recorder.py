@@ -38,6 +38,7 @@ from ..models.weights import digest
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
 from ..server.wrapped import with_inner
+from ..simulations import SimulationGrid
 from ..strategies import RoundRecord, WeightingStrategy
 from .callbacks import BEST, BEST_MODELS
 from .columns import (
@@ -63,6 +64,9 @@ from .records import (
 from .trackers import Tracking
 
 log = logging.getLogger("fedweight")
+
+# In environment.json, besides the plan: why it was chosen, and where it was halved.
+OF_THE_PLAN = ("chosen", "halved")
 
 # In environment.json, of the file that the model begins with.
 WEIGHTS_DIGEST = "weights-sha256"
@@ -325,6 +329,7 @@ class Recorder:
             row[name] += sum(getattr(c, name) for r in before for c in r.clients)
         row |= self._validated(arrays) if test else {}
         self.rounds.append([row])
+        self._note_plan(number)
         groups = self._record_groups(record, tested)
         self.tracking.log(number, row, clients, groups)
         now = time.perf_counter()
@@ -343,6 +348,20 @@ class Recorder:
                 )
             )
         return MetricRecord(dict(test)) if test else None
+
+    def _note_plan(self, number: int) -> None:
+        """Record that a device had no room for the plan, and remember it."""
+        if not isinstance(self.grid, SimulationGrid) or not self.grid.why_halved:
+            return
+        engine, plan = self._environment["engine"], self.grid.plan
+        if str(plan) == engine["plan"]:
+            return
+        why = {"round": number, "was": engine["plan"], "why": self.grid.why_halved}
+        engine["halved"] = [*engine.get("halved", []), why]
+        engine["plan"] = str(plan)
+        self._write_environment()
+        if self.components.choice is not None:
+            self.components.choice.remember(plan)
 
     def _record_groups(
         self, record: RoundRecord, tested: Sums | None

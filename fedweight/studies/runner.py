@@ -37,6 +37,7 @@ from ..server.wrapped import with_inner
 from ..simulations import Plan, SimulationGrid, simulate
 from ..strategies import WeightingStrategy
 from .callbacks import BestModel, EarlyStopping, OwnCallbacks, checked_callbacks
+from .choosing import as_chosen, choose
 from .components import (
     Components,
     engine_arguments,
@@ -61,7 +62,7 @@ from .kept import write_kept
 from .pages import report_or_say
 from .progress import Wanted, check_progress, telling
 from .reader import table_of
-from .recorder import WEIGHTS_DIGEST, Recorder
+from .recorder import OF_THE_PLAN, WEIGHTS_DIGEST, Recorder
 from .result import Run
 from .trackers import Tracking, told_apart
 
@@ -258,14 +259,18 @@ def run_configured(
     tracking, own_callbacks = told_apart(checked_callbacks(callbacks))
     check_progress(progress)
     components = prepare(configuration, dataset)
-    chosen, client_app, initial = make_ready(components, callbacks=own_callbacks)
-    plan = components.plan(client_app, initial)
+    made = make_ready(components, callbacks=own_callbacks)
+    choice = components.choice = choose(components, *made[1:])
+    if choice.device != components.device:
+        components.device = choice.device
+        made = make_ready(components, callbacks=own_callbacks)
     # What was measured is part of the configuration now: it repeats the run.
-    components.configuration = configuration.having("engine", "plan", str(plan))
+    components.configuration = as_chosen(components, configuration, choice)
     return _simulated(
         components,
-        (chosen, client_app, initial),
-        plan,
+        made,
+        choice.plan,
+        {"chosen": choice.why},
         new_folder(out, label, overwrite),
         report=report,
         progress=progress,
@@ -320,11 +325,14 @@ def resume(
     checkpoint = read_checkpoint(before.folder, configuration)
     components = prepare(configuration)
     made = make_ready(components, callbacks=own_callbacks)
-    plan = Plan.parse(configuration["engine"]["plan"])
+    # How clients train, if the device had no room for as many as were to.
+    engine = table_of(before.environment, "engine")
+    plan = Plan.parse(str(engine.get("plan", configuration["engine"]["plan"])))
     return _simulated(
         components,
         made,
         plan or Plan(),
+        {key: engine[key] for key in OF_THE_PLAN if key in engine},
         old_folder(before.folder),
         report=report,
         progress=progress,
@@ -349,6 +357,7 @@ def _simulated(
     components: Components,
     made: tuple[Strategy, TrainingApp, FlatRecord],
     plan: Plan,
+    about: Mapping[str, Any],
     take: AbstractContextManager[Path],
     *,
     report: bool,
@@ -358,7 +367,10 @@ def _simulated(
     preface: str = "",
     checkpoint: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Simulate a run that is ready, and write its folder."""
+    """Simulate a run that is ready, and write its folder.
+
+    ``about`` is what its record says of the plan.
+    """
     strategy, client_app, initial = made
     configuration = components.configuration
     began = time.perf_counter()
@@ -381,7 +393,9 @@ def _simulated(
             recorder = Recorder(folder, components, strategy, told, began, tracking)
             try:
                 with recorder.recording(
-                    {"plan": str(plan)}, preface=preface, anew=checkpoint is None
+                    {"plan": str(plan), **about},
+                    preface=preface,
+                    anew=checkpoint is None,
                 ):
                     serve(
                         grid,

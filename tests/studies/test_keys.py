@@ -18,8 +18,8 @@ from fedweight.data import DataSet, Examples
 from fedweight.messages.arrays import FlatRecord
 from fedweight.server import loop
 from fedweight.simulations import Plan
-from fedweight.studies import components as components_module
-from fedweight.studies import runner
+from fedweight.simulations.planner import Choice
+from fedweight.studies import choosing, runner
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.runner import prepare
 
@@ -151,11 +151,14 @@ def test_a_plan_is_measured_for_long_runs_without_convolutions(
     components = prepare(
         Configuration.read(None, settings, "points"), points((1, 8, 8))
     )
-    monkeypatch.setattr(components_module, "choose_plan", lambda *_, **__: Plan(17))
+    measured_plan = Choice("cpu", Plan(17), {})
+    monkeypatch.setattr(choosing, "choose_plan", lambda *_, **__: measured_plan)
     initial = FlatRecord(FlatModule(components.make_model()).save())
-    plan = components.plan(components.client_app(), initial)
+    choice = choosing.choose(components, components.client_app(), initial)
     measured = rounds > 1 and model == "softmax"
-    assert plan == (Plan(17) if measured else Plan())
+    assert choice.plan == (Plan(17) if measured else Plan())
+    assert choice.device == "cpu"
+    assert measured or "too short" in choice.why["by"] or model == "cnn"
 
 
 def test_options_of_the_optimizer_and_the_schedule_reach_the_clients() -> None:

@@ -9,7 +9,7 @@ import torch
 
 import fedweight
 from fedweight.data import DataSet, Examples
-from fedweight.studies import components
+from fedweight.studies import choosing
 
 NETS = """
 import torch
@@ -97,8 +97,7 @@ def test_a_model_that_looks_across_the_batch_trains_by_the_loop(
     run_of, caplog, monkeypatch
 ):
     # As if the run was long, and many at once were fastest.
-    monkeypatch.setattr(components, "WORTH_MEASURING", 0.0)
-    monkeypatch.setattr("fedweight.simulations.planner._speed", lambda *_: 1.0)
+    monkeypatch.setattr(choosing, "WORTH_MEASURING", 0.0)
     runs = []
     for plan in ("loop", "batched-20", "auto"):
         caplog.clear()

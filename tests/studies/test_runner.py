@@ -38,8 +38,9 @@ from fedweight.core.errors import (
 from fedweight.data import DataSet, Examples
 from fedweight.messages import _flower
 from fedweight.simulations import Plan
+from fedweight.simulations.planner import Choice
 from fedweight.strategies import STRATEGIES
-from fedweight.studies import components, recorder
+from fedweight.studies import choosing, components, recorder
 from fedweight.studies import folder as folder_module
 from fedweight.studies import report as report_module
 from fedweight.studies.components import client_data
@@ -919,11 +920,12 @@ def test_every_refusal_is_an_error_of_ours(quick):
 
 
 def test_a_measured_plan_is_written_and_repeats_the_run(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(components, "WORTH_MEASURING", 0.0)
-    monkeypatch.setattr(components, "choose_plan", lambda *_, **__: Plan(3))
+    monkeypatch.setattr(choosing, "WORTH_MEASURING", 0.0)
+    measured = Choice("cpu", Plan(3), {"by": "a measurement"})
+    monkeypatch.setattr(choosing, "choose_plan", lambda *_, **__: measured)
     first = quick()
     assert first.config["engine"]["plan"] == "batched-3"
-    monkeypatch.setattr(components, "choose_plan", None)  # It must not be asked again.
+    monkeypatch.setattr(choosing, "choose_plan", None)  # It must not be asked again.
     file = first.folder / "config.toml"
     settings = {"data.name": "digits"}  # What the file names is not to be loaded.
     again = quick(out="again", file=file, settings=settings)

@@ -183,6 +183,11 @@ class BatchedTrainer:
             trained = self._run(memory.state, tasks, rates, cancelled, memory)
             return copy.deepcopy(trained)
 
+    def let_go(self) -> None:
+        """Give back the memory that is kept; what was traced stays."""
+        with self._turn:
+            self._memories.clear()
+
     def _carried(self, start: FlatModel, tasks: Sequence[Task]) -> Carried:
         """Return what the objective knows of some clients, and what they carry."""
         if not self._tracks:

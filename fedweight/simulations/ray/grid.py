@@ -32,7 +32,7 @@ from ...core.signals import own_handlers
 from ...core.threads import one_thread
 from ...messages.dispatch import Cohort, Gathered, Replies
 from ..grid import Nodes, RunConfig, answers_cohort, usable_plan
-from ..plan import Plan, sizes_of
+from ..plan import Plan
 from ..workers.grid import PooledGrid
 from ..workers.jobs import CohortBatch
 from ..workers.pool import Pool
@@ -144,39 +144,56 @@ class RayGrid(PooledGrid):
     def _answer(self, parts: Sequence[Cohort], deadline: float | None) -> list[Replies]:
         """Let our own app handle a cohort's parts, a list of clients at a time."""
         soon = deadline is not None and deadline - time.monotonic() < SHORT_TIMEOUT
-        waiting = [self._push(part, alone=soon) for part in parts]
+        before, plan, why = self.plan, self._usable_plan(), ""
+        cut = []
+        for part in parts:
+            clients = [self._checked_client(node) for node in part.nodes]
+            cut.append(plan.cut(part, self.sizes_of(clients)))
+        batched = plan.chunk > 1
+        waiting = [
+            self._push(part, lists, batched=batched, alone=soon)
+            for part, lists in zip(parts, cut, strict=True)
+        ]
         replies = []
         with one_thread():  # PyTorch's threads wait busily: on the workers' cores.
-            for gathered, models, pushed in waiting:
-                for answers, shard in self._pool.take(pushed, deadline):
-                    if shard is not None:
-                        models.add(shard, answers.replies)
-                    gathered.add(answers)
-                    self.store.relieve()
+            for part, lists, pushed in zip(parts, cut, waiting, strict=True):
+                gathered = Gathered(part, lists)
+                models = ShardedModels(part, lists, self._pool)
+                again: CohortBatch | None = pushed
+                while again is not None:
+                    too_many: list[int] = []
+                    for answers, shard in self._pool.take(again, deadline):
+                        if answers.were_too_many:
+                            why = answers.were_too_many
+                            too_many += [reply.node for reply in answers.replies]
+                            continue
+                        if shard is not None:
+                            models.add(shard, answers.replies)
+                        gathered.add(answers)
+                        self.store.relieve()
+                    todo, again = self._cut_smaller(part, lists, too_many), None
+                    if todo:
+                        batched = self.plan.chunk > 1
+                        again = self._push(part, todo, batched=batched, alone=soon)
                 replies.append(gathered.replies(models))
+        self._tell_halved(before, why)
         return replies
 
     def _push(
-        self, cohort: Cohort, *, alone: bool
-    ) -> tuple[Gathered, ShardedModels, CohortBatch]:
-        """Let a cohort wait for the workers; return what its answers go into."""
-        clients = [self._checked_client(node) for node in cohort.nodes]
-        sizes = sizes_of(self.client_app, clients)
-        plan = usable_plan(
-            self.plan, self.client_app, self.num_clients, self.run_config
-        )
-        lists = plan.cut(cohort, sizes)
-        work = [float(len(nodes)) for nodes in lists]
-        if sizes is not None and cohort.trains:
-            size_of = dict(zip(cohort.nodes, sizes, strict=True))
-            work = [1.0 + sum(map(size_of.__getitem__, nodes)) for nodes in lists]
-        batched = plan.chunk > 1
-        gathered = Gathered(cohort, lists)
-        models = ShardedModels(cohort, lists, self._pool)
-        pushed = self._pool.push_cohort(
-            cohort, lists, work, batched=batched, alone=alone
-        )
-        return gathered, models, pushed
+        self,
+        cohort: Cohort,
+        lists: Sequence[Sequence[int]],
+        *,
+        batched: bool,
+        alone: bool,
+    ) -> CohortBatch:
+        """Let lists of a cohort's clients wait for the workers."""
+        work = []
+        for nodes in lists:
+            sizes = self.sizes_of([self.client_of(node) for node in nodes])
+            known = sizes is not None and cohort.trains
+            work.append(1.0 + sum(sizes) if known and sizes else float(len(nodes)))
+        return self._pool.push_cohort(cohort, lists, work, batched=batched, alone=alone)
 
 
 def _end(pool: Pool, ours: contextlib.ExitStack) -> None:

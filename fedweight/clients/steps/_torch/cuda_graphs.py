@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ....core.limits import is_too_large
+
 log = logging.getLogger("fedweight")
 
 
@@ -60,6 +62,8 @@ class Replayed:
         try:
             _warm_up(self._step, copy.deepcopy(given))
         except RuntimeError as error:
+            if is_too_large(error):
+                raise  # Not because it is a graph: fewer clients at once may do.
             log.warning("a training step cannot be a CUDA graph: %s", error)
             return
         try:
@@ -90,6 +94,8 @@ class Replayed:
                 for tensor, value in zip(given, before, strict=True):
                     tensor.copy_(value)
         except RuntimeError as error:
+            if is_too_large(error):
+                raise
             log.warning("a CUDA graph cannot be compared with its step: %s", error)
             return False
         if not same:
