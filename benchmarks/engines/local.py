@@ -19,12 +19,15 @@ from fedweight.data import ClientData, Examples
 from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.engine import make_grid
-from fedweight.simulations.planner import choose_plan, machine
+from fedweight.simulations.planner import choose_plan, machine, plans_for
 from fedweight.strategies.fedavg import FedAvg
 
 from .job import MODELS, flat
 from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED
 from .worker import Worker, start
+
+# Of the run for which a plan is chosen: it may take 2% of that.
+ROUNDS = 100
 
 
 def run(
@@ -62,8 +65,7 @@ def run(
     workers : int, optional
         Worker processes, for Ray.
     plan : Plan, optional
-        How clients train; by default one after another where the model has
-        convolutions and is on a CPU, else what a short measurement finds.
+        How clients train; by default what a short measurement finds.
     device : str
         On what they train.
     gpu_share : float
@@ -88,23 +90,17 @@ def run(
         device=device,
     )
     record = FlatRecord(FlatModule(copy.deepcopy(first)).save())
-    convolves = any(isinstance(layer, nn.Conv2d) for layer in first.modules())
-    if plan is None and convolves and device == "cpu":
-        plan = Plan()
     if plan is None:
         plan = choose_plan(
-            app,
+            lambda device: app,
             record,
+            {device: plans_for(device, first, cohort)},
             clients=range(cohort),
             num_clients=clients,
             cohort=cohort,
-            about={
-                "model": str(first),
-                "cohort": cohort,
-                "device": device,
-                **machine(),
-            },
-        )
+            rounds=ROUNDS,
+            about={"model": str(first), "cohort": cohort, **machine()},
+        ).plan
     worker.version += f", {plan}"
     with make_grid(
         app,

@@ -15,10 +15,10 @@ from fedweight.data import DataSet, Examples, federate
 from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.engine import make_grid
-from fedweight.simulations.planner import choose_plan, machine
+from fedweight.simulations.planner import choose_plan, machine, plans_for
 
 from .job import MODELS
-from .local import run_rounds
+from .local import ROUNDS, run_rounds
 from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED
 from .worker import start
 
@@ -49,13 +49,18 @@ def main() -> None:
         sizes=data.sizes,
     )
     first = FlatRecord(FlatModule(job.model()).save())
-    plan = told or choose_plan(
-        app,
-        first,
-        clients=range(min(clients, 100)),
-        num_clients=clients,
-        cohort=cohort,
-        about={"model": job.work.model, "cohort": cohort, **machine()},
+    plan = (
+        told
+        or choose_plan(
+            lambda device: app,
+            first,
+            {"cpu": plans_for("cpu", job.model(), cohort)},
+            clients=range(min(clients, cohort)),
+            num_clients=clients,
+            cohort=cohort,
+            rounds=ROUNDS,
+            about={"model": job.work.model, "cohort": cohort, **machine()},
+        ).plan
     )
     with make_grid(app, clients, engine="local", plan=plan) as grid:
         run_rounds(worker, grid, first, clients, cohort)
