@@ -134,7 +134,7 @@ class Meter:
         speed, note = None, ""
         with _flower.task_identity(run_id=0), _cut_off(app, limit) as over:
             try:
-                speed = self._speed(grid, device, plan)
+                speed = self._speed(grid, device, plan, over)
             except _Failed as failure:
                 note = "cut off" if over.is_set() else str(failure)
             finally:
@@ -145,7 +145,9 @@ class Meter:
             speed, note = None, f"too many at once for the device: {grid.why_halved}"
         return Measured(device, plan, speed, seconds, note, fits)
 
-    def _speed(self, grid: LocalGrid, device: str, plan: Plan) -> float:
+    def _speed(
+        self, grid: LocalGrid, device: str, plan: Plan, over: threading.Event
+    ) -> float:
         """Return the client updates of a cohort a second.
 
         Of what is cut off counts what was done before, if anything was.
@@ -154,42 +156,46 @@ class Meter:
         if plan.chunk == 1:
             lists = [[node] for nodes in lists for node in nodes]
         first = self._in_the_middle(lists, 1)
-        seconds, speeds = 0.0, [0.0]
+        at_once, speed, spent = 1, 0.0, 0.0
         try:
             for _ in range(WARM_UPS):
                 grid.threads = self.threads  # Not decided by the very first.
-                seconds = self._train(grid, first)
-                speeds.append(self._work_of(first) / seconds)
+                seconds = self._train(grid, first, over)
+                speed = max(speed, self._work_of(first) / seconds)
                 if seconds > LONG or grid.plan != plan:
                     break
-            count = at_once = min(grid.threads or 1, len(lists))
+            threads = min(grid.threads or 1, len(lists))
+            count = threads
             if plan.chunk == 1:  # So many that what a call takes shows little.
                 count *= max(1, min(SEQUENTIAL, int(ENOUGH / seconds)))
             nodes = self._in_the_middle(lists, count)
-            spent, measured = 0.0, list[float]()
             while spent < ENOUGH and grid.plan == plan:
-                seconds = self._train(grid, nodes)
-                spent += seconds
-                measured.append(self._work_of(nodes) / seconds)
-            speeds = measured or speeds
+                seconds = self._train(grid, nodes, over)
+                speed = self._work_of(nodes) / seconds if not spent else speed
+                speed = max(speed, self._work_of(nodes) / seconds)
+                spent, at_once = spent + seconds, threads
         except _Failed:
-            if len(speeds) == 1:
+            if not speed:
                 raise
-            at_once = 1
         # The last lists of a round may leave some of the threads or workers idle.
         workers = self.workers.get(device, grid.threads or 1)
         turns = -(-len(lists) // workers)
-        return round(float(max(speeds)) * len(lists) / (turns * at_once), 3)
+        return round(speed * len(lists) / (turns * at_once), 3)
 
-    def _train(self, grid: LocalGrid, nodes: Sequence[int]) -> float:
+    def _train(
+        self, grid: LocalGrid, nodes: Sequence[int], over: threading.Event
+    ) -> float:
         """Let some clients train; return how long they took."""
         began = time.perf_counter()
         replies = grid.send_and_receive(self._sent(nodes))
-        assert isinstance(replies, Replies)
-        for reply in replies.plain or ():
-            if reply.error is not None:
-                raise _Failed(reply.error.split("\n", 1)[0])
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        if isinstance(replies, Replies) and replies.plain is not None:
+            errors = [r.error for r in replies.plain if r.error is not None]
+        else:
+            errors = [_flower.reason_of(r.error) for r in replies if r.has_error()]
+        if errors and (over.is_set() or len(errors) == len(nodes)):
+            raise _Failed(errors[0].split("\n", 1)[0])
+        return seconds
 
     def _sent(self, nodes: Sequence[int]) -> Cohort:
         return Cohort(self._content, nodes, MessageType.TRAIN)
@@ -214,7 +220,7 @@ class Meter:
 
 
 class _Failed(Exception):
-    """A client failed, or was cut off."""
+    """All clients failed, or they were cut off."""
 
 
 @contextmanager

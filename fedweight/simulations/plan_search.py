@@ -29,7 +29,7 @@ RUNS, OF_A_SIZE = 4, 0.15
 # the seconds; and while one is looked at more closely, others are left that share.
 FIRST_SHARE, RESERVE = 0.3, 0.4
 
-# On a card, if time is left, so many sizes are tried between those that were.
+# On a card, if much time is left, so many sizes are tried between those that were.
 PROBES = 3
 
 Measure = Callable[[str, Plan, float], Measured]
@@ -80,11 +80,11 @@ class Search:
     def best(self) -> tuple[str, Plan]:
         """Measure, and return the fastest device and plan."""
         several = [device for device, plans in self.plans.items() if plans[1:]]
-        left = len(self.plans)
-        for device, plans in self.plans.items():
-            share = FIRST_SHARE if several and left + len(several) > 2 else 1 / left
+        alone = len(self.plans) == 1
+        for number, (device, plans) in enumerate(self.plans.items()):
+            share = 1 / (len(self.plans) - number)
+            share = FIRST_SHARE if several and not alone else share
             self._try(device, plans[0], 1 - share)
-            left -= 1
         while several:
             device = several.pop(0)
             others = any(self._may_win(other) for other in several)
@@ -143,7 +143,7 @@ class Search:
         below, plans_between = max(gaps.items(), key=lambda gap: len(gap[1]))
         if plans_between:
             plan = plans_between[len(plans_between) // 2]
-            if self._cost(plan, known[below]) <= self.left * (1 - reserve):
+            if self._cost(plan, known[below]) <= self.left * (1 - reserve) / 2:
                 self._try(device, plan, reserve)
 
     def _cost(self, plan: Plan, last: Measured) -> float:

@@ -324,9 +324,11 @@ def resume(
     _check_weights(before, configuration)
     checkpoint = read_checkpoint(before.folder, configuration)
     components = prepare(configuration)
+    engine = table_of(before.environment, "engine")
+    if configuration["engine"]["device"] == "auto":  # There may be a card by now.
+        components.device = str(engine.get("device", components.device))
     made = make_ready(components, callbacks=own_callbacks)
     # How clients train, if the device had no room for as many as were to.
-    engine = table_of(before.environment, "engine")
     plan = Plan.parse(str(engine.get("plan", configuration["engine"]["plan"])))
     return _simulated(
         components,

@@ -111,6 +111,14 @@ def test_a_cpu_that_cannot_win_is_cut_off_early():
     assert machine.clock <= 1.0
 
 
+@pytest.mark.parametrize("model", [DENSE, torch.nn.Conv2d(1, 1, 3)])
+def test_the_loop_of_a_cpu_takes_no_time_from_a_card(model):
+    speeds = {"cuda": card, "cpu": lambda chunk: 0.2}
+    _, plan, machine, _ = chosen(speeds, 100, model=model)
+    assert plan == Plan(100)
+    assert machine.clock <= 1.0
+
+
 def test_a_cpu_stops_growing_once_it_does_not_get_faster():
     _, plan, machine, _ = chosen({"cpu": cpu}, 10_000, updates=10**7)
     assert [chunk for _, chunk in machine.tried] == [1, 10, 20]
@@ -420,6 +428,31 @@ def test_tracing_is_over_before_the_measurement_begins(kit, monkeypatch):
     meter_of((app, arrays))("cpu", Plan(2), 60.0)
     assert len(traced) >= 2
     assert max(traced) <= measuring.WARM_UPS < len(sent)
+
+
+@pytest.mark.gpu
+def test_on_a_real_card_both_devices_are_measured_within_a_second(kit, tmp_path):
+    app, arrays = kit
+    apps = {
+        device: TrainingApp(app.model, app.data, num_classes=2, device=device)
+        for device in ("cuda", "cpu")
+    }
+    choice = planner.choose_plan(
+        apps.__getitem__,
+        arrays,
+        {device: plans_for(device, DENSE, 400) for device in apps},
+        clients=range(400),
+        num_clients=400,
+        cohort=400,
+        rounds=10,
+        about={},
+        cache=tmp_path / "plans.json",
+    )
+    measured = [r for r in choice.why["measured"] if r["updates_per_second"]]
+    assert {row["device"] for row in measured} == {"cuda", "cpu"}
+    assert choice.why["seconds"] <= 1.5  # To trace a step cannot be cut off.
+    of_card = [row for row in measured if row["device"] == "cuda"]
+    assert of_card[-1]["updates_per_second"] > 2 * of_card[0]["updates_per_second"]
 
 
 @pytest.mark.parametrize(("text", "plan"), [("loop", Plan(1)), ("batched-7", Plan(7))])

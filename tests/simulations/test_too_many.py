@@ -173,3 +173,43 @@ def test_rays_workers_halve_as_well_and_give_the_same(caplog):
             assert [round_of(grid, summed) for _ in range(2)] == rounds
         assert grid.plan == Plan(2)
     assert len(told(caplog)) == 1
+
+
+@pytest.mark.gpu
+def test_a_real_card_without_room_trains_half_as_many_and_the_same(caplog):
+    def wide():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Linear(4, 40_000), torch.nn.Linear(40_000, 2)
+        )
+
+    def rows(device, plan):
+        settings = TrainingSettings(batch_size=3, learning_rate=0.1)
+        app = TrainingApp(wide, data, num_classes=2, settings=settings, device=device)
+        arrays = FlatRecord(FlatModule(wide()).save())
+        content = RecordDict({keys.ARRAYS: arrays, keys.CONFIG: ConfigRecord()})
+        nodes = [FIRST_NODE + client for client in range(CLIENTS)]
+        grid = LocalGrid(app, CLIENTS, plan=plan)
+        with _flower.task_identity(run_id=0):
+            for _ in range(2):
+                replies = grid.send_and_receive(
+                    Cohort(content, nodes, MessageType.TRAIN)
+                )
+        assert all(reply.error is None for reply in replies.plain)
+        models = [reply.model.parameters for reply in replies.plain]
+        app.let_go()
+        return grid.plan, torch.stack(models)
+
+    _, expected = rows("cpu", Plan())
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    taken = torch.cuda.memory_reserved()
+    try:
+        # A client has 1.1 MB of parameters, and needs some times that.
+        torch.cuda.set_per_process_memory_fraction((taken + 48e6) / total)
+        plan, found = rows("cuda", Plan(13))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= plan.chunk < 13
+    assert sum("is too many clients at once" in line for line in told(caplog)) == 1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

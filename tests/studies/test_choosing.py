@@ -188,6 +188,9 @@ def test_a_run_that_goes_on_trains_as_it_had_to(
     (tmp_path / "cache" / "fedweight" / "plans.json").unlink()
     with pytest.raises(KeyboardInterrupt):
         run("stopped", stop)
+    # It goes on where it was, though there seems to be a card by now.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Stand-in")
     resumed = resume(tmp_path / "stopped", report=False, progress=False)
     assert same(whole, resumed)
     assert environment(resumed) == environment(whole)
