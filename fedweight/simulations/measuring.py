@@ -171,8 +171,8 @@ class Meter:
             nodes = self._in_the_middle(lists, count)
             while spent < ENOUGH and grid.plan == plan:
                 seconds = self._train(grid, nodes, over)
-                speed = self._work_of(nodes) / seconds if not spent else speed
-                speed = max(speed, self._work_of(nodes) / seconds)
+                one = self._work_of(nodes) / seconds
+                speed = max(speed, one) if spent else one
                 spent, at_once = spent + seconds, threads
         except _Failed:
             if not speed:

@@ -384,6 +384,19 @@ def test_a_client_that_fails_says_why(kit):
     assert "the disk is gone" in found.note
 
 
+def test_one_client_that_fails_does_not_decide(kit):
+    app, arrays = kit
+
+    def data(context):
+        if context.node_config["partition-id"] == 21:
+            raise OSError("the disk is gone")
+        return app.data(context)
+
+    broken = TrainingApp(app.model, data, num_classes=2)
+    meter = meter_of((broken, arrays))
+    assert meter("cpu", Plan(40), 30.0).updates_per_second > 0
+
+
 def test_no_room_in_a_real_measurement_says_what_fits(kit, monkeypatch, caplog):
     really = batched.BatchedTrainer.train
 
