@@ -1,271 +1,407 @@
-"""What bounds the training of many clients at once on a GPU.
+"""All that is to be known of a GPU, by one command in a few minutes.
 
-    python benchmarks/gpu.py --json benchmarks/results/gpu.json
+    python benchmarks/gpu.py --json benchmarks/results/gpu-DATE.json
+    python benchmarks/gpu.py --device cpu --small --json rows.json    # to try it
 
-For so many clients at once, with the models left on the device and summed there: client
-updates a second, agreement with training one by one on the CPU, and how far that is
-from what the card can do. Whole rounds, and what others need for them, are measured by
-``throughput.py --device cuda``. See README.md.
+Each row is measured by a process of its own and written as soon as it is there, the
+most important first. See README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
+import os
+import re
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from engines import results
-from engines.job import MODELS, name_of
-from engines.work import BATCH, CLASSES, INPUT_SHAPES, LEARNING_RATE, SAMPLES
-from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from engines import BENCHMARKS, environments, results
+from engines.cases import Case, all_cases, small
+from engines.page import section
+from engines.processes import EngineFailedError, EngineProcess
+from engines.turns import TOLERANCE, Turn, difference
+from engines.work import Work
 
-from fedweight.clients import TrainingSettings
-from fedweight.clients.objectives import Plain
-from fedweight.clients.steps.batched import BatchedTrainer
-from fedweight.clients.steps.loop import train
-from fedweight.clients.steps.task import Task
-from fedweight.core.module import FlatModule
-from fedweight.core.rng import Purpose, keys
-from fedweight.data import Examples
-
-STEPS = SAMPLES // BATCH
-SETTINGS = TrainingSettings(batch_size=BATCH, learning_rate=LEARNING_RATE)
-
-# So many clients are compared with training one by one, and so many have data of
-# their own; more clients begin again with the first one's.
-COMPARED, CLIENTS = 8, 1024
+ROOT = BENCHMARKS.parent
 
 COLUMNS = (
-    "work",
-    "chunk",
+    "row",
     "updates_per_second",
+    "seconds",
     "difference",
+    "card_mb",
+    "host_us",
     "launches_per_step",
-    "over_launches",
-    "over_memory",
-    "over_arithmetic",
+    "plan",
     "note",
 )
 
+# Rows whose notes begin so are measured again where the file is gone on with.
+AGAIN = ("failed", "not measured")
 
-@dataclass(frozen=True)
-class Card:
-    """What a card does in a second.
+# A longer round may have millions of launches, which take long to count.
+PROFILED = 0.3
 
-    Attributes
+# A row is not begun where less than so many seconds are left.
+LEAST = 5.0
+
+# Between these lines of the README stands what was measured.
+BEGIN, END = "<!-- by benchmarks/gpu.py -->", "<!-- end of gpu.py -->"
+
+
+class Memory:
+    """The card's memory while something runs on it, by ``nvidia-smi``; Linux only."""
+
+    def __init__(self, device: str) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        number = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+        if device != "cpu":
+            with contextlib.suppress(OSError):
+                self._process = subprocess.Popen(
+                    f"nvidia-smi -i {number} -lms 200 --query-gpu=memory.used "
+                    "--format=csv,noheader,nounits".split(),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+
+    def end(self) -> float | None:
+        """Return by how many MB the most was above the first; None if unknown."""
+        if self._process is None:
+            return None
+        self._process.terminate()
+        lines, _ = self._process.communicate()
+        # The last line may be cut off.
+        seen = [float(n) for n in lines.split("\n")[:-1] if n.strip().isdigit()]
+        return (max(seen) - seen[0]) * 2**20 / 1e6 if seen else None
+
+
+class Measuring:
+    """Measures cases one after another; the next one's process imports meanwhile.
+
+    Parameters
     ----------
-    launches : float
-        Operations on a single number, one after another in a CUDA graph.
-    bytes : float
-        Read and written by copying 1 GiB.
-    operations : float
-        Floating-point operations of a large float32 matrix product.
+    device : {"cuda", "cpu"}
+        Where clients train.
+    content : dict
+        What the file holds; rows are added, and the card's speeds.
+    file : Path
+        Is written whole after every row. What failed is told at length in a file of the
+        same name that ends in ``.log``.
+    seconds : float
+        How long a speed is measured.
+    small : bool
+        Whether the quick start has one round instead of ten.
+    folder : Path
+        For the works' files.
     """
 
-    launches: float
-    bytes: float
-    operations: float
+    def __init__(
+        self,
+        device: str,
+        content: dict[str, Any],
+        file: Path,
+        seconds: float,
+        small: bool,
+        folder: Path,
+    ) -> None:
+        self.device, self.content, self.file = device, content, file
+        self.seconds, self.small, self.folder = seconds, small, folder
+        self._written: dict[str, Path] = {}
 
-    @classmethod
-    def measured(cls, seconds: float) -> Card:
-        """Measure the CUDA device, about so many seconds for each figure."""
-        one = torch.zeros(1, device="cuda")
-        source = torch.zeros(1 << 28, device="cuda")
-        target = torch.empty_like(source)
-        n = 8192
-        a, b, c = (torch.randn(n, n, device="cuda") for _ in range(3))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(1000):
-                one.add_(1)
-        launches = 1000 * rate(graph.replay, seconds)
-        copies = rate(lambda: target.copy_(source), seconds, block=10)
-        products = rate(lambda: torch.mm(a, b, out=c), seconds, block=10)
-        return cls(launches, 2 * source.nbytes * copies, 2 * n**3 * products)
+    def measure(self, cases: Sequence[Case], minutes: float) -> None:
+        """Measure what there is time for, in this order; say what is left out."""
+        end = time.perf_counter() + 60 * minutes
+        waiting: EngineProcess | str | None = None
+        for case, following in zip(cases, [*cases[1:], None], strict=True):
+            process, waiting = waiting, None
+            left = end - time.perf_counter()
+            row = case.row()
+            if left < LEAST:
+                row["note"] = f"not measured: {minutes:g} minutes were over"
+                if isinstance(process, EngineProcess):
+                    process.close()
+            elif case.kind == "tests":
+                self._test(row, min(left, case.limit))
+            else:
+                process = process or self._start(case)
+                # The quick start counts from its first moment on: nothing beside it.
+                if (
+                    following
+                    and case.kind != "quick start"
+                    and following.kind != "tests"
+                ):
+                    waiting = self._start(following)
+                if isinstance(process, str):
+                    row["note"] = process
+                else:
+                    deadline = time.perf_counter() + min(left, case.limit)
+                    self._take(case, row, process, deadline)
+            self._keep(row)
+
+    def _start(self, case: Case) -> EngineProcess | str:
+        """Start a case's process, which waits once it has imported; or say why not."""
+        device = self.device if case.device == "card" else case.device
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        # Of its own, so that what an earlier row measured is not known.
+        cache = {"XDG_CACHE_HOME": str(place)}
+        if case.kind == "card":
+            return EngineProcess(sys.executable, "card", place, device)
+        if case.kind == "trainer":
+            told = (case.work[0], case.work[1:], device)
+            return EngineProcess(sys.executable, "trainer", place, *told)
+        if case.kind == "quick start":
+            told = (case.work, "1" if self.small else "10", device, case.plan)
+            return EngineProcess(
+                *(sys.executable, "quickstart", place, *told), environment=cache
+            )
+        try:
+            # As on a card, also where this is tried on a CPU: nothing is installed.
+            python = environments.python_of(case.engine, "cuda")
+        except environments.NotInstalledError as error:
+            return str(error)
+        if case.work not in self._written:
+            self._written[case.work] = Path(tempfile.mkdtemp(dir=self.folder))
+            try:
+                Work.parse(case.work).write(self._written[case.work])
+            except subprocess.CalledProcessError:
+                return "failed: the work could not be written"
+        for name in ("x.npy", "y.npy", "orders.npy", "start.pt"):
+            (place / name).symlink_to(self._written[case.work] / name)
+        Work.parse(case.work).tell(
+            place, case.workers or os.cpu_count() or 1, case.plan, device, case.strategy
+        )
+        return EngineProcess(python, case.engine, place, environment=cache)
+
+    def _take(
+        self, case: Case, row: results.Row, process: EngineProcess, deadline: float
+    ) -> None:
+        """Fill a row as far as the process comes."""
+        turn, facts = Turn(), {}
+        file = self.folder / f"{case.name}.npy"
+        memory = Memory(self.device)
+        process.deadline = deadline
+        process.started = time.perf_counter()
+        try:
+            with process:
+                try:
+                    if case.kind in ("card", "quick start"):
+                        row["seconds"] = process.run(1)
+                        row["version"] = process.version
+                        if case.kind == "quick start":
+                            process.weights(file)
+                    else:
+                        turn.take(process, file, self.seconds)
+                        facts = process.facts()
+                        if case.kind == "trainer" or (
+                            case.engine == "local" and turn.round < PROFILED
+                        ):
+                            process.profile()
+                    facts = process.facts()
+                except EngineFailedError:
+                    self._log(case.name, process.errors())
+                    raise
+        except EngineFailedError as error:
+            row["note"] = f"failed: {error}"
+        finally:
+            row["card_mb"] = memory.end()
+        if case.kind == "card" and row["note"]:
+            sys.exit(row["note"].removeprefix("failed: "))  # And nothing is measured.
+        if case.kind == "card":
+            self.content |= facts
+        elif case.kind != "quick start":
+            row |= self._speeds(case, turn, facts)
+        row |= {n: facts[n] for n in ("plan", "chunk", "difference") if n in facts}
+        told = int(case.work[1:]) if case.kind == "trainer" else 0
+        if facts.get("chunk", told) < told and not row["note"]:
+            row["note"] = f"{facts['chunk']} at once: {told} were too many"
+
+    def _speeds(
+        self, case: Case, turn: Turn, facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return what a turn says, as far as it came."""
+        if math.isnan(turn.startup):
+            return {}
+        found: dict[str, Any] = {"version": turn.version, "startup_s": turn.startup}
+        if math.isnan(turn.round) or (case.kind == "trainer" and not facts):
+            return found
+        updates = facts.get("chunk") or Work.parse(case.work).cohort
+        found |= {"round_s": turn.round, "updates_per_second": updates / turn.round}
+        if facts.get("launches"):
+            found["launches"] = facts["launches"]
+            found["host_us"] = 1e6 * (turn.round - facts["busy_s"]) / updates
+            if "steps" in facts:
+                found["launches_per_step"] = facts["launches"] / facts["steps"]
+        if case.kind == "trainer":
+            found |= over_bounds(self.content.get("card") or {}, turn.round, facts)
+        return found
+
+    def _test(self, row: results.Row, seconds: float) -> None:
+        """Run the tests that need a card for so long, and count."""
+        files = [
+            file
+            for file in ROOT.glob("tests/**/test_*.py")
+            if "mark.gpu" in file.read_text("utf-8")
+        ]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short"]
+        with subprocess.Popen(
+            [*command, "-p", "no:cacheprovider", *map(str, sorted(files))],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                words, _ = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                words, _ = process.communicate()
+                row["note"] = f"failed: not done within {seconds:.0f} s"
+        row |= counts_of(words)
+        if not row["note"] and process.returncode not in (0, 5):  # 5: none is selected.
+            row["note"] = f"failed: pytest ended with status {process.returncode}"
+        if row["note"]:
+            self._log(row["row"], words)
+
+    def _log(self, name: str, words: str) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.with_suffix(".log").open("a", encoding="utf-8") as log:
+            log.write(f"---- {name}\n{words[-20_000:]}\n")
+
+    def _keep(self, row: results.Row) -> None:
+        """Add a row, or put it in the place of an earlier one; write and say it."""
+        rows = [other for other in self.content["rows"] if other["row"] != row["row"]]
+        row["date"] = results.today()
+        self.content["rows"] = [*rows, row]
+        self._compare()
+        about = {name: own for name, own in self.content.items() if name != "rows"}
+        results.write_study(self.content["rows"], self.file, **about)
+        said = [f"{c} {results.text(row[c])}" for c in COLUMNS[1:] if row.get(c)]
+        print(f"{row['row']}: {', '.join(said)}", file=sys.stderr, flush=True)
+
+    def _compare(self) -> None:
+        """Say how far each row's weights are from the plain loop's of the same work."""
+        for row in self.content["rows"]:
+            file = self.folder / f"{row['row']}.npy"
+            base = reference(row, self.content["rows"])
+            if base is None or not file.exists():
+                continue
+            other = self.folder / f"{base}.npy"
+            if other.exists():
+                row["difference"] = difference(np.load(file), np.load(other))
+                row["agrees"] = row["difference"] <= TOLERANCE
 
 
-def rate(call: Callable[[], object], seconds: float, block: int = 1) -> float:
-    """Return how many calls a second finish, ``block`` of them queued at a time."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        for _ in range(block):
-            call()
-        torch.cuda.synchronize()
-        done += block
-    return done / (time.perf_counter() - began)
-
-
-def launches_of(call: Callable[[], object]) -> int:
-    """Return how many kernels and copies a call starts on the device."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in seen.events())
-
-
-def least_bytes(num_parameters: int, example_bytes: int) -> int:
-    """Return the bytes that a client update moves, at the least.
-
-    The weights are written at the start; every step reads them for the logits, and
-    reads and writes them to change them; the sum reads them. Each example is read
-    once. What lies between layers is left out, as it may stay in the card's cache.
-    """
-    return 4 * num_parameters * (3 * STEPS + 2) + SAMPLES * example_bytes
-
-
-def operations_of(work: str) -> int:
-    """Return the floating-point operations of a client update, products only."""
-    module = MODELS[work]()
-    with FlopCounterMode(display=False) as counter:
-        logits = module(torch.zeros(BATCH, *INPUT_SHAPES[work]))
-        F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.int64)).backward()
-    return STEPS * counter.get_total_flops()
+def reference(row: results.Row, rows: Sequence[results.Row]) -> str | None:
+    """Return the row whose weights a row's should be, if there is one."""
+    alike = ("kind", "work", "strategy")
+    for other in rows if row["kind"] in ("rounds", "quick start") else ():
+        if other is row or any(other.get(n) != row.get(n) for n in alike):
+            continue
+        plain = other["engine"] == "floor"
+        if other["kind"] == "quick start" or other["strategy"] != "fedavg":
+            plain = other["device"] == "cpu"
+        if plain:
+            return str(other["row"])
+    return None
 
 
 def over_bounds(
-    card: Card, seconds: float, launches: float, bytes: float, operations: float
+    card: Mapping[str, float], seconds: float, counts: Mapping[str, float]
 ) -> dict[str, float]:
     """Return a time in times of what each count would take the card by itself.
 
-    The smallest of the three names what bounds it.
+    The smallest of the three names what bounds it. What is not known is left out.
     """
+    names = {"launches": "launches", "memory": "bytes", "arithmetic": "operations"}
     return {
-        "over_launches": seconds * card.launches / launches,
-        "over_memory": seconds * card.bytes / bytes,
-        "over_arithmetic": seconds * card.operations / operations,
+        f"over_{name}": seconds * card[of] / counts[of]
+        for name, of in names.items()
+        if card.get(of) and counts.get(of)
     }
 
 
-def make(work: str, device: str) -> FlatModule:
-    """Return a work's model with fixed weights."""
-    torch.manual_seed(0)
-    return FlatModule(MODELS[work](), device)
+def counts_of(words: str) -> dict[str, Any]:
+    """Return how many tests passed, failed and so on, of what ``pytest -v`` said."""
+    said = re.findall(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)\b", words, re.M)
+    counts = Counter(how.lower() for _, how in said)
+    which = sorted({test for test, how in said if how in ("FAILED", "ERROR")})
+    return {**counts, "which_failed": which} if which else dict(counts)
 
 
-def tasks_of(work: str, count: int) -> list[Task]:
-    """Return the first tasks of some clients, whose data are views of one array."""
-    clients = min(count, CLIENTS)
-    rng = np.random.default_rng(0)
-    shape = (clients * SAMPLES, *INPUT_SHAPES[work])
-    x = rng.standard_normal(shape, dtype=np.float32)
-    y = rng.integers(0, CLASSES, len(x))
-    orders = keys(0, Purpose.SHUFFLE, 1, range(count))
-    starts = [k % clients * SAMPLES for k in range(count)]
-    parts = [slice(start, start + SAMPLES) for start in starts]
-    return [
-        Task(Examples(x[part], y[part]), 1, int(order))
-        for part, order in zip(parts, orders, strict=True)
-    ]
-
-
-def alone(work: str, tasks: Sequence[Task]) -> list[Tensor]:
-    """Return the parameters of clients that train one by one on the CPU."""
-    module = make(work, "cpu")
-    start = module.save()
-    return [
-        train(
-            module, start, task, Plain(), SETTINGS, learning_rate=LEARNING_RATE
-        ).model.parameters
-        for task in tasks
-    ]
-
-
-def at_once(work: str, tasks: Sequence[Task], device: str) -> Callable[[], Tensor]:
-    """Return what trains the clients at once, adds them up, and returns ``[C, P]``."""
-    module = make(work, device)
-    trainer = BatchedTrainer(module, Plain(), SETTINGS)
-    start = module.save()
-    total = torch.zeros_like(module.parameters)
-    weights = torch.full((len(tasks),), 1 / len(tasks), device=device)
-
-    def update() -> Tensor:
-        rows = trainer.train_rows(start, tasks, learning_rate=LEARNING_RATE).rows
-        torch.mv(rows.T, weights, out=total)
-        return rows
-
-    return update
-
-
-def difference(rows: Tensor, expected: Sequence[Tensor]) -> float:
-    """Return the largest difference of a client's row, relative to what is expected.
-
-    Rows beyond the expected ones are left out; what is not a number counts as 1e9.
-    """
-    worst = 0.0
-    for row, alike in zip(rows.cpu(), expected, strict=False):
-        relative = float((row - alike).abs().max() / alike.abs().max())
-        worst = max(worst, relative if math.isfinite(relative) else 1e9)
-    return worst
-
-
-def measure(
-    work: str,
-    tasks: Sequence[Task],
-    expected: Sequence[Tensor],
-    card: Card,
-    seconds: float,
-) -> results.Row:
-    """Return the row of one work and number of clients at once."""
-    chunk = len(tasks)
-    row: results.Row = dict.fromkeys(COLUMNS)
-    row |= {"work": work, "chunk": chunk, "note": ""}
-    parameters = len(expected[0])
-    moved = chunk * least_bytes(parameters, tasks[0].examples.x[0].nbytes)
-    try:
-        update = at_once(work, tasks, "cuda")
-        row["difference"] = difference(update(), expected)
-        a_second = rate(update, seconds)
-        launches = launches_of(update)
-    except torch.cuda.OutOfMemoryError as error:
-        return {**row, "note": str(error).split(".")[0]}
-    row["updates_per_second"] = chunk * a_second
-    row["launches_per_step"] = launches / STEPS
-    operations = chunk * operations_of(work)
-    return row | over_bounds(card, 1 / a_second, launches, moved, operations)
+def write_readme(content: Mapping[str, Any], file: Path) -> None:
+    """Put what was measured into the README, between its two marks."""
+    before, rest = file.read_text("utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    text = "\n".join([before + BEGIN, "", *section(content), "", END + after])
+    file.write_text(text, "utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", nargs="+", default=["S", "M"], choices=MODELS)
-    parser.add_argument("--chunks", nargs="+", type=int, default=[64, 256, 1024, 4096])
-    parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="default: results/gpu-DATE.json"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        default=results.RESULTS / f"gpu-{results.today()}.json",
+        help="the rows' file (default: results/gpu-DATE.json); what it has is not "
+        "measured again, but for what failed",
     )
-    options = parser.parse_args(arguments)
-    device = name_of("cuda")
-    card = Card.measured(min(options.seconds, 1.0))
-    print(
-        f"{device}: {card.launches:.4g} launches, {card.bytes / 1e9:.4g} GB and "
-        f"{card.operations / 1e9:.4g} GFLOP a second",
-        flush=True,
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="then the rest is left out"
     )
-    rows: list[results.Row] = []
-    for work in options.work:
-        tasks = tasks_of(work, max(options.chunks))
-        expected = alone(work, tasks[:COMPARED])
-        for chunk in options.chunks:
-            print(f"{work}: {chunk} at once ...", file=sys.stderr, flush=True)
-            row = measure(work, tasks[:chunk], expected, card, options.seconds)
-            rows.append({**row, "device": device, "card": asdict(card)})
-    rows = results.stamp(rows)
-    results.show(rows, COLUMNS)
-    print(f"written to {results.write(rows, 'gpu', options.json)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help="rows with one of these in their names, such as trainer or 'rounds, S100'",
+    )
+    parser.add_argument("--list", action="store_true", help="the rows, and do nothing")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument(
+        "--small", action="store_true", help="with so little work that it can be tried"
+    )
+    parser.add_argument("--seconds", type=float, help="of each speed (default: 1)")
+    parser.add_argument(
+        "--readme", action="store_true", help="measure nothing: write the README's part"
+    )
+    given = parser.parse_args(arguments)
+    content: dict[str, Any] = {"rows": []}
+    if given.json.is_file():
+        content = json.loads(given.json.read_text("utf-8"))
+    if given.readme:
+        write_readme(content, ROOT / "README.md")
+        return
+    cases = [small(case) if given.small else case for case in all_cases()]
+    card, *others = cases
+    if given.only:
+        others = [c for c in others if any(word in c.name for word in given.only)]
+    done = {row["row"] for row in content["rows"] if not row["note"].startswith(AGAIN)}
+    others = [case for case in others if case.name not in done]
+    if given.list:
+        print(*(case.name for case in others), sep="\n")
+        return
+    seconds = given.seconds or (0.05 if given.small else 1.0)
+    with tempfile.TemporaryDirectory(prefix="fedweight-benchmark-") as name:
+        measuring = Measuring(
+            *(given.device, content, given.json, seconds, given.small, Path(name))
+        )
+        measuring.measure([card, *others], given.minutes)
+    results.show(content["rows"], COLUMNS)
+    print(f"written to {given.json}")
 
 
 if __name__ == "__main__":

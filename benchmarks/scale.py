@@ -149,7 +149,9 @@ def main(arguments: list[str] | None = None) -> None:
     measured: dict[Point, Measurements] = defaultdict(Measurements)
     with tempfile.TemporaryDirectory(prefix="fedweight-benchmark-") as name:
         folder = Path(name)
-        Work(options.model, POOL).write(folder, workers=1)
+        work = Work(options.model, POOL)
+        work.write(folder)
+        work.tell(folder, workers=1)
         for turn in range(options.repetitions):
             for point in dict.fromkeys(points):
                 print(

@@ -39,7 +39,8 @@ def measure(
     sizes: dict[str, list[float]] = {engine: [] for engine in engines}
     with tempfile.TemporaryDirectory(prefix="fedweight-benchmark-") as name:
         folder = Path(name)
-        work.write(folder, workers)
+        work.write(folder)
+        work.tell(folder, workers)
         for _ in range(repetitions):
             for engine, row in rows.items():
                 if row["note"]:

@@ -14,18 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from engines import environments, results
 from engines.processes import EngineFailedError, EngineProcess
+from engines.turns import TOLERANCE, Turn, difference
 from engines.work import Work
-
-TOLERANCE = 1e-4
 
 COLUMNS = (
     "work",
@@ -39,32 +34,13 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What one engine did in one turn."""
-
-    rate: float
-    startup: float
-    pss: float | None
-    weights: npt.NDArray[np.float32]
-    version: str
-
-
-def take_turn(
-    engine: str, python: str, work: Work, folder: Path, seconds: float
-) -> Turn:
-    """Start an engine, warm it up, measure it, let it quit."""
+def take_turn(engine: str, python: str, folder: Path, seconds: float) -> Turn:
+    """Start an engine, warm it up, measure it, weigh it, let it quit."""
+    turn = Turn()
     with EngineProcess(python, engine, folder) as process:
-        process.run(1)
-        startup = time.perf_counter() - process.started
-        once = process.run(1)
-        file = folder / "weights.npy"
-        process.weights(file)
-        weights = np.load(file)
-        rounds = max(1, round(seconds / once))
-        rate = rounds * work.cohort / process.run(rounds)
-        _, pss = process.run_weighed(math.ceil(min(seconds, 1.0) / once))
-        return Turn(rate, startup, pss, weights, process.version)
+        turn.take(process, folder / "weights.npy", seconds)
+        _, turn.pss = process.run_weighed(math.ceil(min(seconds, 1.0) / turn.round))
+    return turn
 
 
 def measure(
@@ -80,30 +56,28 @@ def measure(
     notes: dict[str, str] = {}
     pythons: dict[str, str] = {}
     for engine in engines:
-        if device != "cpu" and engine in environments.PEERS:
-            notes[engine] = "measured on CPUs only"
-            continue
         try:
-            pythons[engine] = environments.python_of(engine)
+            pythons[engine] = environments.python_of(engine, device)
         except environments.NotInstalledError as error:
             notes[engine] = str(error)
     turns: dict[str, list[Turn]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="fedweight-benchmark-") as name:
         folder = Path(name)
-        name_of_device = work.write(folder, workers, plan, device)
+        name_of_device = work.write(folder, device)
+        work.tell(folder, workers, plan, device)
         for repetition in range(repetitions):
             for engine, python in pythons.items():
                 if engine in notes:
                     continue
                 try:
-                    turn = take_turn(engine, python, work, folder, seconds)
+                    turn = take_turn(engine, python, folder, seconds)
                 except EngineFailedError as error:
                     notes[engine] = f"failed: {error}"
                     continue
                 turns[engine].append(turn)
                 print(
                     f"{work.name} turn {repetition + 1}: {engine}: "
-                    f"{turn.rate:.4g} updates/s",
+                    f"{work.cohort / turn.round:.4g} updates/s",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -118,6 +92,7 @@ def row_of(
     work: Work, engine: str, turns: list[Turn], floor: list[Turn], note: str
 ) -> results.Row:
     """Return an engine's row; what was not measured is None."""
+    rates = [work.cohort / turn.round for turn in turns]
     row: results.Row = {
         "work": work.name,
         "engine": engine,
@@ -128,32 +103,21 @@ def row_of(
         "startup_s": None,
         "agrees": None,
         "difference": None,
-        "measurements": [turn.rate for turn in turns],
+        "measurements": rates,
         "note": note,
     }
     if turns:
-        row["updates_per_second"] = statistics.median(t.rate for t in turns)
+        row["updates_per_second"] = statistics.median(rates)
         row["startup_s"] = statistics.median(t.startup for t in turns)
         sizes = [t.pss for t in turns if t.pss is not None]
         row["pss_mb"] = statistics.median(sizes) if sizes else None
     if turns and floor:
-        rate = statistics.median(t.rate for t in floor)
+        rate = work.cohort / statistics.median(t.round for t in floor)
         row["ratio_to_floor"] = row["updates_per_second"] / rate
         expected = floor[0].weights
         row["difference"] = max(difference(t.weights, expected) for t in turns)
         row["agrees"] = row["difference"] <= TOLERANCE
     return row
-
-
-def difference(
-    weights: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]
-) -> float:
-    """Return ``|weights - expected| / |expected|``; 1e9 if one is not a number."""
-    if weights.shape != expected.shape:
-        return 1e9
-    distance = np.linalg.norm(weights.astype(np.float64) - expected)
-    relative = float(distance / np.linalg.norm(expected.astype(np.float64)))
-    return relative if math.isfinite(relative) else 1e9
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -193,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--device",
         default="cpu",
         choices=["cpu", "cuda"],
-        help="where clients train; floor, local, ray and flwr can use one GPU",
+        help=f"where clients train; one GPU: {', '.join(environments.USE_A_GPU)}",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="default: results/throughput-DATE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,7 +18,11 @@ TORCH = "torch==2.13.0"
 # newest, which peers ask for, would exchange PyTorch for a build with CUDA, gigabytes.
 FIXED = (TORCH, "torchvision==0.28.0")
 
-ENGINES = ("floor", "local", "ray", "flwr", "pfl", "blazefl", "fedlab", "fluke")
+ENGINES = ("floor", "local", "ray", "flwr", "jax", "pfl", "blazefl", "fedlab", "fluke")
+
+# These can use a GPU. There peers run beside fedweight, with its PyTorch, where they
+# are installed already.
+USE_A_GPU = ("floor", "local", "ray", "flwr", "jax", "pfl")
 
 
 class NotInstalledError(Exception):
@@ -49,6 +54,7 @@ class Peer:
 
 # The others run in the environment of fedweight, which has Flower and Ray.
 PEERS = {
+    "jax": Peer("jax==0.10.2"),
     "pfl": Peer("pfl==0.6.0", newest=(3, 12)),
     "blazefl": Peer("blazefl[contrib,reproducibility]==3.0.0", python=(3, 14)),
     "fedlab": Peer("fedlab==1.3.0"),
@@ -56,16 +62,20 @@ PEERS = {
 }
 
 
-def python_of(engine: str) -> str:
+def python_of(engine: str, device: str = "cpu") -> str:
     """Return the Python that runs an engine, after installing the engine there.
 
     Raises
     ------
     NotInstalledError
-        If that cannot be done.
+        If that cannot be done, or the engine cannot use the device.
     """
     peer = PEERS.get(engine)
-    if peer is None:
+    if device != "cpu" and engine not in USE_A_GPU:
+        raise NotInstalledError("measured on CPUs only")
+    if device != "cpu" and peer and importlib.util.find_spec(engine) is None:
+        raise NotInstalledError(f"no {engine} here: pip install {peer.requirement}")
+    if device != "cpu" or peer is None:
         return sys.executable
     folder = ENVIRONMENTS / engine
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

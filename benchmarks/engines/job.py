@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .work import CLASSES, INPUT_SHAPES, SAMPLES, SEED, Work
+from .card import name_of
+from .work import CLASSES, INPUT_SHAPES, SAMPLES, SEED, TOKENS, Work
 
 # Orders of the examples are written for so many rounds; peers that run longer begin
 # again with the first. Results are compared within them.
 ROUNDS_WITH_ORDERS = 4
+
+# So many clients have examples of their own; further ones have copies, which are
+# quicker to write, and take as much memory.
+DISTINCT = 1024
 
 # On a GPU convolutions would round to TF32, and engines that do the same in another
 # way would not agree. Here, because every process that trains imports this module.
@@ -68,45 +72,56 @@ def _resnet() -> nn.Module:
     return build("resnet18-gn", INPUT_SHAPES["L"], CLASSES)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"S": _mlp, "M": SmallCNN, "L": _resnet}
+def _gru() -> nn.Module:
+    from fedweight.models import build
+
+    return build("char-gru", INPUT_SHAPES["G"], CLASSES, vocabulary=TOKENS)
 
 
-def name_of(device: str) -> str:
-    """Return a device with its card's name; end the program where there is none."""
-    if device == "cpu":
-        return device
-    if not torch.cuda.is_available():
-        sys.exit("There is no CUDA device here: nothing is measured.")
-    return f"{device}, {torch.cuda.get_device_name()}"
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "S": _mlp,
+    "M": SmallCNN,
+    "G": _gru,
+    "L": _resnet,
+}
 
 
-def write(work: Work, folder: Path, workers: int, plan: str, device: str) -> None:
-    """Write a job; see :meth:`engines.work.Work.write`."""
-    rng = np.random.default_rng(SEED)
-    n = work.cohort * SAMPLES
-    shape = (n, *INPUT_SHAPES[work.model])
-    np.save(folder / "x.npy", rng.standard_normal(shape, dtype=np.float32))
-    np.save(folder / "y.npy", rng.integers(0, CLASSES, n))
-    orders = [
-        np.stack([order(round, k) for k in range(work.cohort)])
-        for round in range(1, ROUNDS_WITH_ORDERS + 1)
-    ]
+def draw(
+    rng: np.random.Generator, model: str, n: int
+) -> tuple[npt.NDArray[np.float32 | np.int64], npt.NDArray[np.int64]]:
+    """Return so many examples that say nothing, and their classes."""
+    shape = (n, *INPUT_SHAPES[model])
+    if model == "G":
+        return rng.integers(0, TOKENS, shape), rng.integers(0, CLASSES, n)
+    return rng.standard_normal(shape, dtype=np.float32), rng.integers(0, CLASSES, n)
+
+
+def write(work: Work, folder: Path) -> None:
+    """Write a job's files; see :meth:`engines.work.Work.write`."""
+    distinct = min(work.cohort, DISTINCT) * SAMPLES
+    drawn = draw(np.random.default_rng(SEED), work.model, distinct)
+    for name, part in zip(("x", "y"), drawn, strict=True):
+        shape = (work.cohort * SAMPLES, *part.shape[1:])
+        file = np.lib.format.open_memmap(
+            folder / f"{name}.npy", "w+", dtype=part.dtype, shape=shape
+        )
+        for start in range(0, len(file), distinct):
+            file[start : start + distinct] = part[: len(file) - start]
+    orders = [orders_of(r, work.cohort) for r in range(1, ROUNDS_WITH_ORDERS + 1)]
     np.save(folder / "orders.npy", np.stack(orders))
     torch.manual_seed(SEED)
     torch.save(MODELS[work.model]().state_dict(), folder / "start.pt")
-    job = {**asdict(work), "workers": workers, "plan": plan, "device": device}
-    (folder / "job.json").write_text(json.dumps(job))
 
 
-def order(round: int, client: int) -> npt.NDArray[np.int64]:
-    """Return the order in which fedweight's client meets its examples in a round.
+def orders_of(round: int, clients: int) -> npt.NDArray[np.int64]:
+    """Return the orders in which fedweight's clients meet their examples in a round.
 
-    The one place that knows how fedweight draws it.
+    The one place that knows how fedweight draws them.
     """
     from fedweight.core.rng import Purpose, keys, permutation
 
-    (key,) = keys(SEED, Purpose.SHUFFLE, round, [client])
-    return permutation(key, 0, SAMPLES)
+    drawn = keys(SEED, Purpose.SHUFFLE, round, range(clients))
+    return np.stack([permutation(key, 0, SAMPLES) for key in drawn])
 
 
 class Job:
@@ -122,6 +137,8 @@ class Job:
         How fedweight is to train clients.
     device : str
         Where clients train.
+    strategy : str
+        How fedweight is to weigh them.
     x, y : ndarray
         ``[K * 128, ...]`` and ``[K * 128]``: the clients' examples, one client after
         the other. Mapped from the file, so that processes share them.
@@ -133,6 +150,7 @@ class Job:
         self.workers: int = job.pop("workers")
         self.plan: str = job.pop("plan")
         self.device: str = job.pop("device")
+        self.strategy: str = job.pop("strategy")
         self.work = Work(**job)
         # "c": changes would stay in memory, so PyTorch accepts the arrays.
         self.x = np.asarray(np.load(self.folder / "x.npy", mmap_mode="c"))
@@ -204,6 +222,6 @@ def flat_module(module: nn.Module) -> npt.NDArray[np.float32]:
 
 
 if __name__ == "__main__":
-    name, folder, workers, plan, device = sys.argv[1:]
+    name, folder, device = sys.argv[1:]
     print(name_of(device))  # First: without the device nothing is written.
-    write(Work.parse(name), Path(folder), int(workers), plan, device)
+    write(Work.parse(name), Path(folder))

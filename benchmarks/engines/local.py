@@ -5,6 +5,7 @@ import copy
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,11 @@ from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.engine import make_grid
 from fedweight.simulations.planner import choose_plan, machine, plans_for
+from fedweight.strategies.base import WeightingStrategy
 from fedweight.strategies.fedavg import FedAvg
+from fedweight.strategies.fedce import FedCE
+from fedweight.strategies.fedlaw import FedLAW
+from fedweight.strategies.ida import IDA
 
 from .job import MODELS, flat
 from .work import BATCH, CLASSES, LEARNING_RATE, SAMPLES, SEED
@@ -28,6 +33,15 @@ from .worker import Worker, start
 
 # Of the run for which a plan is chosen: it may take 2% of that.
 ROUNDS = 100
+STRATEGIES: dict[str, type[WeightingStrategy]] = {
+    "fedavg": FedAvg,
+    "fedce": FedCE,
+    "ida": IDA,
+}
+
+# The server's examples, of the first clients', and the held-out ones of a client, of
+# its own: which they are does not matter to the speed.
+PROXY, HELD_OUT = 256, 32
 
 
 def run(
@@ -44,6 +58,7 @@ def run(
     plan: Plan | None = None,
     device: str = "cpu",
     gpu_share: float = 0.0,
+    strategy: str = "fedavg",
 ) -> None:
     """Run rounds as told, with an app, a strategy and a grid as a user makes them.
 
@@ -70,14 +85,16 @@ def run(
         On what they train.
     gpu_share : float
         The share of a card that each of Ray's workers gets.
+    strategy : str
+        How clients are weighed: a name of :data:`STRATEGIES`, or FedLAW's.
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    nothing = Examples(x[:0], y[:0])
+    held_out = HELD_OUT if strategy == "fedce" else 0
 
     def data(context: Context) -> ClientData:
         begin = client_number(context) * SAMPLES % len(y)
-        part = slice(begin, begin + SAMPLES)
-        return ClientData(Examples(x[part], y[part]), nothing)
+        part, held = (slice(begin, begin + n) for n in (SAMPLES, held_out))
+        return ClientData(Examples(x[part], y[part]), Examples(x[held], y[held]))
 
     app = TrainingApp(
         model,
@@ -102,6 +119,18 @@ def run(
             about={"model": str(first), "cohort": cohort, **machine()},
         ).plan
     worker.version += f", {plan}"
+    worker.facts["plan"] = str(plan)
+    made: dict[str, Any] = {
+        "fraction_train": cohort / clients,
+        "min_train_nodes": cohort,
+        "fraction_evaluate": 0.0,
+        "seed": SEED,
+    }
+    if strategy == "fedlaw":
+        proxy = Examples(x[:PROXY], y[:PROXY])
+        weighing: WeightingStrategy = FedLAW(first, proxy, device=device, **made)
+    else:
+        weighing = STRATEGIES[strategy](**made)
     with make_grid(
         app,
         clients,
@@ -110,19 +139,13 @@ def run(
         gpus_per_worker=gpu_share,
         plan=plan,
     ) as grid:
-        run_rounds(worker, grid, record, clients, cohort)
+        run_rounds(worker, grid, record, weighing)
 
 
 def run_rounds(
-    worker: Worker, grid: Grid, first: ArrayRecord, clients: int, cohort: int
+    worker: Worker, grid: Grid, first: ArrayRecord, strategy: WeightingStrategy
 ) -> None:
-    """Let FedAvg run rounds of a cohort of all clients, as long as it has leave."""
-    strategy = FedAvg(
-        fraction_train=cohort / clients,
-        min_train_nodes=cohort,
-        fraction_evaluate=0.0,
-        seed=SEED,
-    )
+    """Let a strategy run rounds as long as it has leave."""
 
     def next_round(round: int, arrays: ArrayRecord) -> None:
         if not worker.next_round(lambda: flat(arrays.to_numpy_ndarrays())):
@@ -152,6 +175,7 @@ def main(engine: str = "local") -> None:
         plan=Plan.parse(job.plan),
         device=job.device,
         gpu_share=job.gpu_share,
+        strategy=job.strategy,
     )
 
 

@@ -16,6 +16,7 @@ from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.engine import make_grid
 from fedweight.simulations.planner import choose_plan, machine, plans_for
+from fedweight.strategies.fedavg import FedAvg
 
 from .job import MODELS
 from .local import ROUNDS, run_rounds
@@ -63,7 +64,13 @@ def main() -> None:
         ).plan
     )
     with make_grid(app, clients, engine="local", plan=plan) as grid:
-        run_rounds(worker, grid, first, clients, cohort)
+        strategy = FedAvg(
+            fraction_train=cohort / clients,
+            min_train_nodes=cohort,
+            fraction_evaluate=0.0,
+            seed=SEED,
+        )
+        run_rounds(worker, grid, first, strategy)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """pfl-research: its simulated backend, one process a core.
 
 pfl is spread over processes by ``torchrun``; the second and further processes are
-started here with the variables that ``torchrun`` would set, so that the first can
-worker. Each uses one thread. No evaluation on clients or on the server but pfl's one
+started here with the variables that ``torchrun`` would set, so that the first can be
+measured. Each uses one thread. No evaluation on clients or on the server but pfl's one
 before the first round.
+
+On a GPU it is one process: pfl gives each a card of its own. The examples lie there
+from the first round on.
 """
 
 import os
@@ -53,7 +56,8 @@ def main() -> None:
         worker, job = None, Job(sys.argv[1])
     else:
         worker, job = start(f"pfl {version('pfl')}")
-    others = _join(job.workers)
+    others = _join(job.workers) if job.device == "cpu" else []
+    os.environ["PFL_PYTORCH_DEVICE"] = job.device
 
     import numpy as np
     import torch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import platform
 import select
@@ -11,8 +13,10 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from . import BENCHMARKS
 
@@ -37,14 +41,26 @@ class EngineProcess:
         Where the work is written.
     *arguments : str
         What else its runner takes.
+    environment : Mapping
+        Variables besides those of this process.
 
     Attributes
     ----------
     started : float
-        ``time.perf_counter()`` just before the process was started.
+        ``time.perf_counter()`` just before the process was started. It imports then,
+        and begins when it is entered (``with``).
+    deadline : float
+        The ``time.perf_counter()`` until which answers are waited for.
     """
 
-    def __init__(self, python: str, engine: str, folder: Path, *arguments: str) -> None:
+    def __init__(
+        self,
+        python: str,
+        engine: str,
+        folder: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         path = [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self.started = time.perf_counter()
@@ -58,6 +74,7 @@ class EngineProcess:
                 "FLWR_DISABLE_UPDATE_CHECK": "1",
                 "RAY_USAGE_STATS_ENABLED": "0",
                 "WANDB_MODE": "disabled",
+                **(environment or {}),
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -65,8 +82,12 @@ class EngineProcess:
             text=True,
         )
         self._version: str | None = None
+        self.deadline = math.inf
+        self._is_late = False
 
     def __enter__(self) -> EngineProcess:
+        with contextlib.suppress(EngineFailedError):  # It is said at the first answer.
+            self._say("begin")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -101,6 +122,17 @@ class EngineProcess:
         peak = max(filter(None, [peak, pss_mb(self.pid)]), default=None)
         return float(self._answer("done")), peak
 
+    def profile(self) -> float:
+        """Let the engine run a round whose work on the card it counts; see facts."""
+        self._say("profile")
+        return float(self._answer("done"))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the engine found out besides its speed."""
+        self._say("facts")
+        found: dict[str, Any] = json.loads(self._answer("facts"))
+        return found
+
     def weights(self, file: Path) -> None:
         """Let the engine write its global weights."""
         self._say(f"weights {file}")
@@ -112,7 +144,7 @@ class EngineProcess:
         with contextlib.suppress(OSError, EngineFailedError):
             self._say("quit")
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=0.1 if self._is_late else 30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -137,21 +169,28 @@ class EngineProcess:
     def _answer(self, expected: str) -> str:
         """Return what follows the expected word."""
         assert self._process.stdout is not None
-        if expected == "done" and self._version is None:
+        if expected != "ready" and self._version is None:
             self._version = self._answer("ready")
-        if not self._has_answer(PATIENCE):
-            raise EngineFailedError(f"no answer within {PATIENCE:g} s")
+        patience = min(PATIENCE, max(self.deadline - time.perf_counter(), 0.0))
+        if not self._has_answer(patience):
+            self._is_late = True
+            raise EngineFailedError(f"no answer within {patience:.3g} s")
         line = self._process.stdout.readline()
         word, _, rest = line.strip().partition(" ")
         if word != expected:
             raise EngineFailedError(self._last_words())
         return rest
 
-    def _last_words(self) -> str:
-        """Return the last line of the engine's errors."""
+    def errors(self) -> str:
+        """Return all that the engine said besides its answers."""
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
+        return self._errors.read().decode(errors="replace")
+
+    def _last_words(self) -> str:
+        """Return the last line of the engine's errors, once it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        said = [line.strip() for line in self.errors().split("\n") if line.strip()]
         return said[-1][:300] if said else "it ended without a word"
 
 

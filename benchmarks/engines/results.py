@@ -39,8 +39,7 @@ def write(rows: Sequence[Row], program: str, file: Path | None) -> Path:
         while file.exists():
             number += 1
             file = RESULTS / f"{name}-{number}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(list(rows), indent=1, allow_nan=False) + "\n")
+    _write(file, json.dumps(list(rows), indent=1, allow_nan=False))
     return file
 
 
@@ -50,9 +49,15 @@ def write_study(rows: Sequence[Row], file: Path, **about: Any) -> None:
     What is not finite is null there: JSON has no NaN.
     """
     content = {"date": today(), "machine": machine(), **about, "rows": list(rows)}
+    _write(file, json.dumps(_finite(content), indent=1, allow_nan=False))
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file whole, or not at all: what was measured so far may be dear."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(content), indent=1, allow_nan=False)
-    file.write_text(text + "\n", "utf-8")
+    aside = file.with_name(f"{file.name}.part")
+    aside.write_text(text + "\n", "utf-8")
+    aside.replace(file)
 
 
 def _finite(content: Any) -> Any:
@@ -67,14 +72,15 @@ def _finite(content: Any) -> Any:
 
 def show(rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Print rows as a table; what was not measured is a dash."""
-    table = [list(columns), *([_text(row.get(c)) for c in columns] for row in rows)]
+    table = [list(columns), *([text(row.get(c)) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     for line in table:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join(cells).rstrip())
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Return a value as in a table."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -6,6 +6,7 @@ share a library's pages, and the memory of an engine would seem smaller.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ BATCH = 32
 LEARNING_RATE = 0.05
 SEED = 0
 
-INPUT_SHAPES = {"S": (1, 28, 28), "M": (1, 28, 28), "L": (3, 32, 32)}
+INPUT_SHAPES = {"S": (1, 28, 28), "M": (1, 28, 28), "G": (80,), "L": (3, 32, 32)}
+TOKENS = 80  # Of the texts of G.
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Work:
 
     Attributes
     ----------
-    model : {"S", "M", "L"}
-        An MLP of 50,890 parameters, a CNN of 582,026, a ResNet-18 of 11.17 million.
+    model : {"S", "M", "G", "L"}
+        An MLP of 50,890 parameters, a CNN of 582,026, a GRU of characters of 58,634, a
+        ResNet-18 of 11.17 million.
     cohort : int
         K, 2 or more; all clients take part in every round.
     """
@@ -53,21 +56,15 @@ class Work:
         """The name that :meth:`parse` reads."""
         return f"{self.model}{self.cohort}"
 
-    def write(
-        self, folder: Path, workers: int, plan: str = "auto", device: str = "cpu"
-    ) -> str:
+    def write(self, folder: Path, device: str = "cpu") -> str:
         """Write data, orders and start to an empty folder, all from a fixed seed.
 
         Parameters
         ----------
         folder : Path
             Where the engines will read it.
-        workers : int
-            How many processes or threads an engine may use.
-        plan : str
-            How fedweight trains clients; see ``engine.plan`` in a simulation's file.
         device : {"cpu", "cuda"}
-            Where clients train.
+            Where clients will train.
 
         Returns
         -------
@@ -80,12 +77,38 @@ class Work:
             If there is no such device, or no room for the files. The reason has been
             printed by then.
         """
-        arguments = [self.name, str(folder), str(workers), plan, device]
         result = subprocess.run(
-            [sys.executable, "-m", "engines.job", *arguments],
+            [sys.executable, "-m", "engines.job", self.name, str(folder), device],
             cwd=BENCHMARKS,
             check=True,
             stdout=subprocess.PIPE,
             text=True,
         )
         return result.stdout.strip()
+
+    def tell(
+        self,
+        folder: Path,
+        workers: int,
+        plan: str = "auto",
+        device: str = "cpu",
+        strategy: str = "fedavg",
+    ) -> None:
+        """Write how the next engine is to do it, beside what :meth:`write` wrote.
+
+        Parameters
+        ----------
+        folder : Path
+            Where the engine will read it.
+        workers : int
+            How many processes or threads an engine may use.
+        plan : str
+            How fedweight trains clients; see ``engine.plan`` in a simulation's file.
+        device : {"cpu", "cuda"}
+            Where clients train.
+        strategy : {"fedavg", "fedlaw", "fedce", "ida"}
+            How fedweight weighs them.
+        """
+        job = {"model": self.model, "cohort": self.cohort, "workers": workers}
+        job |= {"plan": plan, "device": device, "strategy": strategy}
+        (folder / "job.json").write_text(json.dumps(job))
