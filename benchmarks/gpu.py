@@ -196,11 +196,12 @@ class Measuring:
         try:
             with process:
                 try:
-                    if case.kind in ("card", "quick start"):
+                    if case.kind == "card":
+                        process.run(1)
+                    elif case.kind == "quick start":
                         row["seconds"] = process.run(1)
                         row["version"] = process.version
-                        if case.kind == "quick start":
-                            process.weights(file)
+                        process.weights(file)
                     else:
                         turn.take(process, file, self.seconds)
                         facts = process.facts()
@@ -219,6 +220,9 @@ class Measuring:
         if case.kind == "card" and row["note"]:
             sys.exit(row["note"].removeprefix("failed: "))  # And nothing is measured.
         if case.kind == "card":
+            before = self.content.get("device", facts["device"])
+            if before != facts["device"]:
+                sys.exit(f"{self.file} is of {before}, and this is {facts['device']}.")
             self.content |= facts
         elif case.kind != "quick start":
             row |= self._speeds(case, turn, facts)
@@ -289,7 +293,8 @@ class Measuring:
         about = {name: own for name, own in self.content.items() if name != "rows"}
         results.write_study(self.content["rows"], self.file, **about)
         said = [f"{c} {results.text(row[c])}" for c in COLUMNS[1:] if row.get(c)]
-        print(f"{row['row']}: {', '.join(said)}", file=sys.stderr, flush=True)
+        if not row["note"].startswith("not measured"):
+            print(f"{row['row']}: {', '.join(said)}", file=sys.stderr, flush=True)
 
     def _compare(self) -> None:
         """Say how far each row's weights are from the plain loop's of the same work."""
@@ -390,7 +395,10 @@ def main(arguments: list[str] | None = None) -> None:
     if given.only:
         others = [c for c in others if any(word in c.name for word in given.only)]
     done = {row["row"] for row in content["rows"] if not row["note"].startswith(AGAIN)}
-    others = [case for case in others if case.name not in done]
+    left = [case for case in others if case.name not in done]
+    # Their weights are compared with those of rows that may have been measured before.
+    compared = {reference(case.row(), content["rows"]) for case in left}
+    others = [case for case in others if case in left or case.name in compared]
     if given.list:
         print(*(case.name for case in others), sep="\n")
         return
