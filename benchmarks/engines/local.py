@@ -33,6 +33,7 @@ from .worker import Worker, start
 
 # Of the run for which a plan is chosen: it may take 2% of that.
 ROUNDS = 100
+
 STRATEGIES: dict[str, type[WeightingStrategy]] = {
     "fedavg": FedAvg,
     "fedce": FedCE,
