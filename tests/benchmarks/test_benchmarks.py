@@ -68,7 +68,7 @@ def test_throughput_measures_the_floor_and_the_local_grid(tmp_path, run):
         assert all(row["pss_mb"] > 50 for row in rows)
 
 
-def test_host_tells_the_parts_of_a_client_update_apart(tmp_path):
+def test_host_tells_the_parts_of_a_client_update_apart(tmp_path, run):
     arguments = ["--cohorts=30", "--rounds=2", "--examples=4"]
     rows = run("host", *arguments, file=tmp_path / "rows.json")
     assert [(row["device"], row["cohort"]) for row in rows] == [
