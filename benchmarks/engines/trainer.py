@@ -25,6 +25,7 @@ from fedweight.clients.objectives import Plain
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
 from fedweight.clients.steps.task import Task
+from fedweight.core.limits import is_too_large
 from fedweight.core.module import FlatModule
 from fedweight.core.rng import Purpose, keys
 from fedweight.data import Examples
@@ -40,10 +41,6 @@ SETTINGS = TrainingSettings(batch_size=BATCH, learning_rate=LEARNING_RATE)
 # So many clients are compared with training one by one, and so many have data of
 # their own; more clients begin again with the first one's.
 COMPARED, CLIENTS = 8, 1024
-
-# What PyTorch says where fewer clients at once may do: no memory, and indices of more
-# than 32 bits.
-TOO_MANY = ("out of memory", "canUse32BitIndexMath")
 
 
 def least_bytes(num_parameters: int, example_bytes: int) -> int:
@@ -121,13 +118,14 @@ def as_many_as_fit(
     Half as many each time that so many are too many, and at least two.
     """
     while True:
+        update = make(chunk)
         try:
-            update = make(chunk)
             return chunk, update, update()
         except RuntimeError as error:
-            if chunk < 4 or not any(words in str(error) for words in TOO_MANY):
+            if chunk < 4 or not is_too_large(error):
                 raise
         # Outside of the handler, whose traceback held what did not fit.
+        del update
         chunk //= 2
         gc.collect()
         torch.cuda.empty_cache()

@@ -95,19 +95,19 @@ def test_clients_at_once_that_are_too_many_are_halved(in_benchmarks):
     code = (
         "from engines import trainer as t\n"
         "def make(limit, words):\n"
-        "    def of(chunk):\n"
+        "    def update(chunk):\n"
         "        if chunk > limit: raise RuntimeError(words)\n"
-        "        return lambda: chunk\n"
-        "    return of\n"
+        "        return chunk\n"
+        "    return lambda chunk: lambda: update(chunk)\n"
         "too_many = 'Expected canUse32BitIndexMath(input) to be true'\n"
         "print(t.as_many_as_fit(make(300, too_many), 1024)[::2])\n"
         "print(t.as_many_as_fit(make(2, 'CUDA out of memory.'), 4)[::2])\n"
-        "for limit, words in (0, 'out of memory'), (300, 'device-side assert'):\n"
+        "for limit, words in (0, 'CUDA out of memory'), (300, 'device-side assert'):\n"
         "    try: t.as_many_as_fit(make(limit, words), 1024)\n"
         "    except RuntimeError as error: print(error)"
     )
     said = " ".join(in_benchmarks(code))
-    assert said == "(256, 256) (2, 2) out of memory device-side assert"
+    assert said == "(256, 256) (2, 2) CUDA out of memory device-side assert"
 
 
 def test_all_rows_of_a_gpu_can_be_tried_on_a_cpu(tmp_path, run):
