@@ -134,19 +134,17 @@ class Measuring:
                     process.close()
             elif case.kind == "tests":
                 self._test(row, min(left, case.limit))
+            elif case.kind == "plans":
+                self._plan(case, row, min(left, case.limit))
             else:
                 process = process or self._start(case)
                 # The quick start counts from its first moment on: nothing beside it.
-                if (
-                    following
-                    and case.kind != "quick start"
-                    and following.kind != "tests"
-                ):
+                if case.kind != "quick start" and following and following.is_engine:
                     waiting = self._start(following)
                 if isinstance(process, str):
                     row["note"] = process
                 else:
-                    deadline = time.perf_counter() + min(left, case.limit)
+                    deadline = min(end, time.perf_counter() + case.limit)
                     self._take(case, row, process, deadline)
             self._keep(row)
 
@@ -254,30 +252,57 @@ class Measuring:
     def _test(self, row: results.Row, seconds: float) -> None:
         """Run the tests that need a card for so long, and count."""
         files = [
-            file
-            for file in ROOT.glob("tests/**/test_*.py")
+            str(file)
+            for file in sorted(ROOT.glob("tests/**/test_*.py"))
             if "mark.gpu" in file.read_text("utf-8")
         ]
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short"]
-        with subprocess.Popen(
-            [*command, "-p", "no:cacheprovider", *map(str, sorted(files))],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as process:
+        command = ["-m", "pytest", "-m", "gpu", "-v", "--tb=short"]
+        command += ["-p", "no:cacheprovider", *files]
+        row |= counts_of(self._program(row, command, seconds))
+
+    def _plan(self, case: Case, row: results.Row, seconds: float) -> None:
+        """Hold the plan that auto chooses against plans by hand, for so long."""
+        file = self.folder / f"{case.name}.json"
+        name, cohort = {"G": "char-gru"}.get(case.work[0], case.work[0]), case.work[1:]
+        command = [str(BENCHMARKS / "plans.py"), f"--json={file}", "--turns=1"]
+        command += [f"--works={name}", f"--cohorts={cohort}"]
+        self._program(row, [*command, f"--seconds={self.seconds / 2}"], seconds)
+        if file.is_file():
+            row["plans"] = json.loads(file.read_text("utf-8"))
+            for plan in row["plans"]:
+                if plan["chosen"]:
+                    row["plan"] = f"{plan['plan']} on {plan['device']}"
+                    row["ratio_to_best"] = plan["ratio_to_best"]
+
+    def _program(
+        self, row: results.Row, arguments: Sequence[str], seconds: float
+    ) -> str:
+        """Run a Python program for so long; return its words, and note a failure."""
+        # Into a file: what a program leaves running would keep a pipe open.
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ) as process,
+        ):
             try:
-                words, _ = process.communicate(timeout=seconds)
+                process.wait(seconds)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                words, _ = process.communicate()
                 row["note"] = f"failed: not done within {seconds:.0f} s"
-        row |= counts_of(words)
-        if not row["note"] and process.returncode not in (0, 5):  # 5: none is selected.
-            row["note"] = f"failed: pytest ended with status {process.returncode}"
+            process.wait()
+            said.seek(0)
+            words = said.read().decode(errors="replace")
+        if not row["note"] and process.returncode not in (0, 5):  # 5: no such test.
+            last = words.strip().split("\n")[-1].strip("= ")
+            row["note"] = f"failed: {last or process.returncode}"
         if row["note"]:
             self._log(row["row"], words)
+        return words
 
     def _log(self, name: str, words: str) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

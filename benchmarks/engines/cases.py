@@ -21,12 +21,12 @@ class Case:
 
     Attributes
     ----------
-    kind : {"card", "rounds", "trainer", "quick start", "tests"}
-        What is done: whole rounds, training alone, the whole quick start, or the tests
-        that need a card.
+    kind : {"card", "rounds", "trainer", "quick start", "tests", "plans"}
+        What is done: whole rounds, training alone, the whole quick start, the tests
+        that need a card, or the plan that auto chooses beside plans by hand.
     work : str
-        Of rounds a name such as ``S100``; of the trainer the model and how many
-        clients train at once; of the quick start its strategy.
+        Of rounds and plans a name such as ``S100``; of the trainer the model and how
+        many clients train at once; of the quick start its strategy.
     engine : str
         Who runs rounds.
     device : {"card", "cpu", "auto"}
@@ -63,6 +63,11 @@ class Case:
         if self.device != "card":
             words.append(f"device {self.device}")
         return ", ".join(filter(None, words))
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether a process of :mod:`engines.processes` measures it."""
+        return self.kind not in ("tests", "plans")
 
     def row(self) -> Row:
         """Return what is written of it before it is measured."""
@@ -123,6 +128,7 @@ def all_cases() -> list[Case]:
         *rounds("L4", "floor", local["L4"], "local auto"),
         *rounds("L20", "floor", local["L20"], "local auto"),
         *rounds("S100", "pfl", "ray auto"),
+        *(Case("plans", work) for work in ("S1000", "M100", "S100", "G100", "L4")),
         *rounds("M100", "local loop", "ray batched-25", "flwr", "pfl"),
         *rounds("S1000", "ray batched-250", "pfl", "local loop"),
         *rounds("S1000", "local auto", device="cpu"),

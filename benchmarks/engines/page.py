@@ -107,6 +107,13 @@ def said(rows: Mapping[str, Row]) -> Iterator[str]:
     if agreeing:
         but = f", but for {'; '.join(apart)}." if apart else "."
         yield f"Final weights agree with the plain loop's to {max(agreeing):.1g}{but}"
+    chosen = [
+        f"{row['work']} {row['ratio_to_best']:.2f} ({row['plan']})"
+        for row in rows.values()
+        if row.get("ratio_to_best")
+    ]
+    if chosen:
+        yield f"What auto chooses, in times of the best by hand: {', '.join(chosen)}."
     tests = rows.get("tests", {})
     if tests.get("passed") or tests.get("failed"):
         failed = tests.get("failed", 0) + tests.get("error", 0)
