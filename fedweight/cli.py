@@ -111,8 +111,8 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument(
         "--data-sets",
         metavar="NAMES",
-        help="data sets, likewise: everything is run on each, and pairs go over seeds "
-        "and data sets",
+        help="data sets, likewise: everything is run on each, and compared on each and "
+        "over all of them",
     )
     compared.add_argument(
         "--vary",

@@ -50,6 +50,7 @@ _ANEW = (
 
 # With fewer, 95% t intervals are so wide that a reader must be warned.
 FEW_SEEDS = 5
+FEW_DATA_SETS = 5
 
 _IN_WORDS = {
     "better": "better than",
@@ -138,8 +139,9 @@ class Comparison:
         correction is for the strategies that are held against the first, metric by
         metric. Beside the test accuracy, ``reached`` says how many runs came to the
         ``target``, and ``rounds_to_target`` and ``bytes_to_target`` what that took them
-        on average. Of several data sets there are rows over all of them, too, whose
-        pairs are of seeds and data sets, with the ``average_rank`` of :meth:`ranking`.
+        on average. Of several data sets there are rows over all of them, too, in which
+        a data set counts once, by the means over its seeds: ``n`` and ``pairs`` count
+        data sets. They have the ``average_rank`` of :meth:`ranking`.
         ``chosen`` says what a sweep chose from what; ``note`` names the runs that
         failed. NaN is what is not known.
         """
@@ -317,6 +319,12 @@ class Comparison:
             notes.append(
                 f"{count} seed{' tells' if count == 1 else 's tell'} little: at most "
                 "large differences are found. 10 or more, --seeds 0-9, tell more."
+            )
+        if (several := len(self.data_sets)) > 1:
+            little = f", of which {several} tell little" * (several < FEW_DATA_SETS)
+            notes.append(
+                f"Over {ALL_DATA} each counts once, with its mean over the seeds: such "
+                f"a verdict is about further data sets{little}."
             )
         if len(self.strategies) > 1:
             notes.append(

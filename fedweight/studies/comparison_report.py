@@ -142,7 +142,7 @@ def _tables(found: Comparison) -> Iterable[Part]:
                     # Only what the test says is better is marked.
                     "": ["*" if v == "better" else "" for v in own["verdict"]],
                     "strategy": own["strategy"].to_numpy(),
-                    "runs": own["n"].to_numpy(),
+                    "data sets" if data == ALL_DATA else "runs": own["n"].to_numpy(),
                     "mean": own["mean"].to_numpy(),
                     "95% from": [low for low, _ in bounds],
                     "to": [high for _, high in bounds],

@@ -38,6 +38,9 @@ RATES: dict[str, tuple[str, ...]] = {
     "equal_opportunity": ("tpr",),
     "equalized_odds": ("tpr", "fpr"),
 }
+# Which are counted, and of which.
+Shares = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
 # Each rate as shares of counts, see _accuracies and _confusion: which are counted, and
 # of which.
 ACCURACY: Shares = {"accuracy": ((1, 0), (1, 1))}

@@ -1,4 +1,4 @@
-"""Is a difference between two methods real? Paired comparisons over seeds.
+"""Is a difference between two methods real? Paired comparisons.
 
 Two methods that ran with the same seed share the partition, the initial model and the
 sampling of clients, so their difference is taken seed by seed. Whether it is real says
@@ -6,13 +6,25 @@ the paired t test, corrected by Holm's procedure where several methods are compa
 one; Wilcoxon's signed-rank test, which assumes less and needs more pairs, stands beside
 it.
 
+Seeds of one data set say how sure a difference is on that data set. They do not say
+whether it would be there on another: what is peculiar to a data set is in all of its
+seeds, so that seeds of several taken together for independent pairs find differences
+where there are none. Over several data sets a pair is therefore one of these, by the
+mean difference of its seeds: Demsar (section 3.2), whose advice Benavoli et al. follow,
+takes one value a method and data set, however often it was measured there. Demsar warns
+of the t test over data sets, whose differences need not be comparable or normal: where
+the two tests disagree, trust Wilcoxon's.
+
 References
 ----------
 Student, "The Probable Error of a Mean", Biometrika, 1908. F. Wilcoxon, "Individual
 Comparisons by Ranking Methods", Biometrics Bulletin, 1945. S. Holm, "A Simple
 Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics,
 1979. B. Efron, "Better Bootstrap Confidence Intervals", Journal of the American
-Statistical Association, 1987.
+Statistical Association, 1987. J. Demsar, "Statistical Comparisons of Classifiers over
+Multiple Data Sets", Journal of Machine Learning Research, 2006. A. Benavoli, G. Corani,
+J. Demsar, M. Zaffalon, "Time for a Change: a Tutorial for Comparing Multiple
+Classifiers Through Bayesian Analysis", Journal of Machine Learning Research, 2017.
 """
 
 from __future__ import annotations
@@ -48,7 +60,7 @@ class Paired:
     Attributes
     ----------
     pairs : int
-        How many seeds both have a value for.
+        How many seeds, or data sets, both have a value for.
     difference : float
         The mean difference, second minus first; NaN without pairs.
     low, high : float
@@ -101,21 +113,26 @@ def compare_pairs(
     less_is_better: bool = False,
     level: float = LEVEL,
     seed: int = 0,
+    pair: str = "pair",
 ) -> dict[str, Paired]:
     """Compare methods with a first one, pair by pair, as one family of tests.
 
     Parameters
     ----------
     first : Sequence[float]
-        The first method's values, one a seed; NaN where there is none.
+        The first method's values, one a seed, or one a data set: its mean over the
+        seeds. NaN where there is none. Pairs are to be independent, which several seeds
+        of several data sets together are not.
     others : Mapping[str, Sequence[float]]
-        The other methods' by their names, in the same order of seeds.
+        The other methods' by their names, in the same order.
     less_is_better : bool
         As of a loss; it turns what is called better, and no number.
     level : float
         Claims that are false are to be no more than this share, in (0, 1).
     seed : int
         Of the bootstrap's draws.
+    pair : str
+        What the sentences call a pair, such as ``"data set"``.
 
     Returns
     -------
@@ -135,7 +152,7 @@ def compare_pairs(
         theirs = np.asarray(values, np.float64)
         if theirs.shape != ours.shape or ours.ndim != 1:
             raise ConfigurationError(
-                f"{name} must have one value a seed, as the first has, shape "
+                f"{name} must have one value a {pair}, as the first has, shape "
                 f"{ours.shape}, got shape {theirs.shape}. Give NaN where there is none."
             )
         both = np.isfinite(ours) & np.isfinite(theirs)
@@ -174,7 +191,9 @@ def compare_pairs(
                 _verdict(better, wilcoxon_holm, level) if reaches else "cannot reach"
             ),
             verdict=verdict,
-            sentence=_sentence(verdict, d, (low, high), p_holm, len(others), level),
+            sentence=_sentence(
+                verdict, d, (low, high), p_holm, len(others), level, pair
+            ),
         )
     return found
 
@@ -201,8 +220,9 @@ def _sentence(
     p: float,
     comparisons: int,
     level: float,
+    pair: str,
 ) -> str:
-    pairs = f"{len(d)} pair{'s' * (len(d) != 1)}"
+    pairs = f"{len(d)} {pair}{'s' * (len(d) != 1)}"
     if len(d) < 2:
         return f"undecided: {pairs}, and a t test needs 2 or more"
     if verdict == "same":

@@ -17,7 +17,7 @@ from .folder import Table
 from .gaps import GAPS
 from .ranks import Ranking, SignedRanks, rank_methods, signed_ranks
 from .result import Run
-from .statistics import compare_pairs, t_interval
+from .statistics import compare_pairs, settled, t_interval
 
 CELLS = "cells.csv"
 SUMMARY = "summary.csv"
@@ -208,8 +208,8 @@ def summary_of(
 ) -> list[Row]:
     """Return the rows of ``summary.csv``: metric by metric, data set by data set.
 
-    After those of several data sets come rows over all of them, whose pairs are of
-    seeds and data sets.
+    After those of several data sets come rows over all of them, in which each data set
+    counts once (:mod:`fedweight.studies.statistics`).
     """
     data_sets = [*dict.fromkeys(cell["data"] for cell in cells)]
     rows: list[Row] = []
@@ -226,15 +226,16 @@ def summary_of(
 
 
 def values_of(cells: Sequence[Row], metric: str) -> dict[str, np.ndarray[Any, Any]]:
-    """Return a metric by strategy, of data sets and seeds ``[D * S]``, or NaN."""
-    blocks = [*dict.fromkeys((cell["data"], cell["seed"]) for cell in cells)]
-    place = {block: k for k, block in enumerate(blocks)}
+    """Return a metric by strategy, of data sets and seeds ``[D, S]``, or NaN."""
+    data_sets = [*dict.fromkeys(cell["data"] for cell in cells)]
+    seeds = [*dict.fromkeys(cell["seed"] for cell in cells)]
+    shape = len(data_sets), len(seeds)
     found: dict[str, np.ndarray[Any, Any]] = {}
     for cell in cells:
-        own = found.setdefault(cell["strategy"], np.full(len(blocks), math.nan))
+        own = found.setdefault(cell["strategy"], np.full(shape, math.nan))
         value = cell.get(metric)
         if cell["chosen"] and cell["status"] == "complete" and value is not None:
-            own[place[cell["data"], cell["seed"]]] = value
+            own[data_sets.index(cell["data"]), seeds.index(cell["seed"])] = value
     return found
 
 
@@ -260,27 +261,39 @@ def signed_ranks_of(
 
 def _means_of(cells: Sequence[Row], metric: str) -> dict[str, list[float]]:
     """Return each strategy's mean over the seeds on each data set."""
-    data_sets = [*dict.fromkeys(cell["data"] for cell in cells)]
-    means: dict[str, list[float]] = {}
-    for data in data_sets:
-        values = values_of([c for c in cells if c["data"] == data], metric)
-        # A mean over other seeds than the others' would be no pair.
-        both = np.isfinite(np.array([*values.values()])).all(axis=0)
-        for name, own in values.items():
-            means.setdefault(name, []).append(_mean(own[both].tolist()))
-    return means
+    values = values_of(cells, metric)
+    # A mean over other seeds than the others' would be no pair.
+    every = np.isfinite(np.array([*values.values()])).all(axis=0)
+    return {
+        name: _over_seeds(np.where(every, own, math.nan)).tolist()
+        for name, own in values.items()
+    }
+
+
+def _over_seeds(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the means ``[D]`` of what is known of ``[D, S]``; NaN where nothing is."""
+    return np.array([_mean(own[np.isfinite(own)].tolist()) for own in values])
 
 
 def _compared(
     metric: str, data: str, cells: Sequence[Row], target: float | None
 ) -> list[Row]:
-    """Return a row for each strategy, held against the first."""
-    values = values_of(cells, metric)
+    """Return a row for each strategy, held against the first, seed by seed.
+
+    Over all data sets it is data set by data set, by means over the seeds.
+    """
+    values, over_all = values_of(cells, metric), data == ALL_DATA
     first, *others = values
+    # Of the seeds that both have, so that means are over the same ones.
+    apart = {name: settled(values[first], values[name]) for name in others}
+    if over_all:
+        values = {name: _over_seeds(own) for name, own in values.items()}
+        apart = {name: _over_seeds(own) for name, own in apart.items()}
     found = compare_pairs(
-        values[first].tolist(),
-        {name: values[name].tolist() for name in others},
+        [0.0] * values[first].size,
+        {name: own.ravel().tolist() for name, own in apart.items()},
         less_is_better=METRICS[metric].less_is_better,
+        pair="data set" if over_all else "pair",
     )
     rows = []
     for name, own in values.items():
@@ -295,8 +308,8 @@ def _compared(
             "mean": _mean(known.tolist()),
             "low": low,
             "high": high,
-            "chosen": "" if data == ALL_DATA else _choice(mine),
-            "note": _note(mine, data == ALL_DATA, metric),
+            "chosen": "" if over_all else _choice(mine),
+            "note": _note(mine, over_all, metric),
         }
         if target is not None and metric == "test_accuracy":
             picked = [cell for cell in mine if cell["chosen"]]

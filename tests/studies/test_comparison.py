@@ -613,7 +613,7 @@ def test_the_test_set_chooses_nothing() -> None:
     assert [cell["candidate"] for cell in cells if cell["chosen"]] == ["x", "x"]
 
 
-def test_pairs_go_over_seeds_and_data_sets(wide: Comparison) -> None:
+def test_over_all_data_sets_each_counts_once(wide: Comparison) -> None:
     assert wide.data_sets == ["few", "many"]
     rows = wide.summary[wide.summary["metric"] == "test_accuracy"]
     assert list(rows["data"]) == ["few"] * 2 + ["many"] * 2 + ["all data sets"] * 2
@@ -625,19 +625,21 @@ def test_pairs_go_over_seeds_and_data_sets(wide: Comparison) -> None:
         ]
         for name in wide.strategies
     }
-    pair = compare_pairs(values["fedavg"], {"ida": values["ida"]})["ida"]
+    means = {
+        name: [sum(own[k : k + 2]) / 2 for k in (0, 2)] for name, own in values.items()
+    }
+    pair = compare_pairs(means["fedavg"], {"ida": means["ida"]}, pair="data set")["ida"]
     both = rows[rows["data"] == "all data sets"].set_index("strategy")
-    assert (both.loc["ida", "pairs"], both.loc["ida", "n"]) == (4, 4)
-    assert both.loc["ida", "difference"] == pair.difference
+    assert (both.loc["ida", "pairs"], both.loc["ida", "n"]) == (2, 2)
+    assert both.loc["ida", "difference"] == pytest.approx(pair.difference, abs=1e-12)
     assert both.loc["ida", "sentence"] == pair.sentence
+    assert "(2 data sets" in pair.sentence
+    assert "further data sets, of which 2 tell little." in str(wide)
     ranks = wide.ranking().average_ranks
     assert both["average_rank"].to_dict() == ranks
     assert sum(ranks.values()) == 3
     assert "average ranks over 2 data sets" in str(wide)
     assert math.isnan(rows["average_rank"].iloc[0])
-    means = {
-        name: [sum(own[k : k + 2]) / 2 for k in (0, 2)] for name, own in values.items()
-    }
     expected = signed_ranks(means["fedavg"], means["ida"], rope=0.02)
     [row] = wide.signed_ranks(rope=0.02).to_dict("records")
     assert (row["strategy"], row["against"], row["data_sets"]) == ("ida", "fedavg", 2)

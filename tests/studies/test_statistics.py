@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from fedweight.studies.statistics import (
     t_test,
     wilcoxon,
 )
+from fedweight.studies.summarizing import summary_of
 
 NAN = math.nan
 VALUES = st.lists(st.floats(-1, 1), min_size=2, max_size=12)
@@ -139,6 +141,70 @@ def test_ten_thousand_families_without_a_difference() -> None:
     assert claims <= 0.056
 
 
+@pytest.mark.parametrize("peculiar", [0.0, 1.0, 3.0])
+def test_data_sets_that_differ_make_no_false_claims(peculiar: float) -> None:
+    """What is peculiar to a data set is in all of its seeds, of one method or other."""
+    rng = np.random.default_rng(17)
+    draws, data_sets, seeds = 10_000, 8, 5
+    d = rng.normal(0, peculiar, (draws, data_sets, 1))
+    d = d + rng.normal(0, 1, (draws, data_sets, seeds))
+    p = t_test(d.mean(axis=2))
+    claims = np.mean(p <= LEVEL)
+    together = np.mean(t_test(d.reshape(draws, -1)) <= LEVEL)
+    print(f"{peculiar}: false claims {claims:.2%}, seeds as pairs {together:.2%}")
+    assert 0.044 <= claims <= 0.056
+    assert bool(together > 0.2) is (peculiar > 0)
+    # What a comparison says over all data sets is that test's word.
+    for number in range(20):
+        row = over_all(0.5 + np.stack([0 * d[number], d[number]]))
+        assert row["pairs"] == row["n"] == data_sets
+        assert row["p"] == pytest.approx(p[number])
+        assert (row["verdict"] != "undecided") is bool(p[number] <= LEVEL)
+        expected = stats.wilcoxon(d[number].mean(axis=1)).pvalue
+        assert row["wilcoxon_p"] == pytest.approx(expected)
+
+
+def over_all(values: np.ndarray) -> dict[str, Any]:
+    """Return the second strategy's row over all data sets, of ``[2, D, S]`` or NaN."""
+    cells = [
+        {
+            **{"strategy": "ab"[k], "data": f"d{i}", "seed": j, "chosen": 1},
+            **{"status": "complete", "failed_rounds": 0, "test_accuracy": value},
+        }
+        for (k, i, j), value in np.ndenumerate(values)
+    ]
+    return summary_of(cells)[-1]
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 7), st.integers(1, 4), st.integers(0, 2**31))
+def test_over_data_sets_means_of_the_same_seeds_are_compared(
+    data_sets: int, seeds: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.random((2, data_sets, seeds))
+    values[rng.random(values.shape) < 0.2] = NAN
+    row = over_all(values)
+    pairs = [
+        (np.mean(first[both]), np.mean(second[both]))
+        for first, second in zip(*values, strict=True)
+        if (both := np.isfinite(first) & np.isfinite(second)).any()
+    ]
+    assert row["pairs"] == len(pairs)
+    if len(pairs) > 1:
+        first, second = np.array(pairs).T
+        assert row["difference"] == pytest.approx(second.mean() - first.mean())
+        expected = stats.ttest_rel(second, first)
+        interval = expected.confidence_interval()
+        assert row["p"] == pytest.approx(expected.pvalue)
+        assert row["difference_low"] == pytest.approx(interval.low)
+        assert f"({len(pairs)} data sets)" in row["sentence"]
+    own = [np.nanmean(of) for of in values[1] if np.isfinite(of).any()]
+    assert row["n"] == len(own)
+    if own:
+        assert row["mean"] == pytest.approx(np.mean(own))
+
+
 def test_the_power_is_what_the_noncentral_t_says() -> None:
     rng = np.random.default_rng(16)
     found = np.mean(t_test(rng.normal(1.0, 1.0, size=(10_000, 10))) <= LEVEL)
@@ -237,7 +303,7 @@ def test_who_is_first_turns_the_sign_only(
 
 
 def test_what_does_not_pair_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="ida must have one value a seed"):
+    with pytest.raises(ConfigurationError, match="ida must have one value a pair"):
         compare_pairs([0.1, 0.2], {"ida": [0.1]})
     with pytest.raises(ConfigurationError, match=r"level must be in \(0, 1\), got 1"):
         compare_pairs([0.1, 0.2], {"ida": [0.1, 0.2]}, level=1.0)
