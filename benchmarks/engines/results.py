@@ -43,13 +43,13 @@ def write(rows: Sequence[Row], program: str, file: Path | None) -> Path:
     return file
 
 
-def write_study(rows: Sequence[Row], file: Path, **about: Any) -> None:
+def write_study(rows: Sequence[Row], path: Path, /, **about: Any) -> None:
     """Write the rows of many runs to a file, with date, machine and what they hold for.
 
     What is not finite is null there: JSON has no NaN.
     """
     content = {"date": today(), "machine": machine(), **about, "rows": list(rows)}
-    _write(file, json.dumps(_finite(content), indent=1, allow_nan=False))
+    _write(path, json.dumps(_finite(content), indent=1, allow_nan=False))
 
 
 def _write(file: Path, text: str) -> None:

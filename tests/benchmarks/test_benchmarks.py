@@ -42,6 +42,21 @@ def test_a_comparison_beside_its_runs_alone(tmp_path, run):
     assert row["round_alone_s"] > 0
 
 
+def test_strategies_are_measured_drawn_and_written(tmp_path, run):
+    picture = tmp_path / "weights.png"
+    arguments = [str(ROOT / "simulations" / "quickstart.toml"), "--seeds=0"]
+    arguments += ["--strategies", "fedavg", "ida", f"--picture={picture}"]
+    arguments += ["--set", "run.rounds=1", "training.epochs=1", "model.name=softmax"]
+    written = run("strategies", *arguments, file=tmp_path / "rows.json")
+    rows = written["rows"]
+    assert [(row["strategy"], row["seed"]) for row in rows] == [
+        ("fedavg", 0),
+        ("ida", 0),
+    ]
+    assert all(0 < row["test_accuracy"] < 1 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_throughput_measures_the_floor_and_the_local_grid(tmp_path, run):
     arguments = ["--work", "S2", "--engines", "floor", "local", "--repetitions", "1"]
     arguments += ["--plan", "loop"]
