@@ -30,7 +30,7 @@ RUNS, OF_A_SIZE = 4, 0.15
 FIRST_SHARE, RESERVE = 0.3, 0.4
 
 # On a card, if much time is left, so many sizes are tried between those that were.
-PROBES = 3
+PROBES = 4
 
 Measure = Callable[[str, Plan, float], Measured]
 
@@ -133,17 +133,24 @@ class Search:
             self._probe(device, plans, reserve)
 
     def _probe(self, device: str, plans: Sequence[Plan], reserve: float) -> None:
-        """Try what lies in the middle of the most sizes that nobody has tried."""
-        known = {one.plan.chunk: one for one in self._of(device) if one.seconds}
-        most = max((o.plan.chunk for o in known.values() if not o.too_many), default=1)
-        gaps: dict[int, list[Plan]] = {chunk: [] for chunk in known}
-        for plan in plans:
-            if plan.chunk not in known and plan.chunk < most:
-                gaps[max(c for c in known if c < plan.chunk)].append(plan)
-        below, plans_between = max(gaps.items(), key=lambda gap: len(gap[1]))
-        if plans_between:
-            plan = plans_between[len(plans_between) // 2]
-            if self._cost(plan, known[below]) <= self.left * (1 - reserve) / 2:
+        """Try what lies between the fastest size and the next ones that were tried."""
+        tried = [one for one in self._of(device) if one.seconds]
+        best = max(tried, key=self._speed)
+        below = [one for one in tried if one.plan.chunk < best.plan.chunk]
+        above = [one for one in tried if one.plan.chunk > best.plan.chunk]
+        sides = []
+        if below:
+            sides.append((max(below, key=lambda one: one.plan.chunk), best))
+        if above:
+            sides.append((best, min(above, key=lambda one: one.plan.chunk)))
+        between = [
+            (low, [p for p in plans if low.plan.chunk < p.chunk < high.plan.chunk])
+            for low, high in sides
+        ]
+        low, some = max(between, key=lambda one: len(one[1]), default=(best, []))
+        if some:
+            plan = some[len(some) // 2]
+            if self._cost(plan, low) <= self.left * (1 - reserve) / 2:
                 self._try(device, plan, reserve)
 
     def _cost(self, plan: Plan, last: Measured) -> float:

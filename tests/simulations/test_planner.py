@@ -71,10 +71,19 @@ def card(chunk):
     return 212 if chunk == 1 else min(10_300, 250 * chunk)
 
 
-def chosen(speeds, cohort, *, updates=10_000, most=None, model=DENSE, traced=0.02):
+def chosen(
+    speeds,
+    cohort,
+    *,
+    updates=10_000,
+    estimate=0.0,
+    most=None,
+    model=DENSE,
+    traced=0.02,
+):
     machine = Machine(speeds, most, traced)
     plans = {device: plans_for(device, model, cohort) for device in speeds}
-    search = Search(machine, plans, updates=updates)
+    search = Search(machine, plans, updates=updates, estimate=estimate)
     return *search.best(), machine, search
 
 
@@ -127,7 +136,7 @@ def test_a_cpu_stops_growing_once_it_does_not_get_faster():
 
 def test_a_card_goes_back_where_it_went_too_far():
     def falls(chunk):
-        return 212 if chunk == 1 else 250 * chunk if chunk <= 160 else 9_000
+        return 212 if chunk == 1 else min(250 * chunk, 40_000 * 160 / chunk)
 
     _, plan, machine, _ = chosen({"cuda": falls}, 10_000, updates=10**7)
     assert falls(plan.chunk) == 40_000
@@ -149,7 +158,7 @@ def test_two_percent_of_a_long_run_may_be_spent():
         return card(chunk) / 200
 
     short = chosen({"cuda": slow}, 100, updates=10)
-    long = chosen({"cuda": slow}, 100, updates=10**6)
+    long = chosen({"cuda": slow}, 100, updates=10**6, estimate=10**6 / slow(1))
     assert short[1] != Plan(100)
     assert long[1] == Plan(100)
     assert short[2].clock <= 1.0 < long[2].clock <= 0.02 * 10**6 / slow(100)
