@@ -265,7 +265,8 @@ class Measuring:
         file = self.folder / f"{case.name}.json"
         name, cohort = {"G": "char-gru"}.get(case.work[0], case.work[0]), case.work[1:]
         command = [str(BENCHMARKS / "plans.py"), f"--json={file}", "--turns=1"]
-        command += [f"--works={name}", f"--cohorts={cohort}"]
+        command += [f"--works={name}", f"--cohorts={cohort}", "--devices", "cpu"]
+        command += [] if self.device == "cpu" else [self.device]
         self._program(row, [*command, f"--seconds={self.seconds / 2}"], seconds)
         if file.is_file():
             row["plans"] = json.loads(file.read_text("utf-8"))

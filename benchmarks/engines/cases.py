@@ -128,7 +128,10 @@ def all_cases() -> list[Case]:
         *rounds("L4", "floor", local["L4"], "local auto"),
         *rounds("L20", "floor", local["L20"], "local auto"),
         *rounds("S100", "pfl", "ray auto"),
-        *(Case("plans", work) for work in ("S1000", "M100", "S100", "G100", "L4")),
+        *(
+            Case("plans", n, limit=60.0)
+            for n in ("S1000", "M100", "S100", "G100", "L4")
+        ),
         *rounds("M100", "local loop", "ray batched-25", "flwr", "pfl"),
         *rounds("S1000", "ray batched-250", "pfl", "local loop"),
         *rounds("S1000", "local auto", device="cpu"),

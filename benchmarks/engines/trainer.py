@@ -160,7 +160,9 @@ def main() -> None:
         "bytes": chunk * least_bytes(len(expected[0]), tasks[0].examples.x[0].nbytes),
         "operations": chunk * operations_of(model),
     }
-    while worker.next_round(lambda: update()[0].cpu().numpy()):
+    first = rows[0].cpu().numpy()
+    del rows
+    while worker.next_round(lambda: first):
         update()
 
 
