@@ -318,7 +318,8 @@ class Measuring:
         self._compare()
         about = {name: own for name, own in self.content.items() if name != "rows"}
         results.write_study(self.content["rows"], self.file, **about)
-        said = [f"{c} {results.text(row[c])}" for c in COLUMNS[1:] if row.get(c)]
+        told = (*COLUMNS[1:], "ratio_to_best", "passed", "failed", "skipped", "error")
+        said = [f"{name} {results.text(row[name])}" for name in told if row.get(name)]
         if not row["note"].startswith("not measured"):
             print(f"{row['row']}: {', '.join(said)}", file=sys.stderr, flush=True)
 
