@@ -129,10 +129,9 @@ def test_all_rows_of_a_gpu_can_be_tried_on_a_cpu(tmp_path, run):
     )
     left = "not measured: 0 minutes were over"
     others = ("S4", "S6", "M2", "M4", "M6")
-    assert again["rows"][0] == trainer
-    assert {row["row"]: row["note"] for row in again["rows"][1:]} == {
-        **{f"trainer, {work}": left for work in others},
-        "card": left,
+    assert again["rows"][:2] == [trainer, card]
+    assert {row["row"]: row["note"] for row in again["rows"][2:]} == {
+        f"trainer, {work}": left for work in others
     }
 
 
@@ -158,7 +157,10 @@ cases = [
     Case("rounds", "S2", "absent"),
     Case("rounds", "S2", "local", plan="loop"),
 ]
-gpu.Measuring("cpu", {{"rows": []}}, file, 0.01, True, folder).measure(cases, 5)
+measuring = gpu.Measuring("cpu", {{"rows": []}}, file, 0.01, True, folder)
+measuring.measure(cases, 5)
+# Nothing takes the place of what says more.
+measuring.measure([*cases, Case("rounds", "S2", "late")], 0)
 """
     in_benchmarks(code)
     rows = json.loads(file.read_text())["rows"]
@@ -168,6 +170,7 @@ gpu.Measuring("cpu", {{"rows": []}}, file, 0.01, True, folder).measure(cases, 5)
         "failed: no answer within 0.5 s",
         "no such engine here",
         "",
+        "not measured: 0 minutes were over",
     ]
     assert "updates_per_second" not in rows[1]
     assert rows[4]["agrees"] is True
