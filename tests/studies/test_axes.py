@@ -16,8 +16,8 @@ from fedweight.cli import main
 from fedweight.core.errors import ConfigurationError
 from fedweight.studies.axes import Asked
 from fedweight.studies.catalogue import json_schema
-from fedweight.studies.comparing import _Study
 from fedweight.studies.configuration import Configuration
+from fedweight.studies.study import Study
 from fedweight.studies.tables import COMPARE
 
 ROOT = Path(fedweight.__file__).parents[1]
@@ -185,7 +185,7 @@ def test_a_study_that_comes_with_the_library_resolves(name: str) -> None:
     found = (len(axes.methods), len(axes.data_sets), len(axes.seeds))
     assert found == STUDIES[name]
     # One seed of each way is resolved: others differ in that number only.
-    study = _Study(file, replace(axes, seeds=axes.seeds[:1]))
+    study = Study(file, replace(axes, seeds=axes.seeds[:1]))
     study.read({}, None, False)
     assert len(study.wanted) >= found[0] * found[1]
 

@@ -1,0 +1,332 @@
+"""What a comparison is to run, and what of it is there already."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+
+from ..core.errors import ConfigurationError, FedweightError
+from ..core.settings import kebab_key
+from ..core.texts import listed
+from ..core.threads import num_cores
+from ..core.writing import write_whole
+from ..data import DataSet
+from .axes import Axes
+from .cells import (
+    CHOSEN,
+    Cell,
+    Ended,
+    LastData,
+    is_complete,
+    run_here,
+    run_side_by_side,
+    runs_beside,
+    visible_cards,
+    what_is_there,
+)
+from .choosing import as_chosen, choose
+from .comparison import PLAN
+from .components import Components, prepare
+from .configuration import Configuration
+from .folder import check_repeats
+from .given import as_settings, of_main, whole_tables
+from .methods import Method, joined, refuse_taken
+from .reader import table_of
+from .runner import make_ready, name_of_own, preface_of
+from .summarizing import Row, reached
+from .tables import COMPARE
+
+
+class Key(NamedTuple):
+    """Which cell: a method's label, the data's, the seed, a sweep's candidate."""
+
+    method: str
+    data: str
+    seed: int
+    candidate: str
+
+
+@dataclass
+class Wanted:
+    """A cell as it is asked for; ``cell`` is known when its folder has been seen."""
+
+    key: Key
+    choice: Method
+    configuration: Configuration
+    preface: str = ""
+    cell: Cell = field(init=False)
+
+    @property
+    def folder(self) -> str:
+        """What its folder is called."""
+        return f"{self.choice.folder}-seed{self.key.seed}"
+
+
+class Study:
+    """What is to be run, and what of it is there."""
+
+    def __init__(self, file: str | Path | None, axes: Axes) -> None:
+        self.file = file
+        self.axes = axes
+        self.name = ""
+        self.wanted: list[Wanted] = []
+        self.of_this_process = False
+        self.alone = False
+        self.on_cards = False
+        self.chosen: dict[str, dict[str, Any]] = {}
+        self.last = LastData()
+
+    def read(
+        self, settings: Mapping[str, Any], dataset: DataSet | None, objectives: bool
+    ) -> None:
+        """Resolve every cell's configuration, or say which key is wrong."""
+        own = name_of_own(dataset)
+        whole = {*whole_tables(settings), COMPARE}
+        common = as_settings(settings)
+        refuse_taken("settings", common, objectives)
+        for taken in common:
+            if kebab_key(taken) in self.axes.keys:
+                raise ConfigurationError(
+                    f"settings: {taken} is varied, swept or a data set's. Leave it out."
+                )
+        if dataset is not None and "data.name" in self.axes.keys:
+            raise ConfigurationError(
+                "dataset: the data are given in Python, and data-sets names others. "
+                "Leave one of them out."
+            )
+        if self.file is not None and dataset is None and "data.name" not in common:
+            check_repeats(Path(self.file))
+        # What is wrong for all is said without a strategy's name.
+        picks = ("strategy.", "objective.")
+        plain = {k: v for k, v in common.items() if not k.startswith(picks)}
+        base = Configuration.read(self.file, plain, own, whole)
+        self.name = base["run"]["name"].replace("/", "-") or "unnamed"
+        # Data set by data set, and seed by seed: the next cell's data are often there.
+        for of_data in self.axes.data_sets:
+            data = of_data.label or base["data"]["name"]
+            for seed in self.axes.seeds:
+                for method in self.axes.methods:
+                    for candidate in self.axes.candidates[method.label]:
+                        one = joined(method, candidate, of_data)
+                        with _of(one):
+                            read = Configuration.read(
+                                self.file,
+                                {**common, **one.settings, "run.seed": seed},
+                                own,
+                                {*whole, *one.whole},
+                            )
+                        key = Key(method.label, data, seed, candidate.label)
+                        self.wanted.append(Wanted(key, one, read))
+                        mine = {**common, **one.settings}
+                        self.wanted[-1].preface = preface_of(mine, dataset)
+                        self.of_this_process |= dataset is not None or bool(
+                            of_main(mine)
+                        )
+                        if self.axes.chooses and not read["data"]["validation"]:
+                            raise ConfigurationError(
+                                "sweep: it chooses on validation data, and data."
+                                "validation is 0. Give a share, such as "
+                                "data.validation=0.1."
+                            )
+
+    def look(self, folder: Path) -> None:
+        """Find out what is there already; what differs is refused."""
+        if folder.exists() and not folder.is_dir():
+            raise ConfigurationError(
+                f"--out '{folder}' is a file. Name a folder for the comparison."
+            )
+        self._refuse_to_lose(folder)
+        self.chosen = _chosen_in(folder)
+        for one in self.wanted:
+            where = folder / one.folder
+            how, chosen, differs = what_is_there(
+                where, tomllib.loads(one.configuration.to_toml())
+            )
+            if differs:
+                raise _holds_another(where, differs)
+            for key, value in chosen.items():
+                one.configuration = one.configuration.having("engine", key, value)
+            if chosen:
+                self.chosen.setdefault(one.choice.label, chosen)
+            if how == "resume" and self.of_this_process:
+                how = "anew"  # Its config.toml does not repeat it.
+            one.cell = Cell(one.folder, str(where), "", how, one.preface)
+
+    def _refuse_to_lose(self, folder: Path) -> None:
+        """Refuse to leave out what was compared before: the summary would lose it."""
+        if not (folder / PLAN).is_file():
+            return
+        like = {one.choice.folder: one.configuration for one in self.wanted}
+        lost = []
+        for name, method, seed in runs_beside(folder, [w.folder for w in self.wanted]):
+            if method in like:
+                asked = like[method].having("run", "seed", seed).to_toml()
+                differs = what_is_there(folder / name, tomllib.loads(asked))[2]
+                if differs:
+                    raise _holds_another(folder / name, differs)
+            if is_complete(folder / name):
+                lost.append((name, seed))
+        if lost:
+            seeds = sorted({*self.axes.seeds, *(seed for _, seed in lost)})
+            raise ConfigurationError(
+                f"{folder} holds runs that are not named, and that its summary would "
+                f"lose: {listed([name for name, _ in lost], 6)}. Nothing was run. Name "
+                "all strategies, data sets and seeds that are there beside what is to "
+                f"be added (--seeds {','.join(map(str, seeds))}), or another folder "
+                "with --out."
+            )
+
+    def choose_plans(self, folder: Path, dataset: DataSet | None) -> None:
+        """Make every method once, or refuse it; decide how its clients train.
+
+        It is decided, and written down, before anything is run: under load another plan
+        could win, and give other bits.
+        """
+        measured: dict[str, dict[str, Any]] = {}
+        seen: set[str] = set()
+        for one in self.wanted:
+            label = one.choice.label
+            if one.cell.how == "done" or label in seen:
+                continue
+            seen.add(label)
+            data = dataset or self.last.of(one.configuration)
+            with _of(one.choice):
+                components = prepare(one.configuration, data)
+                _, client_app, initial = make_ready(components)
+            if label not in self.chosen:
+                like = _trains_like(components)
+                if like not in measured:
+                    choice = choose(components, client_app, initial)
+                    to_be = as_chosen(components, one.configuration, choice)["engine"]
+                    measured[like] = {key: to_be[key] for key in CHOSEN}
+                self.chosen[label] = measured[like]
+            device = self.chosen[label].get("device", "auto")
+            device = components.device if device == "auto" else device
+            # A card with a number is the only one that will do.
+            self.on_cards |= device == "cuda"
+            named = device not in ("cpu", "cuda")
+            self.alone |= named or components.engine() != "local"
+        for one in self.wanted:
+            for key, value in self.chosen.get(one.choice.label, {}).items():
+                if one.configuration["engine"][key] == "auto":
+                    one.configuration = one.configuration.having("engine", key, value)
+            one.cell = replace(one.cell, config=one.configuration.to_toml())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"the comparison's folder '{folder}' cannot be made: {error.strerror}. "
+                "Choose another with --out."
+            ) from error
+        content = {
+            "comparison": {
+                "strategies": [method.label for method in self.axes.methods],
+                "data-sets": [*dict.fromkeys(one.key.data for one in self.wanted)],
+                "seeds": self.axes.seeds,
+                **({} if self.axes.target is None else {"target": self.axes.target}),
+            },
+            **self._chosen_by_label(),
+        }
+        write_whole(folder / PLAN, tomli_w.dumps(content))
+
+    def _chosen_by_label(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {"plans": {}}
+        for label, chosen in self.chosen.items():
+            for key, value in chosen.items():
+                if value != "auto":  # Where there is no card, the device stays open.
+                    found.setdefault(f"{key}s", {})[label] = value
+        return found
+
+    def run(
+        self,
+        dataset: DataSet | None,
+        workers: int | None,
+        tell: Callable[[Ended], None],
+    ) -> list[Ended]:
+        """Run what is not there yet, seed by seed."""
+        todo = [one.cell for one in self.wanted if one.cell.how != "done"]
+        done = len(self.wanted) - len(todo)
+        cores = num_cores()
+        cards = visible_cards() if self.on_cards else []
+        if workers is None:
+            workers = min(cores, len(cards)) if cards else cores
+            workers = 1 if self.alone or self.of_this_process else workers
+        workers = min(workers, len(todo))
+        if workers <= 1:
+            return run_here(todo, dataset, self.last, tell, done)
+        return run_side_by_side(todo, workers, cores, tell, done, cards)
+
+    def rows(self, folder: Path, ended: Iterable[Ended]) -> list[Row]:
+        """Return the rows of ``cells.csv``, the first strategy's first."""
+        why = {one.cell.name: one for one in ended}
+        labels = [method.label for method in self.axes.methods]
+        rows = []
+        # Sorting is stable: a method's data sets, seeds and candidates stay in order.
+        for one in sorted(self.wanted, key=lambda one: labels.index(one.key.method)):
+            row: Row = {
+                "strategy": one.key.method,
+                "data": one.key.data,
+                "seed": one.key.seed,
+                "candidate": one.key.candidate,
+                "folder": one.folder,
+                "status": "failed",
+                "failed_rounds": 0,
+            }
+            error = folder / f"{one.folder}.error.txt"
+            error.unlink(missing_ok=True)
+            how = why.get(one.folder)
+            if how is not None and how.reason:
+                row["reason"] = how.reason
+                if how.traceback:
+                    write_whole(error, how.traceback)
+            else:
+                row |= reached(Path(one.cell.folder))
+            rows.append(row)
+        return rows
+
+
+def _holds_another(where: Path, differs: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{where} holds another run: {differs}. Nothing was run. Name another folder "
+        "with --out, or remove that one."
+    )
+
+
+def _trains_like(components: Components) -> str:
+    """Return what a plan depends on, of a configuration."""
+    tables = components.configuration.tables
+    apart = {k: v for k, v in tables.items() if k not in ("run", "strategy", "server")}
+    share = tables["strategy"].get("fraction-train")
+    return json.dumps([apart, share], sort_keys=True, default=str)
+
+
+def _chosen_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return how clients of a comparison that was begun train, and where, by strategy.
+
+    A file that was written before has no devices.
+    """
+    try:
+        content = tomllib.loads((folder / PLAN).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for key in CHOSEN:
+        for label, value in table_of(content, f"{key}s").items():
+            found.setdefault(label, {})[key] = str(value)
+    return found
+
+
+@contextmanager
+def _of(method: Method) -> Iterator[None]:
+    """Say of an error in a ``with`` block which method it is about."""
+    try:
+        yield
+    except FedweightError as error:
+        raise type(error)(f"'{method.label}': {error}") from error.__cause__
