@@ -38,6 +38,7 @@ from .checks import (
     as_draw,
     asked_names,
     assigned,
+    check_heard,
     mask_of,
     masked_model,
     told_apart,
@@ -86,6 +87,8 @@ def train_messages(
     told_to = told_apart(strategy, selection, now.model)
     for key, value in told_to.plain.items():
         config[key] = value
+    if now.outermost:  # A wrapper might tell something, too.
+        check_heard(strategy, [*config, *told_to.columns, *told_to.long])
     plain = [now.class_totals, *told_to.plain.values()]
     shared = _shared(strategy, now, {**now.pooled, **told_to.long}, plain)
     wanted = now.unpooled(strategy.pools, round)

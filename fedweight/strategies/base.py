@@ -122,6 +122,9 @@ class WeightingStrategy(Strategy):
         a list of sums over the examples of numbers from 0 to 1: the round from which on
         the clients drawn are asked, until some have answered. All are told the sums,
         by the same name, from then on.
+    hears : Sequence[str]
+        What the clients' objective hears of what :meth:`tell` gives: a round that does
+        not tell it is refused, as all clients would fail.
     codec : Codec
         How trained models are written on the wire; by default as they are. The clients'
         app has the same.
@@ -187,6 +190,7 @@ class WeightingStrategy(Strategy):
     threads: Annotated[Annotated[int, Field(ge=1)] | None, GIVEN] = None
     class_totals: Annotated[bool, GIVEN] = False
     pools: Annotated[Mapping[str, int] | None, GIVEN] = None
+    hears: Annotated[Sequence[str], GIVEN] = ()
     codec: Annotated[Codec, GIVEN] = DENSE
     factors: Annotated[Sequence[tuple[str, str]], GIVEN] = ()
     statistics: Annotated[Any, GIVEN] = None

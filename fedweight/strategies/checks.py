@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import AggregationError, ConfigurationError
+from ..core.errors import AggregationError, ConfigurationError, closest
 from ..core.layout import FlatModel
 from ..core.texts import clients_called, shown
 from ..messages import keys
@@ -176,6 +176,17 @@ def told_apart(
                     "64 bits or a text, one for all or a list of one for each client."
                 )
     return told_to
+
+
+def check_heard(strategy: WeightingStrategy, told: Collection[str]) -> None:
+    """Refuse a round in which clients are not told what their objective hears."""
+    for name in strategy.hears:
+        if name not in told and not (name == keys.MASK and strategy.overrides("mask")):
+            raise ConfigurationError(
+                f"{type(strategy).__name__}.tell gives no '{name}', which the clients' "
+                f"objective hears.{closest(name, told)} Choose the strategy that the "
+                "objective belongs to, or another objective."
+            )
 
 
 def checked_long(

@@ -297,7 +297,7 @@ class Components:
         """Make the strategy, with what it needs from the server."""
         name = self.configuration["strategy"]["name"]
         chosen = strategy_class(name)
-        takes = options_of(chosen)
+        takes, goal = options_of(chosen), self.chosen_objective()
         ours: dict[str, Any] = {
             "seed": self.configuration["run"]["seed"],
             "server_optimizer": named(
@@ -310,8 +310,9 @@ class Components:
             ),
             "device": self.device,
             "local_learning_rate": self.configuration["training"]["learning-rate"],
-            "class_totals": "class-totals" in self.chosen_objective().wants,
-            "pools": self.chosen_objective().pools,
+            "class_totals": "class-totals" in goal.wants,
+            "pools": goal.pools,
+            "hears": [name for name in goal.hears if name not in goal.pools],
             "codec": self.codec(),
             "factors": factors_of(self.clients_model()),
         }

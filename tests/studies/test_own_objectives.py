@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fedweight.clients import Around, Loss, Objective
 from fedweight.clients.objectives import SAM
 from fedweight.clients.personal import Personal
+from fedweight.strategies import FedAvg
 
 
 class Good(Objective):
@@ -44,6 +45,10 @@ class Hears(Good):
 
 class Untold(Good):
     hears = ("lambda",)
+
+class Telling(FedAvg):
+    def tell(self, selection):
+        return {"lamda": 0.5}
 
 class Tasks(Good):
     tasks = ("clasification",)
@@ -192,6 +197,16 @@ def test_flowers_own_strategies_tell_no_objective_anything(tmp_path: Path) -> No
     settings = settings_of("Untold")
     settings["strategy.name"] = "flwr.serverapp.strategy:FedMedian"
     with pytest.raises(ConfigurationError, match="FedMedian tells clients nothing"):
+        run(settings=settings, out=tmp_path / "run", report=False)
+
+
+def test_what_is_told_by_another_name_ends_the_run_at_once(tmp_path: Path) -> None:
+    said = (
+        r"Telling.tell gives no 'lambda', which the clients' objective hears. Did you "
+        "mean 'lamda'"
+    )
+    settings = settings_of("Untold") | {"strategy.name": "wrong_goals:Telling"}
+    with pytest.raises(ConfigurationError, match=said):
         run(settings=settings, out=tmp_path / "run", report=False)
 
 
