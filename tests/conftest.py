@@ -144,15 +144,16 @@ while size := sys.stdin.buffer.readline():
     if not os.fork():
         print(os.getpid(), flush=True)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        status = 0
         try:
             exec(compile(code, "code", "exec"), {"__name__": "__main__"})
         except BaseException:
             import traceback
             traceback.print_exc(file=sys.stdout)
+            status = 1
         sys.stdout.flush()
-        os._exit(0)
-    os.wait()
-    print("\\0", end="", flush=True)
+        os._exit(status)
+    print("\\0", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
     def __init__(self, imports: str, folder: Path) -> None:
@@ -170,14 +171,23 @@ while size := sys.stdin.buffer.readline():
         stream.flush()
         return int(self._process.stdout.readline())
 
+    def line(self) -> str:
+        """Wait for a line that a text prints."""
+        return self._process.stdout.readline().decode()
+
     def finish(self) -> str:
-        """Wait for the end of a text; return what it has printed."""
+        """Wait for the end of a text; return what it has printed, and keep its status.
+
+        ``status`` is what a process ends with: below 0 if a signal ended it.
+        """
         said = b""
-        while not said.endswith(b"\0"):
+        while not (b"\0" in said and said.endswith(b"\n")):
             part = self._process.stdout.read1()
             assert part, f"the interpreter ended: {said.decode()}"
             said += part
-        return said[:-1].decode()
+        printed, _, status = said.rpartition(b"\0")
+        self.status = int(status)
+        return printed.decode()
 
     def close(self) -> None:
         self._process.communicate()

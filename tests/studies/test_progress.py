@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 
-import fedweight
 from fedweight import run
 from fedweight.core.errors import ConfigurationError
 from fedweight.studies import progress as progress_module
@@ -24,7 +22,6 @@ from fedweight.studies.progress import Progress, telling, watched
 
 pty = pytest.importorskip("pty", reason="terminals are POSIX's")
 
-ROOT = Path(fedweight.__file__).parents[1]
 QUICK: dict[str, Any] = {
     "run.rounds": 3,
     "partition.clients": 3,
@@ -38,24 +35,35 @@ HIDDEN, VISIBLE = "\x1b[?25l", "\x1b[?25h"
 class Terminal:
     """A program whose standard error is a terminal."""
 
-    def __init__(self, code: str, folder: Path, **environment: str) -> None:
+    # It writes its traceback as Python does at the end of a program.
+    TEXT = """
+import os, sys, traceback
+os.dup2(os.open({terminal!r}, os.O_RDWR | os.O_NOCTTY), 2)
+os.chdir({folder!r})
+os.environ |= {environment!r}
+print("open", flush=True)
+from fedweight import run
+try:
+    exec({code!r}, {{"run": run, "QUICK": {quick!r}}})
+except BaseException:
+    traceback.print_exc()
+    raise
+"""
+
+    def __init__(
+        self, python: Any, code: str, folder: Path, **environment: str
+    ) -> None:
+        self.python, self.shown = python, ""
         self.ours, theirs = pty.openpty()
-        self.shown = ""
-        head = f"from fedweight import run\nQUICK = {QUICK!r}\n"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", head + textwrap.dedent(code)],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=theirs,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "TERM": "xterm",
-                "COLUMNS": "120",
-                **environment,
-            },
+        text = self.TEXT.format(
+            terminal=os.ttyname(theirs),
+            folder=str(folder),
+            environment={"TERM": "xterm", "COLUMNS": "120", **environment},
+            code=textwrap.dedent(code),
+            quick=QUICK,
         )
+        self.number = python.start(text)
+        assert python.line() == "open\n"
         os.close(theirs)
 
     def read(self, until: str = "") -> None:
@@ -72,9 +80,8 @@ class Terminal:
     def end(self) -> str:
         """Wait for the end; return what went to the standard output."""
         self.read()
-        out, _ = self.process.communicate(timeout=60)
         os.close(self.ours)
-        return out
+        return str(self.python.finish())
 
     @property
     def lines(self) -> list[str]:
@@ -84,9 +91,10 @@ class Terminal:
 
 
 def test_python_shows_a_bar_by_default_and_a_warning_does_not_tear_it(
-    tmp_path: Path,
+    tmp_path: Path, ready_python: Any
 ) -> None:
     terminal = Terminal(
+        ready_python,
         """
         import logging, sys, warnings
         logging.basicConfig(format="%(levelname)s %(message)s")
@@ -101,7 +109,7 @@ def test_python_shows_a_bar_by_default_and_a_warning_does_not_tear_it(
         tmp_path,
     )
     out = terminal.end()
-    assert terminal.process.returncode == 0, terminal.shown
+    assert ready_python.status == 0, terminal.shown
     assert out == "said 1\nsaid 2\nsaid 3\n"
     assert "3/3" in terminal.shown
     assert [line for line in terminal.lines if "of round" in line] == [
@@ -115,24 +123,25 @@ def test_python_shows_a_bar_by_default_and_a_warning_does_not_tear_it(
     [("False, None, lambda p: None", {}), ("True,", {"TERM": "dumb"})],
 )
 def test_python_shows_nothing_where_that_is_asked_for(
-    tmp_path: Path, asked: str, environment: dict[str, str]
+    tmp_path: Path, ready_python: Any, asked: str, environment: dict[str, str]
 ) -> None:
     code = f"""
     for number, progress in enumerate(({asked})):
         run(settings=QUICK, out=str(number), report=False, progress=progress)
     """
-    terminal = Terminal(code, tmp_path, **environment)
+    terminal = Terminal(ready_python, code, tmp_path, **environment)
     assert terminal.end() == ""
-    assert terminal.process.returncode == 0
+    assert ready_python.status == 0
     assert terminal.shown == ""
     assert len([*tmp_path.iterdir()]) == len(asked.split(",")) - asked.endswith(",")
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "an error"])
 def test_whatever_ends_a_run_leaves_the_terminal_as_it_was(
-    tmp_path: Path, how: str
+    tmp_path: Path, ready_python: Any, how: str
 ) -> None:
     terminal = Terminal(
+        ready_python,
         """
         import time
         def wait(state):
@@ -144,11 +153,10 @@ def test_whatever_ends_a_run_leaves_the_terminal_as_it_was(
         tmp_path,
     )
     if how == "Ctrl-C":
-        assert terminal.process.stdout is not None
-        assert terminal.process.stdout.readline() == "waiting\n"
-        terminal.process.send_signal(signal.SIGINT)
+        assert ready_python.line() == "waiting\n"
+        os.kill(terminal.number, signal.SIGINT)
     terminal.end()
-    assert terminal.process.returncode != 0
+    assert ready_python.status == 1
     assert terminal.shown.rfind(VISIBLE) > terminal.shown.rfind(HIDDEN) >= 0
     # The bar has its line, and the traceback begins on another.
     kind = "KeyboardInterrupt" if how == "Ctrl-C" else "ZeroDivisionError"

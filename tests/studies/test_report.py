@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -365,10 +364,14 @@ def test_a_notebook_shows_numbers_and_a_drawing(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("absent", ["altair", "jinja2", "vl_convert"])
 def test_without_a_package_a_run_has_no_report_and_says_so(
-    tmp_path: Path, absent: str
+    tmp_path: Path, ready_python: Any, absent: str
 ) -> None:
+    errors = tmp_path / "errors.txt"
+    errors.touch()
     code = (
-        f"import sys; sys.modules[{absent!r}] = None\n"
+        f"import os; os.dup2(os.open({str(errors)!r}, os.O_WRONLY), 2)\n"
+        f"import sys; assert {absent!r} not in sys.modules\n"
+        f"sys.modules[{absent!r}] = None\n"
         "import importlib.util as u; find = u.find_spec\n"
         f"u.find_spec = lambda n, *a: None if n == {absent!r} else find(n, *a)\n"
         "import fedweight\n"
@@ -376,9 +379,9 @@ def test_without_a_package_a_run_has_no_report_and_says_so(
         f" out={str(tmp_path / 'x')!r}, progress=False)\n"
         "print((run.folder / 'report.html').exists(), run.complete)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "False True", done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    ready_python.start(code)
+    assert ready_python.finish().strip() == "False True", errors.read_text()
+    (line,) = errors.read_text().strip().splitlines()
     assert line.endswith(
         f"no report.html is written: a report needs {absent}, which is not installed. "
         "Install fedweight[studies]."
