@@ -28,6 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from hypothesis import settings
 
 from fedweight.core.lazy import kept_imports
+from fedweight.core.threads import num_cores
 
 # Training is slow the first time, so no deadline. In CI the examples are the same
 # each time: a failure there is the change's, not the draw's.
@@ -68,6 +69,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_homes], ignore_errors=True)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Give one process more than there are cores for ``-n auto``.
+
+    One of them runs the tests that start others, and half of its time waits for these.
+    """
+    return num_cores() + 1
+
+
 def _no_gpu() -> str | None:
     import torch
 
@@ -104,6 +114,18 @@ def _put_into_group(item: pytest.Item, name: str) -> None:
         item._id = type(own).parse(f"{item.nodeid}@{name}")  # type: ignore[attr-defined]
 
 
+def _shares_with_its_module(item: pytest.Item) -> bool:
+    """Tell whether a test uses what its module prepares once for several."""
+    fixtures, module = (getattr(item, n, None) for n in ("_fixtureinfo", "module"))
+    if fixtures is None or module is None:  # It is no function.
+        return False
+    return any(
+        one.scope == "module" and one.func.__module__ == module.__name__
+        for several in fixtures.name2fixturedefs.values()
+        for one in several
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
@@ -111,11 +133,14 @@ def pytest_collection_modifyitems(
     """Skip, with the reason, what this machine cannot run.
 
     Where tests run side by side, those that start Ray, worker processes or Flower's run
-    one after another: they share these, and each of them takes all cores.
+    one after another: they share these, and each of them takes all cores. Tests that
+    share what their module prepares run in one process: another would prepare it again.
     """
     for item in items if config.getoption("loadgroup", False) else ():
         if any(map(item.get_closest_marker, ("ray", "deploy", "processes"))):
             _put_into_group(item, "processes")
+        elif _shares_with_its_module(item):
+            _put_into_group(item, f"{item.path.parent.name}/{item.path.stem}")
     for marker, missing in _NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (reason := missing()):
