@@ -1,8 +1,11 @@
-"""How much memory the machine has, asked before something large is made."""
+"""How much memory the machine has, and what of it is not looked through for garbage."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .errors import ConfigurationError, FedweightError
 
@@ -47,3 +50,22 @@ def check_memory(
             f"{what} would take {nbytes / 1e9:,.0f} GB of memory, more than this "
             f"machine has. {remedy}"
         )
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Leave all there is alone when garbage is collected, in a ``with`` block.
+
+    Python now and then looks through all objects for those that only hold each other:
+    the more often, the more are made meanwhile, as by thousands of clients in every
+    round. What was imported before, PyTorch above all, makes each look take long. A
+    program does the same with :func:`~fedweight.core.lazy.kept_imports`.
+    """
+    if gc.get_freeze_count():  # Somebody has, and may put it back.
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

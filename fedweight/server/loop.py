@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from ..core.errors import ConfigurationError
+from ..core.memory import settled
 from ..messages.grids import staged
 from .schedules import Clock, Schedule
 
@@ -122,7 +123,7 @@ def federate(
             "from fedweight.strategies.WeightingStrategy, and not inside another; got "
             f"{type(strategy).__name__}. Leave the schedule out."
         )
-    with alone:
+    with alone, settled():
         while state.round < until:
             state = _scheduled_round(strategy, grid, state, timeout, schedule)
             stops = [callback(state) for callback in several]
