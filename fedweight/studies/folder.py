@@ -7,7 +7,6 @@ import contextlib
 import csv
 import io
 import logging
-import math
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -303,9 +302,7 @@ class Table:
         new = {name: None for row in several for name in row if name not in self._known}
         if new:
             self._add_columns(new)
-        self._pending += "".join(
-            _line(row.get(name) for name in self.columns) for row in several
-        )
+        self._pending += _lines(map(row.get, self.columns) for row in several)
         self._rows += len(several)
         self.write()
 
@@ -337,17 +334,16 @@ class Table:
     ) -> None:
         """Write the file anew, of rows that have the columns of before."""
         place = {name: k for k, name in enumerate(before)}
-        lines = [_line(self.columns)]
-        lines += (
-            _line(row[place[name]] if name in place else "" for name in self.columns)
+        lines = [
+            [row[place[name]] if name in place else "" for name in self.columns]
             for row in rows
-        )
-        write_whole(self.path, "".join(lines))
+        ]
+        write_whole(self.path, _lines([self.columns, *lines]))
 
     def write(self) -> None:
         """Write what is not in the file yet."""
         if not self._begun:
-            write_whole(self.path, _line(self.columns) + self._pending)
+            write_whole(self.path, _lines([self.columns]) + self._pending)
             self._begun, self._pending = True, ""
         if not self._pending:
             return
@@ -414,19 +410,21 @@ def whole_rows(path: Path) -> str:
     return data.decode()
 
 
-def _line(values: Iterable[Any]) -> str:
-    """Return one line of CSV; a float in full, NaN as nothing."""
-    cells = [
-        "" if v is None or (isinstance(v, float) and math.isnan(v)) else v
-        for v in values
-    ]
-    # Not every version of the module quotes a lone carriage return.
-    returns = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+def _lines(rows: Iterable[Iterable[Any]]) -> str:
+    """Return lines of CSV; a float in full, NaN and ``None`` as nothing."""
+    # What differs from itself is NaN.
+    cells = [["" if v is None or v != v else v for v in row] for row in rows]
+    text = _as_csv(cells)
+    if "\r" in text:  # Not every version of the module quotes a lone carriage return.
+        lines = ((row, _as_csv([row])) for row in cells)
+        quoted = csv.QUOTE_ALL
+        text = "".join(_as_csv([r], quoted) if "\r" in t else t for r, t in lines)
+    return text
+
+
+def _as_csv(
+    rows: Iterable[Iterable[Any]], quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
+) -> str:
     buffer = io.StringIO()
-    writer = (
-        csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        if returns
-        else csv.writer(buffer, lineterminator="\n")
-    )
-    writer.writerow(cells)
+    csv.writer(buffer, lineterminator="\n", quoting=quoting).writerows(rows)
     return buffer.getvalue()

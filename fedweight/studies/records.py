@@ -35,22 +35,28 @@ def client_row(number: int, record: ClientRecord) -> Row:
     """Return one client's row of a round."""
     row: Row = {}
     for name, value in record.metrics.items():
-        column = CLIENT_NAMES.get(name) or snake_case(name)
-        whole = column in COUNTS and math.isfinite(value)
-        row[column] = int(value) if whole else value
-    row |= {f"own_{snake_case(name)}": v for name, v in record.own_metrics.items()}
+        column, counts = _column(name)
+        row[column] = int(value) if counts and math.isfinite(value) else value
+    for name, value in record.own_metrics.items():
+        row[f"own_{snake_case(name)}"] = value
     if record.name:
         name = own_name(record.client, plain(record.name, NAME_LENGTH))
         row |= {"name": name} if name else {}
-    return row | {
-        "round": number,
-        "client": record.client,
-        "status": record.status,
-        "reason": first_line(record.reason),
-        "weight": record.weight,
-        "bytes_down": record.bytes_down,
-        "bytes_up": record.bytes_up,
-    }
+    row["round"] = number
+    row["client"] = record.client
+    row["status"] = record.status
+    row["reason"] = first_line(record.reason)
+    row["weight"] = record.weight
+    row["bytes_down"] = record.bytes_down
+    row["bytes_up"] = record.bytes_up
+    return row
+
+
+@lru_cache(maxsize=4096)
+def _column(name: str) -> tuple[str, bool]:
+    """Return the column of a client's metric, and whether it counts something."""
+    column = CLIENT_NAMES.get(name) or snake_case(name)
+    return column, column in COUNTS
 
 
 def round_row(
