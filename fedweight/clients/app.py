@@ -9,15 +9,16 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -26,15 +27,22 @@ from ..core.limits import is_too_large
 from ..core.rng import Purpose
 from ..core.texts import shown
 from ..data.federated import ClientData
+from ..data.parts import Parts
 from ..data.tasks import CLASSIFICATION
 from ..messages import keys
 from ..messages.arrays import arrays_of
 from ..messages.codecs import DENSE, Codec
-from ..messages.dispatch import Answers, Cohort, Reply, lay_out_as_sent
+from ..messages.dispatch import Answers, Cohort, Reply
 from ..messages.wire import opened
 from ..metrics import Groups, Statistics, task_named
 from .bases import take_base
-from .client_tasks import ClientTask, Instructions, client_number, config_of
+from .client_tasks import (
+    ClientTask,
+    ClientTasks,
+    Instructions,
+    client_number,
+    config_of,
+)
 from .coding import Coding
 from .cohort_trainer import CohortTrainer
 from .local_work import LocalWork
@@ -89,6 +97,9 @@ class TrainingApp(ClientApp):
         How many training examples client k has; a simulation then trains clients of
         like size together, the largest first, and tries the model with the examples
         of the largest.
+    parts : Callable[[Sequence[int]], Parts or None], optional
+        In a simulation, what clients train on, by their numbers, as rows of arrays that
+        all of them share; it is what ``data`` returns one by one.
     name_of : Callable[[int], str], optional
         What client k is called in records and messages; by default its number.
     probes : Mapping[str, Probe], optional
@@ -140,6 +151,7 @@ class TrainingApp(ClientApp):
         seed: int = 0,
         device: str = "cpu",
         sizes: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        parts: Callable[[Sequence[int]], Parts | None] | None = None,
         name_of: Callable[[int], str] | None = None,
         probes: Mapping[str, Probe] | None = None,
         queries: Mapping[str, Query] | None = None,
@@ -152,6 +164,7 @@ class TrainingApp(ClientApp):
     ) -> None:
         super().__init__(mods=mods)
         self.sizes = sizes
+        self.parts = parts
         self.name_of = name_of
         self.probes = dict(probes or {})
         self.queries = dict(queries or {})
@@ -329,6 +342,7 @@ class TrainingApp(ClientApp):
         context_of: Callable[[int], Context],
         *,
         batched: bool = False,
+        number_of: Callable[[int], int] | None = None,
     ) -> Answers:
         """Let some clients of a cohort handle what they were sent.
 
@@ -343,6 +357,8 @@ class TrainingApp(ClientApp):
         batched : bool
             Train them at once (:mod:`fedweight.clients.steps.batched`), where that
             gives what each alone gives.
+        number_of : Callable[[int], int], optional
+            A node's client, in a simulation that says no more of it.
 
         Returns
         -------
@@ -353,15 +369,15 @@ class TrainingApp(ClientApp):
             :attr:`~fedweight.messages.dispatch.Answers.were_too_many` says so, and
             nothing has changed.
         """
-        replies = self._answer(cohort, nodes, context_of, batched=batched)
-        if batched and Answers(replies).were_too_many:
+        answers = self._answer(cohort, nodes, context_of, number_of, batched=batched)
+        if batched and answers.were_too_many:
             self.let_go()
-            return Answers(replies)
-        lay_out_as_sent(cohort.arrays, replies)
-        answers = Answers(replies)
+            return answers
         if cohort.summed_by is not None:
             answers.sum_up(cohort)
-        for reply in replies:
+        else:
+            answers.hand_out(cohort.arrays)
+        for reply in answers.replies:
             reply.is_finite()  # Look now, while the model is near.
         return answers
 
@@ -370,43 +386,50 @@ class TrainingApp(ClientApp):
         cohort: Cohort,
         nodes: Sequence[int],
         context_of: Callable[[int], Context],
+        number_of: Callable[[int], int] | None = None,
         *,
         batched: bool = False,
-    ) -> list[Reply]:
+    ) -> Answers:
         stage, cancelled = cohort.message_type, self._cancelled
-        if stage == "train":
-            self._trainer.prepare(cohort, context_of)
 
-        def attempt(some: Sequence[int]) -> list[Reply]:
-            # Most clients are told the same.
-            instructions: dict[int, Instructions] = {}
-            clients = []
-            for node in some:
-                config = cohort.config(node)
-                if id(config) not in instructions:
-                    instructions[id(config)] = Instructions.of(config)
-                clients.append(
-                    self._client_task(node, instructions[id(config)], context_of(node))
-                )
+        def number(node: int) -> int:
+            return client_number(context_of(node))
+
+        if stage == "train":
+            self._trainer.prepare(cohort, number_of or number)
+
+        def attempt(some: Sequence[int]) -> Answers:
+            clients = self._client_tasks(cohort, some, context_of, number_of)
             at_once = batched and len(some) > 1
             stopped = self._cancelled.is_set  # Of now: see cancel().
-            work = self._work.train if stage == "train" else self._work.evaluate
-            return work(cohort.content, clients, batched=at_once, cancelled=stopped)
+            if stage == "train":
+                return self._work.train(
+                    cohort.content, clients, batched=at_once, cancelled=stopped
+                )
+            replies = self._work.evaluate(
+                cohort.content, clients, batched=at_once, cancelled=stopped
+            )
+            return Answers(replies)
 
         try:
             return attempt(nodes)
         except (Exception, SystemExit) as error:  # On a device only it would end.
             if len(nodes) == 1 or cancelled.is_set():
-                clients = [client_number(context_of(node)) for node in nodes]
-                return [
-                    Reply(node, error=describe_failure(client, stage, error))
-                    for node, client in zip(nodes, clients, strict=True)
-                ]
+                return Answers(
+                    [
+                        Reply(node, error=describe_failure(number(node), stage, error))
+                        for node in nodes
+                    ]
+                )
             if batched and stage == "train" and is_too_large(error):
                 why = str(error).split("\n", 1)[0] or type(error).__name__
-                return Answers.too_many(nodes, why).replies
+                return Answers.too_many(nodes, why)
             # Whose fault it was shows when each is tried alone.
-            alone = [self._answer(cohort, [node], context_of)[0] for node in nodes]
+            alone: list[Reply] = []
+            for node in nodes:
+                answers = self._answer(cohort, [node], context_of, number_of)
+                answers.hand_out(cohort.arrays)
+                alone += answers.replies
             if all(reply.error is None for reply in alone):
                 log.warning(
                     "%d clients cannot %s at once, each can alone: %s",
@@ -414,7 +437,7 @@ class TrainingApp(ClientApp):
                     stage,
                     error,
                 )
-            return alone
+            return Answers(alone)
 
     # What the app answers.
 
@@ -422,9 +445,11 @@ class TrainingApp(ClientApp):
         instructions = Instructions.of(config_of(message.content))
         client = self._client_task(context.node_id, instructions, context)
         cancelled = self._cancelled.is_set
-        (reply,) = self._work.train(
+        answers = self._work.train(
             opened(message.content), [client], batched=False, cancelled=cancelled
         )
+        answers.hand_out()
+        (reply,) = answers.replies
         return reply.message(message)
 
     def _evaluate(self, message: Message, context: Context) -> Message:
@@ -473,6 +498,33 @@ class TrainingApp(ClientApp):
         )
 
     # Steps of the answers.
+
+    def _client_tasks(
+        self,
+        cohort: Cohort,
+        nodes: Sequence[int],
+        context_of: Callable[[int], Context],
+        number_of: Callable[[int], int] | None,
+    ) -> Sequence[ClientTask]:
+        """Return some clients of a cohort; as columns, where that can be."""
+        configs: Iterable[ConfigRecord] = map(cohort.config, nodes)
+        if not cohort.own:
+            configs = repeat(cohort.config(nodes[0]), len(nodes))
+        read: dict[int, Instructions] = {}
+        told = []
+        for config in configs:  # Most clients are told the same.
+            if id(config) not in read:
+                read[id(config)] = Instructions.of(config)
+            told.append(read[id(config)])
+        if number_of is not None and self.parts is not None:
+            numbers = [*map(number_of, nodes)]
+            parts = self.parts(numbers)
+            if parts is not None:
+                return ClientTasks(nodes, numbers, told, parts, context_of, self.data)
+        return [
+            self._client_task(node, one, context_of(node))
+            for node, one in zip(nodes, told, strict=True)
+        ]
 
     def _client_task(
         self, node: int, instructions: Instructions, context: Context

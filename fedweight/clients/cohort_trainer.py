@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Context
 
@@ -19,11 +20,21 @@ from ..core.errors import ClientError
 from ..core.layout import FlatModel, as_tensor
 from ..core.module import FlatModule
 from ..core.rng import Purpose, part_of
+from ..data.examples import Examples
+from ..data.parts import Parts
 from ..messages import keys
 from ..messages.dispatch import Cohort
 from ..messages.shared import Long
 from .client_state import Named, Owner, read_carried
-from .client_tasks import ClientTask, Instructions, client_number
+from .client_tasks import (
+    ClientTask,
+    ClientTasks,
+    Instructions,
+    alike,
+    examples_of,
+    instructions_of,
+    numbers_of,
+)
 from .coding import Coding
 from .modules import Modules
 from .objectives import OBJECTIVES, Objective
@@ -33,17 +44,39 @@ from .samples import Kind, kind_of
 from .settings import TrainingSettings
 from .steps.batched import BatchedTrainer
 from .steps.loop import train
-from .steps.task import Known, LocalResult, Task
+from .steps.task import Known, LocalResult, Task, Tasks
 from .trial import Trials
 from .trying import Findings
 
 log = logging.getLogger("fedweight")
 
 # What is not taken along to another process.
-OF_A_PROCESS = {"_making", "_trainers", "_prepared", "_streams"}
+OF_A_PROCESS = {"_making", "_trainers", "_prepared", "_streams", "_labelled"}
 
 # Trainers are kept for so many values of `mu`: each holds what it traced.
 KEPT_TRAINERS = 4
+
+
+Keys = npt.NDArray[np.uint64]
+
+
+class _Streams:
+    """The keys of a cohort's clients in a round, by their numbers."""
+
+    def __init__(
+        self, round: int, clients: Sequence[int], orders: Keys, noises: Keys
+    ) -> None:
+        self.round = round
+        self.orders = orders
+        self.noises = noises
+        self._place = dict(zip(clients, range(len(clients)), strict=True))
+
+    def of(self, round: int, clients: Sequence[int]) -> tuple[Keys, Keys] | None:
+        """Return those of some clients; ``None`` unless all are known."""
+        if round != self.round or not self._place.keys() >= set(clients):
+            return None
+        places = [self._place[client] for client in clients]
+        return self.orders[places], self.noises[places]
 
 
 class CohortTrainer:
@@ -106,7 +139,8 @@ class CohortTrainer:
         self._making = threading.Lock()
         self._trainers: dict[tuple[float | None, int], BatchedTrainer] = {}
         self._prepared: Callable[[], Cohort | None] = lambda: None
-        self._streams: dict[tuple[int, int], tuple[int, int]] = {}
+        self._streams: _Streams | None = None
+        self._labelled: npt.NDArray[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
@@ -136,7 +170,7 @@ class CohortTrainer:
             )
         return kind is not None and not self.trials.batched(kind, context)
 
-    def prepare(self, cohort: Cohort, context_of: Callable[[int], Context]) -> None:
+    def prepare(self, cohort: Cohort, number_of: Callable[[int], int]) -> None:
         """Make the keys of a whole cohort at its first list: one by one they cost."""
         if self._prepared() is cohort:
             return
@@ -144,8 +178,8 @@ class CohortTrainer:
             if self._prepared() is cohort:
                 return
             round = int(cohort.config(cohort.nodes[0]).get(keys.ROUND, 1))  # type: ignore[arg-type]
-            clients = [client_number(context_of(node)) for node in cohort.nodes]
-            self._streams = self._streams_of(round, clients)
+            clients = [number_of(node) for node in cohort.nodes]
+            self._streams = _Streams(round, clients, *self._keys_of(round, clients))
             self._prepared = weakref.ref(cohort)
 
     def train(
@@ -159,7 +193,7 @@ class CohortTrainer:
         cancelled: Callable[[], bool],
         own: Sequence[FlatModel] | None = None,
         part: int = 0,
-    ) -> list[LocalResult]:
+    ) -> Sequence[LocalResult]:
         """Train some clients; at once if asked to, where that is the same.
 
         Parameters
@@ -184,16 +218,15 @@ class CohortTrainer:
 
         Returns
         -------
-        list of LocalResult
+        Sequence of LocalResult
             In the order of the clients.
         """
-        told = {id(c.instructions): c.instructions for c in clients}.values()
-        alike = {(one.round, one.mu) for one in told}
-        batched = batched and len(alike) == 1 and self._optimizer_batches()
+        told = {(one.round, one.mu) for one in alike(instructions_of(clients))}
+        batched = batched and len(told) == 1 and self._optimizer_batches()
         kind = self.kind_if_batched(clients, cancelled) if batched else None
         tasks = self._training_tasks(clients, part, shared)
         if own is not None:
-            tasks = [replace(t, own=model) for t, model in zip(tasks, own, strict=True)]
+            tasks = replace(tasks, own=own)
         if kind is not None:
             return self._fit_batched(start, clients, tasks, kind, cancelled)
         return self._fit_sequentially(module, start, clients, tasks, cancelled)
@@ -204,7 +237,11 @@ class CohortTrainer:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Kind | None:
         """Return the clients' one kind of input, if they may train at once."""
-        kinds = {kind_of(c.data.train) for c in clients if len(c.data.train)}
+        if isinstance(clients, ClientTasks):
+            several = [clients.parts.whole] if clients.parts.sizes.any() else []
+        else:
+            several = [c.data.train for c in clients if len(c.data.train)]
+        kinds = {kind_of(examples) for examples in several}
         if len(kinds) != 1:
             return None
         (kind,) = kinds
@@ -247,69 +284,76 @@ class CohortTrainer:
         self,
         start: FlatModel,
         clients: Sequence[ClientTask],
-        tasks: Sequence[Task],
+        tasks: Tasks,
         kind: Kind,
         cancelled: Callable[[], bool],
-    ) -> list[LocalResult]:
+    ) -> Sequence[LocalResult]:
         least = self.trials.alone(kind, clients[0].context).least
-        some = [k for k, task in enumerate(tasks) if len(task.examples) >= least]
-        begun = [start if task.own is None else task.own for task in tasks]
-        results = [LocalResult(model, math.nan, math.nan, 0) for model in begun]
-        if not some:
-            return results
-        told = [clients[k].instructions for k in some]
+        some = np.flatnonzero(tasks.sizes >= least).tolist()
+        everybody = len(some) == len(tasks)
+        told = instructions_of(clients)
         # Most clients share their instructions, so each is asked once.
-        rates = {
-            key: one.learning_rate_in(self.settings)
-            for key, one in {id(one): one for one in told}.items()
-        }
-        trained = self._trainer(clients[0].instructions, least).train(
-            start,
-            [tasks[k] for k in some],
-            learning_rate=[rates[id(one)] for one in told],
-            cancelled=cancelled,
-        )
+        rates = {id(one): one.learning_rate_in(self.settings) for one in alike(told)}
+        rate: float | list[float] = next(iter(rates.values()))
+        if len(rates) > 1:
+            rate = [rates[id(told[k])] for k in some]
+        trained: Sequence[LocalResult] = ()
+        if some:
+            trained = self._trainer(told[0], least).train(
+                start,
+                tasks if everybody else tasks.take(some),
+                learning_rate=rate,
+                cancelled=cancelled,
+            )
+        if everybody:
+            return trained
+        begun = [start] * len(tasks) if tasks.own is None else tasks.own
+        results = [LocalResult(m or start, math.nan, math.nan, 0) for m in begun]
         for k, result in zip(some, trained, strict=True):
             results[k] = result
         return results
 
     def _training_tasks(
         self, clients: Sequence[ClientTask], part: int, shared: Mapping[str, Long]
-    ) -> list[Task]:
+    ) -> Tasks:
         """Say how much each client trains, and give it its streams."""
-        for client in clients if self.coding.task.whole else ():
-            labels = client.data.train.y
-            least = np.minimum.reduce(labels, axis=None) if len(labels) else 0
+        examples = examples_of(clients)
+        if self.coding.task.whole:
+            self._check_labels(clients, examples)
+        told = instructions_of(clients)
+        orders, noises = self._streams_of(told, numbers_of(clients))
+        if part:
+            orders = part_of(orders, part)
+            noises = part_of(noises, part) >> np.uint64(1)
+        epochs = [one.epochs or self.settings.epochs for one in told]
+        tasks = Tasks(examples, np.array(epochs, np.int64), orders, noises)
+        if not self.tracks:
+            return tasks
+        return replace(tasks, known=self._all_known(clients, shared))
+
+    def _check_labels(
+        self, clients: Sequence[ClientTask], examples: Sequence[Examples]
+    ) -> None:
+        """Raise :class:`ClientError` if an example has a label that names no class."""
+        if isinstance(examples, Parts):
+            labels = examples.whole.y
+            if labels is self._labelled:
+                return
+            if np.minimum.reduce(labels, axis=None, initial=0) == 0:
+                self._labelled = labels  # It is not looked at in every round.
+                return
+        for client, own in zip(clients, examples, strict=True):
+            least = np.minimum.reduce(own.y, axis=None) if len(own) else 0
             if least < 0:
                 raise ClientError(
                     f"client {client.number} has an example with label {least}; labels "
                     "name classes, from 0."
                 )
-        streams = self._streams
-        if any((c.instructions.round, c.number) not in streams for c in clients):
-            streams = {}
-            for round in {c.instructions.round for c in clients}:
-                numbers = [c.number for c in clients if c.instructions.round == round]
-                streams |= self._streams_of(round, numbers)
-        tasks = [
-            Task(
-                client.data.train,
-                client.instructions.epochs or self.settings.epochs,
-                *streams[client.instructions.round, client.number],
-            )
-            for client in clients
-        ]
-        if part:
-            tasks = [
-                replace(
-                    task,
-                    order_key=part_of(task.order_key, part),
-                    noise_key=part_of(task.noise_key, part) >> 1,
-                )
-                for task in tasks
-            ]
-        if not self.tracks:
-            return tasks
+
+    def _all_known(
+        self, clients: Sequence[ClientTask], shared: Mapping[str, Long]
+    ) -> list[Known]:
+        """Return what the objective wants to know of each client, and has kept."""
         carried = read_carried(clients, self.owner) if self.carries else {}
         nothing: tuple[Named | None, Named] = None, {}
         # Most clients share their instructions, so each is read once.
@@ -319,15 +363,12 @@ class CohortTrainer:
             for key, one in told.items()
         }
         return [
-            replace(
-                task,
-                known=self._known(
-                    client,
-                    *heard[id(client.instructions)],
-                    *carried.get(client.number, nothing),
-                ),
+            self._known(
+                client,
+                *heard[id(client.instructions)],
+                *carried.get(client.number, nothing),
             )
-            for task, client in zip(tasks, clients, strict=True)
+            for client in clients
         ]
 
     def _known(
@@ -358,14 +399,28 @@ class CohortTrainer:
         )
 
     def _streams_of(
-        self, round: int, clients: Sequence[int]
-    ) -> dict[tuple[int, int], tuple[int, int]]:
-        """Return the keys of order and noise, by round and client."""
+        self, told: Sequence[Instructions], clients: Sequence[int]
+    ) -> tuple[Keys, Keys]:
+        """Return the keys of each client's order and noise, ``[C]``."""
+        rounds = {one.round for one in alike(told)}
+        if len(rounds) == 1:
+            (round,) = rounds
+            prepared = self._streams
+            found = None if prepared is None else prepared.of(round, clients)
+            return self._keys_of(round, clients) if found is None else found
+        orders, noises = np.empty((2, len(clients)), np.uint64)
+        for round in rounds:
+            places = [k for k, one in enumerate(told) if one.round == round]
+            own = self._keys_of(round, [clients[k] for k in places])
+            orders[places], noises[places] = own
+        return orders, noises
+
+    def _keys_of(self, round: int, clients: Sequence[int]) -> tuple[Keys, Keys]:
+        """Return the keys of order and noise of a round; of noise, below 2**63."""
         orders, noises = (
             rng.keys(self.seed, purpose, round, clients) for purpose in self.purposes
         )
-        pairs = zip(orders.tolist(), (noises >> np.uint64(1)).tolist(), strict=True)
-        return dict(zip([(round, client) for client in clients], pairs, strict=True))
+        return orders, noises >> np.uint64(1)
 
     def _trainer(self, instructions: Instructions, least: int) -> BatchedTrainer:
         """Return the trainer of an objective, which keeps what it has traced."""

@@ -12,20 +12,21 @@ from flwr.app import ArrayRecord, RecordDict
 
 from ..core.errors import ClientError
 from ..core.layout import FlatModel
+from ..core.model_rows import ModelRows
 from ..core.module import FlatModule
 from ..core.rng import Purpose, generator
 from ..core.texts import shown
 from ..messages import keys
 from ..messages.arrays import complete, leaves_out_base
 from ..messages.codecs import DENSE, Codec, Draw, as_read
-from ..messages.dispatch import Reply, only_arrays
+from ..messages.dispatch import Answers, Reply, only_arrays
 from ..messages.records import NUMBERS, as_measured
 from ..messages.shared import Long, mask_among, shared_of, sizes_of
 from ..messages.wire import asks_to_write, written
 from ..metrics import Statistics
 from .bases import base_of
 from .client_state import write_results
-from .client_tasks import ClientTask
+from .client_tasks import ClientTask, cast, instructions_of, nodes_of, sizes_in
 from .cohort_trainer import CohortTrainer
 from .evaluation import evaluate, predicted, sums_of_each
 from .modules import Modules
@@ -34,6 +35,7 @@ from .probes import ClientRound, Probe
 from .registries import PROBES
 from .samples import kind_of
 from .settings import TrainingSettings
+from .steps.results import columns_of, models_of
 from .steps.task import LocalResult
 from .trial import Trials
 
@@ -102,15 +104,14 @@ class LocalWork:
         *,
         batched: bool,
         cancelled: Callable[[], bool],
-    ) -> list[Reply]:
+    ) -> Answers:
         """Train some clients from the same global model.
 
         ``content`` is what all of them are sent.
         """
         record = only_arrays(content)
         with self.modules.lend() as module:
-            dtype = _dtype(module)
-            clients = [client.cast(dtype, self.task.name) for client in clients]
+            clients = cast(clients, _dtype(module), self.task.name)
             start = self._received(record, module, clients)
             names = [e.name for e in module.layout.parameters]
             shared = shared_of(content, sizes_of(module.layout), names)
@@ -123,34 +124,27 @@ class LocalWork:
                 cancelled=cancelled,
             )
             part = leaves_out_base(record, module.layout)
-            pairs = list(zip(clients, results, strict=True))
             mask = mask_among(shared)
             draws = self._draws(clients)
-            trained = [result.model for result in results]
+            trained = models_of(results)
             models = as_read(self.codec, trained, start, draws, mask)
-            hits = self.task.counts_hits
-            replies = [
-                Reply(
-                    client.node,
-                    model.travelling() if part else model,
-                    {
-                        keys.NUM_EXAMPLES: len(client.data.train),
-                        keys.TRAIN_LOSS: result.loss,
-                        **({keys.TRAIN_ACCURACY: result.accuracy} if hits else {}),
-                        keys.NUM_STEPS: result.num_steps,
-                    },
+            replies = self._replies(clients, results)
+            answers = Answers(replies, models=models)
+            if part:
+                answers.models = (
+                    models.travelling()
+                    if isinstance(models, ModelRows)
+                    else [model.travelling() for model in models]
                 )
-                for (client, result), model in zip(pairs, models, strict=True)
-            ]
             if asks_to_write(content):
                 for k, reply in enumerate(replies):
                     model = trained[k].travelling() if part else trained[k]
                     draw = draws[k] if draws else None
                     reply.written = written(self.codec, model, start, draw, mask)
             probed = [
-                self._probe(module, start, *pair, reply, shared)
-                for pair, reply in zip(pairs, replies, strict=True)
-                if pair[0].instructions.request
+                self._probe(module, start, clients[k], results[k], replies[k], shared)
+                for k, told in enumerate(instructions_of(clients))
+                if told.request
             ]
             own = None
             if self.personal is not None and self.personal.in_rounds:
@@ -170,7 +164,25 @@ class LocalWork:
             self.personal.keep(clients, own)
         for view in probed:
             view.commit()
-        return replies
+        return answers
+
+    def _replies(
+        self, clients: Sequence[ClientTask], results: Sequence[LocalResult]
+    ) -> list[Reply]:
+        """Return what clients report of their training, but for the models."""
+        losses, accuracies, steps = columns_of(results)
+        columns = {
+            keys.NUM_EXAMPLES: sizes_in(clients),
+            keys.TRAIN_LOSS: losses,
+            **({keys.TRAIN_ACCURACY: accuracies} if self.task.counts_hits else {}),
+            keys.NUM_STEPS: steps,
+        }
+        return [
+            Reply(node, None, dict(zip(columns, row, strict=True)))
+            for node, row in zip(
+                nodes_of(clients), zip(*columns.values(), strict=True), strict=True
+            )
+        ]
 
     def _draws(self, clients: Sequence[ClientTask]) -> list[Draw]:
         """Return what gives clients' random numbers, where the codec needs some."""
@@ -253,8 +265,7 @@ class LocalWork:
         """
         record = only_arrays(content)
         with self.modules.lend() as module:
-            dtype = _dtype(module)
-            clients = [client.cast(dtype, self.task.name) for client in clients]
+            clients = cast(clients, _dtype(module), self.task.name)
             parts = [client.data.held_out for client in clients]
             apart = len(clients) > 1 and self._mixes_examples(clients)
             model = self._received(record, module, clients)

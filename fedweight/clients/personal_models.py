@@ -93,7 +93,7 @@ class PersonalModels:
         *,
         batched: bool,
         cancelled: Callable[[], bool],
-    ) -> list[LocalResult]:
+    ) -> Sequence[LocalResult]:
         """Train the personal models of some clients.
 
         Parameters
@@ -114,7 +114,7 @@ class PersonalModels:
         cancelled : Callable[[], bool]
             Tells whether to stop.
         """
-        results: list[LocalResult] = []
+        results: Sequence[LocalResult] = []
         with self._lent(module) as own_module:
             layout = own_module.layout
             start = start.laid_out(layout)

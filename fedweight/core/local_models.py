@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from .errors import AggregationError
 from .layout import FlatModel, Integers, as_tensor, is_finite
+from .model_rows import ModelRows
 from .pytorch import torch
 from .rows import TILE_ROWS
 from .threads import one_thread
@@ -257,6 +258,31 @@ class ModelSum:
             total.integers = {n: m.integers for n, (m, _) in models.items()}
         return total
 
+    @classmethod
+    def of_rows(
+        cls,
+        rows: ModelRows,
+        places: Sequence[int],
+        coefficients: Mapping[int, float],
+        dtype: torch.dtype | None = None,
+    ) -> ModelSum:
+        """Add up some rows, by their places, as :meth:`of` adds up models.
+
+        They are added up where they lie, and only the sum is brought to the CPU.
+        ``coefficients`` has what each counts, by node, in the order of the places.
+        """
+        total = cls()
+        if places:
+            counts = [*coefficients.values()]
+            parts = rows.parameters, rows.buffers
+            sums = [_sum_of_rows(part, places, counts, dtype).cpu() for part in parts]
+            total.parameters, total.buffers = sums
+            total.coefficients = dict(coefficients)
+            if rows.integers:
+                pairs = zip(coefficients, places, strict=True)
+                total.integers = {node: rows[k].integers for node, k in pairs}
+        return total
+
     def is_finite(self) -> bool:
         """Tell whether the sums are; if not, some model is not, or they overflowed."""
         vectors = (self.parameters, self.buffers)
@@ -326,6 +352,24 @@ def _sum_of_few(
     for row, coefficient in zip(rows, coefficients, strict=True):
         total.add_(row, alpha=coefficient)
     return total
+
+
+def _sum_of_rows(
+    matrix: Tensor,
+    places: Sequence[int],
+    coefficients: Sequence[float],
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Return what :func:`_sum` does of some rows of a matrix ``[C, n]``, to the bit."""
+    if not matrix.numel():
+        return torch.zeros_like(matrix[0], dtype=dtype)
+    whole = len(places) == len(matrix) and matrix.is_contiguous()
+    if dtype is not None or not whole:
+        return _sum([matrix[k] for k in places], coefficients, dtype)
+    counts = torch.tensor(coefficients, dtype=matrix.dtype).to(matrix.device)
+    tiles = [slice(k, k + TILE_ROWS) for k in range(0, len(matrix), TILE_ROWS)]
+    parts = [torch.mv(matrix[tile].T, counts[tile]) for tile in tiles]
+    return parts[0] if len(parts) == 1 else _sum(parts, [1] * len(parts), torch.float64)
 
 
 def _together(rows: Sequence[Tensor]) -> Tensor | None:

@@ -123,18 +123,19 @@ def keys(
     return _mix64(start + (numbers + np.uint64(1)) * np.uint64(GOLDEN))
 
 
-def part_of(key: int, part: int) -> int:
-    """Return the key of a part of a stream, from 0; the first one has the stream's own.
+def part_of(keys: npt.NDArray[np.uint64], part: int) -> npt.NDArray[np.uint64]:
+    """Return the keys of a part of streams, from 0; the first has the streams' own.
 
     Examples
     --------
-    >>> part_of(7, 0), part_of(7, 1) == part_of(7, 2)
-    (7, False)
+    >>> keys = np.array([7], np.uint64)
+    >>> part_of(keys, 0).tolist(), part_of(keys, 1) == part_of(keys, 2)
+    ([7], array([False]))
     """
     if not part:
-        return key
+        return keys
     step = GOLDEN * part & 0xFFFFFFFFFFFFFFFF
-    return int(_mix64(np.array([key], np.uint64) + np.uint64(step))[0])
+    return _mix64(keys + np.uint64(step))
 
 
 def permutation(key: int, pass_number: int, n: int) -> npt.NDArray[np.int64]:
@@ -152,13 +153,34 @@ def permutation(key: int, pass_number: int, n: int) -> npt.NDArray[np.int64]:
 
 
 def permutations(
-    keys: npt.NDArray[np.uint64], pass_number: int, n: int
+    keys: npt.NDArray[np.uint64], pass_number: int, n: int | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Return an order of ``range(n)`` for each key, ``[K, n]``; see `permutation`."""
+    """Return an order of ``range(n)`` for each key, ``[K, n]``; see `permutation`.
+
+    ``n`` may be one for each key, ``[K]``: the columns are as many as the largest then,
+    and a row goes on with the places that it does not have.
+
+    Examples
+    --------
+    >>> keys = np.array([1, 2], np.uint64)
+    >>> both = permutations(keys, 0, np.array([3, 2]))
+    >>> both[1].tolist() == [*permutation(2, 0, 2).tolist(), 2]
+    True
+    """
     step = np.uint64(GOLDEN * (pass_number + 1) & 0xFFFFFFFFFFFFFFFF)
     base = _mix64(keys + step)
-    places = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-    order: npt.NDArray[np.int64] = np.argsort(_mix64(base[:, None] + places), axis=1)
+    sizes = np.asarray(n)
+    most = int(sizes.max())
+    places = np.arange(1, most + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    hashes = _mix64(base[:, None] + places)
+    if not sizes.ndim:
+        order: npt.NDArray[np.int64] = np.argsort(hashes, axis=1)
+        return order
+    hashes[np.arange(most) >= sizes[:, None]] = LARGEST
+    order = np.argsort(hashes, axis=1)
+    last = np.take_along_axis(order, sizes[:, None] - 1, axis=1)
+    if (last >= sizes[:, None]).any():  # A real hash is the largest, too.
+        order = np.argsort(hashes, axis=1, kind="stable")
     return order
 
 
@@ -166,8 +188,13 @@ def permutations(
 # Generators", OOPSLA 2014), and its increment.
 GOLDEN = 0x9E3779B97F4A7C15
 
+LARGEST = np.iinfo(np.uint64).max
+
 
 def _mix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z = z ^ (z >> np.uint64(30))
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z

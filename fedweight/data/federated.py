@@ -18,6 +18,7 @@ from .groups import name_groups
 from .lazy import LazyParts
 from .partitions import natural_choice
 from .partitions import partition as divide
+from .parts import Parts
 from .schema import Schema
 from .skews import flipped_labels
 from .tasks import CLASSIFICATION, TASKS
@@ -170,6 +171,15 @@ class FederatedData:
             self._lately[i] = self._count(train.y), self._count(held_out.y)
         return ClientData(train, held_out)
 
+    def parts(self, clients: Sequence[int] | Indices) -> Parts | None:
+        """Return what some clients train on, as rows of :attr:`examples`.
+
+        ``None`` where a client's are drawn when they are asked for.
+        """
+        if not isinstance(self._clients, _InOrder):
+            return None
+        return self._clients.parts(np.asarray(clients, np.int64))
+
     @property
     def examples(self) -> Examples:
         """What all clients have together, in one set of arrays."""
@@ -270,6 +280,10 @@ class _InOrder:
         """Return the places of what client i trains on, and of what it holds out."""
         start, middle, stop = self._starts[2 * i : 2 * i + 3].tolist()
         return slice(start, middle), slice(middle, stop)
+
+    def parts(self, clients: Indices) -> Parts:
+        """Return what some clients train on."""
+        return Parts(self.examples, self._starts[2 * clients], self.sizes[clients])
 
 
 class _Drawn:

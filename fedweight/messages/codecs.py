@@ -236,7 +236,7 @@ def as_read(
     start: FlatModel,
     draws: Sequence[Draw],
     mask: Tensor | None = None,
-) -> list[FlatModel]:
+) -> Sequence[FlatModel]:
     """Return trained models as the server reads them.
 
     Parameters
@@ -252,8 +252,8 @@ def as_read(
     mask : Tensor, optional
         ``[P]``; where it is 0 nothing is sent, and the server reads 0.
     """
-    if not models or (codec.exact and mask is None):
-        return list(models)
+    if not len(models) or (codec.exact and mask is None):
+        return models
     rows, uniform = to_write(codec, models, start, draws)
     if mask is not None:
         rows[:, mask == 0] = 0

@@ -12,8 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -33,12 +35,16 @@ from ..core.local_models import (
     ModelSum,
     SummedModels,
 )
+from ..core.model_rows import ModelRows
 from ..core.pytorch import torch
 from ..core.rows import changed_tensors
 from . import keys
 from ._flower import CLIENT_APP_RAISED_EXCEPTION, NO_REPLY, reason_of
 from .arrays import FlatRecord, flatten
 from .records import records_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Begins the error of clients that were too many to train at once; why comes after it.
 TOO_MANY = "too many clients at once: "
@@ -323,10 +329,22 @@ class Answers:
         In any order.
     total : ModelSum
         Their models added up, where the cohort allows it.
+    models : Sequence[FlatModel], optional
+        The clients' models, in the order of the replies, which do not hold them yet.
     """
 
     replies: list[Reply]
     total: ModelSum = field(default_factory=ModelSum)
+    models: Sequence[FlatModel] | None = None
+
+    def hand_out(self, record: ArrayRecord | None = None) -> None:
+        """Let the replies hold the models; in the layout of what clients received."""
+        if self.models is not None:
+            for reply, model in zip(self.replies, self.models, strict=True):
+                reply.model = model
+            self.models = None
+        if record is not None:
+            lay_out_as_sent(record, self.replies)
 
     @classmethod
     def too_many(cls, nodes: Sequence[int], why: str) -> Answers:
@@ -342,27 +360,68 @@ class Answers:
     def sum_up(self, cohort: Cohort) -> None:
         """Add up the models of those who trained, and let go of all."""
         assert cohort.summed_by is not None
-        trained = list(_trained(self.replies))
-        good = {
-            reply.node: (model, float(reply.metrics[cohort.summed_by]))
-            for reply, model in trained
+        rows = self.models
+        layout = layout_as_sent(cohort.arrays)
+        if not isinstance(rows, ModelRows) or layout not in (None, rows.layout):
+            self.hand_out(cohort.arrays)
+            holding = [reply for reply, _ in _trained(self.replies)]
+            models: Sequence[FlatModel] = [model for _, model in _trained(self.replies)]
+        else:
+            holding, models, self.models = self.replies, rows, None
+        good = [
+            k
+            for k, reply in enumerate(holding)
             if reply.node not in cohort.left_out
             and reply.metrics.get(keys.NUM_STEPS) != 0
-        }
-        self.total = ModelSum.of(good)
+        ]
+        self.total = _sum(holding, models, good, cohort.summed_by)
         if not self.total.is_finite():  # Some model is not, or their sum is too large.
-            finite = {reply.node for reply in self.replies if reply.is_finite()}
-            good = {node: own for node, own in good.items() if node in finite}
-            self.total = ModelSum.of(good, torch.float64)
+            good = [k for k in good if _is_finite(models[k])]
+            self.total = _sum(holding, models, good, cohort.summed_by, torch.float64)
         if good:
-            rows = [model.parameters for model, _ in good.values()]
-            layout = next(model.layout for model, _ in good.values())
+            layout = models[good[0]].layout
             start = flatten(cohort.arrays, layout).parameters
-            self.total.changed = changed_tensors(rows, start, layout.offsets)
-        for reply, _ in trained:
-            if reply.node not in good:
-                reply.is_finite()
+            self.total.changed = _changed(models, good, start, layout.offsets)
+        summed = set(good)
+        for k, reply in enumerate(holding):
+            if k not in summed:
+                reply.finite = _is_finite(models[k])
             reply.model, reply.summed = None, True
+
+
+def _changed(
+    models: Sequence[FlatModel],
+    good: Sequence[int],
+    start: Tensor,
+    offsets: Sequence[int],
+) -> npt.NDArray[np.bool_]:
+    """Return which named tensors some of the models change, ``[T]``."""
+    if isinstance(models, ModelRows):  # Nearly always the first one tells.
+        first = models.parameters[good[0]].cpu()
+        found = changed_tensors([first], start, offsets)
+        if found.all():
+            return found
+    moved = (models[k].parameters for k in good)
+    return changed_tensors([*moved], start, offsets)
+
+
+def _is_finite(model: FlatModel) -> bool:
+    return is_finite(model.parameters) and is_finite(model.buffers)
+
+
+def _sum(
+    replies: Sequence[Reply],
+    models: Sequence[FlatModel],
+    good: Sequence[int],
+    by: str,
+    dtype: torch.dtype | None = None,
+) -> ModelSum:
+    """Add up some of the models, each times what its client says of itself."""
+    counts = {replies[k].node: float(replies[k].metrics[by]) for k in good}
+    if isinstance(models, ModelRows):
+        return ModelSum.of_rows(models, good, counts, dtype)
+    own = {node: models[k] for node, k in zip(counts, good, strict=True)}
+    return ModelSum.of({n: (model, counts[n]) for n, model in own.items()}, dtype)
 
 
 def _trained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, FlatModel]]:
@@ -378,11 +437,17 @@ def lay_out_as_sent(record: ArrayRecord, replies: Sequence[Reply]) -> None:
     A server that was not told what is frozen, or a buffer, lays the tensors out
     otherwise than the clients' module; what it adds up must be in its own layout.
     """
-    flat = record.flat if isinstance(record, FlatRecord) else None
+    layout = layout_as_sent(record)
     for reply, model in _trained(replies):
-        if flat is None or model.layout == flat.layout:
+        if layout is None or model.layout == layout:
             return
-        reply.model = model.laid_out(flat.layout)
+        reply.model = model.laid_out(layout)
+
+
+def layout_as_sent(record: ArrayRecord) -> Layout | None:
+    """Return the layout of a record that was sent, where it says it."""
+    flat = record.flat if isinstance(record, FlatRecord) else None
+    return None if flat is None else flat.layout
 
 
 class Replies(_Messages):

@@ -177,7 +177,11 @@ class LocalGrid(SimulationGrid):
             if full:
                 return Answers.too_many(nodes, full[0])
             answers: Answers = app.answer(
-                cohort, nodes, self._context_of, batched=plan.chunk > 1
+                cohort,
+                nodes,
+                self._context_of,
+                batched=plan.chunk > 1,
+                number_of=None if self.nodes.node_config else self.client_of,
             )
             if answers.were_too_many:
                 full.append(answers.were_too_many)

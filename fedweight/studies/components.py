@@ -212,6 +212,7 @@ class Components:
             seed=self.configuration["run"]["seed"],
             device=device or self.device,
             sizes=self.data.sizes,
+            parts=self.data.parts,
             name_of=self.data.name_of if self.data.names else None,
             probes={n: f for one, _ in methods for n, f in one.probes.items()},
             queries={n: f for one, _ in methods for n, f in one.queries.items()},

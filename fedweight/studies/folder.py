@@ -416,9 +416,11 @@ def _lines(rows: Iterable[Iterable[Any]]) -> str:
     cells = [["" if v is None or v != v else v for v in row] for row in rows]
     text = _as_csv(cells)
     if "\r" in text:  # Not every version of the module quotes a lone carriage return.
-        lines = ((row, _as_csv([row])) for row in cells)
-        quoted = csv.QUOTE_ALL
-        text = "".join(_as_csv([r], quoted) if "\r" in t else t for r, t in lines)
+        text = "".join(
+            _as_csv([row], csv.QUOTE_ALL) if "\r" in line else line
+            for row in cells
+            for line in [_as_csv([row])]
+        )
     return text
 
 

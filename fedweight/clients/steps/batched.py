@@ -34,9 +34,10 @@ from .inputs import StepInputs, StepNames, views
 from .memory import ChunkMemory, ChunkState, TrainedRows
 from .predictions import predictions
 from .rates import LearningRates, Rates
+from .results import Results
 from .schedule import Schedule
 from .step import ChunkStep, MadeStep, Step
-from .task import LocalResult, Task, groups_of
+from .task import Task, Tasks, groups_of
 
 # So many steps are made in one call, where what a call costs shows: a step has few
 # operations, and the models of a chunk have no more than so many values.
@@ -113,7 +114,7 @@ class BatchedTrainer:
         *,
         learning_rate: Rates,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> list[LocalResult]:
+    ) -> Results:
         """Train some clients from the same global model.
 
         Parameters
@@ -131,35 +132,14 @@ class BatchedTrainer:
 
         Returns
         -------
-        list[LocalResult]
+        Results
             In the order of the tasks; the models are rows of one matrix.
         """
+        columns = Tasks.of(tasks)
         trained = self.train_rows(
-            start, tasks, learning_rate=learning_rate, cancelled=cancelled
+            start, columns, learning_rate=learning_rate, cancelled=cancelled
         )
-        rows, buffer_rows = (
-            trained.rows.cpu().unbind(),
-            trained.buffer_rows.cpu().unbind(),
-        )
-        integers = {n: t.cpu().numpy() for n, t in trained.integers.items()}
-        losses, correct = trained.losses.tolist(), trained.correct.tolist()
-        num_steps = trained.num_steps.tolist()
-        carries = bool(trained.carried.carry or trained.carried.kept)
-        results = []
-        for k, task in enumerate(tasks):
-            seen = len(task.examples) * task.epochs
-            own = {name: values[k] for name, values in integers.items()}
-            model = FlatModel(
-                self.module.layout, rows[k], buffer_rows[k], own, start.frozen
-            )
-            result = LocalResult(
-                model, losses[k] / seen, correct[k] / seen, num_steps[k]
-            )
-            if carries:
-                carry, kept = trained.carried.of_client(k, len(task.examples))
-                result = result._replace(carry=carry, kept=kept)
-            results.append(result)
-        return results
+        return Results(self.module, start, columns, trained)
 
     def train_rows(
         self,
@@ -173,14 +153,15 @@ class BatchedTrainer:
 
         The arguments are those of :meth:`train`.
         """
-        rates = LearningRates.of(self.settings, learning_rate, len(tasks))
-        carried = self._carried(start, tasks)
+        columns = Tasks.of(tasks)
+        rates = LearningRates.of(self.settings, learning_rate, len(columns))
+        carried = self._carried(start, columns)
         if not self._replays:
-            state = ChunkState.of(start, tasks, rates.first, carried, self.device)
-            return self._run(state, tasks, rates, cancelled)
+            state = ChunkState.of(start, columns, rates.first, carried, self.device)
+            return self._run(state, columns, rates, cancelled)
         with self._turn, torch.cuda.device(self.device):
-            memory = self._memory(start, tasks, rates.first, carried)
-            trained = self._run(memory.state, tasks, rates, cancelled, memory)
+            memory = self._memory(start, columns, rates.first, carried)
+            trained = self._run(memory.state, columns, rates, cancelled, memory)
             return copy.deepcopy(trained)
 
     def let_go(self) -> None:
@@ -188,7 +169,7 @@ class BatchedTrainer:
         with self._turn:
             self._memories.clear()
 
-    def _carried(self, start: FlatModel, tasks: Sequence[Task]) -> Carried:
+    def _carried(self, start: FlatModel, tasks: Tasks) -> Carried:
         """Return what the objective knows of some clients, and what they carry."""
         if not self._tracks:
             return Carried()
@@ -196,7 +177,7 @@ class BatchedTrainer:
         with STREAMS.alone() if one_at_a_time else nullcontext():
             return Carried.of(
                 self.objective,
-                tasks,
+                list(tasks),
                 start.parameters,
                 self.device,
                 partial(predictions, self.module, start),
@@ -205,7 +186,7 @@ class BatchedTrainer:
     def _memory(
         self,
         start: FlatModel,
-        tasks: Sequence[Task],
+        tasks: Tasks,
         learning_rate: float,
         carried: Carried,
     ) -> ChunkMemory:
@@ -226,7 +207,7 @@ class BatchedTrainer:
     def _run(
         self,
         own: ChunkState,
-        tasks: Sequence[Task],
+        tasks: Tasks,
         rates: LearningRates,
         cancelled: Callable[[], bool],
         memory: ChunkMemory | None = None,
@@ -239,8 +220,7 @@ class BatchedTrainer:
         parameters = views(trained.rows, kind.parameters)
         optimizer: LocalOptimizer | None = None
         rate_of = rates.every(plan.steps, trained.rows)
-        keys = np.array([task.noise_key for task in tasks], np.int64)
-        seeds = torch.from_numpy(keys).to(self.device)
+        seeds = torch.from_numpy(tasks.noise_keys.view(np.int64)).to(self.device)
         of_steps = self._of_steps(tasks, plan)
         names = StepNames(
             tuple(carried.carry),
@@ -321,7 +301,7 @@ class BatchedTrainer:
         trained.num_steps = plan.steps
         return trained
 
-    def _of_steps(self, tasks: Sequence[Task], plan: Schedule) -> dict[str, Tensor]:
+    def _of_steps(self, tasks: Tasks, plan: Schedule) -> dict[str, Tensor]:
         """Return what each step has besides examples, ``[total, ...]``, by name."""
         counts = plan.counts.to(self.device)
         found = {"counts": counts, "step": torch.arange(plan.total, device=self.device)}

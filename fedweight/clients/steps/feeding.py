@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ...core.layout import as_tensor
+from ...data.parts import Parts
 from ._torch.torchscript import gather
 from .memory import allocate_examples, kind_of_buffer
 from .schedule import Schedule
-from .task import Task
+from .task import Task, Tasks
 
 log = logging.getLogger("fedweight")
 
@@ -187,13 +188,16 @@ class SharedArrays:
 
     x: npt.NDArray[Any]
     y: npt.NDArray[Any]
-    first: list[int]
+    first: Sequence[int] | npt.NDArray[np.int64]
 
 
 def shared_arrays(tasks: Sequence[Task]) -> SharedArrays | None:
     """Return what the examples of several clients are rows of, if that is the same."""
     if len(tasks) == 1:
         return None
+    if isinstance(tasks, Tasks) and isinstance(tasks.examples, Parts):
+        parts = tasks.examples
+        return SharedArrays(parts.whole.x, parts.whole.y, parts.first)
     x = shared_array([task.examples.x for task in tasks])
     y = shared_array([task.examples.y for task in tasks])
     if x is None or y is None or x[1] != y[1]:

@@ -15,7 +15,7 @@ from ...core.layout import FlatModel
 from ._torch.cuda_graphs import Replayed
 from .carried import Carried
 from .step import Step
-from .task import Task
+from .task import Tasks
 
 
 @dataclass
@@ -74,7 +74,7 @@ class ChunkState:
     def of(
         cls,
         start: FlatModel,
-        tasks: Sequence[Task],
+        tasks: Tasks,
         rate: float,
         carried: Carried,
         device: torch.device,
@@ -97,7 +97,7 @@ class ChunkState:
         return cls(received, frozen, own_rate, trained)
 
     def begin(
-        self, start: FlatModel, tasks: Sequence[Task], rate: float, carried: Carried
+        self, start: FlatModel, tasks: Tasks, rate: float, carried: Carried
     ) -> None:
         """Do the same again, in the same memory."""
         received, buffers, integers = _on(self.received.device, start)
@@ -163,13 +163,13 @@ class ChunkMemory:
         return self._steps[key]
 
 
-def _give_own(trained: TrainedRows, tasks: Sequence[Task]) -> None:
+def _give_own(trained: TrainedRows, tasks: Tasks) -> None:
     """Let clients that begin with a model of their own have it."""
-    for k, task in enumerate(tasks):
-        if task.own is not None:
-            trained.rows[k] = task.own.parameters
-            trained.buffer_rows[k] = task.own.buffers
-            for name, values in task.own.integers.items():
+    for k, own in enumerate(tasks.own or ()):
+        if own is not None:
+            trained.rows[k] = own.parameters
+            trained.buffer_rows[k] = own.buffers
+            for name, values in own.integers.items():
                 trained.integers[name][k] = torch.from_numpy(np.asarray(values))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +15,14 @@ from torch import Tensor
 from ...core.batches import num_batches
 from ...core.layout import as_tensor
 from ...core.rng import permutations
-from .task import Task
+from .task import Task, Tasks
 
 # A batch that is larger than this is no larger than it must be for the clients at hand:
 # a size that is to mean "all examples" would take all memory.
 WIDEST = 1 << 14
+
+# Clients are shuffled together whose sizes are no further apart than this factor.
+LIKE_SIZE = 1.5
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Schedule:
     passes : dict[int, list[tuple[list[int], int, int]]]
         By step, who begins a pass over the own data there: clients of one size
         together, with that size and the number of the pass.
+    like_size : list of ndarray
+        The clients in lists, in each of which the largest has at most
+        :data:`LIKE_SIZE` times as many examples as the smallest.
     """
 
     batch_size: int
@@ -56,15 +63,17 @@ class Schedule:
     ragged: bool
     ended: dict[int, list[int]]
     passes: dict[int, list[tuple[list[int], int, int]]]
+    like_size: list[npt.NDArray[np.int64]]
 
     @classmethod
     def of(cls, tasks: Sequence[Task], batch_size: int, least: int) -> Schedule:
         """Lay out the steps of some clients."""
-        sizes = tuple(len(task.examples) for task in tasks)
-        epochs = tuple(task.epochs for task in tasks)
+        columns = Tasks.of(tasks)
+        sizes = columns.sizes
         if batch_size > WIDEST:  # By powers of 2: a step is made anew for each width.
-            batch_size = min(batch_size, 1 << (max(sizes) - 1).bit_length())
-        return _schedule(sizes, epochs, batch_size, least)
+            batch_size = min(batch_size, 1 << (int(sizes.max()) - 1).bit_length())
+        # Clients are often of the same size.
+        return _schedule(sizes.tobytes(), columns.epochs.tobytes(), batch_size, least)
 
     @property
     def total(self) -> int:
@@ -99,7 +108,7 @@ class Schedule:
         examples that nobody has.
         """
         for alike, size, epoch in self.passes.get(step, ()):
-            keys = np.array([tasks[k].order_key for k in alike], np.uint64)
+            keys = Tasks.of(tasks).order_keys[alike]
             orders = permutations(keys, epoch, size)
             steps = int(self.per_epoch[alike[0]])
             before = (steps - 1) * self.batch_size
@@ -113,7 +122,9 @@ class Schedule:
             yield alike, rows
 
     def rows(
-        self, tasks: Sequence[Task], first: Sequence[int]
+        self,
+        tasks: Sequence[Task],
+        first: Sequence[int] | npt.NDArray[np.int64],
     ) -> npt.NDArray[np.int64]:
         """Return the row of each example in a common array, ``[total, C, width]``.
 
@@ -121,12 +132,34 @@ class Schedule:
         """
         rows = np.empty((self.total, len(tasks), self.width), np.int64)
         rows[:] = np.asarray(first)[:, None]
+        if len(self.like_size) < len(self.passes[0]) / 2:
+            self._add_orders(rows, Tasks.of(tasks))
+            return rows
         for step in self.passes:
             for alike, orders in self._orders(tasks, step):
                 these = alike if len(alike) < len(tasks) else slice(None)
                 steps = orders.shape[1]
                 rows[step : step + steps, these] += orders.transpose(1, 0, 2)
         return rows
+
+    def _add_orders(self, rows: npt.NDArray[np.int64], tasks: Tasks) -> None:
+        """Add to ``[total, C, width]`` what each step takes, of clients of many sizes.
+
+        Those of like size are shuffled together.
+        """
+        flat, clients = rows.reshape(-1), len(tasks)
+        for alike in self.like_size:
+            for epoch in range(int(tasks.epochs[alike].max())):
+                some = alike[tasks.epochs[alike] > epoch]
+                sizes, per_epoch = tasks.sizes[some][:, None], self.per_epoch[some]
+                orders = permutations(tasks.order_keys[some], epoch, sizes[:, 0])
+                nth = np.arange(orders.shape[1])
+                step = np.minimum(nth // self.batch_size, per_epoch[:, None] - 1)
+                place = nth - step * self.batch_size
+                step += epoch * per_epoch[:, None]
+                place += (step * clients + some[:, None]) * self.width
+                real = nth < sizes
+                flat[place[real]] += orders[real]
 
     def batch(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a step's batch of every client, x and y ``[C, width, ...]``."""
@@ -142,13 +175,11 @@ class Schedule:
         return step + steps <= self.total and self.ended.keys().isdisjoint(between)
 
 
-@lru_cache(maxsize=64)  # Clients are often of the same size.
-def _schedule(
-    sizes: tuple[int, ...], epochs: tuple[int, ...], batch_size: int, least: int
-) -> Schedule:
-    examples = np.array(sizes)
+@lru_cache(maxsize=64)
+def _schedule(sizes: bytes, epochs: bytes, batch_size: int, least: int) -> Schedule:
+    examples, rounds = np.frombuffer(sizes, np.int64), np.frombuffer(epochs, np.int64)
     per_epoch = num_batches(examples, batch_size, least)
-    steps = per_epoch * np.array(epochs)
+    steps = per_epoch * rounds
     step = np.arange(steps.max())[:, None]
     place = step % per_epoch
     left = np.where(
@@ -161,12 +192,14 @@ def _schedule(
         if end < len(counts):
             ended.setdefault(end, []).append(k)
     passes: dict[int, list[tuple[list[int], int, int]]] = {}
-    for n in sorted(set(sizes)):
-        alike = [k for k, size in enumerate(sizes) if size == n]
-        for epoch in range(max(epochs[k] for k in alike)):
-            busy = [k for k in alike if epoch < epochs[k]]
-            first = epoch * int(per_epoch[alike[0]])
-            passes.setdefault(first, []).append((busy, n, epoch))
+    by_size = np.argsort(examples, kind="stable")
+    ends = np.flatnonzero(np.diff(examples[by_size])) + 1
+    for alike in np.split(by_size, ends):
+        several = rounds[alike]
+        n, own_steps = int(examples[alike[0]]), int(per_epoch[alike[0]])
+        for epoch in range(int(several.max())):
+            busy = alike[several > epoch].tolist()
+            passes.setdefault(epoch * own_steps, []).append((busy, n, epoch))
     return Schedule(
         batch_size,
         width,
@@ -176,4 +209,16 @@ def _schedule(
         bool((counts != width).any()),
         ended,
         passes,
+        _like_size(examples[by_size], by_size),
     )
+
+
+def _like_size(
+    sizes: npt.NDArray[np.int64], clients: npt.NDArray[np.int64]
+) -> list[npt.NDArray[np.int64]]:
+    """Cut clients, the smallest first, into lists of like size."""
+    ends = [0]
+    while ends[-1] < len(sizes):
+        most = LIKE_SIZE * int(sizes[ends[-1]])
+        ends.append(int(np.searchsorted(sizes, most, "right")))
+    return [clients[begin:end] for begin, end in pairwise(ends)]

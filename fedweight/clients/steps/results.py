@@ -1,0 +1,95 @@
+"""What a chunk of clients trained, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ...core.layout import FlatModel
+from ...core.model_rows import ModelRows
+from ...core.module import FlatModule
+from .memory import TrainedRows
+from .task import LocalResult, Tasks
+
+
+class Results(Sequence[LocalResult]):
+    """The results of several clients; each one is made when it is asked for.
+
+    Attributes
+    ----------
+    models : ModelRows
+        What they trained, where they did.
+    losses, accuracies : ndarray
+        ``[C]``, float64: means over the examples as training met them.
+    num_steps : ndarray
+        ``[C]``, int64.
+    """
+
+    def __init__(
+        self,
+        module: FlatModule,
+        start: FlatModel,
+        tasks: Tasks,
+        trained: TrainedRows,
+    ) -> None:
+        self.models = ModelRows(
+            module.layout,
+            trained.rows,
+            trained.buffer_rows,
+            {name: t.cpu().numpy() for name, t in trained.integers.items()},
+            start.frozen,
+        )
+        seen = tasks.sizes * tasks.epochs
+        self.losses: npt.NDArray[np.float64] = trained.losses.double().cpu().numpy()
+        self.losses = self.losses / seen
+        self.accuracies: npt.NDArray[np.float64] = (
+            trained.correct.double().cpu().numpy() / seen
+        )
+        self.num_steps = trained.num_steps
+        self._sizes = tasks.sizes
+        self._carried = trained.carried
+        self._carries = bool(trained.carried.carry or trained.carried.kept)
+
+    def __len__(self) -> int:
+        """Return C."""
+        return len(self.models)
+
+    @overload
+    def __getitem__(self, k: int) -> LocalResult: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[LocalResult]: ...
+    def __getitem__(self, k: int | slice) -> LocalResult | list[LocalResult]:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        result = LocalResult(
+            self.models[k],
+            float(self.losses[k]),
+            float(self.accuracies[k]),
+            int(self.num_steps[k]),
+        )
+        if self._carries:
+            carry, kept = self._carried.of_client(k, int(self._sizes[k]))
+            result = result._replace(carry=carry, kept=kept)
+        return result
+
+
+def models_of(results: Sequence[LocalResult]) -> Sequence[FlatModel]:
+    """Return the models of some results: rows of one matrix, where they are."""
+    if isinstance(results, Results):
+        return results.models
+    return [result.model for result in results]
+
+
+def columns_of(
+    results: Sequence[LocalResult],
+) -> tuple[list[float], list[float], list[int]]:
+    """Return losses, accuracies and numbers of steps of some results."""
+    if isinstance(results, Results):
+        means = results.losses.tolist(), results.accuracies.tolist()
+        return *means, results.num_steps.tolist()
+    losses = [result.loss for result in results]
+    accuracies = [result.accuracy for result in results]
+    return losses, accuracies, [result.num_steps for result in results]
