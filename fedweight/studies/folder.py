@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -299,11 +300,22 @@ class Table:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to the file."""
         several = list(rows)
-        new = {name: None for row in several for name in row if name not in self._known}
+        names = dict.fromkeys(chain.from_iterable(several))
+        columns = {name: [row.get(name) for row in several] for name in names}
+        self.append_columns(columns, len(several))
+
+    def append_columns(self, columns: Mapping[str, Sequence[Any]], count: int) -> None:
+        """Add so many rows to the file, given by their columns."""
+        new = {name: None for name in columns if name not in self._known}
         if new:
             self._add_columns(new)
-        self._pending += _lines(map(row.get, self.columns) for row in several)
-        self._rows += len(several)
+        nothing = [""] * count
+        cells = [
+            _cells(columns[name]) if name in columns else nothing
+            for name in self.columns
+        ]
+        self._pending += _lines(zip(*cells, strict=True))
+        self._rows += count
         self.write()
 
     def complete(self, more: Mapping[str, Any]) -> None:
@@ -314,7 +326,7 @@ class Table:
             self._add_columns(new)
         header, *rows = rows_of(self.path)
         known = dict(zip(header, rows[-1], strict=True))
-        last = [more.get(name, cell) for name, cell in known.items()]
+        last = _cells(more.get(name, cell) for name, cell in known.items())
         self._write_again(header, [*rows[:-1], last])
 
     def _add_columns(self, new: Iterable[str]) -> None:
@@ -410,10 +422,15 @@ def whole_rows(path: Path) -> str:
     return data.decode()
 
 
-def _lines(rows: Iterable[Iterable[Any]]) -> str:
-    """Return lines of CSV; a float in full, NaN and ``None`` as nothing."""
+def _cells(values: Iterable[Any]) -> list[Any]:
+    """Return what a table has of values: of NaN and ``None`` nothing."""
     # What differs from itself is NaN.
-    cells = [["" if v is None or v != v else v for v in row] for row in rows]
+    return ["" if v is None or v != v else v for v in values]
+
+
+def _lines(rows: Iterable[Iterable[Any]]) -> str:
+    """Return lines of CSV; a float in full."""
+    cells = list(rows)
     text = _as_csv(cells)
     if "\r" in text:  # Not every version of the module quotes a lone carriage return.
         text = "".join(

@@ -55,6 +55,7 @@ from .listener import Listener
 from .progress import Progress, Report
 from .records import (
     ErrorLog,
+    client_columns,
     client_row,
     measured_columns,
     personal_means,
@@ -317,8 +318,8 @@ class Recorder:
             known = {n: v for n, v in measured.items() if not n.startswith("own-")}
             record.metrics = {**record.metrics, **known, **self.listener.measured}
             self.listener.measured = {}
-        clients = [client_row(number, c) for c in record.clients]
-        self.clients.append(clients)
+        columns = client_columns(number, record.clients)
+        self.clients.append_columns(columns, len(record.clients))
         self.errors.add(record)
         if self.components.data.is_lazy:
             self._write_partition(c.client for c in record.clients)
@@ -331,6 +332,7 @@ class Recorder:
         self.rounds.append([row])
         self._note_plan(number)
         groups = self._record_groups(record, tested)
+        clients = (client_row(number, client) for client in record.clients)
         self.tracking.log(number, row, clients, groups)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -386,7 +388,8 @@ class Recorder:
         histories = [getattr(s, "history", ()) for s in with_inner(self.strategy)]
         self._before = [r for one in histories for r in one if r.number == 0]
         for record in self._before:
-            self.clients.append(client_row(0, client) for client in record.clients)
+            columns = client_columns(0, record.clients)
+            self.clients.append_columns(columns, len(record.clients))
             self.errors.add(record)
         return self._before
 

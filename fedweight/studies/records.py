@@ -6,9 +6,10 @@ And to ``errors.log``, where what went wrong is told in full.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,54 @@ from .columns import CLIENT_NAMES, COUNTS
 Row = dict[str, Any]
 
 
+def client_columns(
+    number: int, records: Sequence[ClientRecord]
+) -> dict[str, list[Any]]:
+    """Return the columns of a round's clients, a value each; ``None`` is none."""
+    columns: dict[str, list[Any]] = {}
+    for name, values in _by_name([record.metrics for record in records]):
+        column, counts = _column(name)
+        if counts:
+            values = [
+                v if v is None or not math.isfinite(v) else int(v) for v in values
+            ]
+        if column in columns:  # Of two metrics of one column.
+            pairs = zip(columns[column], values, strict=True)
+            values = [one if other is None else other for one, other in pairs]
+        columns[column] = values
+    for name, values in _by_name([record.own_metrics for record in records]):
+        columns[f"own_{snake_case(name)}"] = values
+    if any(record.name for record in records):
+        names = [own_name(r.client, plain(r.name, NAME_LENGTH)) for r in records]
+        if any(names):
+            columns["name"] = [name or None for name in names]
+    columns["round"] = [number] * len(records)
+    columns["client"] = [record.client for record in records]
+    columns["status"] = [record.status for record in records]
+    columns["reason"] = [first_line(record.reason) for record in records]
+    columns["weight"] = [record.weight for record in records]
+    columns["bytes_down"] = [record.bytes_down for record in records]
+    columns["bytes_up"] = [record.bytes_up for record in records]
+    return columns
+
+
+def _by_name(
+    several: Sequence[Mapping[str, float]],
+) -> Iterator[tuple[str, list[float | None]]]:
+    """Yield what several clients measured by name, a value each."""
+    for name in dict.fromkeys(chain.from_iterable(several)):
+        yield name, [one.get(name) for one in several]
+
+
 def client_row(number: int, record: ClientRecord) -> Row:
     """Return one client's row of a round."""
-    row: Row = {}
-    for name, value in record.metrics.items():
-        column, counts = _column(name)
-        row[column] = int(value) if counts and math.isfinite(value) else value
-    for name, value in record.own_metrics.items():
-        row[f"own_{snake_case(name)}"] = value
-    if record.name:
-        name = own_name(record.client, plain(record.name, NAME_LENGTH))
-        row |= {"name": name} if name else {}
-    row["round"] = number
-    row["client"] = record.client
-    row["status"] = record.status
-    row["reason"] = first_line(record.reason)
-    row["weight"] = record.weight
-    row["bytes_down"] = record.bytes_down
-    row["bytes_up"] = record.bytes_up
-    return row
+    columns = client_columns(number, [record])
+    return {name: value for name, (value,) in columns.items() if value is not None}
+
+
+def _whole(value: float | None) -> float | None:
+    """Return what was counted as a whole number, if it is one."""
+    return int(value) if value is not None and math.isfinite(value) else value
 
 
 @lru_cache(maxsize=4096)
