@@ -38,8 +38,6 @@ RATES: dict[str, tuple[str, ...]] = {
     "equal_opportunity": ("tpr",),
     "equalized_odds": ("tpr", "fpr"),
 }
-# Which are counted, and of which.
-Shares = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 # Each rate as shares of counts, see _accuracies and _confusion: which are counted, and
 # of which.
