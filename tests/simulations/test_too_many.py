@@ -163,7 +163,7 @@ def test_rays_workers_halve_as_well_and_give_the_same(caplog):
     ray_grid = pytest.importorskip("fedweight.simulations.ray.grid")
     expected = {}
     for summed in (None, keys.NUM_EXAMPLES):
-        grid = LocalGrid(app_of(), CLIENTS, threads=1, plan=Plan(2))
+        grid = LocalGrid(app_of(), CLIENTS, threads=1, plan=Plan(3))
         expected[summed] = [round_of(grid, summed) for _ in range(2)]
     app = app_of(data_where_three_fit)
     with contextlib.closing(
@@ -171,7 +171,7 @@ def test_rays_workers_halve_as_well_and_give_the_same(caplog):
     ) as grid:
         for summed, rounds in expected.items():
             assert [round_of(grid, summed) for _ in range(2)] == rounds
-        assert grid.plan == Plan(2)
+        assert grid.plan == Plan(3)  # Of lists of five.
     assert len(told(caplog)) == 1
 
 
