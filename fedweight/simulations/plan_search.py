@@ -134,7 +134,7 @@ class Search:
 
     def _probe(self, device: str, plans: Sequence[Plan], reserve: float) -> None:
         """Try what lies between the fastest size and the next ones that were tried."""
-        tried = [one for one in self._of(device) if one.seconds]
+        tried = [o for o in self._of(device) if o.seconds and not o.too_many]
         best = max(tried, key=self._speed)
         below = [one for one in tried if one.plan.chunk < best.plan.chunk]
         above = [one for one in tried if one.plan.chunk > best.plan.chunk]

@@ -138,7 +138,7 @@ def test_a_card_goes_back_where_it_went_too_far():
     def falls(chunk):
         return 212 if chunk == 1 else min(250 * chunk, 40_000 * 160 / chunk)
 
-    _, plan, machine, _ = chosen({"cuda": falls}, 10_000, updates=10**7)
+    _, plan, machine, _ = chosen({"cuda": falls}, 10_000, updates=10**8)
     assert falls(plan.chunk) == 40_000
     assert machine.tried[1][1] > plan.chunk
 

@@ -148,6 +148,7 @@ def test_a_plan_is_measured_for_long_runs_without_convolutions(
 ) -> None:
     """On a CPU; what is not measured trains one client after another."""
     settings = {**QUICK, "run.rounds": rounds, "model.name": model}
+    settings["partition.clients"] = 12  # Of fewer than ten nobody would try many.
     components = prepare(
         Configuration.read(None, settings, "points"), points((1, 8, 8))
     )

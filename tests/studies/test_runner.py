@@ -923,7 +923,8 @@ def test_a_measured_plan_is_written_and_repeats_the_run(quick, tmp_path, monkeyp
     monkeypatch.setattr(choosing, "WORTH_MEASURING", 0.0)
     measured = Choice("cpu", Plan(3), {"by": "a measurement"})
     monkeypatch.setattr(choosing, "choose_plan", lambda *_, **__: measured)
-    first = quick()
+    # Of fewer than ten nobody would try many at once.
+    first = quick(settings={"partition.clients": 12})
     assert first.config["engine"]["plan"] == "batched-3"
     monkeypatch.setattr(choosing, "choose_plan", None)  # It must not be asked again.
     file = first.folder / "config.toml"
