@@ -150,6 +150,17 @@ def test_the_device_reaches_the_engines(tmp_path, in_benchmarks):
     assert in_benchmarks(code) == cpu + cuda
 
 
+def test_what_auto_chooses_is_held_against_plans_by_hand(tmp_path, run):
+    arguments = "--works S --cohorts 20 --devices cpu --seconds 0.05 --turns 1".split()
+    rows = run("plans", *arguments, file=tmp_path / "plans.json")
+    assert {"loop", "batched-10", "batched-20"} <= {row["plan"] for row in rows}
+    assert all(row["updates_per_second"] > 0 for row in rows)
+    assert max(row["ratio_to_best"] for row in rows) == 1
+    (chosen,) = (row for row in rows if row["chosen"])
+    assert chosen["seconds_to_choose"] > 0
+    assert chosen["measured"][0]["plan"] == "loop"
+
+
 def test_scale_measures_a_cohort_of_registered_clients(tmp_path, run):
     arguments = ["--cohorts", "--registered", "50", "--a-round", "3"]
     arguments += ["--repetitions", "1", "--seconds", "0.05"]
