@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import fedweight
 from fedweight.clients import TrainingApp, TrainingSettings, client_number
 from fedweight.core.module import FlatModule
 from fedweight.data import ClientData, Examples
+from fedweight.data.parts import Parts
 from fedweight.messages.arrays import FlatRecord
 from fedweight.simulations import Plan
 from fedweight.simulations.engine import make_grid
@@ -97,9 +98,14 @@ def run(
         part, held = (slice(begin, begin + n) for n in (SAMPLES, held_out))
         return ClientData(Examples(x[part], y[part]), Examples(x[held], y[held]))
 
+    def parts(numbers: Sequence[int]) -> Parts:
+        first = np.asarray(numbers, np.int64) * SAMPLES % len(y)
+        return Parts(Examples(x, y), first, np.full(len(first), SAMPLES))
+
     app = TrainingApp(
         model,
         data,
+        parts=parts,
         num_classes=CLASSES,
         settings=TrainingSettings(
             epochs=1, batch_size=BATCH, learning_rate=LEARNING_RATE

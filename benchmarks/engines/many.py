@@ -42,6 +42,7 @@ def main() -> None:
     app = TrainingApp(
         MODELS[job.work.model],
         lambda context: data.client(client_number(context)),
+        parts=data.parts,
         num_classes=CLASSES,
         settings=TrainingSettings(
             epochs=1, batch_size=BATCH, learning_rate=LEARNING_RATE

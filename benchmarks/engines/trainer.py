@@ -24,11 +24,12 @@ from fedweight.clients import TrainingSettings
 from fedweight.clients.objectives import Plain
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
-from fedweight.clients.steps.task import Task
+from fedweight.clients.steps.task import Task, Tasks
 from fedweight.core.limits import is_too_large
 from fedweight.core.module import FlatModule
 from fedweight.core.rng import Purpose, keys
 from fedweight.data import Examples
+from fedweight.data.parts import Parts
 
 from .card import name_of
 from .job import MODELS, draw
@@ -69,17 +70,17 @@ def make(model: str, device: str) -> FlatModule:
     return FlatModule(MODELS[model](), device)
 
 
-def tasks_of(model: str, count: int) -> list[Task]:
-    """Return the first tasks of some clients, whose data are views of one array."""
+def tasks_of(model: str, count: int) -> Tasks:
+    """Return the first tasks of some clients, whose data are rows of one array."""
     clients = min(count, CLIENTS)
     x, y = draw(np.random.default_rng(0), model, clients * SAMPLES)
-    orders = keys(0, Purpose.SHUFFLE, 1, range(count))
-    starts = [k % clients * SAMPLES for k in range(count)]
-    parts = [slice(start, start + SAMPLES) for start in starts]
-    return [
-        Task(Examples(x[part], y[part]), 1, int(order))
-        for part, order in zip(parts, orders, strict=True)
-    ]
+    first = np.arange(count) % clients * SAMPLES
+    return Tasks(
+        Parts(Examples(x, y), first, np.full(count, SAMPLES)),
+        np.ones(count, np.int64),
+        keys(0, Purpose.SHUFFLE, 1, range(count)),
+        np.zeros(count, np.uint64),
+    )
 
 
 def alone(model: str, tasks: Sequence[Task]) -> list[Tensor]:
