@@ -32,6 +32,7 @@ from ..clients.queries import Query
 from ..clients.registries import PROBES, QUERIES
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel
+from ..core.memory import settled
 from ..core.options import GIVEN, InFile, checked_fields
 from ..core.products import put_products
 from ..core.records import RoundRecord
@@ -514,7 +515,8 @@ class WeightingStrategy(Strategy):
         # A wrapper runs the rounds itself, and may look into the replies.
         self._now.outermost = True
         try:
-            return super().start(*arguments, **named)
+            with settled():
+                return super().start(*arguments, **named)
         finally:
             self._now.outermost = False
 
