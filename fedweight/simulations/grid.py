@@ -87,6 +87,11 @@ class Nodes:
         check_range("num_clients", self.num_clients, 1)
         check_range("seed", self.seed, 0)
 
+    @property
+    def number_of(self) -> Callable[[int], int] | None:
+        """What gives a node's client; ``None`` where nodes have their own settings."""
+        return None if self.node_config else SimulationGrid.client_of
+
     def context(self, client: int, store: ClientStore | None = None) -> Context:
         """Return a client's Flower context before its first message."""
         return make_context(

@@ -181,7 +181,7 @@ class LocalGrid(SimulationGrid):
                 nodes,
                 self._context_of,
                 batched=plan.chunk > 1,
-                number_of=None if self.nodes.node_config else self.client_of,
+                number_of=self.nodes.number_of,
             )
             if answers.were_too_many:
                 full.append(answers.were_too_many)

@@ -260,7 +260,11 @@ class Worker:
         app: Any = self.app
         cohort = share.cohort(records)
         answers = app.answer(
-            cohort, cohort.nodes, contexts.__getitem__, batched=share.batched
+            cohort,
+            cohort.nodes,
+            contexts.__getitem__,
+            batched=share.batched,
+            number_of=self.nodes.number_of,
         )
         return answers.replies, answers.total if answers.total.coefficients else None
 
