@@ -151,7 +151,8 @@ def test_the_device_reaches_the_engines(tmp_path, in_benchmarks):
 
 
 def test_what_auto_chooses_is_held_against_plans_by_hand(tmp_path, run):
-    arguments = "--works S --cohorts 20 --devices cpu --seconds 0.05 --turns 1".split()
+    arguments = ["--works", "S", "--cohorts", "20", "--devices", "cpu"]
+    arguments += ["--seconds", "0.05", "--turns", "1"]
     rows = run("plans", *arguments, file=tmp_path / "plans.json")
     assert {"loop", "batched-10", "batched-20"} <= {row["plan"] for row in rows}
     assert all(row["updates_per_second"] > 0 for row in rows)
