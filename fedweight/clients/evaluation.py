@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,8 @@ from ..data.examples import Examples
 from ..metrics import TASKS, Statistics, Sums
 from .noise import STREAMS, own_streams, watched
 from .steps._torch.differentiation import plain_attention
+
+Array = npt.NDArray[Any]
 
 EVALUATION_BATCH = 1024
 
@@ -99,9 +104,8 @@ def _sums_of_each(
     module.load(model)
     module.train(False)
     device = module.parameters.device
-    x = [as_tensor(part.x) for part in some]
-    y = torch.cat([as_tensor(part.y) for part in some]).to(device)
-    for first, batch in _batches(x, _batch_size(y), device):
+    y = as_tensor(_joined([part.y for part in some])).to(device)
+    for first, batch in _batches([part.x for part in some], _batch_size(y), device):
         outputs = module(batch)
         adding.add(outputs, y[first : first + len(batch)])
     return adding.sums()
@@ -137,8 +141,8 @@ def sums_of_own(
     own = _Own.of(module, models)
     device = module.parameters.device
     some = [part for part in parts if len(part)]
-    x = torch.cat([as_tensor(part.x) for part in some]).to(device)
-    y = torch.cat([as_tensor(part.y) for part in some]).to(device)
+    x = as_tensor(_joined([part.x for part in some])).to(device)
+    y = as_tensor(_joined([part.y for part in some])).to(device)
     starts = np.cumsum(sizes) - sizes
     outputs: Tensor | None = None
     width = max(1, AT_ONCE // len(parts))
@@ -148,12 +152,15 @@ def sums_of_own(
             places = np.arange(first, min(first + width, int(sizes.max())))
             # A client that has fewer examples shows its last one again.
             rows = starts[left, None] + np.minimum(places, sizes[left, None] - 1)
-            real = torch.from_numpy(places < sizes[left, None]).to(device)
+            real = (places < sizes[left, None]).ravel()
             index = torch.from_numpy(rows).to(device)
-            found = own.only(left, len(parts)).outputs(x[index])
+            found = own.only(left, len(parts)).outputs(x[index]).flatten(0, 1)
             if outputs is None:
-                outputs = found.new_empty(len(x), *found.shape[2:])
-            outputs[index[real]] = found[real]
+                outputs = found.new_empty(len(x), *found.shape[1:])
+            # Chosen by numbers that are known here: by flags, a device is waited for.
+            into = torch.from_numpy(rows.ravel()[real]).to(device)
+            kept = torch.from_numpy(np.flatnonzero(real)).to(device)
+            outputs.index_copy_(0, into, found.index_select(0, kept))
     assert outputs is not None
     adding.add(outputs, y)
     return adding.sums()
@@ -209,15 +216,59 @@ class _Own:
         return batched(self.tensors, x)
 
 
-@torch.no_grad()
 def outputs_of(module: FlatModule, examples: Examples) -> Tensor:
     """Return what a model makes of some examples, ``[n, ...]``."""
+    with own_streams(0, module.parameters.device):
+        return _outputs(module, [examples])
+
+
+def outputs_of_each(
+    module: FlatModule,
+    model: FlatModel,
+    parts: Sequence[Examples],
+    *,
+    apart: bool = False,
+) -> list[Tensor]:
+    """Return what one model makes of each client's examples, ``[n, ...]`` each.
+
+    All together or each alone, as :func:`sums_of_each` evaluates them.
+    """
+    some = [part for part in parts if len(part)]
+    if not apart and len(some) > 1:
+        module.load(model)
+        work = partial(_outputs, module, some)
+        found, draws = watched(work, module.parameters.device)
+        if not draws:
+            return list(torch.split(found, [len(part) for part in parts]))
+    nothing = torch.zeros(0)
+    return [predicted(module, model, p) if len(p) else nothing for p in parts]
+
+
+@torch.no_grad()
+def _outputs(module: FlatModule, parts: Sequence[Examples]) -> Tensor:
+    """Do the work of :func:`outputs_of`, on the streams as they are."""
     module.train(False)
-    device = module.parameters.device
-    x, size = [as_tensor(examples.x)], _batch_size(as_tensor(examples.y))
-    with own_streams(0, device):
-        each = [module(b).cpu() for _, b in _batches(x, size, device)]
-    return torch.cat(each)
+    x, size = [part.x for part in parts], _batch_size(as_tensor(parts[0].y))
+    batches = _batches(x, size, module.parameters.device)
+    return torch.cat([module(batch).cpu() for _, batch in batches])
+
+
+def within(values: Sequence[int], most: int) -> Iterator[range]:
+    """Yield consecutive places, of which the values add up to ``most``, or are one's.
+
+    Examples
+    --------
+    >>> list(within([2, 3, 1, 9, 1], 5))
+    [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
+    """
+    first = total = 0
+    for place, value in enumerate(values):
+        if place > first and total + value > most:
+            yield range(first, place)
+            first, total = place, 0
+        total += value
+    if first < len(values):
+        yield range(first, len(values))
 
 
 def _batch_size(y: Tensor) -> int:
@@ -239,24 +290,23 @@ def predicted(module: FlatModule, model: FlatModel, examples: Examples) -> Tenso
 
 
 def _batches(
-    parts: Sequence[Tensor], size: int, device: torch.device
+    parts: Sequence[Array], size: int, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield rows of several tensors, ``size`` at a time, and where they begin.
+    """Yield rows of several arrays, ``size`` at a time, and where they begin.
 
     They are copies: a model may change its inputs, as ``ReLU(inplace=True)`` does.
     """
-    if len(parts) == 1:
-        for first in range(0, len(parts[0]), size):
-            yield first, parts[0][first : first + size].to(device, copy=True)
-        return
-    first, held = 0, list[Tensor]()
-    for part in parts:
-        while len(part):
-            room = size - sum(len(h) for h in held)
-            held.append(part[:room])
-            part = part[room:]
-            if sum(len(h) for h in held) == size:
-                yield first, torch.cat(held).to(device)
-                first, held = first + size, []
-    if held:
-        yield first, torch.cat(held).to(device)
+    ends = [*accumulate(map(len, parts))]
+    for first in range(0, ends[-1], size):
+        stop = min(first + size, ends[-1])
+        low, high = bisect_right(ends, first), bisect_left(ends, stop)
+        some = [*parts[low : high + 1]]
+        some[-1] = some[-1][: stop - (ends[high] - len(parts[high]))]
+        some[0] = some[0][first - (ends[low] - len(parts[low])) :]
+        rows = as_tensor(_joined(some))
+        yield first, rows.to(device, copy=len(some) == 1)
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    """Return the rows of several arrays as one; of one array without a copy."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

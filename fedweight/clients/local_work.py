@@ -16,6 +16,7 @@ from ..core.model_rows import ModelRows
 from ..core.module import FlatModule
 from ..core.rng import Purpose, generator
 from ..core.texts import shown
+from ..data.examples import Examples
 from ..messages import keys
 from ..messages.arrays import complete, leaves_out_base
 from ..messages.codecs import DENSE, Codec, Draw, as_read
@@ -26,10 +27,18 @@ from ..messages.wire import asks_to_write, written
 from ..metrics import Statistics
 from .bases import base_of
 from .client_state import write_results
-from .client_tasks import ClientTask, cast, instructions_of, nodes_of, sizes_in
+from .client_tasks import (
+    ClientTask,
+    alike,
+    cast,
+    instructions_of,
+    nodes_of,
+    sizes_in,
+)
 from .cohort_trainer import CohortTrainer
-from .evaluation import evaluate, predicted, sums_of_each
+from .evaluation import sums_of_each
 from .modules import Modules
+from .peers import Peers
 from .personal_models import PersonalModels
 from .probes import ClientRound, Probe
 from .registries import PROBES
@@ -141,11 +150,9 @@ class LocalWork:
                     model = trained[k].travelling() if part else trained[k]
                     draw = draws[k] if draws else None
                     reply.written = written(self.codec, model, start, draw, mask)
-            probed = [
-                self._probe(module, start, clients[k], results[k], replies[k], shared)
-                for k, told in enumerate(instructions_of(clients))
-                if told.request
-            ]
+            probed = self._probe(
+                module, start, clients, results, replies, shared, batched=batched
+            )
             own = None
             if self.personal is not None and self.personal.in_rounds:
                 own = self.personal.train(
@@ -204,33 +211,52 @@ class LocalWork:
         self,
         module: FlatModule,
         start: FlatModel,
-        client: ClientTask,
-        result: LocalResult,
-        reply: Reply,
+        clients: Sequence[ClientTask],
+        results: Sequence[LocalResult],
+        replies: Sequence[Reply],
         shared: Mapping[str, Long],
-    ) -> ClientRound:
+        *,
+        batched: bool,
+    ) -> list[ClientRound]:
         """Measure what the server asks for; numbers are metrics, lists side data."""
-        instructions = client.instructions
-        view = ClientRound(
-            client.number,
-            instructions.round,
-            {**shared, **instructions.told},
-            client.data,
-            self.statistics.num_classes,
-            start,
-            result.model,
-            result.num_steps,
-            self.settings,
-            instructions.learning_rate_in(self.settings),
-            partial(evaluate, module, statistics=self._probed),
-            partial(predicted, module),
-            self.trainer.coding,
-            client.context.state,
-            self.task.score,
-        )
+        told_each = enumerate(instructions_of(clients))
+        asked = [k for k, told in told_each if told.request]
+        if not asked:
+            return []
+        clients = [clients[k] for k in asked]
+        peers = Peers(module, start, self._probed, self.task.score)
+        if batched and len(clients) > 1:
+            peers.mixes = partial(self._mixes_examples, clients)
+            peers.beside = self.trainer.kind_if_batched(clients)
+        # Most clients are told the same.
+        told = {id(o): {**shared, **o.told} for o in alike(instructions_of(clients))}
+        for client, k in zip(clients, asked, strict=True):
+            instructions, result = client.instructions, results[k]
+            view = ClientRound(
+                client.number,
+                instructions.round,
+                told[id(instructions)],
+                client.data,
+                self.statistics.num_classes,
+                start,
+                result.model,
+                result.num_steps,
+                self.settings,
+                instructions.learning_rate_in(self.settings),
+                peers,
+                self.trainer.coding,
+                client.context.state,
+            )
+            peers.add(view)
+        for view, client, k in zip(peers.clients, clients, asked, strict=True):
+            self._measure(view, client.instructions.request, replies[k])
+        return peers.clients
+
+    def _measure(self, view: ClientRound, request: Sequence[str], reply: Reply) -> None:
+        """Let probes measure a client, and write into its reply what they found."""
         measured: dict[str, Any] = {}
         profile: dict[str, Any] = {}
-        for name in instructions.request:
+        for name in request:
             probe = self._probe_called(name)
             if probe is None:
                 continue  # Perhaps a Flower mod reports it; if nobody does, it is told.
@@ -242,7 +268,6 @@ class LocalWork:
                 )
             (profile if isinstance(found, list) else measured)[name] = found
         reply.metrics, reply.profile = {**measured, **reply.metrics}, profile
-        return view
 
     def _probe_called(self, name: str) -> Probe | None:
         """Return a probe of the app's own, or one that is registered."""
@@ -267,7 +292,7 @@ class LocalWork:
         with self.modules.lend() as module:
             clients = cast(clients, _dtype(module), self.task.name)
             parts = [client.data.held_out for client in clients]
-            apart = len(clients) > 1 and self._mixes_examples(clients)
+            apart = len(clients) > 1 and self._mixes_examples(clients, parts)
             model = self._received(record, module, clients)
             sums = sums_of_each(module, model, parts, self.statistics, apart=apart)
             of_own: list[dict[str, float]] = [{} for _ in clients]
@@ -297,12 +322,15 @@ class LocalWork:
             )
         ]
 
-    def _mixes_examples(self, clients: Sequence[ClientTask]) -> bool:
+    def _mixes_examples(
+        self, clients: Sequence[ClientTask], parts: Sequence[Examples]
+    ) -> bool:
         """Tell whether clients' examples must not go through the model together."""
-        parts = {kind_of(c.data.held_out): c for c in clients if len(c.data.held_out)}
+        pairs = zip(clients, parts, strict=True)
+        some = {kind_of(part): (client, part) for client, part in pairs if len(part)}
         return any(
-            self.trials.mixes_examples(kind, client.context, client.data.held_out)
-            for kind, client in parts.items()
+            self.trials.mixes_examples(kind, client.context, part)
+            for kind, (client, part) in some.items()
         )
 
 

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from ..data.examples import Examples
     from ..data.federated import ClientData
     from .coding import Coding
+    from .peers import Peers
     from .settings import TrainingSettings
 
-Part = Literal["train", "held-out"]
+# The last one is the held-out part, or the training data where there is none.
+Part = Literal["train", "held-out", "held-out or train"]
 
 # What every reply to a train message reports.
 REPORTED = (keys.NUM_EXAMPLES, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY, keys.NUM_STEPS)
@@ -66,12 +68,6 @@ class Evaluation(NamedTuple):
     loss: float
     accuracy: float
     score: float = math.nan
-
-    @classmethod
-    def of(cls, measured: Mapping[str, float], score: str) -> Evaluation:
-        """Take them from all that was measured."""
-        accuracy = measured.get("accuracy", math.nan)
-        return cls(measured["loss"], accuracy, measured.get(score, math.nan))
 
 
 @dataclass
@@ -111,32 +107,33 @@ class ClientRound:
     num_steps: int
     settings: TrainingSettings
     learning_rate: float
-    _evaluate: Callable[[FlatModel, Examples], Mapping[str, float]]
-    _outputs: Callable[[FlatModel, Examples], Tensor]
+    _peers: Peers
     _coding: Coding
     _state: RecordDict
-    _score: str = keys.ACCURACY
-    _known: dict[tuple[int, Part], Evaluation] = field(default_factory=dict)
-    _known_outputs: dict[Part, Tensor] = field(default_factory=dict)
     _new: dict[str, ArrayRecord | MetricRecord] = field(default_factory=dict)
 
-    def evaluate(self, model: FlatModel, part: Part = "train") -> Evaluation:
-        """Return a model's loss, accuracy and score on a part of the client's data."""
-        if model is not self.received and model is not self.trained:
-            found = self._evaluate(model, self.part(part))
-            return Evaluation.of(found, self._score)
-        key = id(model), part
-        if key not in self._known:
-            found = self._evaluate(model, self.part(part))
-            self._known[key] = Evaluation.of(found, self._score)
-        return self._known[key]
+    def evaluate(
+        self, model: FlatModel | ClientModel, part: Part = "train"
+    ) -> Evaluation:
+        """Return a model's loss, accuracy and score on a part of the client's data.
+
+        Clients that train at once are evaluated at once, when the first of them asks:
+        the received model, their trained ones, or what a function makes of each.
+
+        Parameters
+        ----------
+        model : FlatModel or Callable[[ClientRound], FlatModel or None]
+            The :attr:`received` one, the :attr:`trained` one, another; or a function
+            that makes the client's own, or ``None`` where it has none. It must be the
+            same function for all.
+        part : {"train", "held-out", "held-out or train"}
+            Of which examples; the last is the training data where there are no others.
+        """
+        return self._peers.evaluation(self, model, part)
 
     def outputs(self, part: Part = "train") -> Tensor:
         """Return what the received model makes of a part's examples, ``[n, ...]``."""
-        if part not in self._known_outputs:
-            found = self._outputs(self.received, self.part(part))
-            self._known_outputs[part] = found
-        return self._known_outputs[part]
+        return self._peers.outputs(self, part)
 
     def losses(self, part: Part = "train") -> Tensor:
         """Return the task's loss of each of a part's examples, ``[n]``, likewise."""
@@ -160,7 +157,9 @@ class ClientRound:
 
     def part(self, name: Part) -> Examples:
         """Return a part of the client's data."""
-        return self.data.train if name == "train" else self.data.held_out
+        if name == "train" or (name != "held-out" and not len(self.data.held_out)):
+            return self.data.train
+        return self.data.held_out
 
     def kept_model(self, name: str) -> FlatModel | None:
         """Return what :meth:`keep` was given in an earlier round, if anything."""
@@ -215,6 +214,9 @@ def check_named(kind: str, owner: str, given: Any, registered: Registry) -> None
                 f"{shown(name)}."
             )
 
+
+ClientModel = Callable[[ClientRound], "FlatModel | None"]
+"""Makes a model of a client's own."""
 
 Probe = Callable[[ClientRound], "float | Sequence[float]"]
 """Measures a number, or a list of numbers, which is sent as side data."""

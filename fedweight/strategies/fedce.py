@@ -20,10 +20,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ..clients.probes import ClientRound, Part
+from ..core.layout import FlatModel
 from ..messages import keys
 from ..server.admission import check_fraction
 from .base import Told, WeightingStrategy
 from .round import Report, Round, Selection
+
+# What the minus model's error is measured on.
+MEASURED: Part = "held-out or train"
 
 
 class FedCE(WeightingStrategy):
@@ -140,26 +144,36 @@ def minus_error(client: ClientRound) -> float:
     counts as score 0, and stays in the mean. It is one where the server tells no
     coefficient: it has none of this client.
     """
-    own, told = (
-        client.kept_model("minus-error-model"),
-        client.told.get(keys.COEFFICIENT),
-    )
-    if own is None or told is None:
-        scores = [0.0]
-    else:
-        w, c = client.received, min(float(told), 0.999)
-        # Buffers stay the global model's: they were averaged by data size, and what
-        # is left of a variance without another share of it may be negative.
-        minus = w.with_parameters((w.parameters - c * own.parameters) / (1 - c))
-        part: Part = "held-out" if len(client.data.held_out) else "train"
+    scores = [0.0]
+    if _last(client) is not None:
         past = client.kept_numbers("minus-error-accuracies")
-        score = client.evaluate(minus, part).score
-        if math.isnan(score) and len(client.part(part)):
+        score = client.evaluate(minus_model, MEASURED).score
+        if math.isnan(score) and len(client.part(MEASURED)):
             score = 1.0  # There is nothing to find, and nothing was found.
         scores = [*past, score]
     client.keep("minus-error-model", client.trained)
     client.keep("minus-error-accuracies", scores)
     return 1 - sum(scores) / len(scores)
+
+
+def minus_model(client: ClientRound) -> FlatModel | None:
+    """Return all rounds' models without the client's last one, if it has one."""
+    last = _last(client)
+    if last is None:
+        return None
+    (own, c), w = last, client.received
+    # Buffers stay the global model's: they were averaged by data size, and what
+    # is left of a variance without another share of it may be negative.
+    parameters = own.parameters * c
+    torch.sub(w.parameters, parameters, out=parameters).div_(1 - c)
+    return w.with_parameters(parameters)
+
+
+def _last(client: ClientRound) -> tuple[FlatModel, float] | None:
+    """Return the model that a client sent last, and what it counted; if it has both."""
+    own = client.kept_model("minus-error-model")
+    told = client.told.get(keys.COEFFICIENT)
+    return None if own is None or told is None else (own, min(float(told), 0.999))
 
 
 def minus_cosines(round: Round, coefficients: Tensor) -> Tensor:

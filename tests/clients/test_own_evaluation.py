@@ -17,6 +17,8 @@ from fedweight.core.module import FlatModule
 from fedweight.data import DataSet, Examples
 from fedweight.metrics import TASKS, Statistics
 
+from ..waits import Waits
+
 
 def normed():
     return nn.Sequential(
@@ -73,6 +75,17 @@ def test_at_once_is_as_alone(monkeypatch, name, at_once):
         expected = np.concatenate([one[measure] for one in alone])
         np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-7)
     assert np.isnan(together["loss"]).tolist() == [n == 0 for n in SIZES]
+
+
+def test_no_client_is_waited_for():
+    rng = np.random.default_rng(0)
+    parts = [Examples(inputs("", n, rng), rng.integers(0, 3, n)) for n in SIZES]
+    module = FlatModule(ARCHITECTURES["mlp"]())
+    own = [a_client("mlp", k) for k in range(len(SIZES))]
+    with Waits() as waits:
+        sums_of_each(module, own[0], parts)
+        sums_of_own(module, own, parts)
+    assert not waits.seen
 
 
 class Changes(nn.Linear):

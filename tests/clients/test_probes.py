@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedweight.clients.evaluation import evaluate
+from fedweight.clients.evaluation import evaluate, sums_of_each
 from fedweight.clients.probes import ClientRound
 from fedweight.clients.registries import PROBES
 from fedweight.core.layout import FlatModel
@@ -54,17 +54,15 @@ def test_loss_and_accuracy_are_measured_before_and_after(kit: Any, name: str) ->
 def test_a_model_is_evaluated_once_for_all_who_ask(
     kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedweight.clients import local_work as module
+    from fedweight.clients import peers
 
     seen = []
 
-    def counted(
-        module: FlatModule, model: FlatModel, examples: Any, statistics: Any
-    ) -> Any:
+    def counted(module: FlatModule, model: FlatModel, *rest: Any) -> Any:
         seen.append(model)
-        return evaluate(module, model, examples, statistics)
+        return sums_of_each(module, model, *rest)
 
-    monkeypatch.setattr(module, "evaluate", counted)
+    monkeypatch.setattr(peers, "sums_of_each", counted)
     kit.app()(kit.message(kit.start(), request=list(EVALUATIONS)), kit.context())
     assert len(seen) == 4
 
