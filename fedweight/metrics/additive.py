@@ -363,10 +363,11 @@ class Adding:
                 f"{self._seen} came."
             )
         found: dict[str, Array] = {"examples": self.sizes, **self._counts}
-        values = {
-            name: torch.cat(v).double().cpu().numpy() if v else np.empty(0)
-            for name, v in self._values.items()
-        }
+        columns = [torch.cat(v).double() for v in self._values.values() if v]
+        # Brought from the device all at once.
+        none = np.empty((len(self._values), 0))
+        table = torch.stack(columns).cpu().numpy() if columns else none
+        values = dict(zip(self._values, table, strict=True))
         whole = [name for name in values if not PARTS[name].by_group]
         sums = segment_sums(np.stack([values[name] for name in whole]), self.sizes)
         found |= dict(zip(whole, sums, strict=True))

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "local", "ray")
 
-# Clients that evaluate in one go. They share the global model, so small held-out parts
-# go through it together.
+# Clients that evaluate in one go, at least: they share the global model, so small
+# held-out parts go through it together. Of many clients so many lists are made, enough
+# for threads and workers; and none has more than the last number of clients.
 EVALUATION_CHUNK = 32
+EVALUATION_LISTS = 16
+LONGEST_EVALUATION = 256
 
 # Clients that train one after another are handed out in so many lists, enough for
 # threads to end together; more where a list would be so long that the models in it,
@@ -113,7 +116,8 @@ class Plan:
             order = np.argsort(-np.asarray(sizes), kind="stable").tolist()
             nodes = [nodes[k] for k in order]
         if not train:
-            limit = EVALUATION_CHUNK
+            even = -(-len(nodes) // EVALUATION_LISTS)
+            limit = min(max(EVALUATION_CHUNK, even), LONGEST_EVALUATION)
         elif self.chunk > 1:
             limit = self.chunk
         else:

@@ -12,6 +12,8 @@ from fedweight.core.errors import ConfigurationError
 from fedweight.messages.dispatch import Cohort
 from fedweight.simulations.plan import (
     EVALUATION_CHUNK,
+    EVALUATION_LISTS,
+    LONGEST_EVALUATION,
     LONGEST_LOOP,
     LOOP_LISTS,
     Plan,
@@ -68,6 +70,10 @@ def test_without_sizes_and_for_evaluation_the_order_is_the_cohorts() -> None:
     lists = Plan().cut(cohort, sizes)
     assert [node for part in lists for node in part] == cohort.nodes
     assert max(map(len, lists)) <= EVALUATION_CHUNK
+    for count, number in ((1000, EVALUATION_LISTS), (10_000, 40)):
+        lists = Plan().cut(cohort_of(count, "evaluate"), None)
+        assert len(lists) == number
+        assert max(map(len, lists)) <= LONGEST_EVALUATION
     lists = Plan(8).cut(cohort_of(70), None)
     assert [node for part in lists for node in part] == cohort.nodes
 
