@@ -97,6 +97,7 @@ def train_messages(
     own = {}
     # Clients that are told the same share one record.
     records: dict[tuple[tuple[str, Any], ...], ConfigRecord] = {}
+    told_all = dict(config)
     now.asked = {}
     for k, (client, node, part) in enumerate(chosen):
         arrival = arrivals.get(client)
@@ -118,7 +119,7 @@ def train_messages(
             same = tuple(told.items())
             if same not in records:
                 told |= _request(config, asks[k])
-                records[same] = ConfigRecord({**dict(config), **told})
+                records[same] = ConfigRecord({**told_all, **told})
             own[node] = records[same]
     several = bool(arrivals or now.models)
     now.sent = {a.client: a for a in now.asked.values()} if several else {}
