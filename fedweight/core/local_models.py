@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .device_updates import DeviceUpdates
 from .errors import AggregationError
 from .layout import FlatModel, Integers, as_tensor, is_finite
 from .model_rows import ModelRows
@@ -88,10 +89,13 @@ class HeldModels(LocalModels):
         accumulate: Accumulate | None = None,
         threads: int | None = None,
     ) -> Updates:
+        rows = [self.models[node].parameters for node in nodes]
+        where = start.parameters, start.layout.offsets
+        if rows and not rows[0].is_cpu:
+            return DeviceUpdates(rows, *where, accumulate=accumulate)
         return StackedUpdates(
-            [self.models[node].parameters for node in nodes],
-            start.parameters,
-            start.layout.offsets,
+            rows,
+            *where,
             parts=None if self.parts is None else members(self.parts, nodes),
             accumulate=accumulate,
             threads=threads,

@@ -138,7 +138,7 @@ class Updates(ABC):
             Shape ``[P]``.
         """
         compute = kernels()
-        weights = weights.to(self.dtype)
+        wanted, weights = weights.device, weights.to("cpu", self.dtype)
         by_tensor = weights[:, None] if weights.ndim == 1 else weights
         sums = by_tensor.double().sum(0).tolist()
         shares = [by_tensor[rows] for rows in self.members]
@@ -161,7 +161,7 @@ class Updates(ABC):
                 compute.subtract(result[here], models, origin[here], sums[tensor])
 
         self._map(add, self._spans(per_tensor=weights.ndim == 2))
-        return total
+        return total.to(wanted)
 
     def dot(
         self, vector: Tensor | None = None, *, weights: Tensor | None = None
@@ -177,7 +177,9 @@ class Updates(ABC):
             the vector. Where the rows are in one place, it is made on the way: they
             are read once.
         """
-        return self._products("dot", self._point(vector, weights), ())
+        given = vector if weights is None else weights
+        found = self._products("dot", self._point(vector, weights), ())
+        return found if given is None else found.to(given.device)
 
     def dot_rest(
         self,
@@ -268,9 +270,10 @@ class Updates(ABC):
         """Return the inner products of all pairs of rows: ``[K, K]``."""
         total = torch.zeros(self.num_clients, self.num_clients, dtype=torch.float64)
         with one_thread():
-            for _, sheet in self.column_blocks():
+            for _, sheet in self.sheets():
+                total = total.to(sheet.device)
                 total += sheet @ sheet.T
-        return total
+        return total.cpu()
 
     def pairwise_distances(self) -> Tensor:
         """Return the Euclidean distances between all pairs of rows: ``[K, K]``.
@@ -279,12 +282,17 @@ class Updates(ABC):
         """
         total = torch.zeros(self.num_clients, self.num_clients, dtype=torch.float64)
         with one_thread():
-            for _, sheet in self.column_blocks():
+            for _, sheet in self.sheets():
                 between = torch.cdist(
                     sheet, sheet, compute_mode="donot_use_mm_for_euclid_dist"
                 )
+                total = total.to(sheet.device)
                 total += between.double().square()
-        return total.sqrt()
+        return total.sqrt().cpu()
+
+    def sheets(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield what :meth:`column_blocks` does, where the rows lie."""
+        return self.column_blocks()
 
     def column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the matrix some columns at a time, as ``(columns, [K, block])``.
@@ -308,7 +316,7 @@ class Updates(ABC):
         if (point is None) == (weights is None):
             raise ValueError("give either a vector of parameters or weights")
         if weights is None:
-            point = cast("Tensor", point)
+            point = cast("Tensor", point).cpu()
             check_shape("the vector", point, self.num_parameters, "parameter")
             return point
         check_shape("weights", weights, self.num_clients, "row")

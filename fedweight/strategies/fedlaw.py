@@ -23,7 +23,7 @@ from torch.optim.swa_utils import SWALR
 
 from ..core.batches import batches, least_examples
 from ..core.errors import ConfigurationError
-from ..core.layout import Entry, as_tensor, is_finite
+from ..core.layout import Entry, FlatModel, as_tensor, is_finite
 from ..core.module import FlatModule
 from ..core.options import GIVEN
 from ..core.rng import Purpose, generator, torch_seed
@@ -180,7 +180,8 @@ class FedLAW(WeightingStrategy):
     def _learn(self, round: Round) -> tuple[Tensor, float]:
         """Return lambda and gamma after ``server_epochs`` on the proxy set."""
         k = round.num_clients
-        x = start(round.size_weights, self.form).requires_grad_()
+        # What each step makes stays where the proxy set is: nobody waits for it.
+        x = start(round.size_weights, self.form).to(self.device).requires_grad_()
         if not self.swa:
             optimizer = self._optimizer(x)
             for epoch in range(self.server_epochs):
@@ -221,7 +222,7 @@ class FedLAW(WeightingStrategy):
         return torch.optim.SGD([x], lr=self.learning_rate, momentum=0.9)
 
     def _split(self, x: Tensor) -> tuple[Tensor, float]:
-        weights, gamma = split(x.detach(), self.form)
+        weights, gamma = split(x.detach().cpu(), self.form)
         return weights, float(gamma)
 
     def _clamp(self, x: Tensor) -> None:
@@ -236,13 +237,13 @@ class FedLAW(WeightingStrategy):
     def _gradient(self, round: Round, x: Tensor, batch: Tensor) -> Tensor:
         """Return the gradient of the batch's loss by ``x``, one backward pass."""
         weights, gamma = split(x, self.form)
-        mean = round.updates.combine(weights).add_(round.model.parameters)
+        mean = round.updates.combine(weights).add_(self._held.there(round.model))
         self._held.module.parameters.copy_(mean).mul_(gamma)
         round.keep_still(self._held.module.parameters)
         self._held.module.gradients.zero_()
         loss = self._held.cross_entropy(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        g = self._held.module.gradients.to("cpu", round.model.layout.dtype)
+        g = self._held.module.gradients.to(round.model.layout.dtype)
         for place in round.still:
             g[place] = 0.0  # Neither lambda nor gamma moves it.
         inner = round.updates.dot(g)
@@ -269,7 +270,7 @@ class FedLAW(WeightingStrategy):
     def _batches(self, round: int, epoch: int) -> Iterator[Tensor]:
         """Yield the indices of an epoch's batches, in an order of its own."""
         stream = generator(self.seed, Purpose.SERVER, round, epoch + 1)
-        order = torch.from_numpy(stream.permutation(len(self._held.y)))
+        order = torch.from_numpy(stream.permutation(len(self._held.y))).to(self.device)
         for part in batches(len(order), self.batch_size, self._held.least):
             yield order[part]
 
@@ -305,6 +306,7 @@ class _Held:
         self.seed = self.step = 0
         self.module = FlatModule(copy.deepcopy(model), device)
         self.base = self.module.copy_base()
+        self._global: tuple[FlatModel | None, Tensor] = None, self.module.parameters
         self.x = _tensor(proxy.x).to(device)
         self.y = _tensor(proxy.y).to(device, torch.int64)
         if self.x.is_floating_point():
@@ -321,6 +323,12 @@ class _Held:
                 "proxy has 1 example, and this model cannot train on one alone, as "
                 "where it has BatchNorm. Give it 2 or more."
             )
+
+    def there(self, model: FlatModel) -> Tensor:
+        """Return the global model's parameters, brought there once a round."""
+        if self._global[0] is not model:
+            self._global = model, model.parameters.to(self.x.device)
+        return self._global[1]
 
     def _can_train(self, k: int) -> bool:
         """Try whether the model can train on so many proxy examples."""
@@ -417,9 +425,11 @@ def coherence(updates: Updates, p: Tensor) -> Tensor:
     units = torch.where(there, lengths, 1.0).to(updates.dtype)[:, None]
     inner = torch.zeros_like(p)
     with one_thread():
-        for _, sheet in updates.column_blocks():
+        for _, sheet in updates.sheets():
             # All of one length: then one that is tiny costs no other its digits.
+            units, own, inner = (v.to(sheet.device) for v in (units, shares, inner))
             sheet.div_(units)
-            inner += torch.mv(sheet, torch.mv(sheet.T, shares))
+            inner += torch.mv(sheet, torch.mv(sheet.T, own))
+    inner = inner.cpu()
     others = p.sum() - p
     return torch.where(there, inner - shares, 0.0).clamp(-others, others)

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedweight.core.device_updates import DeviceUpdates
 from fedweight.core.errors import ConfigurationError
 from fedweight.core.updates import StackedUpdates
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.fedlaw import FedLAW, chain, coherence, split, start
+
+from ..waits import Waits
 
 
 def examples(x, y):
@@ -71,6 +75,23 @@ def test_golden_gradient(kit, toy, form):
         loss.backward()
         assert loss.item() == pytest.approx(toy[form]["loss"], abs=1e-8)
         assert gradient.tolist() == pytest.approx(free.grad.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("form", ["exp", "quad"])
+def test_a_step_where_the_rows_are_waits_for_nothing(kit, toy, form):
+    run = federation(kit, toy, form=form, server_epochs=0, coherence=False)
+    run.round()  # makes the strategy load the model
+    sizes = {"num_examples": toy["num_examples"]}
+    here = kit.make_round(toy["models"], origin=np.arange(4.0), **sizes)
+    updates = DeviceUpdates(here.updates.models, here.model.parameters)
+    there = replace(here, updates=updates)
+    given = start(here.size_weights, form), torch.arange(2)
+    run.strategy._gradient(there, *given)  # What no later step makes again.
+    with Waits() as waits:
+        found = run.strategy._gradient(there, *given)
+    assert not waits.seen
+    expected = run.strategy._gradient(here, *given)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["exp", "quad"])
