@@ -151,7 +151,8 @@ def test_run_config_has_the_keys_and_defaults_of_a_simulation_file() -> None:
         for table, rules in SCHEMA.items()
         for key, rule in rules.items()
         # Flower's run config has no lists; `settings` says such a key.
-        if (table != "engine" or key == "device") and not isinstance(rule.default, list)
+        if table != "engine" or key in ("device", "precision")
+        if not isinstance(rule.default, list)
     }
     expected["run.metrics"] = ""  # But for names: a text has them between commas.
     given = flat(APP["config"])

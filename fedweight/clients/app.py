@@ -24,6 +24,7 @@ from torch import nn
 
 from ..core.errors import ClientError, closest, describe_failure
 from ..core.limits import is_too_large
+from ..core.precision import Precision, check_precision
 from ..core.rng import Purpose
 from ..core.texts import shown
 from ..data.federated import ClientData
@@ -120,6 +121,12 @@ class TrainingApp(ClientApp):
     codec : Codec
         How trained models are written on the wire; by default as they are. The
         server's strategy has the same.
+    precision : {"fp32", "tf32", "bf16"}
+        In which the model is computed, in training and in evaluation; weights, their
+        sums and updates are float32 in any case. ``"fp32"`` multiplies in float32 on
+        every device, though PyTorch would let a GPU round in convolutions; ``"tf32"``
+        lets an NVIDIA GPU round factors to 10 bits of the fraction; ``"bf16"`` is
+        ``torch.autocast`` to bfloat16, with 7 bits, on a CPU, too.
     trace : bool
         Whether the training step of many clients at once is traced. Without, it stands
         on PyTorch's public functions alone, and is slower.
@@ -159,6 +166,7 @@ class TrainingApp(ClientApp):
         groups: Groups | None = None,
         personal: Personal | None = None,
         codec: Codec = DENSE,
+        precision: Precision = "fp32",
         trace: bool = True,
         mods: list[Any] | None = None,
     ) -> None:
@@ -181,7 +189,8 @@ class TrainingApp(ClientApp):
         self.settings = settings or TrainingSettings()
         self.seed = seed
         self.device = device
-        modules = Modules(model, device)
+        check_precision("precision", precision, device)
+        modules = Modules(model, device, precision)
         coding = Coding(num_classes, dict(num_groups or {}), self.task)
 
         def trainer_of(modules: Modules, goal: Objective, **own: Any) -> CohortTrainer:
@@ -193,6 +202,7 @@ class TrainingApp(ClientApp):
                 device,
                 sizes,
                 coding,
+                precision=precision,
                 traced=trace,
             )
             return CohortTrainer(

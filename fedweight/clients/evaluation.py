@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..core.layout import FlatModel, as_tensor
 from ..core.module import FlatModule
@@ -209,7 +208,7 @@ class _Own:
 
         def of_client(own: dict[str, Tensor], x: Tensor) -> Tensor:
             state = {**self.shared, **own}
-            outputs: Tensor = functional_call(self.module.module, state, (x,))
+            outputs: Tensor = self.module.with_values(state, x)
             return outputs
 
         batched: Callable[..., Tensor] = torch.func.vmap(of_client)

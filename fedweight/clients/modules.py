@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.layout import Base
 from ..core.module import FlatModule
+from ..core.precision import Precision, gpu_arithmetic
 from .noise import own_streams
 
 # What is not taken along to another process.
@@ -30,11 +31,19 @@ class Modules:
         Makes the architecture.
     device : str
         Where prepared modules are.
+    precision : {"fp32", "tf32", "bf16"}
+        In which they compute.
     """
 
-    def __init__(self, model: Callable[[], nn.Module], device: str) -> None:
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        device: str,
+        precision: Precision = "fp32",
+    ) -> None:
         self.model = model
         self.device = device
+        self.precision = precision
         self._forget()
 
     def _forget(self) -> None:
@@ -55,13 +64,17 @@ class Modules:
 
     @contextmanager
     def lend(self) -> Iterator[FlatModule]:
-        """Lend a prepared module: each thread works with its own."""
+        """Lend a prepared module: each thread works with its own.
+
+        Meanwhile a GPU computes as the precision says.
+        """
         try:
             module = self._idle.get_nowait()
         except queue.Empty:
             module = self.new()
         try:
-            yield module
+            with gpu_arithmetic(self.precision, self.device):
+                yield module
         finally:
             self._idle.put(module)
 
@@ -71,7 +84,7 @@ class Modules:
             own_streams(0, torch.device(self.device)),
             torch.inference_mode(False),  # It will be written to outside of it.
         ):
-            module = FlatModule(self.architecture(), self.device)
+            module = FlatModule(self.architecture(), self.device, self.precision)
             if self._base is None:  # Later ones are built alike.
                 self._base = module.copy_base()
             return module

@@ -312,6 +312,9 @@ class LocalTraining(TorchFunctionMode):
             return F.batch_norm(
                 input, running_mean, running_var, weight, bias, False, momentum, eps
             )
+        dtype = input.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            input = input.float()  # As PyTorch's own does: sums need it.
         others = [d for d in range(input.ndim) if d != 1]
         channel = (1, -1, *(1 for _ in others[1:]))
         per_example = input[0, 0].numel()
@@ -337,7 +340,9 @@ class LocalTraining(TorchFunctionMode):
         output = centred * torch.rsqrt(var + eps).reshape(channel)
         if weight is not None:
             output = output * weight.reshape(channel)
-        return output if bias is None else output + bias.reshape(channel)
+        if bias is not None:
+            output = output + bias.reshape(channel)
+        return output.to(dtype)
 
 
 # Dropout that keeps or drops a whole channel of an example.

@@ -70,7 +70,7 @@ class PersonalModels:
         self.modules: Modules | None = None
         if method.layers:
             make = partial(own_layers, modules.architecture, method)
-            modules = self.modules = Modules(make, modules.device)
+            modules = self.modules = Modules(make, modules.device, modules.precision)
         phases, trainers = phases_of(method, local), dict[int, CohortTrainer]()
         for phase in phases:
             goal = phase.objective

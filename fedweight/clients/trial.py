@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from flwr.app import Context
 from torch import nn
 
+from ..core.precision import Precision, gpu_arithmetic
 from ..core.threads import as_in_a_new_thread, one_thread
 from ..data.examples import Examples
 from ..data.federated import ClientData
@@ -55,6 +57,8 @@ class Trials:
         How many examples clients have.
     coding : Coding
         How classes and groups are coded.
+    precision : {"fp32", "tf32", "bf16"}
+        In which clients compute.
     traced : bool
         Whether steps of many clients at once are traced.
     """
@@ -69,6 +73,7 @@ class Trials:
         sizes: Sequence[int] | npt.NDArray[np.int64] | None,
         coding: Coding,
         *,
+        precision: Precision = "fp32",
         traced: bool = True,
     ) -> None:
         self.make = make
@@ -78,6 +83,7 @@ class Trials:
         self.device = device
         self.sizes = sizes
         self.coding = coding
+        self.precision = precision
         self.traced = traced
         self._kind: Kind | None = None
         self._found: dict[tuple[str, Kind], Any] = {}
@@ -147,6 +153,7 @@ class Trials:
                 self.settings.batch_size,
                 cancelled,
                 self.coding,
+                precision=self.precision,
                 traced=self.traced,
             )
 
@@ -165,7 +172,7 @@ class Trials:
         """
         kind = self.kind(context)
         few = None if kind is None else Samples(self.data, context, self.sizes).of(kind)
-        with self._lock, as_in_a_new_thread(), one_thread():
+        with self._computing():
             for examples in few or ():
                 check_own(
                     self.make, examples, self.objective, self._device, self.coding
@@ -186,6 +193,13 @@ class Trials:
         gpu = torch.cuda.is_available() or not self.device.startswith("cuda")
         return self.device if gpu else "cpu"
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute as clients do, and nobody else makes a trial meanwhile."""
+        products = gpu_arithmetic(self.precision, self._device)
+        with self._lock, as_in_a_new_thread(), one_thread(), products:
+            yield
+
     def _ask(
         self,
         question: str,
@@ -204,7 +218,7 @@ class Trials:
         if (question, kind) in self._found:
             known: T = self._found[question, kind]
             return known
-        with self._lock, as_in_a_new_thread(), one_thread():
+        with self._computing():
             answer: T = self._found.get((question, kind), otherwise)
             if (question, kind) in self._found:
                 return answer

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.batches import least_examples
 from ..core.layout import FlatModel, as_tensor
 from ..core.module import FlatModule
+from ..core.precision import Precision
 from ..data.examples import Examples
 from .batchable import instead_of
 from .coding import Coding
@@ -46,6 +47,8 @@ LATE = 10**6
 # done twice rounds alike; so do one client alone and at once, in double precision.
 SAME = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-3, 1e-4)}
 TWICE = (1e-4, 1e-5)
+# Where products are of values rounded to 8 bits, only what is no rounding shows.
+ROUNDED = (0.2, 0.05)
 MIXED = 2e-2
 
 
@@ -231,11 +234,13 @@ def try_batched(
     cancelled: Callable[[], bool] = lambda: False,
     coding: Coding = _NO_CODES,
     *,
+    precision: Precision = "fp32",
     traced: bool = True,
 ) -> str:
     """Return why clients must not train at once; empty where it gives the same.
 
-    In double precision where the model allows it, so that rounding is no difference.
+    In double precision where the model allows it, so that rounding is no difference;
+    and in the one that clients compute in, where that is another step.
 
     Parameters
     ----------
@@ -243,6 +248,8 @@ def try_batched(
         What :func:`try_alone` found; the other parameters are its, too.
     batch_size : int
         How many examples a batch has.
+    precision : {"fp32", "tf32", "bf16"}
+        In which clients compute.
     traced : bool
         Whether the step of many clients at once is traced.
     """
@@ -268,12 +275,16 @@ def try_batched(
     )
     with own_streams(SEED, torch.device(device)):
         try:
-            return run(double=True, traced=traced)
+            why = run(double=True, traced=traced)
         except Exception as error:
             if cancelled():
                 raise
             log.debug("a trial in double precision failed: %s", error)
-            return run(double=False, traced=traced)
+            why = run(double=False, traced=traced)
+        if why or precision != "bf16":
+            return why
+        why = run(double=False, traced=traced, precision=precision)
+        return why and f"with precision 'bf16' {why}"
 
 
 def _compare(
@@ -288,13 +299,15 @@ def _compare(
     *,
     double: bool,
     traced: bool,
+    precision: Precision = "fp32",
 ) -> str:
     """Train a few clients alone and at once; return what is different, if anything."""
 
     def built() -> FlatModule:
         module = make()
         # A copy: somebody else may have the module.
-        return FlatModule(copy.deepcopy(module).double() if double else module, device)
+        module = copy.deepcopy(module)
+        return FlatModule(module.double() if double else module, device, precision)
 
     some = examples.take(np.resize(np.arange(ROWS), size + 1))
     if double and some.x.dtype == np.float32:
@@ -324,7 +337,7 @@ def _compare(
     slope = alone(task=task(0, size, 1), learning_rate=1.0)
     largest = max(map(_largest, _changes(slope, start)), default=0.0)
     rate = min(0.1, 0.05 / largest) if largest > 0 else 0.1
-    tolerance = SAME[start.layout.dtype]
+    tolerance = ROUNDED if precision == "bf16" else SAME[start.layout.dtype]
     for full in (True, False):
         # Of the others one has a batch that is not full, and a step more, or an
         # example that has joined a batch; and one is done before the others.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, NamedTuple, Self
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .errors import ClientError, ConfigurationError
 from .layout import Base, FlatModel, Layout
+from .precision import Precision
 
 
 class FlatModule:
@@ -27,6 +29,17 @@ class FlatModule:
         Its floating tensors become views.
     device : torch.device or str
         Where the vectors live.
+    precision : {"fp32", "tf32", "bf16"}
+        With ``"bf16"`` it computes as ``torch.autocast`` does: products and
+        convolutions of values rounded to bfloat16, sums that need it and all weights
+        and gradients in float32. The others are about a GPU's products; see
+        :func:`~fedweight.core.precision.gpu_arithmetic`.
+
+    Raises
+    ------
+    ConfigurationError
+        If tensors have different dtypes, or float64 with ``"bf16"``, which would
+        change nothing.
 
     Attributes
     ----------
@@ -50,14 +63,26 @@ class FlatModule:
     cast, and it gives its outputs as float32.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
+    ) -> None:
         self.module = module.to(device)
         self._parts = list(module.modules())
-        on_cpu = torch.device(device).type == "cpu"
+        self._kind = torch.device(device).type
+        self._rounds = precision == "bf16"
+        on_cpu = self._kind == "cpu"
         self._channels_last = on_cpu and getattr(module, "channels_last", False) is True
         self._modes: dict[bool, list[bool]] = {}
         self.layout = Layout.of_module(module)
         dtype = self.layout.dtype
+        if self._rounds and dtype == torch.float64:
+            raise ConfigurationError(
+                "precision: 'bf16' leaves a model alone whose weights are float64, as "
+                "this one's are; choose 'fp32' or another model."
+            )
         if _is_coarse(module):
             dtype = torch.bfloat16
             module.register_forward_pre_hook(_cast_inputs)
@@ -118,7 +143,26 @@ class FlatModule:
 
     def __call__(self, x: Tensor) -> Any:
         """Return what the module makes of some inputs, as its values are."""
-        return self.module(self.laid_out(x))
+        return self._computed(self.module, self.laid_out(x))
+
+    def with_values(self, values: dict[str, Tensor], x: Tensor) -> Any:
+        """Return what it makes of inputs with other values of tensors, by name.
+
+        Tensors that are not among them have its own; the inputs are taken as they lie.
+        What the module's code assigns to a name is in ``values`` afterwards.
+        """
+        return self._computed(functional_call, self.module, values, (x,))
+
+    def _computed(self, function: Callable[..., Any], *given: Any) -> Any:
+        """Return a function's outputs, which it computes in the module's precision."""
+        if not self._rounds:
+            return function(*given)
+        with torch.autocast(self._kind, torch.bfloat16):
+            try:
+                outputs = function(*given)
+            finally:  # It keeps rounded weights while there is another one around it.
+                torch.clear_autocast_cache()
+        return _as_losses_need(outputs)
 
     def laid_out(self, x: Tensor) -> Tensor:
         """Return inputs in the order in memory that the module computes on fastest."""
@@ -209,7 +253,12 @@ def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _cast_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Give outputs as losses are computed: in float32."""
+    """Give outputs as losses are computed."""
+    return _as_losses_need(outputs)
+
+
+def _as_losses_need(outputs: Any) -> Any:
+    """Return what is bfloat16 as float32, and all else as it is."""
     coarse = isinstance(outputs, Tensor) and outputs.dtype == torch.bfloat16
     return outputs.float() if coarse else outputs
 

@@ -25,6 +25,7 @@ from ..core.errors import ConfigurationError, check_choice
 from ..core.layout import Layout
 from ..core.options import options_of
 from ..core.paths import why_unreadable
+from ..core.precision import Precision, check_precision
 from ..core.registry import make
 from ..data import (
     ClientData,
@@ -73,6 +74,7 @@ class Components:
         wanted = self.configuration["engine"]["device"]
         check_choice("engine.device", wanted, ["auto", *allowed])
         self.device = self.devices[0]
+        check_precision("engine.precision", self.precision, self.device)
 
     @property
     def devices(self) -> list[str]:
@@ -87,6 +89,12 @@ class Components:
     @property
     def _asks_for_cards(self) -> bool:
         return float(self.configuration["engine"]["gpus-per-worker"]) > 0
+
+    @property
+    def precision(self) -> Precision:
+        """How models are computed."""
+        precision: Precision = self.configuration["engine"]["precision"]
+        return precision
 
     def clients_model(self) -> nn.Module:
         """Build the model as a client does, which may not have the server's file.
@@ -218,6 +226,7 @@ class Components:
             queries={n: f for one, _ in methods for n, f in one.queries.items()},
             personal=self.personal(),
             codec=self.codec(),
+            precision=self.precision,
             trace=self.configuration["engine"]["trace"],
             groups=self.groups,
             num_groups={

@@ -492,7 +492,9 @@ class Recorder:
     def _ready_module(self) -> FlatModule:
         if self._module is None:
             components = self.components
-            self._module = FlatModule(components.make_model(), components.device)
+            self._module = FlatModule(
+                components.make_model(), components.device, components.precision
+            )
             self._base = self._module.copy_base()
         return self._module
 
@@ -557,7 +559,11 @@ def environment_of(components: Components) -> dict[str, Any]:
                 torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
             ],
         },
-        "engine": {"name": name, "device": components.device},
+        "engine": {
+            "name": name,
+            "device": components.device,
+            "precision": components.precision,
+        },
         "data": {
             "name": components.data.name,
             "task": components.data.task,

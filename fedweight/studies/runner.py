@@ -21,6 +21,7 @@ from ..core.errors import ConfigurationError, DataError
 from ..core.extras import require
 from ..core.layout import FlatModel
 from ..core.module import FlatModule
+from ..core.precision import gpu_arithmetic
 from ..core.signals import interruptible
 from ..core.texts import listed, shown
 from ..core.threads import one_thread
@@ -495,7 +496,8 @@ def serve(
         evaluate_config=ConfigRecord(dict(told)),
     )
     # A strategy that is not ours may draw from the process's streams.
-    with one_thread(), seeded(table["seed"], torch.device("cpu")):
+    products = gpu_arithmetic(components.precision, components.device)
+    with one_thread(), seeded(table["seed"], torch.device("cpu")), products:
         if has_our_loop(strategy):
             stopping = EarlyStopping(
                 table["stop-metric"], table["stop-after"], table["stop-delta"]

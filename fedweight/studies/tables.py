@@ -19,6 +19,7 @@ from ..clients.rate_schedules import RATE_SCHEDULES
 from ..clients.settings import TrainingSettings
 from ..core.errors import ConfigurationError
 from ..core.options import ANY, MOST, Option, options_of
+from ..core.precision import Precision
 from ..core.registry import Registry, check_callable
 from ..core.settings import kebab
 from ..data import DATA_SETS
@@ -366,6 +367,13 @@ class Engine:
         Field(description="how clients train: auto, loop or batched-N (N at once)"),
     ] = "auto"
     device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N")] = "auto"
+    precision: Annotated[
+        Precision,
+        Field(
+            description="how models are computed: fp32; tf32, coarser on a GPU; "
+            "bf16, autocast to bfloat16. Weights and sums are float32"
+        ),
+    ] = "fp32"
     trace: Annotated[
         bool,
         Field(

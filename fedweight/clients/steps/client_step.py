@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ...core.module import FlatModule
 from ..noise import LocalTraining
@@ -249,7 +248,7 @@ class _Model:
         state = {e.name: t for e, t in zip(entries, values, strict=True)}
         plain = self.step.plain_norms
         with LocalTraining(*self.stream, self.mask, plain=plain) as noise:
-            outputs: Tensor = functional_call(self.step.module.module, state, (x,))
+            outputs: Tensor = self.step.module.with_values(state, x)
         self.found.least = max(self.found.least, noise.least)
         if not self._called:
             self._called = True

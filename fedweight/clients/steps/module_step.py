@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ...core.errors import ClientError
 from ...core.layout import FlatModel
@@ -254,9 +253,7 @@ class _Model:
             pairs = zip(entries, parts, strict=True)
             state |= {e.name: part.view(e.shape) for e, part in pairs}
         with self.before.streams or nullcontext():
-            outputs: Tensor = functional_call(
-                module.module, state, (module.laid_out(x),)
-            )
+            outputs: Tensor = module.with_values(state, module.laid_out(x))
         return outputs
 
 
