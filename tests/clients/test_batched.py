@@ -145,34 +145,6 @@ SIZES = [19, 11, 24, 3]
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer"),
-    [
-        ("softmax", "sgd"),
-        ("mlp", "sgd"),
-        ("mlp", "momentum"),
-        ("mlp", "adam"),
-        ("cnn", "momentum"),
-        ("char-gru", "adam"),
-    ],
-)
-def test_every_model_trains_as_one_by_one(name, optimizer):
-    tasks = tasks_of(SIZES, tokens=name == "char-gru")
-    results = both_ways(shipped(name), tasks, settings_of(optimizer))
-    assert_same(*results)
-
-
-def test_a_residual_net_trains_as_one_by_one():
-    # In double precision: before a normalisation the gradient of a bias is 0 but for
-    # rounding, and Adam divides rounding by rounding.
-    tasks = tasks_of([5, 3, 8], epochs=(1, 2), dtype=np.float64)
-
-    def double():
-        return shipped("resnet18-gn")().double()
-
-    assert_same(*both_ways(double, tasks, settings_of("adam", batch_size=4)))
-
-
-@pytest.mark.parametrize(
     ("optimizer", "goal"),
     [("sgd", "own"), ("momentum", "plain"), ("adam", "proximal")],
 )

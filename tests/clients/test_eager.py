@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedweight import models, run
+from fedweight import run
 from fedweight.clients import TrainingSettings
 from fedweight.clients.objectives import Plain
 from fedweight.clients.steps import batched as batched_steps
@@ -19,33 +19,14 @@ from fedweight.clients.steps._torch import recording, torchscript
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
 from fedweight.clients.steps.task import Task
-from fedweight.clients.task_objectives import for_task
 from fedweight.core.module import FlatModule
 from fedweight.data import Examples
-from fedweight.data.tasks import task_named
-from fedweight.models import MODELS
 
 from . import test_objectives as goals
 from .modules import CLASSES, FEATURES, SORTS, TOKENS
 
-OPTIMIZERS = {
-    "sgd": {},
-    "momentum": {"momentum": 0.9, "weight_decay": 0.01},
-    "adam": {"optimizer": "adam", "clip_norm": 0.5},
-}
-
 # Batches of 8, of which the last ones have 3, 4 and 2 examples.
 SIZES = [11, 4, 18]
-
-SHAPES = {
-    "char-gru": ((6,), {"hidden": 8, "embedding": 4}),
-    "char-transformer": ((6,), {"width": 8, "heads": 2, "depth": 1}),
-    "cnn": ((1, 8, 8), {"channels": [2, 3], "hidden": 5}),
-    "mlp": ((6,), {"hidden": [7, 5], "head": "cosine"}),
-    "resnet18-gn": ((1, 8, 8), {"width": 2}),
-    "softmax": ((6,), {}),
-    "unet": ((1, 8, 8), {"width": 2}),
-}
 
 
 def tasks_of(shape, tokens=0, of_each=()):
@@ -92,29 +73,6 @@ def assert_same(found, expected, tolerance=1e-9):
             assert mine.keys() == theirs.keys()
             for name, values in mine.items():
                 np.testing.assert_allclose(values, theirs[name], rtol=0, atol=tolerance)
-
-
-def test_all_models_are_tried():
-    assert SHAPES.keys() == MODELS.entries.keys()
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_model_trains_alike(name, optimizer):
-    shape, options = SHAPES[name]
-
-    def make():
-        return FlatModule(
-            models.build(name, shape, CLASSES, seed=1, **options).double()
-        )
-
-    masks = name == "unet"
-    goal = for_task(Plain(), task_named("segmentation" if masks else "classification"))
-    tokens = CLASSES if name.startswith("char-") else 0
-    tasks = tasks_of(shape, tokens, shape[1:] if masks else ())
-    settings = TrainingSettings(batch_size=8, **OPTIMIZERS[optimizer])
-    tolerance = 1e-7 if optimizer == "adam" else 1e-9
-    assert_same(*both(make, tasks, settings, goal), tolerance)
 
 
 AT_ONCE = [name for name, sort in SORTS.items() if sort.at_once == ""]

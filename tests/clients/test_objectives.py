@@ -260,11 +260,11 @@ class Masks(Objective):
         return F.cross_entropy(outputs, batch.y, reduction="none")
 
     def gradient(self, gradient_at, parameters, facts):
-        places = torch.arange(len(parameters))
+        places = torch.arange(len(parameters), device=parameters.device)
         return torch.where(places % 2 == 0, gradient_at(parameters), 0)
 
     def after_step(self, parameters, facts):
-        places = torch.arange(len(parameters))
+        places = torch.arange(len(parameters), device=parameters.device)
         return torch.where(places % 2 == 0, parameters, facts.received)
 
 
