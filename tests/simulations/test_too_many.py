@@ -110,7 +110,8 @@ def test_the_chunk_is_halved_told_once_and_stays_halved(caplog, error, threads):
     halved = [round_of(grid) for _ in range(3)]
     assert grid.plan == Plan(4)
     more = [count for count in tried if count > 4]  # A trial has trained two or three.
-    assert more == [13, 7]
+    # Two threads may have begun with the seven and the six.
+    assert more in ([13, 7], *([[13, 7, 6], [13, 6, 7]] if threads != 1 else []))
     (line,) = told(caplog)
     assert line.startswith("engine.plan: batched-13 is too many clients at once")
     assert "it is batched-4" in line
