@@ -351,7 +351,7 @@ def _sum_of_few(
         return torch.zeros_like(rows[0], dtype=dtype)
     matrix = _together(rows) if dtype is None else None
     if matrix is not None:  # One product instead of a sum over rows.
-        return torch.mv(matrix.T, torch.tensor(coefficients, dtype=matrix.dtype))
+        return torch.mv(matrix.T, matrix.new_tensor(coefficients))
     total = torch.zeros_like(rows[0], dtype=dtype)
     for row, coefficient in zip(rows, coefficients, strict=True):
         total.add_(row, alpha=coefficient)
@@ -370,7 +370,7 @@ def _sum_of_rows(
     whole = len(places) == len(matrix) and matrix.is_contiguous()
     if dtype is not None or not whole:
         return _sum([matrix[k] for k in places], coefficients, dtype)
-    counts = torch.tensor(coefficients, dtype=matrix.dtype).to(matrix.device)
+    counts = matrix.new_tensor(coefficients)
     tiles = [slice(k, k + TILE_ROWS) for k in range(0, len(matrix), TILE_ROWS)]
     parts = [torch.mv(matrix[tile].T, counts[tile]) for tile in tiles]
     return parts[0] if len(parts) == 1 else _sum(parts, [1] * len(parts), torch.float64)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -179,3 +181,22 @@ def test_rows_are_added_up_as_models_are(count, left_out):
         return
     assert torch.equal(found.parameters, expected.parameters)
     assert torch.equal(found.buffers, expected.buffers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("left_out", [(), (0,), (0, 3)])
+def test_rows_on_a_gpu_are_added_up_there(left_out):
+    rows = rows_of(100, torch.Generator().manual_seed(0))
+    there = replace(
+        rows, parameters=rows.parameters.cuda(), buffers=rows.buffers.cuda()
+    )
+    counts = {k: float(k % 4 + 1) for k in range(100) if k not in left_out}
+    found = ModelSum.of_rows(there, [*counts], counts)
+    expected = ModelSum.of_rows(rows, [*counts], counts)
+    for name in ("parameters", "buffers"):
+        assert getattr(found, name).is_cpu
+        torch.testing.assert_close(
+            getattr(found, name).float(), getattr(expected, name).float()
+        )
+    assert there[3].parameters.is_cpu
+    assert torch.equal(there[3].parameters, rows[3].parameters)
