@@ -127,17 +127,16 @@ def run(
         ).plan
     worker.version += f", {plan}"
     worker.facts["plan"] = str(plan)
-    made: dict[str, Any] = {
-        "fraction_train": cohort / clients,
-        "min_train_nodes": cohort,
-        "fraction_evaluate": 0.0,
-        "seed": SEED,
-    }
-    if strategy == "fedlaw":
-        proxy = Examples(x[:PROXY], y[:PROXY])
-        weighing: WeightingStrategy = FedLAW(first, proxy, device=device, **made)
-    else:
-        weighing = STRATEGIES[strategy](**made)
+    weighing = weighing_of(
+        strategy,
+        first,
+        Examples(x[:PROXY], y[:PROXY]),
+        device,
+        fraction_train=cohort / clients,
+        min_train_nodes=cohort,
+        fraction_evaluate=0.0,
+        seed=SEED,
+    )
     with make_grid(
         app,
         clients,
@@ -147,6 +146,15 @@ def run(
         plan=plan,
     ) as grid:
         run_rounds(worker, grid, record, weighing)
+
+
+def weighing_of(
+    name: str, model: nn.Module, proxy: Examples, device: str, **options: Any
+) -> WeightingStrategy:
+    """Return a strategy by its name, with what it learns on where it does."""
+    if name == "fedlaw":
+        return FedLAW(model=model, proxy=proxy, device=device, **options)
+    return STRATEGIES[name](**options)
 
 
 def run_rounds(

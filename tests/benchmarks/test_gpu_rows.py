@@ -178,6 +178,21 @@ measuring.measure([*cases, Case("rounds", "S2", "late")], 0)
     assert log.startswith("---- rounds, S2, dies\na\na card died\n")
 
 
+def test_strategies_of_the_rows_are_made(in_benchmarks):
+    code = (
+        "import numpy as np\n"
+        "from engines import local as l\n"
+        "from engines.cases import all_cases\n"
+        "from engines.job import MODELS\n"
+        "x, y = np.zeros((2, 1, 28, 28), np.float32), np.zeros(2, np.int64)\n"
+        "proxy = l.Examples(x, y)\n"
+        "for name in dict.fromkeys(case.strategy for case in all_cases()):\n"
+        "    made = l.weighing_of(name, MODELS['S'](), proxy, 'cpu', seed=0)\n"
+        "    print(type(made).__name__)"
+    )
+    assert in_benchmarks(code) == ["FedAvg", "FedLAW", "FedCE", "IDA"]
+
+
 def test_what_a_card_was_seen_to_do(tmp_path, in_benchmarks):
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\nfor n in 500 1500 900 4; do echo $n; done; sleep 60\n")
