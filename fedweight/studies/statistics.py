@@ -10,7 +10,7 @@ Seeds of one data set say how sure a difference is on that data set. They do not
 whether it would be there on another: what is peculiar to a data set is in all of its
 seeds, so that seeds of several taken together for independent pairs find differences
 where there are none. Over several data sets a pair is therefore one of these, by the
-mean difference of its seeds: Demsar (section 3.2), whose advice Benavoli et al. follow,
+mean difference of its seeds: Demsar (section 3), whose advice Benavoli et al. follow,
 takes one value a method and data set, however often it was measured there. Demsar warns
 of the t test over data sets, whose differences need not be comparable or normal: where
 the two tests disagree, trust Wilcoxon's.
