@@ -103,7 +103,7 @@ def _sums_of_each(
     module.load(model)
     module.train(False)
     device = module.parameters.device
-    y = as_tensor(_joined([part.y for part in some])).to(device)
+    y = _joined([part.y for part in some]).to(device)
     for first, batch in _batches([part.x for part in some], _batch_size(y), device):
         outputs = module(batch)
         adding.add(outputs, y[first : first + len(batch)])
@@ -140,8 +140,8 @@ def sums_of_own(
     own = _Own.of(module, models)
     device = module.parameters.device
     some = [part for part in parts if len(part)]
-    x = as_tensor(_joined([part.x for part in some])).to(device)
-    y = as_tensor(_joined([part.y for part in some])).to(device)
+    x = _joined([part.x for part in some]).to(device)
+    y = _joined([part.y for part in some]).to(device)
     starts = np.cumsum(sizes) - sizes
     outputs: Tensor | None = None
     width = max(1, AT_ONCE // len(parts))
@@ -302,10 +302,14 @@ def _batches(
         some = [*parts[low : high + 1]]
         some[-1] = some[-1][: stop - (ends[high] - len(parts[high]))]
         some[0] = some[0][first - (ends[low] - len(parts[low])) :]
-        rows = as_tensor(_joined(some))
-        yield first, rows.to(device, copy=len(some) == 1)
+        yield first, _joined(some).to(device, copy=len(some) == 1)
 
 
-def _joined(parts: Sequence[Array]) -> Array:
-    """Return the rows of several arrays as one; of one array without a copy."""
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _joined(parts: Sequence[Array]) -> Tensor:
+    """Return the rows of several arrays as one; of one array without a copy.
+
+    In PyTorch's memory: what products of matrices are to the last bit may depend on
+    where memory begins, and NumPy's begins anywhere.
+    """
+    several = [as_tensor(part) for part in parts]
+    return several[0] if len(several) == 1 else torch.cat(several)
