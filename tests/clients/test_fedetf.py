@@ -71,7 +71,7 @@ def by_pytorch(client):
     head = model.layers[-1]
     data = data_of(type("Context", (), {"node_config": {"partition-id": client}}))
     x, y = (torch.from_numpy(part) for part in (data.train.x, data.train.y))
-    [key] = keys(7, Purpose.PERSONAL_SHUFFLE, ROUND, [client]).tolist()
+    streams = keys(7, Purpose.PERSONAL_SHUFFLE, ROUND, [client])
     turn = [([head.etf], 0.1), ([*head.projection.parameters()], 0.05)]
     for part, (parameters, rate) in enumerate(turn * 2):
         for parameter in parameters:
@@ -80,7 +80,8 @@ def by_pytorch(client):
             parameters, lr=rate, momentum=0.9, weight_decay=0.01
         )
         for epoch in range(2):
-            order = permutation(part_of(key, part), epoch, len(y))
+            [key] = part_of(streams, part).tolist()
+            order = permutation(key, epoch, len(y))
             for rows in torch.from_numpy(order).split(5):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()

@@ -13,11 +13,11 @@ from torch import nn
 
 from fedweight.clients import TrainingSettings
 from fedweight.clients.objectives import Plain
-from fedweight.clients.steps import client_step
 from fedweight.clients.steps._torch import torchscript
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.clients.steps.loop import train
 from fedweight.clients.steps.task import Task
+from fedweight.core import module as core_module
 from fedweight.core.module import FlatModule
 from fedweight.messages.arrays import FlatRecord
 from fedweight.messages.dispatch import Cohort
@@ -71,7 +71,7 @@ def test_without_what_batching_needs_clients_train_one_after_another(
     name, results, caplog, monkeypatch
 ):
     if name == "torch.func.functional_call":
-        monkeypatch.delattr(client_step, "functional_call")
+        monkeypatch.delattr(core_module, "functional_call")
     else:
         monkeypatch.delattr(name)
     found, expected = results()

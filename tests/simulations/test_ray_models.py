@@ -440,7 +440,7 @@ def test_a_client_that_carries_something_else_fails_alone(
             errors = {
                 r.node - FIRST_NODE: r.error for r in replies.plain or () if r.error
             }
-            assert list(errors) == [6]
+            assert list(errors) == [6], errors
             assert "client 6, train: ClientError: " in errors[6]
     finally:
         ray_grid.plan = Plan()
