@@ -132,12 +132,15 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Skip, with the reason, what this machine cannot run.
 
-    Where tests run side by side, those that start Ray, worker processes or Flower's run
-    one after another: they share these, and each of them takes all cores. Tests that
-    share what their module prepares run in one process: another would prepare it again.
+    Where tests run side by side, those that start Ray run one after another, and so do
+    those that start worker processes or Flower's: they share these, and each of them
+    takes all cores. Tests that share what their module prepares run in one process:
+    another would prepare it again.
     """
     for item in items if config.getoption("loadgroup", False) else ():
-        if any(map(item.get_closest_marker, ("ray", "deploy", "processes"))):
+        if item.get_closest_marker("ray"):
+            _put_into_group(item, "ray")
+        elif any(map(item.get_closest_marker, ("deploy", "processes"))):
             _put_into_group(item, "processes")
         elif _shares_with_its_module(item):
             _put_into_group(item, f"{item.path.parent.name}/{item.path.stem}")
