@@ -427,10 +427,13 @@ class Odd(Objective):
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_a_client_that_carries_something_else_fails_alone(
-    chunk: int, ray_grid: Any
+    chunk: int, ray_grid: Any, tmp_path: Path
 ) -> None:
+    known = tmp_path / "known"
+
     def last(client: int) -> None:
-        time.sleep(1 if client == 6 else 0)
+        """Let the others say first what is carried, also where all else is slow."""
+        time.sleep(3 if client == 6 and not known.exists() else 0)
 
     ray_grid.load(app_of(before=last, objective=Odd(), personal=Ditto()), CLIENTS)
     ray_grid.plan = Plan(chunk)
@@ -442,6 +445,7 @@ def test_a_client_that_carries_something_else_fails_alone(
             }
             assert list(errors) == [6], errors
             assert "client 6, train: ClientError: " in errors[6]
+            known.touch()
     finally:
         ray_grid.plan = Plan()
     for table in ("personal", "objective"):
