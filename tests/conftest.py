@@ -138,10 +138,10 @@ def pytest_collection_modifyitems(
     another would prepare it again.
     """
     for item in items if config.getoption("loadgroup", False) else ():
-        if item.get_closest_marker("ray"):
-            _put_into_group(item, "ray")
-        elif any(map(item.get_closest_marker, ("deploy", "processes"))):
+        if any(map(item.get_closest_marker, ("deploy", "processes"))):
             _put_into_group(item, "processes")
+        elif item.get_closest_marker("ray"):
+            _put_into_group(item, "ray")
         elif _shares_with_its_module(item):
             _put_into_group(item, f"{item.path.parent.name}/{item.path.stem}")
     for marker, missing in _NEEDS.items():
