@@ -22,8 +22,7 @@ TORCH ?= 2.13.0
 OLDEST ?= flwr==1.41.0 ray==2.55.0 torch==2.9.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
-# On all cores, with one process more than there are (tests/conftest.py says why);
-# ARGS="-n 0" runs the tests in one process, as a debugger needs it.
+# On all cores; ARGS="-n 0" runs the tests in one process, as a debugger needs it.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 # Flower's telemetry and update check and Ray's usage report stay off.

@@ -28,7 +28,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from hypothesis import settings
 
 from fedweight.core.lazy import kept_imports
-from fedweight.core.threads import num_cores
 
 # Training is slow the first time, so no deadline. In CI the examples are the same
 # each time: a failure there is the change's, not the draw's.
@@ -67,15 +66,6 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_homes], ignore_errors=True)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Give one process more than there are cores for ``-n auto``.
-
-    One of them runs the tests that start others, and half of its time waits for these.
-    """
-    return num_cores() + 1
 
 
 def _no_gpu() -> str | None:
@@ -132,16 +122,13 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Skip, with the reason, what this machine cannot run.
 
-    Where tests run side by side, those that start Ray run one after another, and so do
-    those that start worker processes or Flower's: they share these, and each of them
-    takes all cores. Tests that share what their module prepares run in one process:
-    another would prepare it again.
+    Where tests run side by side, those that start Ray, worker processes or Flower's run
+    one after another: they share these, and each of them takes all cores. Tests that
+    share what their module prepares run in one process: another would prepare it again.
     """
     for item in items if config.getoption("loadgroup", False) else ():
-        if any(map(item.get_closest_marker, ("deploy", "processes"))):
+        if any(map(item.get_closest_marker, ("ray", "deploy", "processes"))):
             _put_into_group(item, "processes")
-        elif item.get_closest_marker("ray"):
-            _put_into_group(item, "ray")
         elif _shares_with_its_module(item):
             _put_into_group(item, f"{item.path.parent.name}/{item.path.stem}")
     for marker, missing in _NEEDS.items():

@@ -153,4 +153,7 @@ def small(case: Case) -> Case:
     numbers = [int(n) for n in re.findall(r"\d+", case.work)]
     work = case.work[:1] + str(sizes[numbers[0]]) if numbers else case.work
     plan = "batched-2" if case.plan.startswith("batched") else case.plan
-    return replace(case, work=work, plan=plan, workers=2 if case.workers else 0)
+    workers = 2 if case.workers else 0
+    # Here the machine may have other work to do, and no card waits meanwhile.
+    limit = 5 * case.limit
+    return replace(case, work=work, plan=plan, workers=workers, limit=limit)
