@@ -195,7 +195,9 @@ def test_strategies_of_the_rows_are_made(in_benchmarks):
 
 def test_what_a_card_was_seen_to_do(tmp_path, in_benchmarks):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nfor n in 500 1500 900 4; do echo $n; done; exec sleep 60\n")
+    smi.write_text(
+        "#!/bin/sh\nfor n in 500 1500 900 4; do echo $n; done; exec sleep 60\n"
+    )
     smi.chmod(0o755)
     code = (
         "import os, time, gpu\n"
