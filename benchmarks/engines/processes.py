@@ -82,6 +82,7 @@ class EngineProcess:
             text=True,
         )
         self._version: str | None = None
+        self._heard = b""
         self.deadline = math.inf
         self._is_late = False
 
@@ -163,20 +164,30 @@ class EngineProcess:
             raise EngineFailedError(self._last_words()) from None
 
     def _has_answer(self, seconds: float) -> bool:
+        """Wait so long at most for a whole line, or the end; say whether it came."""
         assert self._process.stdout is not None
-        return bool(select.select([self._process.stdout], [], [], seconds)[0])
+        pipe, end = self._process.stdout.fileno(), time.perf_counter() + seconds
+        while b"\n" not in self._heard:
+            left = max(end - time.perf_counter(), 0.0)
+            if not select.select([pipe], [], [], left)[0]:
+                return False
+            # Not by readline(), which may take a second line off the pipe, and hide it.
+            new = os.read(pipe, 1 << 16)
+            self._heard += new
+            if not new:
+                break
+        return True
 
     def _answer(self, expected: str) -> str:
         """Return what follows the expected word."""
-        assert self._process.stdout is not None
         if expected != "ready" and self._version is None:
             self._version = self._answer("ready")
         patience = min(PATIENCE, max(self.deadline - time.perf_counter(), 0.0))
         if not self._has_answer(patience):
             self._is_late = True
             raise EngineFailedError(f"no answer within {patience:.3g} s")
-        line = self._process.stdout.readline()
-        word, _, rest = line.strip().partition(" ")
+        line, _, self._heard = self._heard.partition(b"\n")
+        word, _, rest = line.decode().strip().partition(" ")
         if word != expected:
             raise EngineFailedError(self._last_words())
         return rest

@@ -223,6 +223,24 @@ def test_an_engine_that_fails_leaves_a_note_and_no_number(tmp_path, in_benchmark
     assert in_benchmarks(code) == ["None", "None", "failed"]
 
 
+def test_an_engine_may_answer_before_it_is_listened_to(tmp_path, in_benchmarks):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\nread begin; read run\nprintf 'ready v1\\ndone 2.5\\nfac'\n"
+        "read facts; echo 'ts {}'; read quit\n"
+    )
+    python.chmod(0o755)
+    code = f"""
+import pathlib, time
+from engines.processes import EngineProcess
+folder = pathlib.Path({str(tmp_path)!r})
+with EngineProcess(str(folder / "python"), "any", folder) as process:
+    process.deadline = time.perf_counter() + 20
+    print(process.run(1), process.version, process.facts())
+"""
+    assert in_benchmarks(code) == ["2.5", "v1", "{}"]
+
+
 # No network and no pip: what would be run is noted instead, or fails as told.
 INSTALLING = """
 import pathlib, sys

@@ -110,8 +110,6 @@ def test_clients_at_once_that_are_too_many_are_halved(in_benchmarks):
     assert said == "(256, 256) (2, 2) CUDA out of memory device-side assert"
 
 
-# Slow: among all other tests it has waited for minutes, alone it takes seconds.
-@pytest.mark.slow
 def test_all_rows_of_a_gpu_can_be_tried_on_a_cpu(tmp_path, run):
     file = tmp_path / "rows.json"
     tried = ["--device=cpu", "--small", "--seconds=0.01"]
