@@ -40,7 +40,9 @@ METRICS = {
     "test_accuracy": Metric("test accuracy of the last model", is_share=True),
     **{
         f"test_{name.replace('-', '_')}": Metric(
-            f"{name} of the last model on the test set", less_is_better=one.sign < 0
+            f"{name} of the last model on the test set",
+            less_is_better=one.sign < 0,
+            is_share=(one.low, one.high) == (0.0, 1.0),
         )
         for name, one in MEASURES.items()
         if one.sign and name not in ("loss", "accuracy")
@@ -131,8 +133,9 @@ def choose(cells: Sequence[Row]) -> None:
     """Mark what is compared: of a sweep's candidates the one that validation likes.
 
     That of the highest mean validation accuracy over the seeds, or of the least loss
-    where there is no accuracy; one with runs that failed only where no other is whole;
-    of equal ones the first.
+    where there is no accuracy. One of which some runs failed, or have a loss that is no
+    number, is taken only where no other has more that can be judged; of equal ones the
+    first is.
     """
     several: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for cell in cells:
@@ -147,10 +150,9 @@ def choose(cells: Sequence[Row]) -> None:
 
 def _liked(rows: Sequence[Row]) -> tuple[int, float, float]:
     accuracy, loss = (_known(rows, judge) for judge in JUDGES)
-    whole = len(_known(rows, "failed_rounds"))
     # A loss counts where it is all there is.
     less = 0.0 if accuracy else -_mean(loss, math.inf)
-    return whole, _mean(accuracy, -math.inf), less
+    return len(accuracy or loss), _mean(accuracy, -math.inf), less
 
 
 def _known(rows: Iterable[Row], key: str) -> list[float]:

@@ -536,7 +536,12 @@ def test_without_held_out_data_there_is_one_metric() -> None:
         ("test_accuracy", (-0.2, 1.5), (0.0, 1.0)),
         ("equalized_odds_gap", (-0.2, 0.5), (0.0, 0.5)),
         ("test_accuracy", (0.2, 0.9), (0.2, 0.9)),
+        ("test_macro_f1", (-0.2, 1.5), (0.0, 1.0)),
+        ("test_dice", (0.2, 1.5), (0.2, 1.0)),
+        ("test_auc", (-0.2, 0.9), (0.0, 0.9)),
         ("test_rmse", (-0.2, 1.5), (-0.2, 1.5)),
+        ("test_perplexity", (-0.2, 1.5), (-0.2, 1.5)),
+        ("test_r2", (-0.2, 1.5), (-0.2, 1.5)),
     ],
 )
 def test_an_interval_of_a_share_is_shown_within_its_bounds(
@@ -607,6 +612,10 @@ def test_the_test_set_chooses_nothing() -> None:
         cell["validation_loss"] = {"x": 0.2, "y": 0.1, "z": 0.3}[cell["candidate"]]
     choose(cells)
     assert [cell["candidate"] for cell in cells if cell["chosen"]] == ["y", "y"]
+    # One lucky seed says nothing of a rate at which the others diverge.
+    cells[3] |= {"validation_loss": math.inf}
+    choose(cells)
+    assert [cell["candidate"] for cell in cells if cell["chosen"]] == ["x", "x"]
     for cell in cells:
         cell["status"] = "failed"
     choose(cells)
