@@ -51,7 +51,7 @@ class Ranking:
     ----------
     average_ranks : dict of str to float
         By method, the best first: from 1, which is the best on every data set, to the
-        number of methods.
+        number of methods; NaN where there is no data set.
     p_holm : dict
         By pairs of methods: of the two-sided signed-rank test over the data sets,
         corrected by Holm over all pairs.
@@ -76,7 +76,10 @@ class Ranking:
     @property
     def note(self) -> str:
         """What a reader must know, in a line."""
-        on = f"average ranks over {self.data_sets} data sets, 1 is best"
+        if not self.data_sets:
+            return "no ranks: there is no data set on which every method has a value"
+        sets = f"{self.data_sets} data set{'s' * (self.data_sets != 1)}"
+        on = f"average ranks over {sets}, 1 is best"
         if self.data_sets < self.needed:
             return (
                 f"{on}; Wilcoxon's test cannot reach {self.level:g} with fewer than "
@@ -88,6 +91,8 @@ class Ranking:
 
     def __str__(self) -> str:
         """Return the diagram as text: a line a method, a column a group."""
+        if not self.data_sets:
+            return self.note
         width = max(map(len, self.average_ranks), default=0)
         lines = []
         for name, rank in self.average_ranks.items():
@@ -96,10 +101,14 @@ class Ranking:
         return "\n".join([self.note, *lines])
 
     def svg(self) -> str:
-        """Return the diagram as SVG: the ranks' axis, names below, bars between."""
+        """Return the diagram as SVG: the ranks' axis, names below, bars between.
+
+        Without a data set it is the axis alone.
+        """
         names, k = [*self.average_ranks], max(len(self.average_ranks), 2)
+        names, groups = (names, self.cliques) if self.data_sets else ([], ())
         left, right, row, axis = 20, 620, 18, 30
-        below = axis + 14 + 10 * len(self.cliques)
+        below = axis + 14 + 10 * len(groups)
         height = below + row * (len(names) + 1)
 
         def x(rank: float) -> str:
@@ -116,7 +125,7 @@ class Ranking:
                 f'<path d="M{x(number)} {axis}v-6" stroke="currentColor"/><text '
                 f'x="{x(number)}" y="{axis - 10}" text-anchor="middle">{number}</text>'
             )
-        for place, group in enumerate(self.cliques):
+        for place, group in enumerate(groups):
             ends = [self.average_ranks[name] for name in (group[0], group[-1])]
             y = axis + 10 + 10 * place
             parts.append(

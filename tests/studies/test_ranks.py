@@ -119,9 +119,15 @@ def test_a_data_set_that_one_lacks_is_left_out() -> None:
     found = rank_methods({"a": [0.1, math.nan, 0.2], "b": [0.2, 0.3, 0.1]})
     assert found.data_sets == 2
     assert found.average_ranks == {"a": 1.5, "b": 1.5}
+    one = rank_methods({"a": [0.1, math.nan], "b": [0.2, 0.3]})
+    assert one.note.startswith("average ranks over 1 data set, 1 is best")
     nothing = rank_methods({"a": [math.nan], "b": [0.1]})
     assert math.isnan(nothing.average_ranks["a"])
     assert nothing.data_sets == 0
+    assert str(nothing) == nothing.note
+    assert "no data set on which every method has a value" in nothing.note
+    assert "nan" not in nothing.svg()
+    ElementTree.fromstring(nothing.svg())
 
 
 def test_what_cannot_be_ranked_is_refused() -> None:
