@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import ConfigurationError, DataError, check_range
-from ..core.texts import listed
+from ..core.texts import listed, plain
 from .sums import Array, Sums
 
 Codes = npt.NDArray[np.int64]
@@ -85,7 +85,8 @@ class Groups:
     Raises
     ------
     ConfigurationError
-        If no attribute is named, or ``min_size`` is below 1.
+        If no attribute is named, one is called by what stands between two that are
+        crossed, or ``min_size`` is below 1.
 
     Examples
     --------
@@ -106,6 +107,12 @@ class Groups:
         """Check that there are groups, and the size."""
         if not self.names:
             raise ConfigurationError("groups must name an attribute or more.")
+        for name in self.names:
+            if AND in name:
+                raise ConfigurationError(
+                    f"groups: attribute '{plain(name)}' must not hold '{AND}', which "
+                    "stands between two attributes that are crossed. Rename it."
+                )
         check_range("min_size", self.min_size, 1)
 
     @property

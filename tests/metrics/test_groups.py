@@ -243,6 +243,13 @@ def test_groups_that_take_too_much_are_refused():
         counting(min_size=0)
 
 
+def test_an_attribute_that_reads_as_two_crossed_is_refused():
+    """Its gaps would be taken for those of a crossing, and left out of summaries."""
+    with pytest.raises(ConfigurationError, match="'race & sex' must not hold ' & '"):
+        Groups({"race & sex": RACE})
+    assert Groups({"race&sex": ("a & b", "c")}).labels[0] == ("race&sex", "a & b")
+
+
 def sent():
     logits, y, attributes = people(30)
     which = counting()
