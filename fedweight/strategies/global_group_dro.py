@@ -267,7 +267,7 @@ class GroupWeighted(Around):
         return (*self.inner.hears, keys.GROUP_WEIGHTS)
 
     def unheard(self, x: Tensor, facts: Facts) -> Mapping[str, Tensor]:
-        """Return the weights 1, 2, ..., so that groups differ."""
+        """Return weights between 1 and 2 that grow from group to group."""
         weights = 1 + facts.group_counts.cumsum(0) / facts.group_counts.sum()
         return {**self.inner.unheard(x, facts), keys.GROUP_WEIGHTS: weights}
 

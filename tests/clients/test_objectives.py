@@ -140,6 +140,19 @@ def test_aldr_has_its_golden_values():
     assert losses == pytest.approx([-0.64052, 1.42168], abs=1e-5)
 
 
+def test_aldr_begins_with_logits_of_zeros():
+    """As of a linear model that starts at 0, which have no size to divide by."""
+    logits = torch.zeros(2, 3, requires_grad=True)
+    state = {"temperature": torch.ones(2)}
+    batch = Batch(torch.zeros(2, 1), torch.tensor([0, 2]), state=state)
+    found = ALDR(margin=0.0).loss(lambda x: logits, batch, Facts(torch.zeros(0)))
+    assert found.value.item() == pytest.approx(0.0, abs=1e-6)
+    (gradient,) = torch.autograd.grad(found.value, logits)
+    expected = (torch.full((2, 3), 1 / 3) - torch.eye(3)[[0, 2]]) / 2
+    torch.testing.assert_close(gradient, expected)
+    assert found.state["temperature"].tolist() == pytest.approx([1.0, 1.0])
+
+
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=6), st.floats(1.01, 50))
 def test_aldrs_temperatures_stay_within_the_bounds_that_it_tells(logits, a):
     goal = ALDR(a=a, temperature=3.0)

@@ -110,7 +110,9 @@ class ALDR(Objective):
         """Return the mean loss, and the examples' new temperatures."""
         outputs = logits = model(batch.x)
         if self.normalise:
-            logits = logits / logits.abs().mean(1, keepdim=True)
+            size = logits.abs().mean(1, keepdim=True)
+            # Logits that are all 0, as of a model that begins with zeros, stay so.
+            logits = logits / torch.where(size > 0, size, 1)
         new = self.temperatures(logits.detach(), batch.state["temperature"])
         return Loss(
             batch.mean(self.losses(logits, batch.y, new)),
