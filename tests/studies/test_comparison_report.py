@@ -277,7 +277,7 @@ def test_over_several_data_sets_ranks_are_drawn(found: Comparison) -> None:
 
 
 @pytest.mark.browser
-def test_it_opens_on_a_desk_and_on_a_phone(found: Comparison, tmp_path: Path) -> None:
+def test_it_opens_on_a_desk_on_a_phone_and_on_paper(found: Comparison, tmp_path: Path) -> None:
     browser = Browser(tmp_path / "profile")
     try:
         path = over_two(found).report()
@@ -289,5 +289,16 @@ def test_it_opens_on_a_desk_and_on_a_phone(found: Comparison, tmp_path: Path) ->
             assert browser.ask("document.querySelectorAll('.chart svg').length") == 12
             assert browser.ask("document.querySelectorAll('.diagram svg').length") == 3
             assert browser.ask("document.documentElement.scrollWidth") == width
+        browser.media("print", dark=True)
+        browser.size(720)
+        assert browser.ask("document.documentElement.scrollWidth") == 720
+        for folded in ("details table", "details .scroll table"):
+            box = f"document.querySelector('{folded}').getBoundingClientRect()"
+            assert browser.ask(f"{box}.height") > 50
+            assert browser.ask(f"{box}.right") <= 720
+        paper = "getComputedStyle(document.querySelector('figure')).backgroundColor"
+        assert browser.ask(paper) == "rgb(255, 255, 255)"
+        assert browser.pdf().startswith(b"%PDF")
+        assert browser.complaints == []
     finally:
         browser.close()
