@@ -600,7 +600,7 @@ def local_round(rng: np.random.Generator, k: int) -> Round:
     )
 
 
-def test_the_pages_way_to_the_gaps_between_groups_works(
+def test_the_readmes_way_to_the_gaps_between_groups_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -611,7 +611,8 @@ def test_the_pages_way_to_the_gaps_between_groups_works(
         outcome = "well" if dose + (sex == "m") > 0.5 else "ill"
         lines.append(f"{dose:.3f},{rng.normal(50, 9):.1f},{sex},s{k % 3},{outcome}")
     Path("patients.csv").write_text("\n".join(lines) + "\n")
-    first, second = code_blocks("docs/groups.md", "python")
+    [first] = [b for b in code_blocks("README.md", "python") if "gaps" in b]
+    [second] = code_blocks("docs/groups.md", "python")
     assert len([line for line in first.splitlines() if line]) <= 10
     space: dict[str, Any] = {}
     exec(first, space)

@@ -277,7 +277,9 @@ def test_over_several_data_sets_ranks_are_drawn(found: Comparison) -> None:
 
 
 @pytest.mark.browser
-def test_it_opens_on_a_desk_on_a_phone_and_on_paper(found: Comparison, tmp_path: Path) -> None:
+def test_it_opens_on_a_desk_on_a_phone_and_on_paper(
+    found: Comparison, tmp_path: Path
+) -> None:
     browser = Browser(tmp_path / "profile")
     try:
         path = over_two(found).report()
