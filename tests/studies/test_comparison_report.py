@@ -153,6 +153,28 @@ def test_of_a_gap_less_is_better(found: Comparison) -> None:
     assert "Accuracy against the gap in accuracy" not in titles
 
 
+def test_strategies_of_one_colour_differ_in_what_else_is_drawn(
+    found: Comparison,
+) -> None:
+    """There are six colours, and a study may well compare sixteen strategies."""
+    names = [f"strategy {k}" for k in range(16)]
+    several = [(0, Run(found.folder / "fedavg-seed0"))]
+    curves = comparing.curves(
+        dict.fromkeys(names, several), "test_accuracy", "Accuracy", True
+    ).to_dict()
+    (line,) = (one for one in curves["layer"] if "strokeDash" in one["encoding"])
+    cells = pd.concat([found.cells.iloc[:1].assign(strategy=name) for name in names])
+    front = comparing.front(cells, names).to_dict()
+    (dots,) = (one for one in front["layer"] if "shape" in one["encoding"])
+    for drawn, besides in ((line, "strokeDash"), (dots, "shape")):
+        scales = [drawn["encoding"][by]["scale"] for by in ("color", besides)]
+        assert all(one["domain"] == names for one in scales)
+        looks = {
+            json.dumps(one) for one in zip(*(s["range"] for s in scales), strict=True)
+        }
+        assert len(looks) == len(names)
+
+
 def test_numbers_of_the_tables_are_those_that_a_terminal_shows(
     found: Comparison,
 ) -> None:

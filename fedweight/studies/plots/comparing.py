@@ -26,6 +26,10 @@ Runs = Mapping[str, Sequence[tuple[int, RunFolder]]]  # by strategy: seeds and r
 
 _MOST_DOTS = 3000
 
+# Of strategies with the same colour, where there are more than colours.
+_DASHES = ([1, 0], [6, 3], [2, 2])
+_SHAPES = ("circle", "square", "triangle-up")
+
 
 def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChart:
     """Draw a measure over the rounds: the mean over the seeds, and how sure it is.
@@ -63,7 +67,9 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
     x = style.rounds_axis([min(places) - 0.2, max(places) + 0.2])
     ends = (row[key] for row in rows for key in ("mean", "low", "high"))
     domain = style.limits(ends, (0.0, 1.0) if percent else (-1e300, 1e300))
-    colour = _colour(list(runs))
+    as_lines = _legend(symbolType="stroke", symbolSize=500)
+    colour = _colour(list(runs), legend=as_lines)
+    dash = _told_apart(list(runs), _DASHES, as_lines)
     base = alt.Chart(style.data_of(rows))
     band = base.mark_area(opacity=0.16, clip=True).encode(
         x=x,
@@ -73,7 +79,10 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
     )
     line = base.mark_line(strokeWidth=2, clip=True, point=len(set(places)) < 3)
     means = line.encode(
-        x=x, y=style.value_axis("mean", title, domain, percent=percent), color=colour
+        x=x,
+        y=style.value_axis("mean", title, domain, percent=percent),
+        color=colour,
+        strokeDash=alt.StrokeDash("strategy:N", **dash),
     )
     told = [
         style.number(f"v{which}", name, percent=percent)
@@ -96,8 +105,20 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
 def _colour(strategies: Sequence[str], **more: Any) -> alt.Color:
     colours = [SEVERAL[k % len(SEVERAL)] for k in range(len(strategies))]
     scale = alt.Scale(domain=list(strategies), range=colours)
-    legend = alt.Legend(columns=2, symbolOpacity=1)
-    return alt.Color("strategy:N", scale=scale, **{"legend": legend, **more})
+    return alt.Color("strategy:N", scale=scale, **{"legend": _legend(), **more})
+
+
+def _legend(**more: Any) -> alt.Legend:
+    return alt.Legend(columns=2, symbolOpacity=1, **more)
+
+
+def _told_apart(
+    strategies: Sequence[str], kinds: Sequence[Any], legend: alt.Legend
+) -> dict[str, Any]:
+    """Return by what those differ that have the same colour, and so its legend."""
+    own = [kinds[k // len(SEVERAL) % len(kinds)] for k in range(len(strategies))]
+    scale = alt.Scale(domain=list(strategies), range=own)
+    return {"scale": scale, "legend": legend}
 
 
 def clients_beside(
@@ -316,7 +337,10 @@ def front(
     colour = _colour(strategies)
     line = alt.Chart(style.data_of(sorted(best, key=lambda one: float(one["x"] or 0))))
     small = alt.Chart(style.data_of(runs)).mark_circle(size=22, opacity=0.4, clip=True)
-    large = alt.Chart(style.data_of(means)).mark_circle(size=130, opacity=1, clip=True)
+    large = alt.Chart(style.data_of(means)).mark_point(
+        size=130, opacity=1, clip=True, filled=True
+    )
+    shape = alt.Shape("strategy:N", **_told_apart(strategies, _SHAPES, _legend()))
     fairer = "down" if which.less_is_better else "up"
     return finished(
         style.layered(
@@ -327,7 +351,9 @@ def front(
                 x=across, y=up, color=colour, tooltip=[*told, alt.Tooltip("seed:Q")]
             ),
             style.zoomable(
-                large.encode(x=across, y=up, color=colour, tooltip=told), "x", "y"
+                large.encode(x=across, y=up, color=colour, shape=shape, tooltip=told),
+                "x",
+                "y",
             ),
         ),
         which.title,
