@@ -329,8 +329,8 @@ class Run(SummedRun):
             How often the examples are drawn anew for the intervals; 0 has none.
         confidence : float
             In (0, 1): the share of resamples that an interval holds, half of the others
-            on each side of it. It tells how far the examples that were measured decide
-            the gap of this model; not how far a seed decides the model.
+            on each side of it. It tells how much the gap of this model depends on which
+            examples were measured, and not how much the model depends on the seed.
         seed : int
             Draws them.
 
