@@ -298,6 +298,7 @@ GOALS = {
     "upper": Dynamic("upper", start=ROUND + 1),
     "rent": RENT(start=ROUND),
     "rent-later": RENT(start=ROUND + 1),
+    "rent-pooled": RENT(start=1, estimate="pooled"),
     "dws": DWS(start=1, flip=0.2, concentration=5.0),
     "fair-error-bound": FairErrorBound("site"),
     "sam-rent": SAM(0.05, RENT(start=1)),
@@ -329,6 +330,11 @@ SETTINGS = {
 }
 
 
+# What clients of 50, 20 and 9 examples of a class add up to, a third of them wrong.
+RIGHT, TOTALS = torch.eye(3) / 2 + 1 / 6, torch.tensor([50.0, 20.0, 9.0])
+POOLED = torch.cat([(RIGHT * TOTALS).flatten(), TOTALS])
+
+
 def tasks_of(goal, sizes, epochs=2):
     rng = np.random.default_rng(3)
     tasks = []
@@ -340,6 +346,7 @@ def tasks_of(goal, sizes, epochs=2):
         )
         facts = CODING.facts(goal, examples, [50, 20, 9], ROUND)
         heard = goal.unheard(torch.from_numpy(examples.x), Facts(torch.zeros(0), facts))
+        heard = {**heard, **dict.fromkeys(goal.pools, POOLED)}
         facts |= {TOLD + name: value for name, value in heard.items()}
         groups = CODING.groups(goal, examples)
         tasks.append(Task(examples, epochs, k, k + 9, Known(facts, groups=groups)))
@@ -390,6 +397,17 @@ def test_many_at_once_are_each_alone(name, optimizer, sizes):
     ]
     # Adam makes much of what ought to be 0.
     assert_alike(found, alone, 1e-7 if optimizer == "adam" else 1e-9)
+
+
+def test_what_is_added_up_over_clients_counts():
+    """Otherwise the test above would be of the cross-entropy."""
+    settings, start = TrainingSettings(batch_size=8, learning_rate=0.1), made().save()
+    found = [
+        train(made(), start, task, goal, settings, learning_rate=0.1, least=2)
+        for goal in (GOALS["rent-pooled"], GOALS["plain"])
+        for task in tasks_of(goal, [13])
+    ]
+    assert not torch.allclose(*(one.model.parameters for one in found))
 
 
 @pytest.mark.parametrize("name", ["aldr", "group-dro", "sam-aldr", "carries"])
