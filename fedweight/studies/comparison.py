@@ -31,6 +31,7 @@ from .summarizing import (
     SUMMARY,
     SUMMARY_COLUMNS,
     Row,
+    metric_of,
     ranking_of,
     signed_ranks_of,
     within_bounds,
@@ -137,7 +138,8 @@ class Comparison:
         ``n``, ``mean``, and its 95% t interval ``low`` and ``high``; then, against the
         first strategy, what :class:`~fedweight.studies.statistics.Paired` holds. Holm's
         correction is for the strategies that are held against the first, metric by
-        metric. Beside the test accuracy, ``reached`` says how many runs came to the
+        metric. Of several sensitive attributes each has its gaps, ``accuracy_gap of
+        sex``. Beside the test accuracy, ``reached`` says how many runs came to the
         ``target``, and ``rounds_to_target`` and ``bytes_to_target`` what that took them
         on average. Of several data sets there are rows over all of them, too, in which
         a data set counts once, by the means over its seeds: ``n`` and ``pairs`` count
@@ -281,7 +283,9 @@ class Comparison:
         ]
         if len(self.data_sets) > 1:
             ranks = {m: self.ranking(m) for m in dict.fromkeys(self.summary["metric"])}
-            parts += [f"{METRICS[m].title}, {ranking}" for m, ranking in ranks.items()]
+            parts += [
+                f"{metric_of(m).title}, {ranking}" for m, ranking in ranks.items()
+            ]
         if self.verdicts:
             parts.append("\n".join(self.verdicts))
         return "\n\n".join([*parts, "\n".join(self.notes)])
@@ -294,7 +298,7 @@ class Comparison:
         """
         rows, first = self.summary, self.strategies[0]
         metric = rows["metric"][0]
-        title = f"the {METRICS[metric].title}"
+        title = f"the {metric_of(metric).title}"
         data = self.data_sets[0]
         if len(self.data_sets) > 1:
             data, title = ALL_DATA, f"{title} over {ALL_DATA}"
@@ -385,7 +389,7 @@ class Comparison:
         for row in _rows(self.summary):
             groups.setdefault((row["metric"], row["data"]), []).append(row)
         for (metric, data), rows in groups.items():
-            title = METRICS[metric].title + (f", {data}" if several else "")
+            title = metric_of(metric).title + (f", {data}" if several else "")
             header = ["", "strategy", "n", "mean", "95% interval"]
             if len(self.strategies) > 1:
                 header += [f"minus {first}", "95% interval"]
@@ -394,7 +398,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         better = [
-            f"{row['strategy']} better in {METRICS[row['metric']].title}"
+            f"{row['strategy']} better in {metric_of(row['metric']).title}"
             for row in _rows(self.summary)
             if row["verdict"] == "better"
         ]

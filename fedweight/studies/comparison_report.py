@@ -13,12 +13,13 @@ from ..core.extras import Imported
 from ..core.texts import in_bytes
 from ..core.writing import write_whole
 from . import plots
+from .gaps import OF, gap_named
 from .pages import Part, diagram, figure, page, section, settings, table
 from .plots import comparing
 from .ranks import ROPE
 from .reader import table_of
 from .result import Run
-from .summarizing import ALL_DATA, METRICS, within_bounds
+from .summarizing import ALL_DATA, metric_of, within_bounds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,11 +30,8 @@ else:
 
 _MOST_HEATMAPS = 12
 
-# Of the clients, and of groups where they are measured.
-_FRONTS = (
-    comparing.CLIENTS_FRONT,
-    *(comparing.gap_front(gap) for gap in ("accuracy", "equalized_odds")),
-)
+# Of which gaps there is a front where groups are measured.
+_FRONTS = ("accuracy", "equalized_odds")
 
 
 def write_comparison_report(found: Comparison) -> Path:
@@ -128,7 +126,8 @@ def _tables(found: Comparison) -> Iterable[Part]:
     """Return what was compared, metric by metric, with the winners marked."""
     first = found.strategies[0]
     summary = found.summary
-    for metric, one in METRICS.items():
+    for metric in dict.fromkeys(summary["metric"]):
+        one = metric_of(metric)
         for data in [*found.data_sets, ALL_DATA]:
             own = summary[(summary["metric"] == metric) & (summary["data"] == data)]
             if own.empty:
@@ -169,12 +168,12 @@ def _over_data_sets(found: Comparison) -> Part:
     measured = dict.fromkeys(found.summary["metric"])
     diagrams = []
     for metric in measured:
-        ranking, title = found.ranking(metric), METRICS[metric].title
+        ranking, title = found.ranking(metric), metric_of(metric).title
         diagrams.append(diagram(f"{title[:1].upper()}{title[1:]}", ranking))
     frames = [
-        found.signed_ranks(metric).assign(metric=METRICS[metric].title)
+        found.signed_ranks(metric).assign(metric=metric_of(metric).title)
         for metric in measured
-        if METRICS[metric].is_share
+        if metric_of(metric).is_share
     ]
     first = found.strategies[0]
     return section(
@@ -234,11 +233,19 @@ def _of_data(found: Comparison, data: str, on: str) -> Iterable[Part]:
         ),
         *(
             figure(partial(comparing.front, cells, list(runs), which))
-            for which in _FRONTS
+            for which in _fronts(cells)
         ),
     )
     yield section(f"Costs{on}", _costs(cells, list(runs)))
     yield _weights(runs, on)
+
+
+def _fronts(cells: pd.DataFrame) -> Iterable[comparing.Front]:
+    yield comparing.CLIENTS_FRONT
+    for column in cells:
+        name, _, attribute = str(column).partition(OF)
+        if name in map(gap_named, _FRONTS):
+            yield comparing.gap_front(name.removesuffix("_gap"), attribute)
 
 
 def _weights(runs: Mapping[str, list[tuple[int, Run]]], on: str) -> Part:

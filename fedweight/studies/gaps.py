@@ -56,6 +56,8 @@ NEEDED = {
     "negative ": "equalised odds",
 }
 NEEDS_TWO = "a gap needs two groups"
+# Stands between a gap and its attribute.
+OF = " of "
 PLACES = {"test": "on the test set", "held-out": "in the held-out data"}
 
 
@@ -219,27 +221,52 @@ def _measured_gaps(
     return _summed_up(within, names_of, agg, confidence, resamples)
 
 
-def largest_gaps(run: RunFolder) -> dict[str, float | None]:
-    """Return the last difference of each kind, of the attribute that has the largest.
+def gaps_by_attribute(run: RunFolder) -> dict[str, dict[str, float | None]]:
+    """Return the last difference of each kind, by sensitive attribute.
 
-    By name, ``accuracy_gap`` and so on; nothing where no groups are measured.
+    By name, ``accuracy_gap`` and so on, or ``None`` where there is no such gap; nothing
+    where no groups are measured. Attributes that are crossed are left out.
     """
     if not (run.folder / "groups.csv").is_file():
         return {}
-    found: list[pd.Series[float]] = []
+    found: dict[str, dict[str, float | None]] = {}
     for attribute in run.groups["attribute"].unique():
-        if AND not in attribute:
-            with suppress(DataError):  # No rates.
-                rows = _rows(run, None, None, None)
-                table = _table(run, rows, [attribute], None)
-                if "" not in _too_few(table):
-                    gaps = _measured_gaps(
-                        table, "between_groups", "worst_case", 0, 0.95, 0
-                    )
-                    found.append(gaps["value"])
-    largest = pd.concat(found, axis=1).max(axis=1) if found else pd.Series(dtype=float)
-    values = {name: float(largest.get(f"{name}_difference", math.nan)) for name in GAPS}
-    return {f"{n}_gap": None if math.isnan(v) else v for n, v in values.items()}
+        if AND in attribute:
+            continue
+        gaps: pd.Series[float] = pd.Series(dtype=float)
+        with suppress(DataError):  # No rates.
+            rows = _rows(run, None, None, None)
+            table = _table(run, rows, [attribute], None)
+            if "" not in _too_few(table):
+                gaps = _measured_gaps(
+                    table, "between_groups", "worst_case", 0, 0.95, 0
+                )["value"]
+        values = {n: float(gaps.get(f"{n}_difference", math.nan)) for n in GAPS}
+        found[str(attribute)] = {
+            gap_named(n): None if math.isnan(v) else v for n, v in values.items()
+        }
+    return found
+
+
+def largest_gaps(run: RunFolder) -> dict[str, float | None]:
+    """Return the same of the attribute that has the largest, gap by gap."""
+    several = gaps_by_attribute(run).values()
+    found: dict[str, float | None] = {}
+    for name in map(gap_named, GAPS) if several else ():
+        known = [value for own in several if (value := own[name]) is not None]
+        found[name] = max(known, default=None)
+    return found
+
+
+def gap_named(name: str, attribute: str = "") -> str:
+    """Return what a table calls a gap, of an attribute where there are several.
+
+    Examples
+    --------
+    >>> gap_named("accuracy"), gap_named("accuracy", "sex")
+    ('accuracy_gap', 'accuracy_gap of sex')
+    """
+    return f"{name}_gap{OF * bool(attribute)}{attribute}"
 
 
 def _rows(

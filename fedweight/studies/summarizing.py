@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..core.errors import DataError
 from ..metrics.measures import MEASURES
 from .endings import lost_groups_of
 from .folder import Table
-from .gaps import GAPS
+from .gaps import GAPS, OF, gap_named, gaps_by_attribute
 from .ranks import Ranking, SignedRanks, rank_methods, signed_ranks
 from .result import Run
 from .statistics import compare_pairs, settled, t_interval
@@ -52,7 +52,7 @@ METRICS = {
         "mean accuracy of the worst tenth of the clients", is_share=True
     ),
     **{
-        f"{name}_gap": Metric(
+        gap_named(name): Metric(
             f"gap in {name.replace('_', ' ')} between groups",
             less_is_better=True,
             is_share=True,
@@ -60,6 +60,27 @@ METRICS = {
         for name in GAPS
     },
 }
+
+
+def metric_of(name: str) -> Metric:
+    """Return one of :data:`METRICS`, or what a gap of one of several attributes is.
+
+    Examples
+    --------
+    >>> metric_of("accuracy_gap of sex").title
+    'gap in accuracy between groups of sex'
+    """
+    own, _, attribute = name.partition(OF)
+    one = METRICS[own]
+    return replace(one, title=f"{one.title}{OF}{attribute}") if attribute else one
+
+
+def metrics_in(cells: Iterable[Row]) -> list[str]:
+    """Return all metrics that rows of runs may have, by name."""
+    of_groups = [key for cell in cells for key in cell if OF in key]
+    return [*dict.fromkeys([*METRICS, *of_groups])]
+
+
 # What a sweep chooses by; less of the second is better.
 JUDGES = ("validation_accuracy", "validation_loss")
 
@@ -89,6 +110,15 @@ def reached(folder: Path) -> Row:
         return {"reason": " ".join(str(error).split())}
     names = ("rounds", "failed_rounds", *METRICS, *JUDGES)
     row = {name: summary.get(name) for name in (*names, "bytes_down", "bytes_up")}
+    by_attribute = gaps_by_attribute(run)
+    if len(by_attribute) > 1:
+        # The largest would be another attribute's with another seed or strategy.
+        row |= dict.fromkeys(map(gap_named, GAPS))
+        row |= {
+            f"{name}{OF}{attribute}": value
+            for attribute, gaps in by_attribute.items()
+            for name, value in gaps.items()
+        }
     # Gaps that there are not would be missed without a word.
     return {"status": "complete", "reason": "; ".join(lost_groups_of(run)), **row}
 
@@ -103,8 +133,9 @@ def write_comparison(
     folder : Path
         The comparison's.
     cells : Sequence[dict]
-        Rows of :data:`CELL_COLUMNS`, the first strategy's first; what was chosen, and
-        when the target was reached, is filled in.
+        Rows of :data:`CELL_COLUMNS`, and gaps of several attributes beside them; the
+        first strategy's first. What was chosen, and when the target was reached, is
+        filled in.
     target : float, optional
         The test accuracy that rounds and bytes are counted to. By default what the
         first strategy ends with, on average over the seeds, on the same data.
@@ -118,8 +149,9 @@ def write_comparison(
         if cell["status"] == "complete":
             aim = targets[cell["data"]]
             cell |= _time_to(Run(folder / cell["folder"]), aim)
+    of_groups = [name for name in metrics_in(cells) if name not in METRICS]
     for name, columns, rows in (
-        (CELLS, CELL_COLUMNS, cells),
+        (CELLS, (*CELL_COLUMNS, *of_groups), cells),
         (SUMMARY, SUMMARY_COLUMNS, summary_of(cells, targets)),
     ):
         table = Table(folder / name, columns)
@@ -215,7 +247,7 @@ def summary_of(
     """
     data_sets = [*dict.fromkeys(cell["data"] for cell in cells)]
     rows: list[Row] = []
-    measured = [metric for metric in METRICS if _known(cells, metric)]
+    measured = [metric for metric in metrics_in(cells) if _known(cells, metric)]
     for metric in measured or ["test_accuracy"]:
         for data in data_sets:
             own = [cell for cell in cells if cell["data"] == data]
@@ -244,7 +276,7 @@ def values_of(cells: Sequence[Row], metric: str) -> dict[str, np.ndarray[Any, An
 def ranking_of(cells: Sequence[Row], metric: str) -> Ranking:
     """Rank strategies over data sets, each by its mean over the seeds."""
     return rank_methods(
-        _means_of(cells, metric), less_is_better=METRICS[metric].less_is_better
+        _means_of(cells, metric), less_is_better=metric_of(metric).less_is_better
     )
 
 
@@ -254,7 +286,7 @@ def signed_ranks_of(
     """Compare strategies with the first over data sets, each by its means."""
     means = _means_of(cells, metric)
     first, *others = means
-    less = METRICS[metric].less_is_better
+    less = metric_of(metric).less_is_better
     return {
         name: signed_ranks(means[first], means[name], rope=rope, less_is_better=less)
         for name in others
@@ -294,7 +326,7 @@ def _compared(
     found = compare_pairs(
         [0.0] * values[first].size,
         {name: own.ravel().tolist() for name, own in apart.items()},
-        less_is_better=METRICS[metric].less_is_better,
+        less_is_better=metric_of(metric).less_is_better,
         pair="data set" if over_all else "pair",
     )
     rows = []
@@ -351,7 +383,7 @@ def within_bounds(metric: str, low: float, high: float) -> tuple[float, float]:
     The mean of shares lies there for sure, so that an interval holds it as often with
     what is cut off as without.
     """
-    if not METRICS[metric].is_share:
+    if not metric_of(metric).is_share:
         return low, high
     return float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
 
@@ -366,6 +398,6 @@ def _note(cells: Sequence[Row], says_data: bool, metric: str) -> str:
             notes.append(f"{where} failed: {cell['reason']}")
         elif cell["failed_rounds"]:
             notes.append(f"{where}: {cell['failed_rounds']} rounds failed")
-        elif metric.endswith("_gap") and cell.get("reason"):
+        elif metric.partition(OF)[0].endswith("_gap") and cell.get("reason"):
             notes.append(f"{where}: {cell['reason']}")
     return "; ".join(notes)

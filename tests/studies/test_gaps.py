@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
 
-from fedweight import Run, compare, run
+from fedweight import Comparison, Run, compare, run
 from fedweight.core.errors import ConfigurationError, DataError
 from fedweight.core.rng import Purpose, generator
 from fedweight.data import DataSet, Examples, FederatedData
@@ -581,16 +581,25 @@ def test_a_comparison_has_the_gaps(tmp_path: Path) -> None:
         progress=False,
     )
     rows = found.summary.set_index(["metric", "strategy"])
-    own = [found.run("qfedavg", seed).gaps("sex", resamples=0) for seed in (0, 1)]
-    others = [found.run("qfedavg", seed).gaps("race", resamples=0) for seed in (0, 1)]
-    largest = [
-        max(a.loc["equalized_odds_difference", "value"] for a in pair)
-        for pair in zip(own, others, strict=True)
-    ]
-    row = rows.loc[("equalized_odds_gap", "qfedavg")]
-    assert row["mean"] == pytest.approx(np.mean(largest))
-    assert row["pairs"] == 2
-    assert math.isfinite(row["difference_low"])
+    for attribute in ("sex", "race"):
+        gaps = [
+            found.run("qfedavg", seed).gaps(attribute, resamples=0)["value"]
+            for seed in (0, 1)
+        ]
+        for name in ("accuracy", "equalized_odds"):
+            row = rows.loc[(f"{name}_gap of {attribute}", "qfedavg")]
+            expected = [own[f"{name}_difference"] for own in gaps]
+            assert row["mean"] == pytest.approx(np.mean(expected))
+            assert row["pairs"] == 2
+            assert math.isfinite(row["difference_low"])
+    # The largest would be another attribute's at another seed.
+    assert not found.summary["metric"].str.endswith("_gap").any()
+    assert found.ranking("accuracy_gap of sex").data_sets == 1
+    assert "gap in equalized odds between groups of race" in str(found)
+    assert Comparison(found.folder).cells.equals(found.cells)
+    text = found.report().read_text("utf-8")
+    for title in ("accuracy by sex", "equalized odds by race"):
+        assert f"<h3>Accuracy against the gap in {title}</h3>" in text
 
 
 def test_a_comparison_says_of_which_gaps_there_are_none(tmp_path: Path) -> None:

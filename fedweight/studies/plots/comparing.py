@@ -11,6 +11,7 @@ import numpy as np
 
 from ...core.errors import DataError
 from ...core.extras import Imported
+from ..gaps import gap_named
 from ..reader import RunFolder
 from ..statistics import t_interval
 from . import style
@@ -262,12 +263,17 @@ CLIENTS_FRONT = Front(
 )
 
 
-def gap_front(name: str) -> Front:
-    """Return the front of accuracy and of a gap between groups, by the gap's name."""
-    called = name.replace("_", " ")
+def gap_front(name: str, attribute: str = "") -> Front:
+    """Return the front of accuracy and of a gap between groups, by the gap's name.
+
+    Of several attributes one is named.
+    """
+    called = f"{name.replace('_', ' ')}{attribute and f' by {attribute}'}"
     title = f"Accuracy against the gap in {called}"
     told = f"Gap in {called}"
-    return Front("test_accuracy", f"{name}_gap", "Test accuracy", told, True, title)
+    return Front(
+        "test_accuracy", gap_named(name, attribute), "Test accuracy", told, True, title
+    )
 
 
 def front(
