@@ -1,9 +1,9 @@
 """What a comparison found, as tables for docs/studies.md and the cards.
 
 Reads the folder that ``fedweight compare`` wrote, whose test and intervals it takes
-over, and adds what the summary has not: gaps by each sensitive attribute, personal
-models on what their clients hold out, and every candidate of a sweep. Prints Markdown,
-and writes what it is made of as JSON.
+over, and adds what the summary has not: gaps in what clients hold out, the accuracy of
+the worst group, personal models on what their clients hold out, and every candidate of
+a sweep. Prints Markdown, and writes what it is made of as JSON.
 
     fedweight compare simulations/adult_fairness.toml
     python benchmarks/studies.py runs/adult-fairness-comparison
