@@ -16,6 +16,7 @@ from .endings import lost_groups_of
 from .folder import Table
 from .gaps import GAPS, OF, gap_named, gaps_by_attribute
 from .ranks import Ranking, SignedRanks, rank_methods, signed_ranks
+from .reader import table_of
 from .result import Run
 from .statistics import compare_pairs, settled, t_interval
 
@@ -50,6 +51,11 @@ METRICS = {
     "client_accuracy_mean": Metric("mean of the clients' accuracies", is_share=True),
     "client_accuracy_worst10": Metric(
         "mean accuracy of the worst tenth of the clients", is_share=True
+    ),
+    # Only where some strategy has personal models: the others' use the global one.
+    "used_accuracy": Metric(
+        "held-out accuracy of the models that clients use, their own or the global one",
+        is_share=True,
     ),
     **{
         gap_named(name): Metric(
@@ -110,6 +116,10 @@ def reached(folder: Path) -> Row:
         return {"reason": " ".join(str(error).split())}
     names = ("rounds", "failed_rounds", *METRICS, *JUDGES)
     row = {name: summary.get(name) for name in (*names, "bytes_down", "bytes_up")}
+    if not _has_personal(run):
+        row["used_accuracy"] = summary["held_out_accuracy"]
+    elif "personal_accuracy" in summary:
+        row["used_accuracy"] = summary["personal_accuracy"]
     by_attribute = gaps_by_attribute(run)
     if len(by_attribute) > 1:
         # The largest would be another attribute's with another seed or strategy.
@@ -121,6 +131,10 @@ def reached(folder: Path) -> Row:
         }
     # Gaps that there are not would be missed without a word.
     return {"status": "complete", "reason": "; ".join(lost_groups_of(run)), **row}
+
+
+def _has_personal(run: Run) -> bool:
+    return bool(table_of(run.config, "personal").get("name", "none") != "none")
 
 
 def write_comparison(
@@ -145,10 +159,16 @@ def write_comparison(
         data: _first_reaches(cells, data) if target is None else target
         for data in dict.fromkeys(cell["data"] for cell in cells)
     }
-    for cell in cells:
-        if cell["status"] == "complete":
-            aim = targets[cell["data"]]
-            cell |= _time_to(Run(folder / cell["folder"]), aim)
+    runs = [
+        Run(folder / cell["folder"]) if cell["status"] == "complete" else None
+        for cell in cells
+    ]
+    personal = any(run is not None and _has_personal(run) for run in runs)
+    for cell, run in zip(cells, runs, strict=True):
+        if run is not None:
+            cell |= _time_to(run, targets[cell["data"]])
+        if not personal:  # All have the held-out accuracy of the global model.
+            cell["used_accuracy"] = None
     of_groups = [name for name in metrics_in(cells) if name not in METRICS]
     for name, columns, rows in (
         (CELLS, (*CELL_COLUMNS, *of_groups), cells),

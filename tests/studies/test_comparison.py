@@ -551,6 +551,28 @@ def test_an_interval_of_a_share_is_shown_within_its_bounds(
     assert all(map(math.isnan, within_bounds(metric, math.nan, math.nan)))
 
 
+def test_personal_models_are_compared_with_the_global_one(here: Path) -> None:
+    """Their global model is FedAvg's to the bit, which says nothing of them."""
+    found = compare(
+        strategies={
+            "fedavg": {"strategy.name": "fedavg"},
+            "ditto": {"strategy.name": "fedavg", "personal.name": "ditto"},
+        },
+        seeds=[0, 1],
+        settings={k: v for k, v in QUICK.items() if "strategy" not in k},
+        workers=1,
+    )
+    rows = found.summary.set_index(["metric", "strategy"])
+    assert rows.loc[("test_accuracy", "ditto"), "verdict"] == "same"
+    own = [found.run("ditto", seed).summary() for seed in (0, 1)]
+    expected = [one["personal_accuracy"] - one["held_out_accuracy"] for one in own]
+    row = rows.loc[("used_accuracy", "ditto")]
+    assert row["difference"] == pytest.approx(sum(expected) / 2)
+    assert (row["pairs"], row["verdict"] != "same") == (2, True)
+    held = [found.run("fedavg", seed).summary()["held_out_accuracy"] for seed in (0, 1)]
+    assert rows.loc[("used_accuracy", "fedavg"), "mean"] == pytest.approx(sum(held) / 2)
+
+
 SMALL = {"few": {"partition.clients": 3}, "many": {"partition.clients": 5}}
 
 
