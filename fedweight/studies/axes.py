@@ -165,6 +165,11 @@ class Asked:
                     f"sweep: {key} says what the data are, which no accuracy can "
                     "choose. Vary it."
                 )
+            if _table(key) == "personal":
+                raise ConfigurationError(
+                    f"sweep: {key} says how personal models are trained, and "
+                    "data.validation judges the global one. Vary it."
+                )
             if not any(_takes(method, key) for method in methods):
                 raise ConfigurationError(
                     f"sweep: no strategy takes {key}, or all of them say it themselves."

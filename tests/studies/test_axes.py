@@ -242,6 +242,7 @@ more = { partition.clients = 5 }
         ({"vary": ["partition.alpha=1,1"]}, "'partition.alpha=1' is there twice"),
         ({"vary": {"training.momentum": [float("nan")]}}, "must be numbers that are"),
         ({"sweep": ["data.held-out=0.1,0.2"]}, "which no accuracy can choose"),
+        ({"sweep": ["personal.weight=0.1,1.0"]}, "judges the global one. Vary it."),
         ({"sweep": ["strategy.a=0.1,0.2"]}, "no strategy takes strategy.a"),
         (
             {"sweep": ["run.rounds=1,2"], "vary": ["run.rounds=3,4"]},
