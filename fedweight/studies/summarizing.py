@@ -275,7 +275,8 @@ def summary_of(
         if len(data_sets) > 1:
             ranks = ranking_of(cells, metric).average_ranks
             for row in _compared(metric, ALL_DATA, cells, None):
-                rows.append(row | {"average_rank": ranks[row["strategy"]]})
+                rank = ranks.get(row["strategy"], math.nan)
+                rows.append(row | {"average_rank": rank})
     return rows
 
 
@@ -294,9 +295,14 @@ def values_of(cells: Sequence[Row], metric: str) -> dict[str, np.ndarray[Any, An
 
 
 def ranking_of(cells: Sequence[Row], metric: str) -> Ranking:
-    """Rank strategies over data sets, each by its mean over the seeds."""
+    """Rank strategies over data sets, each by its mean over the seeds.
+
+    Those that have no value on any data set are left out.
+    """
+    values = values_of(cells, metric)
+    there = {name: own for name, own in values.items() if np.isfinite(own).any()}
     return rank_methods(
-        _means_of(cells, metric), less_is_better=metric_of(metric).less_is_better
+        _means_of(there or values), less_is_better=metric_of(metric).less_is_better
     )
 
 
@@ -304,18 +310,19 @@ def signed_ranks_of(
     cells: Sequence[Row], metric: str, rope: float
 ) -> dict[str, SignedRanks]:
     """Compare strategies with the first over data sets, each by its means."""
-    means = _means_of(cells, metric)
-    first, *others = means
+    (first, ours), *others = values_of(cells, metric).items()
     less = metric_of(metric).less_is_better
-    return {
-        name: signed_ranks(means[first], means[name], rope=rope, less_is_better=less)
-        for name in others
-    }
+    found = {}
+    for name, own in others:
+        means = _means_of({first: ours, name: own})
+        found[name] = signed_ranks(*means.values(), rope=rope, less_is_better=less)
+    return found
 
 
-def _means_of(cells: Sequence[Row], metric: str) -> dict[str, list[float]]:
-    """Return each strategy's mean over the seeds on each data set."""
-    values = values_of(cells, metric)
+def _means_of(
+    values: Mapping[str, np.ndarray[Any, Any]],
+) -> dict[str, list[float]]:
+    """Return each strategy's mean over the seeds on each data set, ``[D]``."""
     # A mean over other seeds than the others' would be no pair.
     every = np.isfinite(np.array([*values.values()])).all(axis=0)
     return {

@@ -40,6 +40,8 @@ from fedweight.studies.statistics import compare_pairs, t_interval
 from fedweight.studies.summarizing import (
     METRICS,
     choose,
+    ranking_of,
+    signed_ranks_of,
     summary_of,
     within_bounds,
 )
@@ -528,6 +530,33 @@ def test_without_held_out_data_there_is_one_metric() -> None:
     rows = pd.DataFrame(summary_of(failed))
     assert list(rows["n"]) == [0, 0]
     assert rows["verdict"][1] == "undecided"
+
+
+def test_a_strategy_that_fails_everywhere_takes_no_other_ones_rank() -> None:
+    cells = [
+        {
+            **{"strategy": name, "data": data, "seed": seed, "chosen": 1},
+            **{"status": "failed" if name == "b" else "complete"},
+            **{"failed_rounds": 0, "reason": "no power", "test_accuracy": value},
+        }
+        for name, value in (("a", 0.5), ("b", 0.9), ("c", 0.6))
+        for data in ("few", "many")
+        for seed in (0, 1)
+    ]
+    assert ranking_of(cells, "test_accuracy").average_ranks == {"c": 1, "a": 2}
+    found = signed_ranks_of(cells, "test_accuracy", 0.01)
+    assert (found["b"].data_sets, found["c"].data_sets) == (0, 2)
+    assert found["c"].better > 0.5
+    rows = [row for row in summary_of(cells) if row["data"] == "all data sets"]
+    assert [row["average_rank"] for row in rows] == pytest.approx(
+        [2, math.nan, 1], nan_ok=True
+    )
+    # Means are over the seeds that all who are ranked have.
+    cells[0]["test_accuracy"], cells[8]["test_accuracy"] = math.nan, 0.0
+    assert ranking_of(cells, "test_accuracy").average_ranks == {"c": 1, "a": 2}
+    for cell in cells:
+        cell["status"] = "failed"
+    assert ranking_of(cells, "test_accuracy").data_sets == 0
 
 
 @pytest.mark.parametrize(
