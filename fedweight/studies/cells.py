@@ -295,8 +295,12 @@ def run_side_by_side(
                 future.result()
         finally:
             over.set()
+            # All at once: each may have a checkpoint to write.
             for process in processes:
-                process.end()
+                process.ask_to_end()
+            until = time.monotonic() + PATIENCE
+            for process in processes:
+                process.end(until)
     return ended
 
 
@@ -356,15 +360,20 @@ class _Process:
                     stream.close()
         child.wait()
 
-    def end(self) -> None:
-        """End the process, whatever it does; it may write what it has."""
+    def ask_to_end(self) -> None:
+        """Tell the process to end, whatever it does; it may write what it has."""
         self._ended = True
         child = self._child
-        if child is None or child.poll() is not None:
+        if child is not None and child.poll() is None:
+            child.terminate()
+
+    def end(self, until: float) -> None:
+        """Wait for the process to end; after a moment of ``time.monotonic`` kill it."""
+        child = self._child
+        if child is None:
             return
-        child.terminate()
         try:
-            child.wait(PATIENCE)
+            child.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

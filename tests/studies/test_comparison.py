@@ -29,6 +29,7 @@ from fedweight.strategies import FedAvg, FedDisco
 from fedweight.studies.cells import (
     Cell,
     Ended,
+    _Process,
     run_side_by_side,
     visible_cards,
     what_is_there,
@@ -307,6 +308,55 @@ def test_each_process_sees_one_card_and_the_last_cell_has_the_cores_that_are_lef
         assert {(seed, cores) for _, seed, cores in seen(here)} == {
             *(("1", "1"), ("2", "1"), ("3", "2"))
         }
+
+
+def test_processes_are_asked_to_end_before_one_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    class Recorded:
+        def __init__(self, card: str | None) -> None: ...
+
+        def run(self, cell: Cell, cores: int) -> tuple[str, str]:
+            return "", ""
+
+        def close(self) -> None: ...
+
+        def ask_to_end(self) -> None:
+            calls.append("asked")
+
+        def end(self, until: float) -> None:
+            assert until - time.monotonic() < 20
+            calls.append("ended")
+
+    def stopped(ended: Ended) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedweight.studies.cells._Process", Recorded)
+    with pytest.raises(KeyboardInterrupt):
+        run_side_by_side([Cell("a", "a", "", "new")] * 3, 3, 3, stopped)
+    assert calls == ["asked"] * 3 + ["ended"] * 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_a_process_that_does_not_end_is_killed() -> None:
+    code = (
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print(flush=True)\ntime.sleep(60)"
+    )
+    process = _Process()
+    process.end(time.monotonic())  # It has not started.
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    )
+    with child:
+        process._child = child
+        assert child.stdout is not None
+        child.stdout.readline()
+        process.ask_to_end()
+        process.end(time.monotonic() + 0.1)
+    assert child.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
