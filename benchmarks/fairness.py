@@ -73,8 +73,8 @@ COLUMNS = {
     "accuracy": "accuracy",
     "worst_accuracy": "worse sex's accuracy",
     "worst_loss": "worse sex's loss",
-    "risk_difference": "risk difference",
-    "tpr_gap": "TPR gap",
+    "risk_difference": "gap in selection rate",
+    "tpr_gap": "gap in TPR",
 }
 
 

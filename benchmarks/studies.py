@@ -1,9 +1,9 @@
 """What a comparison found, as tables for docs/studies.md and the cards.
 
 Reads the folder that ``fedweight compare`` wrote, whose test and intervals it takes
-over, and adds what the summary has not: gaps in what clients hold out, the accuracy of
-the worst group, personal models on what their clients hold out, and every candidate of
-a sweep. Prints Markdown, and writes what it is made of as JSON.
+over, and adds what the summary has not: gaps in what clients hold out, the rates of
+each group, personal models on what their clients hold out, whom weights favour, and
+every candidate of a sweep. Prints Markdown, and writes what it is made of as JSON.
 
     fedweight compare simulations/adult_fairness.toml
     python benchmarks/studies.py runs/adult-fairness-comparison
@@ -45,7 +45,16 @@ OF_CLIENTS = {
     "std": "deviation over clients",
 }
 WORST = "worst group"
+
 PARTS = ("test ", "held-out ")
+
+# In no table unless asked for: of groups, called "test sex=Female tpr"; of runs.
+RATES = {"selection_rate": "selection rate", "tpr": "TPR"}
+MOST, LEAST, ALIKE = (
+    "weight of the most accurate client",
+    "weight of the least accurate client",
+    "correlation of weight and accuracy",
+)
 
 # What stands between a strategy and its objective where both are compared.
 OBJECTIVE = "+"
@@ -107,6 +116,7 @@ def reached(run: Run, parts: Sequence[Literal["test", "held-out"]]) -> Row:
     summary = run.summary()
     row: Row = {"test accuracy": summary["test_accuracy"]}
     row |= {f"{one} accuracy": summary[f"client_accuracy_{one}"] for one in OF_CLIENTS}
+    row |= weighed(run.clients)
     if (run.folder / "groups.csv").is_file():
         for attribute in run.config["groups"]["attributes"]:
             for part in parts:
@@ -120,7 +130,30 @@ def reached(run: Run, parts: Sequence[Literal["test", "held-out"]]) -> Row:
                 (groups["part"] == "test") & (groups["attribute"] == attribute)
             ]
             row[f"test {attribute} {WORST}"] = own["accuracy"].min()
+            row |= {
+                f"test {attribute}={group['group']} {rate}": group[rate]
+                for group in own.to_dict("records")
+                for rate in RATES
+            }
     return row
+
+
+def weighed(clients: pd.DataFrame) -> Row:
+    """Return whom weights favour: the clients with the best or worst held-out accuracy.
+
+    A weight is the mean over all rounds, an accuracy that of the last evaluation. There
+    is no correlation if all weights, or all accuracies, are the same.
+    """
+    weights = clients.groupby("client")["weight"].mean()
+    accuracies = clients.dropna(subset="accuracy").groupby("client")["accuracy"].last()
+    if len(accuracies) < len(weights):
+        return {}
+    differ = np.ptp(weights) > 1e-9 and np.ptp(accuracies) > 0
+    return {
+        MOST: weights[accuracies.idxmax()],
+        LEAST: weights[accuracies.idxmin()],
+        ALIKE: weights.corr(accuracies) if differ else math.nan,
+    }
 
 
 def personal(run: Run) -> Row:
@@ -183,7 +216,11 @@ def tables(rows: list[Row], first: str, columns: Sequence[str] = ()) -> Iterable
         own = [row for row in rows if row["data"] == data]
         chosen = [row for row in own if row["chosen"]]
         names = dict.fromkeys(name for row in own for name in row)
-        of_groups = [n for n in names if n.startswith(PARTS) and n.count(" ") > 1]
+        of_groups = [
+            n
+            for n in names
+            if n.startswith(PARTS) and n.count(" ") > 1 and "=" not in n
+        ]
         kinds = dict.fromkeys(tuple(name.split(" ")[:2]) for name in of_groups)
         accuracies = ["test accuracy", *(f"{one} accuracy" for one in OF_CLIENTS)]
         each = [accuracies]
@@ -223,7 +260,11 @@ def title(name: str) -> str:
     --------
     >>> title("test sex equal_opportunity")
     'sex: gap in TPR'
+    >>> title("test sex=Female tpr")
+    'sex=Female: TPR'
     """
+    if name in (MOST, LEAST, ALIKE):
+        return name
     kind, _, rest = name.partition(" ")
     if rest == "accuracy" and kind in OF_CLIENTS:
         return OF_CLIENTS[kind]
@@ -231,6 +272,9 @@ def title(name: str) -> str:
     where = " (held out)" if kind == "held-out" else ""
     if gap in GAPS:
         return f"{attribute}: gap in {GAPS[gap]}{where}"
+    if "=" in rest:
+        group, _, rate = rest.rpartition(" ")
+        return f"{group}: {RATES[rate]}"
     return f"{attribute}: {gap}'s accuracy" if gap else name
 
 
@@ -260,7 +304,7 @@ def table(rows: list[Row], names: Sequence[str], first: str) -> str:
             finite = np.array(own)[np.isfinite(own)]
             low, high = t_interval(finite)
             cells[method] = [_mean(finite, low, high)]
-            if method in pairs:
+            if method in pairs and name not in (MOST, LEAST, ALIKE):
                 pair = pairs[method]
                 cells[method].append(
                     f"{pair.difference:+.4f} ({pair.low:+.4f} to {pair.high:+.4f}) "

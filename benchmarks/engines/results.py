@@ -46,10 +46,12 @@ def write(rows: Sequence[Row], program: str, file: Path | None) -> Path:
 def write_study(rows: Sequence[Row], path: Path, /, **about: Any) -> None:
     """Write the rows of many runs to a file, with date, machine and what they hold for.
 
-    What is not finite is null there: JSON has no NaN.
+    What is not finite is null there: JSON has no NaN. A row is a line.
     """
-    content = {"date": today(), "machine": machine(), **about, "rows": list(rows)}
-    _write(path, json.dumps(_finite(content), indent=1, allow_nan=False))
+    content = {"date": today(), "machine": machine(), **about, "rows": []}
+    head = json.dumps(_finite(content), indent=1, allow_nan=False)
+    lines = [json.dumps(_finite(row), allow_nan=False) for row in rows]
+    _write(path, head[: -len("[]\n}")] + "[\n" + ",\n".join(lines) + "\n]}")
 
 
 def _write(file: Path, text: str) -> None:
