@@ -11,12 +11,12 @@ import importlib.util
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ConfigurationError, FedweightError, closest
+from .own_code import where_raised
 from .texts import shown
 
 T = TypeVar("T")
@@ -195,9 +195,8 @@ IndexError: pop from empty list (<doctest fedweight.core.registry.make[0]>, line
     except FedweightError:
         raise
     except (Exception, SystemExit) as error:
-        *_, place = traceback.extract_tb(error.__traceback__)
         text = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
             f"{what} cannot be made: {type(error).__name__}: {text} "
-            f"({Path(place.filename).name}, line {place.lineno})."
+            f"({where_raised(error)})."
         ) from error

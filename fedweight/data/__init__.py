@@ -6,11 +6,14 @@ Most users need :func:`load` and :func:`federate` only.
 from __future__ import annotations
 
 import inspect
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.digests import digest_of, digest_of_file
 from ..core.errors import DataError
-from ..core.options import check_options
+from ..core.options import check_options, options_of
 from ..core.paths import clean_path
 from ..core.registry import Registry, check_callable, make
 from .examples import DataSet, Examples, check
@@ -30,6 +33,7 @@ __all__ = [
     "catalogue",
     "check",
     "default_folder",
+    "digest_of_files",
     "federate",
     "fetch",
     "load",
@@ -84,6 +88,39 @@ def load(
     >>> len(digits.train), len(digits.test), digits.input_shape
     (1438, 359, (1, 8, 8))
     """
+    what, function, given, options = _asked(name, path, seed, options)
+    dataset = make(what, lambda: function(**given, **options))
+    if not isinstance(dataset, DataSet):
+        raise DataError(
+            f"{what} returned {type(dataset).__name__}. Return a "
+            "fedweight.data.DataSet."
+        )
+    digest = _digest_of_files(function, {**given, **options})
+    return check(dataset).known_by(digest) if digest else check(dataset)
+
+
+def digest_of_files(name: str, path: str | Path | None = None, **options: Any) -> str:
+    """Return the digest of data that are known by their files, without reading these.
+
+    Empty where data are known by what they hold: :attr:`DataSet.digest`.
+    """
+    _, function, given, options = _asked(name, path, 0, options)
+    return _digest_of_files(function, {**given, **options})
+
+
+def _digest_of_files(function: Any, given: Mapping[str, Any]) -> str:
+    kinds = {k: typing.get_args(o.annotation) for k, o in options_of(function).items()}
+    named = [v for k, v in given.items() if k == "path" or Path in kinds.get(k, ())]
+    paths = [Path(one) for one in named if one]
+    if not paths or not all(path.is_file() for path in paths):
+        return ""
+    return digest_of(map(digest_of_file, paths))
+
+
+def _asked(
+    name: str, path: str | Path | None, seed: int, options: Mapping[str, Any]
+) -> tuple[str, Any, dict[str, Any], dict[str, Any]]:
+    """Return what a message calls a data set, its function, and what that is given."""
     function = DATA_SETS.resolve(name)
     what = f"data '{name}'"
     check_callable(what, function, "function(**options)", 0)
@@ -94,14 +131,8 @@ def load(
     if path is not None and "path" not in parameters:
         raise DataError(f"{what} takes no path, got '{path}'. Leave it out.")
     given = {key: value for key, value in given.items() if key in parameters}
-    options = check_options(what, function, options, given, DataError)
-    dataset = make(what, lambda: function(**given, **options))
-    if not isinstance(dataset, DataSet):
-        raise DataError(
-            f"{what} returned {type(dataset).__name__}. Return a "
-            "fedweight.data.DataSet."
-        )
-    return check(dataset)
+    checked = check_options(what, function, options, given, DataError)
+    return what, function, given, checked
 
 
 def catalogue() -> dict[str, str]:

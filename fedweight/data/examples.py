@@ -5,11 +5,13 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..core.digests import digest_of
 from ..core.errors import DataError, check_choice
 from ..core.texts import shown
 from .targets import INT64, Array, Indices, as_labels, as_whole
@@ -194,6 +196,28 @@ class DataSet:
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one example, such as ``(1, 28, 28)``."""
         return tuple(self.train.x.shape[1:])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that is trained and measured on; of data of files, of those.
+
+        Rows of a file are drawn anew for training and testing with every seed.
+        """
+        several: list[Any] = []
+        for part in (self.train, self.test):
+            several += [part.x, part.y]
+            for name in sorted(part.attributes):
+                several += [name, part.attributes[name]]
+        several += [self.natural_clients, self.natural_sizes, list(self.natural_names)]
+        names = sorted((k, list(v)) for k, v in self.attribute_names.items())
+        several += [names, list(self.class_names), list(self.feature_names)]
+        return digest_of([*several, int(self.num_classes), self.task])
+
+    def known_by(self, digest: str) -> DataSet:
+        """Return the same data, known by the files that they were read from."""
+        same = replace(self)
+        vars(same)["digest"] = digest
+        return same
 
 
 def check(dataset: DataSet) -> DataSet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..core.digests import digest_of_file
 from ..core.errors import DataError
 from ..core.layout import CARRIED_AS, Layout
 from ..core.paths import clean_path, why_unreadable
@@ -60,8 +60,7 @@ def has_tensors_of(path: str | Path, module: nn.Module) -> bool:
 
 def digest(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
-    with _readable(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of_file(_readable(path))
 
 
 def _readable(path: str | Path) -> Path:

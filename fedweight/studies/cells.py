@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import tomllib
-import traceback
 from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,12 +27,15 @@ from ..core.errors import DataError, FedweightError
 from ..core.signals import interruptible
 from ..core.texts import plain
 from ..core.threads import limit_cores
-from ..data import DATA_SETS, DataSet, load
+from ..data import DATA_SETS, DataSet, digest_of_files, load
 from .configuration import Configuration
+from .failures import ERRORS, in_full, why_it_stopped
 from .folder import CHECKPOINT, LOCK
 from .reader import table_of
 from .result import Run
 from .runner import resume, run_configured
+
+log = logging.getLogger("fedweight")
 
 # How long a process that was asked to end may write what it has.
 PATIENCE = 15.0
@@ -83,7 +85,6 @@ class Ended:
     of: int
     seconds: float
     reason: str = ""
-    traceback: str = ""
 
     def __str__(self) -> str:
         """Return a line for a terminal or a log."""
@@ -176,23 +177,45 @@ class LastData:
     def __init__(self) -> None:
         self._key = ""
         self._dataset: DataSet | None = None
+        self._digests: dict[str, str] = {}
 
     def of(self, configuration: Configuration) -> DataSet:
         """Return a configuration's data set."""
         data, seed = configuration["data"], configuration.seed("partition")
-        options = configuration.options("data")
         function = DATA_SETS.resolve(data["name"])
         drawn = seed if "seed" in inspect.signature(function).parameters else None
-        key = repr((data["name"], data["path"], drawn, options))
+        key = _key_of(configuration, drawn)
         if self._dataset is None or key != self._key:
             self._dataset = None  # Never two at a time.
-            self._dataset = load(data["name"], data["path"] or None, seed, **options)
+            self._dataset = load(
+                data["name"],
+                data["path"] or None,
+                seed,
+                **configuration.options("data"),
+            )
             self._key = key
         return self._dataset
 
+    def digest(self, configuration: Configuration) -> str:
+        """Return the digest of a configuration's data set, which files may tell."""
+        data, key = configuration["data"], _key_of(configuration, None)
+        if key in self._digests:
+            return self._digests[key]
+        options = configuration.options("data")
+        found = digest_of_files(data["name"], data["path"] or None, **options)
+        if found:  # Whatever of them a seed draws.
+            self._digests[key] = found
+            return found
+        return self.of(configuration).digest
 
-def run_cell(cell: Cell, dataset: DataSet) -> tuple[str, str]:
-    """Run a cell; return why it failed, in a line and in full, or empty texts.
+
+def _key_of(configuration: Configuration, drawn: int | None) -> str:
+    data, options = configuration["data"], configuration.options("data")
+    return repr((data["name"], data["path"], drawn, options))
+
+
+def run_cell(cell: Cell, dataset: DataSet) -> str:
+    """Run a cell; return why it failed, in a line, or an empty text.
 
     Its own report is written by who wants to see it: it takes longer than a short run.
     """
@@ -212,15 +235,15 @@ def run_cell(cell: Cell, dataset: DataSet) -> tuple[str, str]:
                 overwrite=cell.how == "anew",
             )
     except Exception as error:
-        return _why(error)
-    return "", ""
+        return _why(error, cell)
+    return ""
 
 
-def _why(error: Exception) -> tuple[str, str]:
-    line = plain(str(error))
-    if isinstance(error, FedweightError):
-        return line, ""
-    return f"{type(error).__name__}: {line}", traceback.format_exc()
+def _why(error: Exception, cell: Cell) -> str:
+    folder = Path(cell.folder)
+    if not (isinstance(error, FedweightError) or (folder / ERRORS).is_file()):
+        log.error("%s: %s", cell.name, in_full(error))  # It stands nowhere else.
+    return why_it_stopped(error, folder)
 
 
 def run_here(
@@ -236,7 +259,7 @@ def run_here(
         began = time.perf_counter()
         why = _ran(cell, last) if dataset is None else run_cell(cell, dataset)
         seconds = time.perf_counter() - began
-        ended.append(Ended(cell, number, done + len(cells), seconds, *why))
+        ended.append(Ended(cell, number, done + len(cells), seconds, why))
         tell(ended[-1])
     return ended
 
@@ -285,7 +308,7 @@ def run_side_by_side(
                 if over.is_set():  # It did not fail: it was asked to end.
                     break
                 number = done + len(ended) + 1
-                ended.append(Ended(cell, number, done + len(cells), seconds, *why))
+                ended.append(Ended(cell, number, done + len(cells), seconds, why))
                 tell(ended[-1])
         process.close()
 
@@ -312,8 +335,8 @@ class _Process:
         self._child: subprocess.Popen[str] | None = None
         self._ended = False
 
-    def run(self, cell: Cell, cores: int) -> tuple[str, str]:
-        """Have a cell run on so many cores; return why it failed, and that in full."""
+    def run(self, cell: Cell, cores: int) -> str:
+        """Have a cell run on so many cores; return why it failed, or an empty text."""
         child = self._child or self._start()
         assert child.stdin is not None
         assert child.stdout is not None
@@ -324,14 +347,13 @@ class _Process:
             child.stdin.flush()
             answer = child.stdout.readline()
         if answer.endswith("\n"):
-            reason, full = json.loads(answer)
-            return str(reason), str(full)
+            return str(json.loads(answer))
         self.close()
         status = child.returncode
         self._child = None
         if status < 0:
-            return f"its process was ended by {signal.Signals(-status).name}", ""
-        return f"its process ended with status {status}", ""
+            return f"its process was ended by {signal.Signals(-status).name}"
+        return f"its process ended with status {status}"
 
     def _start(self) -> subprocess.Popen[str]:
         here = dict.fromkeys(os.path.abspath(path) for path in sys.path)
@@ -411,11 +433,11 @@ def serve() -> None:
             answers.flush()
 
 
-def _ran(cell: Cell, last: LastData) -> tuple[str, str]:
+def _ran(cell: Cell, last: LastData) -> str:
     try:
         dataset = last.of(Configuration(tomllib.loads(cell.config)))
     except Exception as error:
-        return _why(error)
+        return _why(error, cell)
     return run_cell(cell, dataset)
 
 

@@ -21,7 +21,7 @@ from .components import prepare
 from .given import setting_map
 from .pages import report_or_say
 from .progress import watched
-from .runner import make_ready
+from .runner import as_of_now, make_ready
 from .study import Study, Wanted
 from .summarizing import write_comparison
 
@@ -126,6 +126,7 @@ def compare(
     asked = given.beside(file)
     study = Study(file, asked.axes())
     study.read(setting_map(settings), dataset, bool(asked.objectives))
+    dataset = as_of_now(dataset)
     folder = clean_path("--out", out or f"runs/{study.name}-comparison")
     if workers is not None and not (type(workers) is int and 1 <= workers <= MOST):
         raise ConfigurationError(
@@ -137,7 +138,7 @@ def compare(
             "this process has. Put them into a module, and name that."
         )
     tell = _told(progress)
-    study.look(folder)
+    study.look(folder, dataset)
     study.choose_plans(folder, dataset)
     with interruptible():
         try:
@@ -147,7 +148,7 @@ def compare(
                 f"What was recorded is in {folder}. To go on, give the same command."
             )
             raise
-    write_comparison(folder, study.rows(folder, ended), study.axes.target)
+    write_comparison(folder, study.rows(ended), study.axes.target)
     found = Comparison(folder)
     report_or_say(found)
     return found

@@ -17,20 +17,22 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import DataError, check_choice
 from ..core.extras import Imported
 from ..core.paths import clean_path
-from ..core.texts import in_bytes, listed, plain, shown
+from ..core.texts import listed, plain, shown
+from .comparison_lines import note_lines, rows_of, verdict_lines, warning_lines
 from .ranks import ROPE, Ranking
 from .reader import table_of
 from .result import Run
-from .statistics import LEVEL, pairs_needed
 from .summarizing import (
-    ALL_DATA,
     CELL_COLUMNS,
     CELLS,
     JUDGES,
     METRICS,
     SUMMARY,
     SUMMARY_COLUMNS,
+    WARNING_COLUMNS,
+    WARNINGS,
     Row,
+    is_gap,
     metric_of,
     ranking_of,
     signed_ranks_of,
@@ -48,17 +50,6 @@ _ANEW = (
     "It is spoilt, or of another version; the same 'fedweight compare' as before "
     "writes it anew."
 )
-
-# With fewer, 95% t intervals are so wide that a reader must be warned.
-FEW_SEEDS = 5
-FEW_DATA_SETS = 5
-
-_IN_WORDS = {
-    "better": "better than",
-    "worse": "worse than",
-    "same": "the same as",
-    "undecided": "not told apart from",
-}
 
 
 @dataclass(frozen=True)
@@ -123,7 +114,8 @@ class Comparison:
     def cells(self) -> pd.DataFrame:
         """``cells.csv``: a row per run, with what it reached, or why it failed.
 
-        Of a run that did not fail ``reason`` says which groups it has not measured.
+        A run whose last round failed by an error has failed, too. Of one that did not
+        ``reason`` says which rounds failed, and which groups it has not measured.
         Of a sweep all candidates; ``chosen`` is 1 for those that are compared.
         """
         text = ["strategy", "data", "candidate", "folder", "status", "reason"]
@@ -144,6 +136,7 @@ class Comparison:
         on average. Of several data sets there are rows over all of them, too, in which
         a data set counts once, by the means over its seeds: ``n`` and ``pairs`` count
         data sets. They have the ``average_rank`` of :meth:`ranking`.
+        ``verdict`` is ``failed`` where not one run of a strategy came to its end.
         ``chosen`` says what a sweep chose from what; ``note`` names the runs that
         failed. NaN is what is not known.
         """
@@ -193,13 +186,13 @@ class Comparison:
     def _measured(self, metric: str) -> list[Row]:
         """Return the rows of all runs, once it is sure that they have a metric."""
         check_choice("metric", metric, [*dict.fromkeys(self.summary["metric"])])
-        return [_no_nan(row) for row in _rows(self.cells)]
+        return [_no_nan(row) for row in rows_of(self.cells)]
 
     @property
     def failures(self) -> dict[str, str]:
         """Why runs failed, by their folders' names; empty where none did."""
         failed = self.cells[self.cells["status"] == "failed"]
-        return {row["folder"]: row["reason"] for row in _rows(failed)}
+        return {row["folder"]: row["reason"] for row in rows_of(failed)}
 
     @property
     def failed_rounds(self) -> int:
@@ -212,7 +205,7 @@ class Comparison:
         ``data`` is one of :attr:`data_sets`; the first by default.
         """
         wanted = (strategy, seed, self.data_sets[0] if data is None else data)
-        for row in _rows(self.cells[self.cells["chosen"] == 1]):
+        for row in rows_of(self.cells[self.cells["chosen"] == 1]):
             if (row["strategy"], row["seed"], row["data"]) == wanted:
                 return Run(self.folder / row["folder"])
         raise DataError(
@@ -237,7 +230,7 @@ class Comparison:
     def _every(self, table: str) -> pd.DataFrame:
         frames = []
         compared = (self.cells["status"] == "complete") & (self.cells["chosen"] == 1)
-        for row in _rows(self.cells[compared]):
+        for row in rows_of(self.cells[compared]):
             run = Run(self.folder / row["folder"])
             frame = run.rounds if table == "rounds" else run.clients
             named = {key: row[key] for key in ("strategy", "data", "seed")}
@@ -271,8 +264,9 @@ class Comparison:
             "strategies": self.strategies,
             "data_sets": self.data_sets,
             "seeds": self.seeds,
-            "summary": [_no_nan(row) for row in _rows(self.summary)],
-            "cells": [_no_nan(row) for row in _rows(self.cells)],
+            "summary": [_no_nan(row) for row in rows_of(self.summary)],
+            "cells": [_no_nan(row) for row in rows_of(self.cells)],
+            "warnings": self.warnings,
         }
 
     def __str__(self) -> str:
@@ -286,107 +280,63 @@ class Comparison:
             parts += [
                 f"{metric_of(m).title}, {ranking}" for m, ranking in ranks.items()
             ]
-        if self.verdicts:
-            parts.append("\n".join(self.verdicts))
+        for lines in (self.warnings, self.verdicts):
+            if lines:
+                parts.append("\n".join(lines))
         return "\n\n".join([*parts, "\n".join(self.notes)])
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What must be known before a number is believed, one line each.
+
+        In which strategies rounds failed, and what the ends of their runs say, such as
+        an accuracy that is chance: by whom, and with which seeds.
+        """
+        frame = None
+        if (self.folder / WARNINGS).is_file():  # One of before has none.
+            text = [name for name in WARNING_COLUMNS if name != "seed"]
+            frame = self._frame(WARNINGS, WARNING_COLUMNS, text)
+        return warning_lines(self, frame)
 
     @property
     def verdicts(self) -> list[str]:
         """Who differs from the first strategy in the first metric, and how surely.
 
-        A sentence for each strategy, over all data sets; none where there is only one.
+        Before all others who failed in every run. A sentence for each strategy, over
+        all data sets; then one for each gap between groups that is better or worse,
+        with what the accuracy did. None where there is only one strategy.
         """
-        rows, first = self.summary, self.strategies[0]
-        metric = rows["metric"][0]
-        title = f"the {metric_of(metric).title}"
-        data = self.data_sets[0]
-        if len(self.data_sets) > 1:
-            data, title = ALL_DATA, f"{title} over {ALL_DATA}"
-        rows = rows[(rows["metric"] == metric) & (rows["data"] == data)]
-        rows = rows[rows["against"] != ""]
-        said = []
-        if len(rows) > 1 and not rows["verdict"].isin(["better", "worse"]).any():
-            said.append(f"No strategy is told apart from {first} in {title}.")
-        for row in _rows(rows):
-            _, _, numbers = row["sentence"].partition(": ")
-            found = f"{_IN_WORDS.get(row['verdict'], row['verdict'])} {first}"
-            said.append(f"{row['strategy']} is {found} in {title}: {numbers}.")
-        return said
+        return verdict_lines(self)
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the tables must know, one line each."""
-        others = max(len(self.strategies) - 1, 1)
-        notes = []
-        count = len(self.seeds)
-        if count < FEW_SEEDS:
-            notes.append(
-                f"{count} seed{' tells' if count == 1 else 's tell'} little: at most "
-                "large differences are found. 10 or more, --seeds 0-9, tell more."
-            )
-        if (several := len(self.data_sets)) > 1:
-            little = f", of which {several} tell little" * (several < FEW_DATA_SETS)
-            notes.append(
-                f"Over {ALL_DATA} each counts once, with its mean over the seeds: such "
-                f"a verdict is about further data sets{little}."
-            )
-        if len(self.strategies) > 1:
-            notes.append(
-                f"Verdicts are the paired t test's at {LEVEL:g}"
-                + (f", Holm over {others} comparisons" if others > 1 else "")
-                + "; Wilcoxon's test stands beside it and decides nothing."
-            )
-        notes.append("Intervals are 95% t intervals. The test set chose nothing.")
-        if self.summary["verdict"].eq("better").any():
-            notes.append(f"* better than {self.strategies[0]}.")
-        if self.summary["wilcoxon_verdict"].eq("cannot reach").any():
-            notes.append(
-                f"cannot reach: Wilcoxon's test needs {pairs_needed(others)} pairs "
-                f"that differ to find anything at {LEVEL:g}, whatever they are"
-                + (f", in {others} comparisons." if others > 1 else ".")
-            )
-        known = self.summary.dropna(subset=["low", "high"])
-        own = known[["metric", "low", "high"]].itertuples(index=False, name=None)
-        if any(within_bounds(*one) != one[1:] for one in own):
-            notes.append(
-                f"Intervals of shares are cut at 0 and 1; {SUMMARY} has them whole."
-            )
-        notes += self._targets()
-        for row in _rows(self.summary):
-            if row["chosen"] and row["metric"] == self.summary["metric"][0]:
-                on = f" on {row['data']}" if len(self.data_sets) > 1 else ""
-                notes.append(f"chosen: {row['strategy']}{on}: {row['chosen']}.")
-        for folder, reason in self.failures.items():
-            notes.append(f"failed: {folder}: {reason}")
-        whole = self.cells[self.cells["status"] == "complete"]
-        for lost, times in whole["reason"].value_counts().items():
-            if lost != "":
-                notes.append(f"{lost} ({times} of {len(whole)} runs).")
-        if self.failed_rounds:
-            notes.append(f"{self.failed_rounds} rounds failed; see {CELLS}.")
-        return notes
+        return note_lines(self)
 
-    def _targets(self) -> Iterable[str]:
-        """Return in how many rounds and bytes the target was reached, a line each."""
-        rows = self.summary[self.summary["target"].notna()]
-        for row in _rows(rows):
-            on = f" on {row['data']}" if len(self.data_sets) > 1 else ""
-            took = (
-                f", in {row['rounds_to_target']:.1f} rounds and "
-                f"{in_bytes(row['bytes_to_target'])} on average"
-                if row["reached"]
-                else ""
-            )
-            yield (
-                f"{row['strategy']}{on} reached {row['target']:.4f} in "
-                f"{row['reached']:.0f} of {len(self.seeds)} runs{took}."
-            )
+    def accuracy_beside(self, row: Mapping[str, Any]) -> str:
+        """Return what the test accuracy did where a row of the summary is of a gap.
+
+        A gap may close since nobody is served any more: by itself it says little.
+        Empty for rows of other metrics, of the first strategy, and where there is no
+        accuracy.
+        """
+        rows = self.summary
+        same = (rows["data"] == row["data"]) & (rows["strategy"] == row["strategy"])
+        rows = rows[same & (rows["metric"] == "test_accuracy")]
+        if not is_gap(row["metric"]) or rows.empty or not row["against"]:
+            return ""
+        [of] = rows_of(rows)
+        if math.isnan(of["difference"]):
+            return ""
+        span = _interval(of["difference_low"], of["difference_high"], "+.4f")
+        within = f" ({span})" if span else ""
+        return f"accuracy {of['verdict']}: {of['difference']:+.4f}{within}"
 
     def _tables(self) -> Iterable[tuple[str, list[str], list[list[str]]]]:
         first = self.strategies[0]
         several = len(self.data_sets) > 1
         groups: dict[tuple[str, str], list[Row]] = {}
-        for row in _rows(self.summary):
+        for row in rows_of(self.summary):
             groups.setdefault((row["metric"], row["data"]), []).append(row)
         for (metric, data), rows in groups.items():
             title = metric_of(metric).title + (f", {data}" if several else "")
@@ -394,12 +344,12 @@ class Comparison:
             if len(self.strategies) > 1:
                 header += [f"minus {first}", "95% interval"]
                 header += ["p", "Holm p", "Wilcoxon p", "verdict"]
-            yield title, header, [_cells_of(row) for row in rows]
+            yield title, header, [_cells_of(r, self.accuracy_beside(r)) for r in rows]
 
     def __repr__(self) -> str:
         better = [
             f"{row['strategy']} better in {metric_of(row['metric']).title}"
-            for row in _rows(self.summary)
+            for row in rows_of(self.summary)
             if row["verdict"] == "better"
         ]
         done = int((self.cells["status"] == "complete").sum())
@@ -423,7 +373,7 @@ class Comparison:
                 f"<table><caption style='text-align:left'><b>{escape(title)}</b>"
                 f"</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
             )
-        lines = [*self.verdicts, *self.notes]
+        lines = [*self.warnings, *self.verdicts, *self.notes]
         notes = "".join(f"<li>{escape(line)}</li>" for line in lines)
         return "".join(parts) + f"<ul>{notes}</ul>"
 
@@ -431,8 +381,9 @@ class Comparison:
 # ------------------------------------------------------------------------ what is shown
 
 
-def _cells_of(row: Mapping[str, Any]) -> list[str]:
+def _cells_of(row: Mapping[str, Any], beside: str) -> list[str]:
     mark = "*" if row["verdict"] == "better" else ""
+    told_apart = row["verdict"] in ("better", "worse")
     own = [
         row["strategy"],
         f"{row['n']:.0f}",
@@ -451,7 +402,7 @@ def _cells_of(row: Mapping[str, Any]) -> list[str]:
         "cannot reach"
         if row["wilcoxon_verdict"] == "cannot reach"
         else _number(row["wilcoxon_p"], ".3g"),
-        row["verdict"],
+        f"{row['verdict']}; {beside}" if beside and told_apart else row["verdict"],
     ]
 
 
@@ -483,10 +434,6 @@ def _numbers(column: pd.Series[str]) -> pd.Series[Any]:
     if len(column) and column.str.fullmatch(r"[0-9]+").all():
         return column.map(int)
     return column.map(lambda text: float(text) if text else math.nan).astype(float)
-
-
-def _rows(frame: pd.DataFrame) -> list[Row]:
-    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
 
 
 def _no_nan(row: Row) -> Row:

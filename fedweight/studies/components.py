@@ -63,6 +63,7 @@ class Components:
     configuration: Configuration
     data: FederatedData
     schema: Schema | None = None  # What nodes with files of their own are told.
+    digest: str = ""  # Of the data set that they are of.
     device: str = field(init=False)
     choice: Choice | None = None  # Where and how clients train, once it is decided.
 
@@ -382,8 +383,9 @@ def prepare(
         dataset = load(
             data["name"], data["path"] or None, seed, **configuration.options("data")
         )
+        digest = dataset.digest
     else:
-        dataset = check_data(dataset)
+        digest, dataset = dataset.digest, check_data(dataset)
     partition = configuration["partition"]
     federated = federate(
         dataset,
@@ -397,7 +399,7 @@ def prepare(
         flips=flips_asked(configuration),
         **configuration.options("partition"),
     )
-    return Components(configuration, federated)
+    return Components(configuration, federated, digest=digest)
 
 
 def has_our_loop(strategy: Strategy) -> bool:

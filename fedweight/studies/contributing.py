@@ -30,9 +30,10 @@ from .cells import CHOSEN, LastData, what_is_there
 from .components import prepare
 from .configuration import Configuration
 from .given import as_settings, of_main, setting_map, whole_tables
+from .origins import check_same
 from .progress import watched
 from .result import Run
-from .runner import name_of_own, preface_of, resume, run_configured
+from .runner import as_of_now, name_of_own, preface_of, resume, run_configured
 
 log = logging.getLogger("fedweight")
 
@@ -168,7 +169,7 @@ class _Worth:
         )
         self.preface = preface_of(given, dataset)
         self.of_this_process = dataset is not None or bool(of_main(given))
-        self.dataset = dataset or LastData().of(self.configuration)
+        self.dataset = as_of_now(dataset) or LastData().of(self.configuration)
         components = prepare(self.configuration, self.dataset)
         data, score = components.data, components.task.score
         if not score:
@@ -219,6 +220,8 @@ class _Worth:
                 f"{folder} holds another run: {differs}. Name another folder with "
                 "'out', or remove that one."
             )
+        if how == "done":
+            check_same(folder, wanted, self.dataset.digest)
         if how == "done":
             return Run(folder)
         if how == "resume" and not self.of_this_process:

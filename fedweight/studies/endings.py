@@ -28,6 +28,8 @@ else:
 LINE_LENGTH = 400  # characters of a line
 MOST_REASONS = 3  # lines for clients that always failed, each with its reason
 
+FAILED = "failed, and the global model was kept"
+
 MANY = 0.1  # share of a cohort whose failing is worth a line
 EXPLODED = 1000  # times the lowest loss so far
 NOT_SMALL = 0.1  # of the first loss: what is less is no explosion, whatever came before
@@ -240,10 +242,7 @@ def _failed_rounds(run: RunFolder) -> Iterator[str]:
     failed = run.rounds[run.rounds["status"] == "failed"]
     if len(failed):
         reason = plain(failed.iloc[-1].get("reason") or "no reason was recorded")
-        yield (
-            f"{rounds_listed(failed['round'].tolist())} failed, and the global model "
-            f"was kept: {reason}"
-        )
+        yield f"{rounds_listed(failed['round'].tolist())} {FAILED}: {reason}"
 
 
 # --------------------------------------------------------------- losses and accuracies

@@ -24,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..clients.evaluation import measured_of, sums_of_each
-from ..core.errors import OutputError
+from ..core.errors import FedweightError, OutputError
 from ..core.layout import Base, Layout
 from ..core.module import FlatModule
 from ..core.records import NOTHING
@@ -34,7 +34,6 @@ from ..data import Examples, notes
 from ..messages.arrays import FlatRecord, complete
 from ..messages.grids import connected, name_of, number_of
 from ..metrics import Sums
-from ..models.weights import digest
 from ..server.loop import ServerState
 from ..server.reported import recorded_metrics
 from ..server.wrapped import with_inner
@@ -49,9 +48,11 @@ from .columns import (
     ROUND_COLUMNS,
 )
 from .components import Components
+from .failures import ERRORS, in_full
 from .folder import Table, rows_of
 from .grouping import group_rows, group_table
 from .listener import Listener
+from .origins import MADE_OF, made_of
 from .progress import Progress, Report
 from .records import (
     ErrorLog,
@@ -68,9 +69,6 @@ log = logging.getLogger("fedweight")
 
 # In environment.json, besides the plan: why it was chosen, and where it was halved.
 OF_THE_PLAN = ("chosen", "halved")
-
-# In environment.json, of the file that the model begins with.
-WEIGHTS_DIGEST = "weights-sha256"
 
 
 class Recorder:
@@ -119,7 +117,7 @@ class Recorder:
         self.groups: Table | None = None
         if components.groups is not None:
             self.groups = group_table(folder)
-        self.errors = ErrorLog(folder / "errors.log")
+        self.errors = ErrorLog(folder / ERRORS)
         self.timings = Table(folder / "timings.csv", ("round", "seconds", "elapsed"))
         self.partition: Table | None = None
         # Whether partition.csv has a client.
@@ -185,6 +183,8 @@ class Recorder:
             self._begin(dict(engine or {}), own_data, preface, anew)
             yield
         except BaseException as stop:
+            if isinstance(stop, Exception) and not isinstance(stop, FedweightError):
+                self.errors.end(in_full(stop))
             failure = self._end()
             self.tracking.end(failed=True)
             if failure is not None and not isinstance(stop, OutputError):
@@ -577,15 +577,9 @@ def environment_of(components: Components) -> dict[str, Any]:
         },
         "model": {
             "parameters": Layout.of_module(components.make_model()).num_parameters,
-            **_weights(components),
         },
+        MADE_OF: made_of(components.configuration, components.digest),
     }
-
-
-def _weights(components: Components) -> dict[str, str]:
-    """Return the digest of the file that the model begins with, if there is one."""
-    path = components.configuration["model"]["weights"]
-    return {WEIGHTS_DIGEST: digest(path)} if path else {}
 
 
 @cache

@@ -189,6 +189,11 @@ class ErrorLog:
         self._errors: dict[str, Error] = {}
         self._left_out = 0
         self._new = False
+        self._end = ""
+
+    def end(self, text: str) -> None:
+        """Take in what the run ended with, before its time."""
+        self._end = f"the run ended with\n{plain_lines(text, TRACEBACK_LENGTH)}\n"
 
     def add(self, record: RoundRecord) -> None:
         """Take in what went wrong in a round; write the file if some of it is new."""
@@ -233,7 +238,7 @@ class ErrorLog:
 
     def write(self) -> None:
         """Write the file, with what has come together since."""
-        if not self._errors:
+        if not self._errors and not self._end:
             return
         parts = [_told(error) for error in self._errors.values()]
         if self._left_out:
@@ -241,6 +246,7 @@ class ErrorLog:
                 f"{self._left_out} times other errors, after {self.MOST} different "
                 "ones; clients.csv has their first lines.\n"
             )
+        parts += [self._end] if self._end else []
         write_whole(self.path, "\n".join(parts))
         self._new = False
 

@@ -29,7 +29,6 @@ from ..data import DataSet
 from ..messages import keys
 from ..messages.arrays import FlatRecord, leaves_out_base
 from ..messages.grids import bring_base, read_by
-from ..models.weights import digest
 from ..server import loop
 from ..server.checkpoint import not_carried
 from ..server.last_phase import after_rounds
@@ -60,10 +59,11 @@ from .foreign import keep_frozen, settling
 from .given import as_settings, of_main, setting_map, whole_tables
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
 from .kept import write_kept
+from .origins import check_same
 from .pages import report_or_say
 from .progress import Wanted, check_progress, telling
 from .reader import table_of
-from .recorder import OF_THE_PLAN, WEIGHTS_DIGEST, Recorder
+from .recorder import OF_THE_PLAN, Recorder
 from .result import Run
 from .trackers import Tracking, told_apart
 
@@ -206,6 +206,7 @@ def run(
     if file is not None and dataset is None and "data.name" not in settings:
         check_repeats(Path(file))
     configuration = Configuration.read(file, settings, name_of_own(dataset), whole)
+    dataset = as_of_now(dataset)
     check_free(out, overwrite)
     name = configuration["strategy"]["name"].rsplit(":", 1)[-1].lower()
     label = f"{configuration['run']['name']}-{name}-seed{configuration['run']['seed']}"
@@ -230,6 +231,11 @@ def name_of_own(dataset: DataSet | None) -> str | None:
             "is named by data.name and data.path."
         )
     return None if dataset is None else dataset.name
+
+
+def as_of_now(dataset: DataSet | None) -> DataSet | None:
+    """Return data that are known by what they hold now: a user may have changed it."""
+    return None if dataset is None else replace(dataset)
 
 
 def run_configured(
@@ -322,9 +328,9 @@ def resume(
         )
     tracking, own_callbacks = told_apart(checked_callbacks(callbacks))
     check_progress(progress)
-    _check_weights(before, configuration)
     checkpoint = read_checkpoint(before.folder, configuration)
     components = prepare(configuration)
+    check_same(before.folder, configuration, components.digest)
     engine = table_of(before.environment, "engine")
     if configuration["engine"]["device"] == "auto":  # There may be a card by now.
         components.device = str(engine.get("device", components.device))
@@ -343,17 +349,6 @@ def resume(
         tracking=tracking,
         checkpoint=checkpoint,
     )
-
-
-def _check_weights(before: Run, configuration: Configuration) -> None:
-    """Refuse to go on with other weights than those that a run began with."""
-    path = configuration["model"]["weights"]
-    expected = table_of(before.environment, "model").get(WEIGHTS_DIGEST)
-    if path and expected and digest(path) != expected:
-        raise DataError(
-            f"model.weights: {path} is not the file that the run began with: its "
-            f"SHA-256 was {expected[:12]}..."
-        )
 
 
 def _simulated(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from .configuration import Configuration
 from .folder import check_repeats
 from .given import as_settings, of_main, whole_tables
 from .methods import Method, joined, refuse_taken
+from .origins import others_in, tell_unknown
 from .reader import table_of
 from .runner import make_ready, name_of_own, preface_of
 from .summarizing import Row, reached
@@ -136,7 +137,7 @@ class Study:
                                 "data.validation=0.1."
                             )
 
-    def look(self, folder: Path) -> None:
+    def look(self, folder: Path, dataset: DataSet | None) -> None:
         """Find out what is there already; what differs is refused."""
         if folder.exists() and not folder.is_dir():
             raise ConfigurationError(
@@ -158,6 +159,35 @@ class Study:
             if how == "resume" and self.of_this_process:
                 how = "anew"  # Its config.toml does not repeat it.
             one.cell = Cell(one.folder, str(where), "", how, one.preface)
+        self._refuse_others(folder, dataset)
+
+    def _refuse_others(self, folder: Path, dataset: DataSet | None) -> None:
+        """Refuse to hold runs against others that were made of other data or code."""
+        of: dict[str, list[str]] = {}
+        unknown = []
+        for one in self.wanted:
+            if one.cell.how not in ("done", "resume"):
+                continue
+            last = self.last.digest
+            digest = dataset.digest if dataset else last(one.configuration)
+            others = others_in(folder / one.folder, one.configuration, digest)
+            if others is None:
+                unknown.append(one.folder)
+            for other in others or ():
+                of.setdefault(other, []).append(one.folder)
+        if of:
+            said = [
+                f"{what} changed since {listed(n, 6)} ran" for what, n in of.items()
+            ]
+            old = [*dict.fromkeys(name for names in of.values() for name in names)]
+            raise ConfigurationError(
+                f"{'; '.join(said)}. They cannot be held against new runs. Nothing was "
+                f"run. Put back what was there; or delete {_folders(old)} in {folder} "
+                "and give the same command, which runs them again; or name another "
+                "folder with --out."
+            )
+        if unknown:
+            tell_unknown([f"{folder}: {listed(unknown, 6)}"])
 
     def _refuse_to_lose(self, folder: Path) -> None:
         """Refuse to leave out what was compared before: the summary would lose it."""
@@ -263,7 +293,7 @@ class Study:
             return run_here(todo, dataset, self.last, tell, done)
         return run_side_by_side(todo, workers, cores, tell, done, cards)
 
-    def rows(self, folder: Path, ended: Iterable[Ended]) -> list[Row]:
+    def rows(self, ended: Iterable[Ended]) -> list[Row]:
         """Return the rows of ``cells.csv``, the first strategy's first."""
         why = {one.cell.name: one for one in ended}
         labels = [method.label for method in self.axes.methods]
@@ -279,17 +309,18 @@ class Study:
                 "status": "failed",
                 "failed_rounds": 0,
             }
-            error = folder / f"{one.folder}.error.txt"
-            error.unlink(missing_ok=True)
             how = why.get(one.folder)
             if how is not None and how.reason:
                 row["reason"] = how.reason
-                if how.traceback:
-                    write_whole(error, how.traceback)
             else:
                 row |= reached(Path(one.cell.folder))
             rows.append(row)
         return rows
+
+
+def _folders(names: Sequence[str]) -> str:
+    """Return which folders to delete, all of them by name."""
+    return f"the folder{'s' * (len(names) > 1)} {listed(names, len(names))}"
 
 
 def _holds_another(where: Path, differs: str) -> ConfigurationError:

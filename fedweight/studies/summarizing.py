@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import DataError
+from ..core.texts import one_of
 from ..metrics.measures import MEASURES
-from .endings import lost_groups_of
+from .endings import FAILED, lost_groups_of
+from .failures import ERRORS, failed_rounds_of
 from .folder import Table
 from .gaps import GAPS, OF, gap_named, gaps_by_attribute
 from .ranks import Ranking, SignedRanks, rank_methods, signed_ranks
@@ -22,6 +24,7 @@ from .statistics import compare_pairs, settled, t_interval
 
 CELLS = "cells.csv"
 SUMMARY = "summary.csv"
+WARNINGS = "warnings.csv"
 
 # What a row over all data sets has for one.
 ALL_DATA = "all data sets"
@@ -81,6 +84,17 @@ def metric_of(name: str) -> Metric:
     return replace(one, title=f"{one.title}{OF}{attribute}") if attribute else one
 
 
+def is_gap(name: str) -> bool:
+    """Tell whether a metric is a gap between groups.
+
+    Examples
+    --------
+    >>> is_gap("accuracy_gap of sex"), is_gap("test_accuracy")
+    (True, False)
+    """
+    return name.partition(OF)[0] in map(gap_named, GAPS)
+
+
 def metrics_in(cells: Iterable[Row]) -> list[str]:
     """Return all metrics that rows of runs may have, by name."""
     of_groups = [key for cell in cells for key in cell if OF in key]
@@ -90,6 +104,7 @@ def metrics_in(cells: Iterable[Row]) -> list[str]:
 # What a sweep chooses by; less of the second is better.
 JUDGES = ("validation_accuracy", "validation_loss")
 
+WARNING_COLUMNS = ("strategy", "data", "seed", "folder", "warning")
 CELL_COLUMNS = (
     *("strategy", "data", "seed", "candidate", "chosen", "folder", "status"),
     *("rounds", "failed_rounds", "reason", *METRICS, *JUDGES),
@@ -129,8 +144,17 @@ def reached(folder: Path) -> Row:
             for attribute, gaps in by_attribute.items()
             for name, value in gaps.items()
         }
+    failed, no_model = failed_rounds_of(run)
     # Gaps that there are not would be missed without a word.
-    return {"status": "complete", "reason": "; ".join(lost_groups_of(run)), **row}
+    lines = [*filter(None, [failed]), *lost_groups_of(run)]
+    status = "failed" if no_model else "complete"
+    row["warnings"] = [] if no_model else told_of(summary["warnings"])
+    return {"status": status, "reason": "; ".join(lines), **row}
+
+
+def told_of(warnings: Iterable[str]) -> list[str]:
+    """Return the warnings of a run that a comparison does not say in its own words."""
+    return [line for line in warnings if FAILED not in line and ERRORS not in line]
 
 
 def _has_personal(run: Run) -> bool:
@@ -140,16 +164,16 @@ def _has_personal(run: Run) -> bool:
 def write_comparison(
     folder: Path, cells: Sequence[Row], target: float | None = None
 ) -> None:
-    """Write ``cells.csv`` and ``summary.csv``, whole or not at all.
+    """Write ``cells.csv``, ``warnings.csv`` and ``summary.csv``, each whole or not.
 
     Parameters
     ----------
     folder : Path
         The comparison's.
     cells : Sequence[dict]
-        Rows of :data:`CELL_COLUMNS`, and gaps of several attributes beside them; the
-        first strategy's first. What was chosen, and when the target was reached, is
-        filled in.
+        Rows of :data:`CELL_COLUMNS`, and gaps of several attributes and ``warnings``
+        beside them; the first strategy's first. What was chosen, and when the target
+        was reached, is filled in.
     target : float, optional
         The test accuracy that rounds and bytes are counted to. By default what the
         first strategy ends with, on average over the seeds, on the same data.
@@ -170,7 +194,14 @@ def write_comparison(
         if not personal:  # All have the held-out accuracy of the global model.
             cell["used_accuracy"] = None
     of_groups = [name for name in metrics_in(cells) if name not in METRICS]
+    warned = [
+        {column: cell[column] for column in WARNING_COLUMNS[:-1]} | {"warning": line}
+        for cell in cells
+        for line in cell.pop("warnings", ())
+        if cell["chosen"]
+    ]
     for name, columns, rows in (
+        (WARNINGS, WARNING_COLUMNS, warned),
         (CELLS, (*CELL_COLUMNS, *of_groups), cells),
         (SUMMARY, SUMMARY_COLUMNS, summary_of(cells, targets)),
     ):
@@ -400,8 +431,20 @@ def _compared(
                 "verdict": pair.verdict,
                 "sentence": pair.sentence,
             }
+        if failed := _all_failed(mine):
+            row |= {"verdict": "failed", "sentence": failed}
         rows.append(row)
     return rows
+
+
+def _all_failed(cells: Sequence[Row]) -> str:
+    """Return why not one run of a strategy came to its end; empty if one did."""
+    picked = [cell for cell in cells if cell["chosen"]]
+    if not picked or any(cell["status"] != "failed" for cell in picked):
+        return ""
+    reasons = [str(cell.get("reason", "")) for cell in picked]
+    runs = f"all {len(picked)} runs" if picked[1:] else "its only run"
+    return f"failed in {runs}: {one_of(reasons)}"
 
 
 def within_bounds(metric: str, low: float, high: float) -> tuple[float, float]:
@@ -425,6 +468,6 @@ def _note(cells: Sequence[Row], says_data: bool, metric: str) -> str:
             notes.append(f"{where} failed: {cell['reason']}")
         elif cell["failed_rounds"]:
             notes.append(f"{where}: {cell['failed_rounds']} rounds failed")
-        elif metric.partition(OF)[0].endswith("_gap") and cell.get("reason"):
+        elif is_gap(metric) and cell.get("reason"):
             notes.append(f"{where}: {cell['reason']}")
     return "; ".join(notes)

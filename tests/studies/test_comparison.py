@@ -236,15 +236,22 @@ def test_a_cell_that_fails_is_a_line_and_the_others_go_on(
     row = found.summary[found.summary["strategy"] == "failing"].iloc[0]
     assert (row["n"], row["pairs"]) == (2, 2)
     assert row["note"] == f"seed 1 failed: {reason}"
-    assert "no power" in (failing / "c" / "failing-seed1.error.txt").read_text()
-    # Mended, the same command ends it.
+    assert reason == "RuntimeError: no power (own_failing.py, line 12), in round 1"
+    assert "no power" in (failing / "c" / "failing-seed1" / "errors.log").read_text()
+    assert "errors.log of failing-seed1 has it in full." in out
+    # Mended, the same command ends it; what ran with the other code is not mixed in.
     text = (failing / "own_failing.py").read_text().replace("self.seed == 1", "False")
     (failing / "own_failing.py").write_text(text)
     sys.modules.pop("own_failing", None)
+    assert main([*arguments, *SET, "--workers", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "(own_failing:Failing) changed since failing-seed0 and failing-seed2" in said
+    for seed in (0, 2):
+        shutil.rmtree(failing / "c" / f"failing-seed{seed}")
     assert main([*arguments, *SET, "--workers", "1", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [cell["status"] for cell in printed["cells"]] == ["complete"] * 6
-    assert not list((failing / "c").glob("*.error.txt"))
+    assert not (failing / "c" / "failing-seed1" / "errors.log").exists()
 
 
 def test_a_process_that_dies_takes_one_cell_with_it(failing: Path) -> None:
@@ -318,8 +325,8 @@ def test_processes_are_asked_to_end_before_one_is_waited_for(
     class Recorded:
         def __init__(self, card: str | None) -> None: ...
 
-        def run(self, cell: Cell, cores: int) -> tuple[str, str]:
-            return "", ""
+        def run(self, cell: Cell, cores: int) -> str:
+            return ""
 
         def close(self) -> None: ...
 
@@ -579,7 +586,8 @@ def test_without_held_out_data_there_is_one_metric() -> None:
     failed = [{**cell, "status": "failed", "reason": "x"} for cell in cells]
     rows = pd.DataFrame(summary_of(failed))
     assert list(rows["n"]) == [0, 0]
-    assert rows["verdict"][1] == "undecided"
+    assert list(rows["verdict"]) == ["failed"] * 2
+    assert list(rows["sentence"]) == ["failed in all 3 runs: x"] * 2
 
 
 def test_a_strategy_that_fails_everywhere_takes_no_other_ones_rank() -> None:

@@ -54,8 +54,8 @@ def test_a_run_goes_on_where_another_ended():
     assert accuracies[0] == first.rounds.test_accuracy.iloc[-1]
     config = (again.folder / "config.toml").read_text()
     assert f'weights = "{Path.cwd()}/first/model.safetensors"' in config
-    about = json.loads((again.folder / "environment.json").read_text())["model"]
-    assert len(about["weights-sha256"]) == 64
+    about = json.loads((again.folder / "environment.json").read_text())["made_of"]
+    assert len(about["model.weights"]) == 64
 
 
 def test_the_base_of_adapters_is_that_of_the_file():
@@ -102,7 +102,9 @@ def test_a_run_that_goes_on_needs_the_same_file():
     path = first.folder / "model.safetensors"
     before = path.read_bytes()
     save_file({n: t + 1 for n, t in load_file(path).items()}, path)
-    with pytest.raises(DataError, match="not the file that the run began with"):
+    with pytest.raises(
+        DataError, match=r"the file of model\.weights \(.*\) changed since the run"
+    ):
         fedweight.resume("stopped", report=False, progress=False)
     path.write_bytes(before)
     assert fedweight.resume("stopped", report=False, progress=False).complete
