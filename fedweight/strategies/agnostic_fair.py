@@ -445,7 +445,7 @@ class KernelWeighted(Around):
     def wants(self) -> frozenset[Fact]:  # type: ignore[override]
         """What the other one wants, and groups where there are some."""
         groups: frozenset[Fact] = frozenset({"groups"}) if self.group else frozenset()
-        return self.inner.wants | groups
+        return groups.union(self.inner.wants)
 
     @property
     def hears(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -259,7 +259,7 @@ class GroupWeighted(Around):
     @property
     def wants(self) -> frozenset[Fact]:  # type: ignore[override]
         """What the other one wants, and groups."""
-        return self.inner.wants | {"groups"}
+        return frozenset({"groups", *self.inner.wants})
 
     @property
     def hears(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -140,7 +140,8 @@ SAID = {
     "Shape": r"objective Shape: its loss has shape \[4\]. Return one number",
     "Wants": r"objective Wants: wants has 'class-count', which nobody tells. Did you "
     "mean 'class-counts'",
-    "WantsText": r"objective WantsText: wants must be a frozenset of names, got",
+    "WantsText": r"objective WantsText: wants must be a tuple of names, got "
+    r"'class-counts'. Write wants = \('class-counts',\)",
     "Hears": r"objective Hears: hears must be a tuple of names, got 'lambda'",
     "Untold": r"objective 'wrong_goals:Untold' hears 'lambda' from the strategy, and "
     r"FedAvg tells clients nothing. Choose the strategy that it belongs to, or another",
@@ -252,3 +253,35 @@ class Stubborn(nn.Linear):
     settings = settings_of("Good") | {"model.name": "wrong_model:Stubborn"}
     found = run(settings=settings, out=tmp_path / "run", report=False)
     assert found.clients["reason"].str.contains("not now").any()
+
+
+def test_what_it_wants_may_be_any_collection_of_names(tmp_path: Path) -> None:
+    (tmp_path / "wanting.py").write_text(
+        """
+from fedweight.clients.objectives import SAM
+from wrong_goals import Good
+
+class Balanced(Good):
+    wants = ("class-counts",)
+    def example_losses(self, outputs, batch, facts):
+        outputs = outputs + (facts.class_counts + 1).log()
+        return super().example_losses(outputs, batch, facts)
+
+class Frozen(Balanced):
+    wants = frozenset({"class-counts"})
+
+class Listed(Balanced):
+    wants = ["class-counts"]
+"""
+    )
+    made = {}
+    for name in ("Balanced", "Frozen", "Listed", "Inner", "InnerFrozen"):
+        objective: dict[str, Any] = {"name": f"wanting:{name}"}
+        if name.startswith("Inner"):
+            inner = name.removeprefix("Inner") or "Balanced"
+            objective = {"name": "sam", "inner": f"wanting:{inner}"}
+        settings = {"objective": objective, "run.rounds": 1, "partition.clients": 3}
+        found = run(settings=settings, out=tmp_path / name, report=False)
+        made[name] = (found.folder / "model.safetensors").read_bytes()
+    assert made["Balanced"] == made["Frozen"] == made["Listed"]
+    assert made["Inner"] == made["InnerFrozen"] != made["Balanced"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
@@ -237,7 +237,7 @@ class Facts:
         if name not in self._known:
             raise ConfigurationError(
                 f"objective: '{name}' is known only to one whose 'wants' has it. Add "
-                f"it: wants = frozenset({{'{name}'}})."
+                f"it: wants = ('{name}',)."
             )
         return self._known[name]
 
@@ -254,7 +254,7 @@ class Objective:
 
     Attributes
     ----------
-    wants : frozenset of str
+    wants : collection of str
         What it reads of ``facts`` and ``batch``: ``"class-counts"``,
         ``"class-totals"``, ``"groups"``, ``"round"``.
     hears : tuple of str
@@ -275,7 +275,7 @@ class Objective:
     """
 
     tasks: ClassVar[tuple[str, ...]] = ()
-    wants: ClassVar[frozenset[Fact]] = frozenset()
+    wants: ClassVar[Collection[Fact]] = ()
     hears: ClassVar[tuple[str, ...]] = ()
     pools: Mapping[str, int] = {}
     group: str = ""
@@ -426,7 +426,7 @@ class Around(Objective):
     @property
     def wants(self) -> frozenset[Fact]:  # type: ignore[override]
         """What the other one wants."""
-        return self.inner.wants
+        return frozenset(self.inner.wants)
 
     @property
     def hears(self) -> tuple[str, ...]:  # type: ignore[override]

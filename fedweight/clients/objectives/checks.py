@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from torch import Tensor
@@ -25,10 +25,10 @@ def check_declared(objective: Objective) -> None:
     name = f"objective {type(objective).__name__}"
     wants: Any = objective.wants
     known = get_args(Fact)
-    if not _are_names(wants, Set):
+    if isinstance(wants, str) or not _are_names(wants, Collection):
         raise ConfigurationError(
-            f"{name}: wants must be a frozenset of names, got {shown(wants)}. Write "
-            f"wants = frozenset({{'{known[0]}'}})."
+            f"{name}: wants must be a tuple of names, got {shown(wants)}. Write "
+            f"wants = ('{known[0]}',)."
         )
     _check_known(f"{name}: wants", wants, known, "which nobody tells")
     for what in ("hears", "tasks"):
