@@ -87,7 +87,8 @@ def _toml_value(where: str, value: Any, depth: int) -> Any:
     if not isinstance(value, bool | int | float | str | date | time):
         raise ConfigurationError(
             f"{where} must be something that a simulation file can hold, got "
-            f"{shown(value)}."
+            f"{shown(value)}. Give a number, a text, true or false, or a list or table "
+            "of them."
         )
     if isinstance(value, int) and not _LEAST <= value <= _MOST:
         raise ConfigurationError(

@@ -6,17 +6,17 @@ They become the keys that a simulation file has, so a run's ``config.toml`` repe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from ..clients.settings import TrainingSettings
 from ..core.errors import ConfigurationError, closest
-from ..core.options import options_of
+from ..core.options import ANY, options_of
 from ..core.registry import Registry
 from ..core.settings import kebab, parse_setting
 from ..core.texts import shown
-from .tables import PICKS, SCHEMA
+from .tables import PICKS, SCHEMA, picks_of
 
 # In which module a notebook or a script defines what a file cannot name.
 MAIN = "__main__"
@@ -58,11 +58,21 @@ def as_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
                     f"partition.alpha=0.1, or be a table.{closest(key, SCHEMA)} There "
                     f"are {', '.join(SCHEMA)}."
                 )
-            found[key] = value
+            found[key] = _named(key, value)
             continue
         table = value if isinstance(value, Mapping) else _table_of(key, value)
-        found |= {f"{key}.{own}": v for own, v in table.items()}
+        found |= {f"{key}.{own}": _named(f"{key}.{own}", v) for own, v in table.items()}
     return found
+
+
+def _named(key: str, value: Any) -> Any:
+    """Return the name of a class or a function that stands where a name does."""
+    table, _, own = key.partition(".")
+    picks = picks_of(table)
+    named = callable(value) and not isinstance(value, str) and not _is_made(value)
+    if not named or kebab(own) not in picks:
+        return value
+    return _name(table, value, picks[kebab(own)].registry)
 
 
 def setting_map(settings: Mapping[str, Any] | Iterable[str]) -> Mapping[str, Any]:
@@ -116,39 +126,80 @@ def _table_of(table: str, given: Any) -> dict[str, Any]:
 
 def _options(table: str, made: Any, cls: type) -> dict[str, Any]:
     """Return the options of a made object, as a file may say them."""
-    if not is_dataclass(cls):
-        if all({"__init__", "__new__"}.isdisjoint(vars(c)) for c in cls.__mro__[:-1]):
-            return {}  # It takes nothing.
+    if all({"__init__", "__new__"}.isdisjoint(vars(c)) for c in cls.__mro__[:-1]):
+        return {}  # It takes nothing.
+    known = {one.name: one for one in fields(cls)} if is_dataclass(cls) else {}
+    if not known and (table not in PICKS or PICKS[table].positional):
         raise ConfigurationError(
             f"{table}: {shown(made)} does not say what it was made with. Give the "
             f"class, and its options as '{table}.option', or a dictionary of keys."
         )
-    options = options_of(cls)
+    options = {name: o for name, o in options_of(cls).items() if name != ANY}
+    if not options.keys() <= known.keys():
+        _check_kept(table, made, cls, options)
     found: dict[str, Any] = {}
-    for one in fields(cls):
-        option = options.get(one.name)
-        if option is None or not one.init:
-            continue
-        value = getattr(made, one.name)
+    for name, option in options.items():
+        value = getattr(made, name)
         if option.by_name:
             named = _name(table, type(value), option.by_name.registry)
             own = _options(table, value, type(value))
-            found[kebab(one.name)] = {"name": named, **own}
+            found[kebab(name)] = {"name": named, **own}
         elif not option.given:
             if value is not None:
-                found[kebab(one.name)] = value
+                found[kebab(name)] = value
             elif option.in_file.default is not None:
                 raise ConfigurationError(
-                    f"{table}: {one.name} of {cls.__name__} is None, which no file can "
+                    f"{table}: {name} of {cls.__name__} is None, which no file can "
                     f"say where its default is {shown(option.in_file.default)}. Give "
                     "it a value."
                 )
-        elif not _is_default(one, value):
+        elif name not in known or not _is_default(known[name], value):
             raise ConfigurationError(
-                f"{table}: {one.name} of {cls.__name__} is filled in by the run. Leave "
+                f"{table}: {name} of {cls.__name__} is filled in by the run. Leave "
                 "it out; a seed is 'run.seed', a server optimiser 'server'."
             )
     return found
+
+
+def _check_kept(table: str, made: Any, cls: type, names: Collection[str]) -> None:
+    """Refuse an object that does not keep what it was made with under those names.
+
+    Another one is made of what it keeps, and must hold the same: an object that keeps
+    something else under an argument's name is not taken for what it is not.
+    """
+    kept = {name: getattr(made, name) for name in names if hasattr(made, name)}
+    lost = [name for name in names if name not in kept]
+    calls = ", ".join(f"{name}={shown(value)}" for name, value in kept.items())
+    why = f"it has no '{lost[0]}'" if lost else f"{cls.__name__}({calls}) is another"
+    try:
+        if not lost and _same(vars(cls(**kept)), vars(made)):
+            return
+    except Exception as error:
+        why = f"{cls.__name__}({calls}) raises {type(error).__name__}"
+    first = next(iter(names))
+    raise ConfigurationError(
+        f"{table}: this {cls.__name__} does not say what it was made with: {why}. Keep "
+        f"each argument of __init__ under its own name, as self.{first} = {first}, or "
+        f"give the class and its options: {{'name': {cls.__name__}, "
+        f"'{kebab(first)}': ...}}."
+    )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Tell whether two values, or all that two objects hold, are the same."""
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(
+            _same(first[key], second[key]) for key in first
+        )
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if hasattr(first, "shape"):
+        return first.shape == second.shape and bool((first == second).all())
+    return bool(first == second) or _content(first, second)
 
 
 def _is_default(one: Field[Any], value: Any) -> bool:

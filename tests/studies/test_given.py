@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
+from torch.nn import functional
 
-from fedweight import run
-from fedweight.clients import TrainingSettings, objective
+from fedweight import compare, run
+from fedweight.clients import Objective, TrainingSettings, objective
+from fedweight.clients.objectives import SAM
+from fedweight.clients.optimizers import SGD
 from fedweight.core.errors import ConfigurationError
 from fedweight.server.schedules import Buffered
 from fedweight.strategies import IDA, FedDisco, WeightingStrategy
 from fedweight.strategies.server_optimizers import ServerAdam
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.given import as_settings, of_main, whole_tables
+from fedweight.studies.methods import methods_of
 
 QUICK = {"run.rounds": 1, "training.epochs": 1, "partition.clients": 4}
 
@@ -177,3 +182,111 @@ def test_what_no_file_can_say_is_refused() -> None:
     assert as_settings({"strategy": Limited()})["strategy.limit"] == 0.5
     with pytest.raises(ConfigurationError, match="limit of Limited is None"):
         as_settings({"strategy": Limited(limit=None)})
+
+
+class Smooth(Objective):
+    """Keep the argument under its own name."""
+
+    def __init__(self, smoothing: float = 0.1, limit: float | None = None) -> None:
+        self.smoothing, self.limit = smoothing, limit
+        self.table = np.arange(3) * smoothing
+
+    def example_losses(self, outputs: Any, batch: Any, facts: Any) -> Any:
+        return functional.cross_entropy(
+            outputs, batch.y, reduction="none", label_smoothing=self.smoothing
+        )
+
+
+class Halved(Smooth):
+    """Keep something else under it."""
+
+    def __init__(self, smoothing: float = 0.1) -> None:
+        super().__init__(smoothing / 2)
+
+
+class Forgetful(Smooth):
+    """Keep it under another name."""
+
+    def __init__(self, amount: float = 0.1) -> None:
+        super().__init__(amount)
+
+
+class Raising(Smooth):
+    """Take nothing twice."""
+
+    made = 0
+
+    def __init__(self, smoothing: float = 0.1) -> None:
+        super().__init__(smoothing)
+        Raising.made += 1
+        if Raising.made > 1:
+            raise ValueError("once is enough")
+
+
+class Random(Smooth):
+    """Hold more than it was given."""
+
+    def __init__(self, smoothing: float = 0.1) -> None:
+        super().__init__(smoothing)
+        self.noise = object()
+
+
+SMOOTH = f"{__name__}:Smooth"
+
+
+def test_an_object_of_a_plain_class_says_its_options_where_it_keeps_them() -> None:
+    found = as_settings({"objective": Smooth(0.2)})
+    assert found == {"objective.name": SMOOTH, "objective.smoothing": 0.2}
+    found = as_settings({"objective": SAM(0.1, Smooth(limit=3.0))})
+    inner = {"name": SMOOTH, "smoothing": 0.1, "limit": 3.0}
+    assert found == {
+        **{"objective.name": "sam", "objective.rho": 0.1},
+        "objective.inner": inner,
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (Halved, r"Halved\(smoothing=0.1\) is another"),
+        (Forgetful, "it has no 'amount'"),
+        (Raising, r"Raising\(smoothing=0.2\) raises ValueError"),
+        (Random, r"Random\(smoothing=0.2\) is another"),
+    ],
+)
+def test_one_that_does_not_keep_them_is_told_how(made: Any, why: str) -> None:
+    Raising.made = 0
+    with pytest.raises(ConfigurationError, match=why) as caught:
+        as_settings({"objective": made(0.2)})
+    name = "amount" if made is Forgetful else "smoothing"
+    assert f"as self.{name} = {name}, or give the class" in str(caught.value)
+    assert f"{{'name': {made.__name__}, '{name}': ...}}" in str(caught.value)
+
+
+def test_a_class_stands_where_a_name_does() -> None:
+    want = {"objective.name": SMOOTH, "objective.smoothing": 0.2}
+    table = {"name": Smooth, "smoothing": 0.2}
+    assert as_settings({"objective": table}) == want
+    assert as_settings({"objective.name": Smooth, "objective.smoothing": 0.2}) == want
+    found = as_settings({"strategy.name": IDA, "training.optimizer": SGD})
+    assert found == {"strategy.name": "ida", "training.optimizer": "sgd"}
+    with pytest.raises(ConfigurationError, match="Give a number, a text, true or"):
+        Configuration.read(None, {"strategy.a": Smooth, "strategy.name": "feddisco"})
+
+
+def test_objects_and_classes_are_compared(tmp_path: Path) -> None:
+    found = compare(
+        strategies="fedavg",
+        objectives=["plain", Smooth(0.2), {"name": Smooth, "smoothing": 0.3}],
+        seeds=1,
+        settings={**QUICK, "model.name": "softmax"},
+        out=tmp_path / "c",
+        workers=1,
+    )
+    assert found.strategies == [
+        *("fedavg+plain", "fedavg+smooth:smoothing=0.2", "fedavg+smooth:smoothing=0.3")
+    ]
+    table = found.run("fedavg+smooth:smoothing=0.3", 1).config["objective"]
+    assert table == {"name": SMOOTH, "smoothing": 0.3}
+    by_table = methods_of({"mine": {"strategy": "fedavg", "objective": Smooth(0.2)}})
+    assert by_table[0].settings["objective.smoothing"] == 0.2
