@@ -177,6 +177,9 @@ class DataSet:
         What a user should know of these data, a line each.
     task : str
         What is predicted: one of :data:`~fedweight.data.tasks.TASKS`.
+    file_rows : tuple of ndarray, optional
+        Of data that a file holds: which of its rows, from 0, each training and each
+        test example is.
     """
 
     name: str
@@ -191,6 +194,7 @@ class DataSet:
     feature_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     task: str = CLASSIFICATION
+    file_rows: tuple[Indices, Indices] | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..core.errors import ConfigurationError, DataError, check_range
 from ..core.rng import Purpose, generator
+from ..core.texts import listed
 from .examples import DataSet, Examples, cast
 from .groups import name_groups
 from .lazy import LazyParts
@@ -103,6 +104,8 @@ class FederatedData:
         The clients' names, or nothing; see :meth:`name_of`.
     test, proxy, validation : Examples
         The test set, and what the server keeps.
+    test_file_rows : ndarray or None
+        Which rows of their file the test examples are; see :meth:`file_rows`.
     sizes : ndarray
         Shape ``[K]``, int64: how many examples a client trains on.
     is_lazy : bool
@@ -144,6 +147,9 @@ class FederatedData:
                 "one each, or none."
             )
         self.test = dataset.test
+        rows = dataset.file_rows
+        train_rows = None if rows is None else rows[0]
+        self.test_file_rows = None if rows is None else rows[1]
         self.proxy = dataset.train.take(kept)
         self.validation = dataset.train.take(chosen_by)
         self.is_lazy = isinstance(partition, LazyParts)
@@ -151,9 +157,9 @@ class FederatedData:
         self._clients: _Drawn | _InOrder
         train = dataset.train if labels is None else replace(dataset.train, y=labels)
         if isinstance(partition, LazyParts):
-            self._clients = _Drawn(train, partition, held_out, seed)
+            self._clients = _Drawn(train, partition, held_out, seed, train_rows)
         else:
-            self._clients = _InOrder(train, partition, free, held_out, seed)
+            self._clients = _InOrder(train, partition, free, held_out, seed, train_rows)
         self.sizes = self._clients.sizes
         self.holds_out = self._clients.holds_out
         self._lately: dict[int, tuple[Indices, Indices]] = {}
@@ -170,6 +176,31 @@ class FederatedData:
                 self._lately.clear()
             self._lately[i] = self._count(train.y), self._count(held_out.y)
         return ClientData(train, held_out)
+
+    def file_rows(self, i: int) -> tuple[Indices, Indices] | None:
+        """Return which rows of their file client ``i`` trains on and holds out.
+
+        From 0, in the order of its examples; ``None`` where the data are no file's.
+        Those of the test set are :attr:`test_file_rows`.
+        """
+        rows = self._clients.file_rows
+        if rows is None:
+            return None
+        train, held_out = self._rows(i)
+        return rows[train], rows[held_out]
+
+    def __repr__(self) -> str:
+        what = TASKS[self.task]
+        parts = [
+            f"{self.num_clients:,} clients",
+            f"{int(self.sizes.sum()):,} examples to train on",
+            f"{len(self.test):,} to test",
+            f"inputs {list(self.input_shape)}",
+        ]
+        parts += [f"{self.num_classes} classes"] if what.least_classes else []
+        named = sorted(self.examples.attributes)
+        parts += [f"attributes {listed(named, most=9)}"] if named else []
+        return f"FederatedData({self.name!r}: {', '.join(parts)})"
 
     def parts(self, clients: Sequence[int] | Indices) -> Parts | None:
         """Return what some clients train on, as rows of :attr:`examples`.
@@ -263,6 +294,7 @@ class _InOrder:
         free: npt.NDArray[np.bool_],
         held_out: float,
         seed: int,
+        file_rows: Indices | None,
     ) -> None:
         order: list[Indices] = []
         lengths: list[int] = []
@@ -271,7 +303,9 @@ class _InOrder:
             halves = _hold_out(rows[free[rows]], held_out, seed, client)
             order += halves
             lengths += [len(half) for half in halves]
-        self.examples = train.take(np.concatenate(order))
+        rows = np.concatenate(order)
+        self.examples = train.take(rows)
+        self.file_rows = None if file_rows is None else file_rows[rows]
         self.sizes = np.array(lengths[::2], np.int64)
         self.holds_out = any(lengths[1::2])
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -290,9 +324,15 @@ class _Drawn:
     """Parts that are drawn when they are asked for."""
 
     def __init__(
-        self, train: Examples, parts: LazyParts, held_out: float, seed: int
+        self,
+        train: Examples,
+        parts: LazyParts,
+        held_out: float,
+        seed: int,
+        file_rows: Indices | None,
     ) -> None:
         self.examples = train
+        self.file_rows = file_rows
         self._parts = parts
         self._held_out = held_out
         self._seed = seed

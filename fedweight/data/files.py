@@ -169,6 +169,7 @@ def load_csv(
         feature_names=encoder.names,
         notes=tuple(remarks(source, task)),
         task=task,
+        file_rows=(_numbers(train), _numbers(tested)),
     )
 
 
@@ -220,6 +221,7 @@ def load_npz(
         sizes = np.bincount(natural)
     if "x_test" in arrays:
         test = _examples(path, arrays, "_test", task, sensitive)
+        rows, test_rows = np.arange(len(train)), np.arange(len(test))
     else:
         rows, test_rows = _split(len(train), test_fraction, seed)
         train, test = train.take(rows), train.take(test_rows)
@@ -241,6 +243,7 @@ def load_npz(
             filter(None, (_no_groups(path.name, n, arrays[n]) for n in sensitive))
         ),
         task=task,
+        file_rows=(rows, test_rows),
     )
 
 
@@ -473,6 +476,11 @@ def _targets(
         flags = part[source.labels].to_numpy(np.float32)
         return as_flags(f"{path}: labels are", flags)
     return as_numbers(f"{path}: '{source.label}' is", part[source.label].to_numpy())
+
+
+def _numbers(part: pd.DataFrame) -> Array:
+    """Return which rows of their file some are, from 0."""
+    return part.index.to_numpy(np.int64)
 
 
 def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:

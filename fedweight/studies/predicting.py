@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..clients.evaluation import outputs_of
-from ..core.errors import ConfigurationError, DataError, check_choice
+from ..core.errors import ConfigurationError, DataError, check_choice, closest
 from ..core.extras import Imported
 from ..core.module import FlatModule
 from ..core.texts import listed, shown
-from ..data import DataSet
+from ..data import DataSet, FederatedData
 from ..data.examples import Examples
 from ..metrics import LearningTask
 from .configuration import Configuration
@@ -31,11 +31,13 @@ else:
 
 Part = Literal["held-out", "train", "test"]
 
+Indices = npt.NDArray[np.int64]
+
 
 def predictions(
     run: RunFolder,
     part: Part,
-    clients: Sequence[int] | None,
+    clients: Sequence[int | str] | None,
     model: Mapping[str, Tensor] | None,
     dataset: DataSet | None,
 ) -> pd.DataFrame:
@@ -49,10 +51,11 @@ def predictions(
             task,
             client,
             examples,
+            rows,
             outputs_of(module, examples),
             components.data.attribute_names,
         )
-        for client, examples in _parts(components, part, clients)
+        for client, examples, rows in _parts(components, part, clients)
         if len(examples)
     ]
     if not frames:
@@ -99,38 +102,60 @@ def _with(components: Components, model: Mapping[str, Tensor]) -> FlatModule:
 
 
 def _parts(
-    components: Components, part: Part, clients: Sequence[int] | None
-) -> Iterable[tuple[int | None, Examples]]:
+    components: Components, part: Part, clients: Sequence[int | str] | None
+) -> Iterable[tuple[int | None, Examples, Indices | None]]:
+    """Yield the examples of each client, and which rows of a file they are."""
     data = components.data
     if part == "test":
-        yield None, data.test
+        yield None, data.test, data.test_file_rows
         return
-    wanted: Any = () if clients is None else clients
-    for client in wanted if isinstance(wanted, Iterable) else [wanted]:
-        if wanted is client or client not in range(data.num_clients):
+    for client in _numbers(data, clients):
+        own, rows = data.client(client), data.file_rows(client)
+        held_out = part == "held-out"
+        examples = own.held_out if held_out else own.train
+        yield client, examples, None if rows is None else rows[held_out]
+
+
+def _numbers(data: FederatedData, clients: Any) -> Iterable[int]:
+    """Return the numbers of clients that are given by number or name."""
+    if clients is None:
+        return range(data.num_clients)
+    allowed = f"numbers from 0 to {data.num_clients - 1}" + " or names" * bool(
+        data.names
+    )
+    if isinstance(clients, str) or not isinstance(clients, Iterable):
+        raise ConfigurationError(
+            f"clients must be a list of {allowed}, got {shown(clients)}. Of one client "
+            f"give [{clients!r}]."
+        )
+    by_name = {name: client for client, name in enumerate(data.names)}
+    found = []
+    for client in clients:
+        number = by_name.get(client, -1) if isinstance(client, str) else client
+        if number not in range(data.num_clients):
             raise ConfigurationError(
-                f"clients must be a list of numbers from 0 to {data.num_clients - 1}, "
-                f"got {shown(client)}."
+                f"clients must be a list of {allowed}, got {shown(client)}."
+                f"{closest(client, by_name) if isinstance(client, str) else ''}"
             )
-    for client in range(data.num_clients) if clients is None else clients:
-        own = data.client(client)
-        yield client, own.held_out if part == "held-out" else own.train
+        found.append(int(number))
+    return found
 
 
 def _frame(
     task: LearningTask,
     client: int | None,
     examples: Examples,
+    file_rows: Indices | None,
     outputs: Tensor,
     names: Mapping[str, tuple[str, ...]],
 ) -> pd.DataFrame:
     """Return a client's examples as rows."""
     y = torch.from_numpy(np.ascontiguousarray(examples.y))
-    rows = np.arange(len(y))
     columns: dict[str, Any] = {
         "client": pd.array([client] * len(y), dtype="Int64"),
-        "row": rows,
+        "row": np.arange(len(y)),
     }
+    columns |= {} if file_rows is None else {"file_row": file_rows}
     decided, scores = task.decided(outputs), task.scores(outputs)
     if y.ndim == 1:
         columns |= {"target": y.numpy(), "prediction": decided.numpy()}

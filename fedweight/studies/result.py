@@ -128,7 +128,7 @@ class Run(SummedRun):
     def predictions(
         self,
         part: Literal["held-out", "train", "test"] = "held-out",
-        clients: Sequence[int] | None = None,
+        clients: Sequence[int | str] | None = None,
         *,
         model: Mapping[str, Tensor] | None = None,
         dataset: DataSet | None = None,
@@ -142,8 +142,8 @@ class Run(SummedRun):
         part : {"held-out", "train", "test"}
             Which examples: those that clients hold out, those that they train on, or
             the server's test set.
-        clients : Sequence[int], optional
-            Whose, by number; by default of all clients.
+        clients : Sequence[int or str], optional
+            Whose, by number or name; by default of all clients.
         model : Mapping[str, Tensor], optional
             Another model: what :meth:`best_model` or one of :meth:`models` returns.
         dataset : DataSet, optional
@@ -153,10 +153,13 @@ class Run(SummedRun):
         -------
         DataFrame
             ``client`` (none for the test set), ``name`` where clients have names,
-            ``row`` (the example's place among the client's), ``target`` and
-            ``prediction``, and ``score_0``, ``score_1``, ..., the probability of each
-            class, where there are classes; and the examples' attributes, each by its
-            name, as fairlearn's ``MetricFrame`` takes them: ``sensitive_features =
+            ``row`` (the example's place, from 0, among those of the client, or of the
+            test set), ``file_row`` where the data are a file's (which of its rows below
+            the header it is, from 0, as ``pandas.read_csv(path).iloc`` counts; of test
+            data in a file of their own, of that one), ``target`` and ``prediction``,
+            and ``score_0``, ``score_1``, ..., the probability of each class, where
+            there are classes; and the examples' attributes, each by its name, as
+            fairlearn's ``MetricFrame`` takes them: ``sensitive_features =
             frame["sex"]``. One called as another column is has ``attribute_`` before
             its name.
 
@@ -192,7 +195,7 @@ class Run(SummedRun):
         --------
         >>> run.personal_models()[3]  # doctest: +SKIP
         >>> run.predictions(
-        ...     model=run.personal_models()["site-a"], clients=[3]
+        ...     model=run.personal_models()["site-a"], clients=["site-a"]
         ... )  # doctest: +SKIP
         """
         return self._kept("personal", self.model)

@@ -212,3 +212,15 @@ def test_an_edge_devices_errors(tmp_path):
         data.load_client(tmp_path / "mine.txt")
     with pytest.raises(DataError, match=r"no option 'labl'.*'label'"):
         data.load_client(csv, labl="y")
+
+
+def test_it_says_what_it_holds():
+    made = federate(dataset(), "iid", num_clients=3, proxy=0)
+    assert repr(made) == (
+        f"FederatedData('toy': 3 clients, {made.sizes.sum()} examples to train on, "
+        "5 to test, inputs [3], 4 classes, attributes group)"
+    )
+    x = np.zeros((20, 2), np.float32)
+    numbers = Examples(x, x[:, 0])
+    own = federate(DataSet("own", numbers, numbers, task="regression"), "iid", 2)
+    assert repr(own).endswith("20 to test, inputs [2])")
