@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date, time
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,30 @@ def kebab_key(dotted: str, setting: str = "") -> str:
     """
     table, key = split_key(dotted, setting or dotted)
     return f"{table}.{kebab(key)}"
+
+
+def names_of(value: Any, known: Collection[str] = ()) -> Any:
+    """Return names as a list; one text is a name, or several between commas.
+
+    What is no text is returned as it is, and a list is never taken apart.
+
+    Parameters
+    ----------
+    value : Any
+        What the user gave.
+    known : Collection[str]
+        Names that may have commas in them.
+
+    Examples
+    --------
+    >>> names_of("sex, race"), names_of(["a,b"]), names_of("a,b", ["a,b"])
+    (['sex', 'race'], ['a,b'], ['a,b'])
+    """
+    if not isinstance(value, str):
+        return value
+    if value in known:
+        return [value]
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def toml_value(where: str, value: Any) -> Any:

@@ -16,6 +16,7 @@ from ..core.extras import Imported
 from ..core.options import check_options, validated
 from ..core.paths import clean_path, readable_file
 from ..core.rng import Purpose, generator
+from ..core.settings import names_of
 from ..core.texts import shown
 from .encoding import (
     Encoder,
@@ -100,9 +101,10 @@ def load_csv(
         The column that says to which client a row belongs. Clients are numbered in
         the sorted order of their names, whichever rows are drawn for testing.
     sensitive : str or sequence of str
-        Columns that become attributes. Those that are not numeric become codes in
-        sorted order, named in ``attribute_names``. A run measures by their groups
-        (``groups.csv``); whole numbers of few different values are groups, too.
+        Columns that become attributes; in one text they stand between commas. Those
+        that are not numeric become codes in sorted order, named in ``attribute_names``.
+        A run measures by their groups (``groups.csv``); whole numbers of few different
+        values are groups, too.
     sensitive_features : bool
         Whether the sensitive columns are also features.
     standardise : bool
@@ -494,7 +496,7 @@ def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:
 
 def _npz_names(path: Path, sensitive: str | Sequence[str]) -> list[str]:
     """Return the names of sensitive arrays, which are no others'."""
-    names = [sensitive] if isinstance(sensitive, str) else list(sensitive)
+    names = list(names_of(sensitive))
     for name in names:
         if name in NPZ_ARRAYS:
             raise DataError(

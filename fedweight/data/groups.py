@@ -135,6 +135,12 @@ def check_groups(key: str, data: FederatedData, name: str) -> None:
         measure something.
     """
     what, train, test = f"data '{data.name}'", data.examples, data.test
+    if not name:
+        have = listed(sorted(train.attributes), most=9) or "none"
+        raise DataError(
+            f"{key} must name a sensitive attribute of the examples, got ''. {what} "
+            f"have {have}: those of a file are named in data.sensitive."
+        )
     for part in (train, test):
         if name not in part.attributes and len(part):
             which = "" if part is train else "the test examples of "
@@ -142,8 +148,8 @@ def check_groups(key: str, data: FederatedData, name: str) -> None:
             have = listed(sorted(part.attributes), most=9) or "none"
             raise DataError(
                 f"{key}: {which}{what} have no attribute {shown(name)}.{near} They "
-                f"have {have}. In a file data.sensitive names its columns; in "
-                "Python Examples(x, y, {name: column})."
+                f"have {have}. Of a file name the column in data.sensitive; in Python "
+                "give Examples(x, y, {name: column})."
             )
     for part in (train, test):
         column = part.attributes.get(name)

@@ -12,6 +12,7 @@ import numpy as np
 from ..core.errors import DataError
 from ..core.extras import Imported
 from ..core.paths import readable_file
+from ..core.settings import names_of
 from ..core.texts import listed, shown
 from .encoding import Label, numbers_of, text_of, values_of
 from .schema import NUMBER, TEXT
@@ -76,7 +77,7 @@ def read_source(
     labels = [label] if isinstance(label, str) else list(dict.fromkeys(label))
     if not labels:
         raise DataError(f"{path}: label names no column. Name one or more.")
-    sensitive = [sensitive] if isinstance(sensitive, str) else list(sensitive)
+    sensitive = list(names_of(sensitive, table.columns))
     named = [*labels, client, *sensitive]
     table.check_columns(column for column in named if column is not None)
     left_out = {*labels, client} | (set() if sensitive_features else set(sensitive))

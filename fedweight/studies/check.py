@@ -25,6 +25,7 @@ from ..core.writing import write_whole
 from ..data import DataSet, Examples, FederatedData
 from ..data.examples import name_clients
 from ..data.files import load_csv, load_npz, load_one, load_one_csv
+from ..data.groups import groups_of
 from ..data.schema import Schema
 from ..data.sources import Source, faults, read_source, read_test
 from ..data.tables import Reading, is_numeric
@@ -347,11 +348,13 @@ def _described(source: Source) -> dict[str, Any]:
             "column": source.client,
             **_sizes(np.bincount(numbers), names),
         }
-    facts["groups"] = {
-        name: {str(k): int(n) for k, n in counts.items()}
-        for name in source.sensitive
-        for counts in [table.frame[name].value_counts().sort_index()]
-    }
+    facts["groups"] = {}
+    for name in source.sensitive:
+        values = table.frame[name].to_numpy()
+        groups = groups_of(values)
+        if groups is not None:  # Of others a remark says that they make none.
+            counts = np.unique(values, return_counts=True)[1].tolist()
+            facts["groups"][name] = dict(zip(groups, counts, strict=True))
     return facts
 
 

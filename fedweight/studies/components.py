@@ -38,6 +38,7 @@ from ..data import (
 )
 from ..data import check as check_data
 from ..data.files import load_one_csv, load_one_npz
+from ..data.groups import check_groups
 from ..messages.codecs import Codec, codec
 from ..metrics import Groups, LearningTask, Statistics, task_named
 from ..models.adapters import factors_of
@@ -331,9 +332,8 @@ class Components:
             ours["num_classes"] = self.data.num_classes
         ours["input_shape"] = self.data.input_shape
         if "num_groups" in takes and (group := self._group()):
-            names = self.data.attribute_names
-            check_choice("strategy.group", group, names)
-            ours["num_groups"] = len(names[group])
+            check_groups("strategy.group", self.data, group)
+            ours["num_groups"] = len(self.data.attribute_names[group])
         if self.statistics.sends:
             ours["statistics"] = self.statistics
         if self.configuration["engine"]["threads"]:

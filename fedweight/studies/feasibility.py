@@ -13,10 +13,11 @@ from ..clients.objectives.base import defines
 from ..clients.personal_models import own_layers
 from ..clients.probes import REPORTED
 from ..clients.registries import PROBES
-from ..core.errors import ConfigurationError, check_choice, closest
+from ..core.errors import ConfigurationError, closest
 from ..core.layout import as_tensor
 from ..core.texts import shown
 from ..data.examples import channels_last
+from ..data.groups import check_groups
 from ..messages import keys
 from ..server.schedules import Buffered, Clock, Schedule
 from ..server.wrapped import with_inner
@@ -148,7 +149,7 @@ def _check_wants(
     if "groups" in chosen.wants and components.schema is None:
         by = [one for one in with_inner(strategy) if hasattr(one, "num_groups")]
         key = "strategy.group" if by else "objective.group"
-        check_choice(key, chosen.group, components.data.attribute_names)
+        check_groups(key, components.data, chosen.group)
 
 
 def _may_tell(strategy: Strategy) -> bool:

@@ -166,7 +166,10 @@ def _lost(groups: pd.DataFrame, least: int, known: bool) -> str:
         found = why_no_gap(rows, PLACES[part])
         gaps |= bool(found)
         if not found and none and not known:
-            found = [f"no example of {listed(map(plain, none), 5)} {PLACES[part]}"]
+            found = [
+                f"no example of {listed(map(plain, none), 5)} {PLACES[part]}, so that "
+                "gaps there are between the other groups"
+            ]
         lines += found
     ends = [NEEDS_TWO] if gaps else []
     if hidden:

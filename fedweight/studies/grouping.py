@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.errors import ConfigurationError, closest
 from ..core.records import RoundRecord
+from ..core.settings import names_of
 from ..core.texts import NAME_LENGTH, listed, own_name, plain, shown
 from ..data import FederatedData
 from ..data.groups import check_groups
@@ -47,7 +48,7 @@ def groups_asked(configuration: Configuration, data: FederatedData) -> Groups | 
     asked, key = list(table["attributes"]), "groups.attributes"
     if not asked:
         named = configuration.options("data").get("sensitive") or ()
-        named = [named] if isinstance(named, str) else named
+        named = names_of(named, data.examples.attributes)
         # What is no group is said where the file is read.
         asked, key = [n for n in named if n in data.attribute_names], "data.sensitive"
     asked = list(dict.fromkeys(asked))

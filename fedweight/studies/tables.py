@@ -21,7 +21,7 @@ from ..core.errors import ConfigurationError
 from ..core.options import ANY, MOST, Option, options_of
 from ..core.precision import Precision
 from ..core.registry import Registry, check_callable
-from ..core.settings import kebab
+from ..core.settings import kebab, names_of
 from ..data import DATA_SETS
 from ..data.partitions import PARTITIONS
 from ..messages import keys
@@ -42,13 +42,6 @@ MOST_WORKERS = 10_000
 
 
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
-
-
-def _several(value: Any) -> Any:
-    """Return names as a list; one text has them between commas, as Flower's must."""
-    if not isinstance(value, str):
-        return value
-    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,7 @@ class Run:
     ] = ""
     metrics: Annotated[
         Sequence[str],
-        BeforeValidator(_several),
+        BeforeValidator(names_of),
         Field(
             description="what is measured besides loss and accuracy, as macro-f1 or "
             "auc; empty: what is usual for the task"
@@ -226,6 +219,7 @@ class EvaluatedGroups:
 
     attributes: Annotated[
         Sequence[str],
+        BeforeValidator(names_of),
         Field(
             description="sensitive attributes whose groups are measured (groups.csv); "
             "none: those that data.sensitive names, if it is there"

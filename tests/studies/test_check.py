@@ -64,6 +64,21 @@ def test_what_a_csv_file_holds(patients):
     assert text.endswith("nothing here would be refused")
 
 
+def test_only_what_makes_groups_is_shown_as_groups(patients):
+    frame = patients.read_text().splitlines()
+    old = ["old", *(f"{float(k % 2)}" for k in range(len(frame) - 1))]
+    lines = [f"{a},{b}" for a, b in zip(frame, old, strict=True)]
+    patients.write_text("\n".join(lines) + "\n")
+    named = {"data.label": "outcome", "data.sensitive": "sex,age,old"}
+    checked = check_file(patients, named)
+    sizes = {"sex": {"f": 30, "m": 30}, "old": {"0": 30, "1": 30}}
+    assert checked.facts["groups"] == sizes
+    text = "\n".join(checked.lines())
+    assert "groups by 'old'; 0: 30 and 1: 30" in text
+    assert "groups by 'age'" not in text
+    assert "column 'age' has 50 different values, which make no groups" in text
+
+
 def test_what_a_run_refuses_is_refused_with_the_same_words(patients):
     with pytest.raises(DataError) as run:
         data.load("csv", patients, label="age")

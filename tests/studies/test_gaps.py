@@ -490,8 +490,9 @@ def test_a_gap_that_one_group_has_alone_is_none(
         (
             *([None, (5, 0, 5)], 3, []),
             [
-                "sex: no example of m in the held-out data; clients tell of no group "
-                "below groups.min-size = 3"
+                "sex: no example of m in the held-out data, so that gaps there are "
+                "between the other groups; clients tell of no group below "
+                "groups.min-size = 3"
             ],
         ),
         ([(5, 0, 5), (5, 0, 5)], 1, ["no training example is of group sex: m"], []),

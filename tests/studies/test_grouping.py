@@ -99,6 +99,27 @@ def test_a_csv_files_groups_are_recorded(file: Path, tmp_path: Path) -> None:
         assert whole["accuracy"] == pytest.approx(right / whole["examples"])
 
 
+def test_one_text_names_several_columns(file: Path, tmp_path: Path) -> None:
+    want = start(file, tmp_path / "want").groups
+    by_text = {"data.sensitive": "sex,old"}
+    pd.testing.assert_frame_equal(start(file, tmp_path / "a", **by_text).groups, want)
+    named = {"groups.attributes": "sex, old"}
+    found = start(file, tmp_path / "b", **named)
+    pd.testing.assert_frame_equal(found.groups, want)
+    assert found.config["groups"]["attributes"] == ["sex", "old"]
+    one = {"groups.attributes": "sex", "groups.intersections": None}
+    groups = start(file, tmp_path / "c", **one).groups
+    assert groups["attribute"].unique().tolist() == ["sex"]
+
+
+def test_a_column_with_a_comma_in_its_name_is_one(file: Path, tmp_path: Path) -> None:
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0].replace("sex", '"sex,m"'), *lines[1:]]) + "\n")
+    settings = {"data.sensitive": "sex,m", "groups.intersections": None}
+    groups = start(file, tmp_path / "run", **settings).groups
+    assert groups["attribute"].unique().tolist() == ["sex,m"]
+
+
 def test_nothing_changes_where_no_groups_are_asked_for(
     file: Path, tmp_path: Path
 ) -> None:
@@ -302,6 +323,27 @@ def test_the_least_size_holds_in_a_run(tmp_path: Path) -> None:
             },
             ["groups.min-size is 3", "groups.attributes names no"],
         ),
+        (
+            {
+                "data.sensitive": None,
+                "groups.intersections": None,
+                "strategy": {"name": "global-group-dro", "group": "sex"},
+            },
+            ["strategy.group: data 'own' have no attribute 'sex'", "data.sensitive"],
+        ),
+        (
+            {
+                "data.sensitive": "dose",
+                "groups.intersections": None,
+                "objective": {"name": "group-dro", "group": "dose"},
+            },
+            ["objective.group: ", "different numbers", "Put it into ranges"],
+        ),
+        (
+            {"groups.intersections": None, "objective.name": "group-dro"},
+            ["objective.group must name a sensitive attribute", "have old and sex"],
+        ),
+        ({"data.sensitive": "sex,odl"}, ["no column 'odl'", "Did you mean 'old'"]),
         ({"groups.positive": "maybe"}, ["no class 'maybe'", "no and yes"]),
         ({"groups.min-size": 0}, ["groups.min-size", "1"]),
     ],
