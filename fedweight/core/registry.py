@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .docstrings import unmarked
 from .errors import ConfigurationError, FedweightError, closest
 from .own_code import where_raised
 from .texts import shown
@@ -92,11 +93,12 @@ class Registry:
         return named.get(path, path)
 
     def descriptions(self) -> dict[str, str]:
-        """Return each name with the first line of its object's docstring.
+        """Return each name with the first line of its object's docstring, unmarked.
 
         Where there is source it is read from there, without importing anything.
         """
-        return {name: _first_line(path) for name, path in sorted(self.entries.items())}
+        entries = sorted(self.entries.items())
+        return {name: unmarked(_first_line(path)) for name, path in entries}
 
 
 def _first_line(path: str) -> str:

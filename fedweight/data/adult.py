@@ -83,6 +83,9 @@ def load(
     sensitive_features : bool
         Whether age, race and sex are also features, as is usual. Without them, others
         such as ``relationship`` (husband, wife) still tell much of them.
+    client : str
+        The column of texts whose values are the clients of the partition ``natural``;
+        by default there are none.
 
     References
     ----------

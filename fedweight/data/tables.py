@@ -92,8 +92,8 @@ _DASHES = str.maketrans(dict.fromkeys("\u2012\u2013\u2212\ufe63\uff0d", "-"))
 class Reading(TypedDict, total=False):
     """How a CSV file is written; every reader of one takes these options.
 
-    Keys
-    ----
+    Parameters
+    ----------
     sep : str
         What stands between cells: one character, by default a comma.
     decimal : {".", ","}
@@ -105,8 +105,8 @@ class Reading(TypedDict, total=False):
         called 0, 1, 2, ... A first line of numbers is refused unless this says what
         it is.
     na_values : sequence
-        Cells that stand for a missing value, besides empty ones; by default
-        :data:`MISSING`.
+        Cells that stand for a missing value, besides empty ones; by default NA, NaN,
+        null and the like (:data:`MISSING`).
     drop_missing : bool
         Whether rows with a missing value are left out; by default they are refused.
     drop : sequence of str

@@ -69,11 +69,16 @@ class WeightingStrategy(Strategy):
 
     Parameters
     ----------
-    fraction_train, fraction_evaluate : float
-        Share of the clients that train, and that evaluate, in a round; in [0, 1]. At 0
-        nobody does.
-    min_train_nodes, min_evaluate_nodes, min_available_nodes : int
-        0 or more; at least so many train, evaluate, and must be connected first.
+    fraction_train : float
+        Share of the clients that train in a round, in [0, 1]. At 0 nobody does.
+    fraction_evaluate : float
+        Share of the clients that evaluate in a round, in [0, 1]. At 0 nobody does.
+    min_train_nodes : int
+        0 or more; at least so many clients train in a round.
+    min_evaluate_nodes : int
+        0 or more; at least so many clients evaluate in a round.
+    min_available_nodes : int
+        0 or more; so many clients must be connected before a round begins.
     weighted_by_key : str
         The metric that says how much data a client has; ``num-examples``.
     arrayrecord_key, configrecord_key : str

@@ -75,8 +75,10 @@ class ServerAdam(ServerOptimizer):
     ----------
     learning_rate : float
         Above 0.
-    beta_1, beta_2 : float
-        In [0, 1).
+    beta_1 : float
+        In [0, 1); how much of the mean of updates stays in a round.
+    beta_2 : float
+        In [0, 1); how much of the mean of their squares stays in a round.
     tau : float
         Above 0; the degree of adaptivity. Where it is far above the update's
         coordinates nothing is adapted: the step is ``learning_rate / tau`` times the

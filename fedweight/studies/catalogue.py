@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from ..clients.registries import PROBES, QUERIES
-from ..core.docstrings import meanings
+from ..core.docstrings import meanings, unmarked
 from ..core.errors import ConfigurationError, closest
 from ..core.options import ANY, Option, options_of
 from ..core.settings import kebab
@@ -155,9 +155,7 @@ def _row(rule: Option, meaning: str) -> dict[str, Any]:
 
 def _line(text: str) -> str:
     """Return the first sentence of a text, without the marks of a docstring."""
-    text = re.sub(r":\w+:`~?([^`]*)`", lambda m: m[1].rsplit(".", 1)[-1], text)
-    text = text.replace("``", "")
-    return re.split(r"(?<=[a-z0-9)\]])\. (?=[A-Z])", text)[0].rstrip(".")
+    return re.split(r"(?<=[a-z0-9)\]])\. (?=[A-Z])", unmarked(text))[0].rstrip(".")
 
 
 # ------------------------------------------------------------------------ JSON schema

@@ -9,6 +9,7 @@ import pytest
 from fedweight.core.errors import ConfigurationError
 from fedweight.studies.catalogue import catalogue, json_schema, options_page
 from fedweight.studies.configuration import Configuration
+from fedweight.studies.tables import SCHEMA, picks_of
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,30 @@ def test_a_page_has_the_options_of_one_choice_only(
     assert found == brought
     assert len(always.keys() - page.keys()) == 1  # The key that has the name.
     assert all(row["meaning"] for key, row in page.items() if ":" not in name)
+
+
+CHOICES = [
+    (table, pick, name)
+    for table in SCHEMA
+    for pick in picks_of(table).values()
+    for name in pick.registry.entries
+]
+
+
+@pytest.mark.parametrize("table", SCHEMA)
+def test_each_option_has_a_text_of_its_own_and_no_marks(table: str) -> None:
+    for name in ["", *(name for of, _, name in CHOICES if of == table)]:
+        texts = {key: row["meaning"] for key, row in options_page(table, name).items()}
+        assert all(texts.values()), (name, texts)
+        assert len(set(texts.values())) == len(texts), (name, sorted(texts.values()))
+        marked = [text for text in texts.values() if "`" in text or "::" in text]
+        assert not marked, (name, marked)
+
+
+def test_no_line_of_the_catalogue_has_marks() -> None:
+    lines = [line for lines in catalogue().values() for line in lines.values()]
+    assert len(lines) > 150
+    assert not [line for line in lines if "`" in line]
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -42,8 +42,10 @@ class FedETF(Personal):
         How often both are trained, 1 or more.
     epochs : int
         Passes over the client's data for each of the two in each turn, 1 or more.
-    classifier_rate, projection_rate : float
-        Learning rates, above 0.
+    classifier_rate : float
+        The learning rate of the classifier, above 0.
+    projection_rate : float
+        The learning rate of the projection before it, above 0.
     """
 
     when = "end"
