@@ -6,6 +6,7 @@ say of a method is true is tested beside the method.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -13,6 +14,7 @@ import json
 import math
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,14 +22,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import fedweight
+from fedweight import Comparison
 from fedweight.cli import parser
 from fedweight.clients import Objective, TrainingApp, TrainingSettings
-from fedweight.clients.objectives import OBJECTIVES, Proximal
+from fedweight.clients.objectives import OBJECTIVES, SAM, Proximal
 from fedweight.clients.optimizers import OPTIMIZERS
 from fedweight.clients.personal import PERSONAL
 from fedweight.clients.rate_schedules import RATE_SCHEDULES
@@ -59,7 +63,9 @@ from fedweight.strategies.checks import LARGEST_VALUE
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.round import REPORTED, REQUESTED
 from fedweight.strategies.server_optimizers import ServerAdam, ServerMomentum
+from fedweight.studies.axes import Asked
 from fedweight.studies.configuration import Configuration
+from fedweight.studies.methods import methods_of
 from fedweight.studies.tables import options_in_file
 
 ROOT = Path(__file__).parents[1]
@@ -612,7 +618,7 @@ def test_the_readmes_way_to_the_gaps_between_groups_works(
         lines.append(f"{dose:.3f},{rng.normal(50, 9):.1f},{sex},s{k % 3},{outcome}")
     Path("patients.csv").write_text("\n".join(lines) + "\n")
     [first] = [b for b in code_blocks("README.md", "python") if "gaps" in b]
-    [second] = code_blocks("docs/groups.md", "python")
+    third, second = code_blocks("docs/groups.md", "python")
     assert len([line for line in first.splitlines() if line]) <= 10
     space: dict[str, Any] = {}
     exec(first, space)
@@ -631,6 +637,17 @@ def test_the_readmes_way_to_the_gaps_between_groups_works(
     assert rates.max() - rates.min() == pytest.approx(
         gaps.loc["demographic_parity_difference", "value"]
     )
+    own = pd.read_csv("patients.csv").iloc[space["said"]["file_row"]]
+    assert own["sex"].tolist() == space["said"]["sex"].tolist()
+    # To the comparison, of two seeds here.
+    assert len([line for line in third.splitlines() if line]) <= 10
+    exec(third.replace("range(10)", "range(2)"), space)
+    printed = capsys.readouterr().out
+    assert printed.count("demographic_parity_gap") == 2
+    found = space["found"]
+    assert found.cells["demographic_parity_gap"].notna().all()
+    assert found.folder == Path("runs/patients-comparison")
+    assert Comparison(found.folder).run(found.strategies[1], 1).groups is not None
 
 
 def test_the_keys_of_groups_are_those_of_their_page() -> None:
@@ -696,11 +713,68 @@ def main(grid, context):
     assert {told["epochs"] for told in space["done"].metrics["train"]} == {1}
 
 
+def test_an_objective_of_ones_own_is_compared_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = code_blocks("clients/README.md", "python")
+    [module] = [block for block in blocks if "class LabelSmoothing" in block]
+    [script] = [block for block in blocks if "compare(" in block]
+    (tmp_path / "my_module.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    quick = {"run.rounds": 1, "training.epochs": 1, "partition.clients": 3}
+    here = functools.partial(fedweight.compare, settings=quick, workers=1)
+    monkeypatch.setattr(fedweight, "compare", here)
+    exec(script.replace("range(10)", "range(1)"), {})
+    found = Comparison(Path("runs/quickstart-comparison"))
+    other = "fedavg+labelsmoothing:smoothing=0.2"
+    assert found.strategies == ["fedavg+plain", other]
+    table = found.run(other, 0).config["objective"]
+    assert table == {"name": "my_module:LabelSmoothing", "smoothing": 0.2}
+    del sys.modules["my_module"]
+
+
+def test_the_pairs_that_a_page_leaves_out_are_those_that_are_refused() -> None:
+    page = " ".join(text_of("strategies/README.md").split())
+    [taken] = re.findall(r"mean of examples' losses \((.*?), also inside", page)
+    mine = {name: OBJECTIVES.resolve(name) for name in OBJECTIVES.entries}
+    for chosen in ("agnostic-fair", "global-group-dro"):
+        cls = strategy_class(chosen)
+        free: set[str] = set()
+        for name, objective in mine.items():
+            groups = {"group": "sex"} if "group" in options_of(objective) else {}
+            made = objective(**groups)
+            with contextlib.suppress(ConfigurationError):
+                cls.objective(made, {"group": "sex", "penalty": 1.0})
+                free.add(name)
+        assert free - {"sam", "proximal"} == set(names(taken))
+    for name in STRATEGIES.entries.keys() - {"agnostic-fair"}:
+        for objective in mine.values():
+            groups = {"group": "sex"} if "group" in options_of(objective) else {}
+            strategy_class(name).objective(objective(**groups), {})
+
+
+def test_a_table_of_methods_is_as_its_page_shows(tmp_path: Path) -> None:
+    [block] = [
+        one
+        for one in code_blocks("docs/comparisons.md", "toml")
+        if "local-group" in one
+    ]
+    (tmp_path / "one.toml").write_text(block)
+    methods = Asked().beside(tmp_path / "one.toml").axes().methods
+    assert [one.label for one in methods] == [
+        *("fedavg", "local-group-dro", "agnostic-fair")
+    ]
+    assert methods[1].settings["objective.group"] == "sex"
+    taken = methods_of({"a": {"strategy": "fedavg", "objective": SAM(0.1)}})
+    assert taken[0].settings["objective.rho"] == 0.1
+
+
 @pytest.mark.parametrize("name", ["LabelSmoothing", "Doubt"])
 def test_the_examples_of_objectives_train_alone_and_at_once(name: str) -> None:
     space: dict[str, Any] = {}
     for code in code_blocks("clients/README.md", "python"):
-        if "personal_models" not in code:
+        if "personal_models" not in code and "compare(" not in code:
             exec(code, space)
     assert space["settings"].rule.nesterov
     objective: Objective = space[name]()

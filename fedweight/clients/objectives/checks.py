@@ -240,7 +240,8 @@ def check_mean(inner: Objective) -> None:
             raise ConfigurationError(
                 f"objective {type(own).__name__} makes a batch's loss in its own way, "
                 "so that its examples cannot be weighed besides. Choose one that "
-                "defines example_losses alone, such as 'plain' or 'focal'."
+                "defines example_losses alone, such as 'plain' or 'focal'; in a "
+                "comparison name the pairs that go together (docs/comparisons.md)."
             )
 
 
