@@ -19,6 +19,7 @@ from ..core.client_store import ClientRows
 from ..core.errors import ClientError
 from ..core.layout import FlatModel, Layout, as_tensor
 from .client_tasks import ClientTask
+from .steps.results import carried_of, columns_of, models_of
 from .steps.task import LocalResult
 
 # Whose it is: that of local training, or of the personal model's.
@@ -188,21 +189,24 @@ def write_results(
     ClientError
         If clients carry different things.
     """
-    pairs = zip(clients, results, strict=True)
-    trained = [(client, result) for client, result in pairs if result.num_steps]
-    if not trained:
+    _, _, steps = columns_of(results)
+    some = [k for k, number in enumerate(steps) if number]
+    if not some:
         return
-    own, made = zip(*trained, strict=True)
-    arrays = {CARRY + n: v for n, v in _joined([r.carry for r in made]).items()}
+    own, carried = [clients[k] for k in some], carried_of(results)
+    carries, kept = zip(*(carried[k] for k in some), strict=True)
+    arrays = {CARRY + n: v for n, v in _joined(carries).items()}
     if models:
-        arrays[PARAMETERS] = torch.stack([r.model.parameters for r in made]).numpy()
-        arrays[BUFFERS] = torch.stack([r.model.buffers for r in made]).numpy()
-        for name in made[0].model.integers:
-            values = [np.asarray(r.model.integers[name]) for r in made]
+        every = models_of(results)
+        made = [every[k] for k in some]
+        arrays[PARAMETERS] = torch.stack([m.parameters for m in made]).numpy()
+        arrays[BUFFERS] = torch.stack([m.buffers for m in made]).numpy()
+        for name in made[0].integers:
+            values = [np.asarray(m.integers[name]) for m in made]
             arrays[INTEGERS + name] = np.stack(values)
-    items = _joined([r.kept for r in made], torch.cat)
+    items = _joined(kept, torch.cat)
     if arrays or items:
-        lengths = [len(next(iter(r.kept.values()), ())) for r in made]
+        lengths = [len(next(iter(one.values()), ())) for one in kept]
         rows = ClientRows(
             _numbers(own),
             arrays,

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from ..core.errors import ClientError
 from ..core.layout import FlatModel
-from ..core.model_rows import ModelRows
+from ..core.model_rows import ModelRow, ModelRows
 from ..core.module import FlatModule
 from ..core.rng import Purpose, generator
 from ..core.texts import shown
@@ -224,6 +224,10 @@ class LocalWork:
         if not asked:
             return []
         clients = [clients[k] for k in asked]
+        models: Sequence[FlatModel | ModelRow] = models_of(results)
+        if isinstance(models, ModelRows):  # Brought where a probe looks at one.
+            models = models.there()
+        _, _, steps = columns_of(results)
         peers = Peers(module, start, self._probed, self.task.score)
         if batched and len(clients) > 1:
             peers.mixes = partial(self._mixes_examples, clients)
@@ -231,7 +235,7 @@ class LocalWork:
         # Most clients are told the same.
         told = {id(o): {**shared, **o.told} for o in alike(instructions_of(clients))}
         for client, k in zip(clients, asked, strict=True):
-            instructions, result = client.instructions, results[k]
+            instructions = client.instructions
             view = ClientRound(
                 client.number,
                 instructions.round,
@@ -239,8 +243,8 @@ class LocalWork:
                 client.data,
                 self.statistics.num_classes,
                 start,
-                result.model,
-                result.num_steps,
+                models[k],
+                steps[k],
                 self.settings,
                 instructions.learning_rate_in(self.settings),
                 peers,

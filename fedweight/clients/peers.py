@@ -81,12 +81,12 @@ class Peers:
         which: object
         if model is self.received:
             which = "received"
+        elif not isinstance(model, FlatModel):
+            which = model
         elif model is client.trained:
             which = "trained"
-        elif isinstance(model, FlatModel):
-            return self._evaluated(self._sums([client.part(part)], model))[0]
         else:
-            which = model
+            return self._evaluated(self._sums([client.part(part)], model))[0]
         if (which, part) not in self._evaluations:
             parts = [one.part(part) for one in self.clients]
             if which == "received":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -87,8 +88,8 @@ class ClientRound:
         ``x`` and ``y``.
     num_classes : int
         C; 0 where numbers are predicted.
-    received, trained : FlatModel
-        The global model as received, and the local model; to be read only.
+    received : FlatModel
+        The global model as received; to be read only.
     num_steps : int
         How many steps were made.
     settings : TrainingSettings
@@ -103,7 +104,7 @@ class ClientRound:
     data: ClientData
     num_classes: int
     received: FlatModel
-    trained: FlatModel
+    _model: FlatModel | Callable[[], FlatModel]
     num_steps: int
     settings: TrainingSettings
     learning_rate: float
@@ -111,6 +112,11 @@ class ClientRound:
     _coding: Coding
     _state: RecordDict
     _new: dict[str, ArrayRecord | MetricRecord] = field(default_factory=dict)
+
+    @cached_property
+    def trained(self) -> FlatModel:
+        """The local model; to be read only."""
+        return self._model() if callable(self._model) else self._model
 
     def evaluate(
         self, model: FlatModel | ClientModel, part: Part = "train"

@@ -24,6 +24,20 @@ KEPT_VALUES = 1 << 30
 SUMMED_COLUMNS = 1 << 18
 
 
+def changed_tensors_of(differ: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Return in which named tensors any value differs, ``[T]``, on the CPU.
+
+    Parameters
+    ----------
+    differ : Tensor
+        ``[P]``, bool: which values do.
+    offsets : Sequence[int]
+        ``T + 1`` places where the named tensors begin and end.
+    """
+    found = [differ[start:stop].any() for start, stop in pairwise(offsets)]
+    return torch.stack(found).cpu()
+
+
 class DeviceUpdates(Updates):
     """Updates whose rows are on a device, as the local models ``w_k``.
 
@@ -69,8 +83,7 @@ class DeviceUpdates(Updates):
         )
         for _, piece in self._pieces():
             anywhere |= (piece != 0).any(0)
-        found = [anywhere[start:stop].any() for start, stop in pairwise(self.offsets)]
-        yield torch.stack(found).cpu()
+        yield changed_tensors_of(anywhere, self.offsets)
 
     def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield some rows at a time, as differences: ``[k, P]``."""

@@ -347,6 +347,15 @@ class FlatModel:
         """Return the same model with other parameters, of the layout's dtype."""
         return replace(self, parameters=parameters.to(self.layout.dtype))
 
+    def is_finite(self) -> bool:
+        """Tell whether all values that a round changes are finite."""
+        return is_finite(self.parameters) and is_finite(self.buffers)
+
+    def negative_variances(self) -> list[Entry]:
+        """Return the variances that have negative values."""
+        places = ((e, self.buffers[e.start : e.stop]) for e in self.layout.variances)
+        return [e for e, values in places if bool((values < 0).any())]
+
     def travelling(self) -> FlatModel:
         """Return the part of it that a round changes; see :attr:`Layout.travelling`."""
         layout = self.layout.travelling

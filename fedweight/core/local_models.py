@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .device_updates import DeviceUpdates
 from .errors import AggregationError
 from .layout import FlatModel, Integers, as_tensor, is_finite
-from .model_rows import ModelRows
+from .model_rows import ModelRow, ModelRows
 from .pytorch import torch
 from .rows import TILE_ROWS
 from .threads import one_thread
@@ -62,11 +62,11 @@ class LocalModels(ABC):
 
 
 class HeldModels(LocalModels):
-    """Models in this process's memory.
+    """Models that this process holds, in its memory or on its device.
 
     Parameters
     ----------
-    models : Mapping[int, FlatModel]
+    models : Mapping[int, FlatModel or ModelRow]
         By node.
     parts : Iterable[Sequence[int]], optional
         The nodes whose rows are added up first among themselves; see
@@ -75,7 +75,7 @@ class HeldModels(LocalModels):
 
     def __init__(
         self,
-        models: Mapping[int, FlatModel],
+        models: Mapping[int, FlatModel | ModelRow],
         parts: Iterable[Sequence[int]] | None = None,
     ) -> None:
         self.models = models
@@ -89,22 +89,18 @@ class HeldModels(LocalModels):
         accumulate: Accumulate | None = None,
         threads: int | None = None,
     ) -> Updates:
-        rows = [self.models[node].parameters for node in nodes]
-        where = start.parameters, start.layout.offsets
-        if rows and not rows[0].is_cpu:
-            return DeviceUpdates(rows, *where, accumulate=accumulate)
-        return StackedUpdates(
-            rows,
-            *where,
+        return updates_of(
+            [self.models[node].parameters for node in nodes],
+            start.parameters,
+            start.layout.offsets,
             parts=None if self.parts is None else members(self.parts, nodes),
             accumulate=accumulate,
             threads=threads,
         )
 
     def buffers(self, nodes: Sequence[int], start: FlatModel) -> Updates:  # noqa: D102
-        return StackedUpdates(
-            [self.models[node].buffers for node in nodes], start.buffers
-        )
+        rows = [self.models[node].buffers for node in nodes]
+        return updates_of(rows, start.buffers)
 
     def integers(self, nodes: Sequence[int]) -> list[Integers]:  # noqa: D102
         return [self.models[node].integers for node in nodes]
@@ -140,12 +136,8 @@ class JoinedModels(LocalModels):
         rows = {
             n: row for some, models in parts for n, row in _rows(models, some, zero)
         }
-        return StackedUpdates(
-            [rows[node] for node in nodes],
-            start.parameters,
-            start.layout.offsets,
-            **options,
-        )
+        own = [rows[node] for node in nodes]
+        return updates_of(own, start.parameters, start.layout.offsets, **options)
 
     def buffers(self, nodes: Sequence[int], start: FlatModel) -> Updates:  # noqa: D102
         zero = replace(start, buffers=torch.zeros_like(start.buffers))
@@ -154,7 +146,7 @@ class JoinedModels(LocalModels):
             for some, models in self._parts_of(nodes)
             for node, row in zip(some, _matrix(models.buffers(some, zero)), strict=True)
         }
-        return StackedUpdates([rows[node] for node in nodes], start.buffers)
+        return updates_of([rows[node] for node in nodes], start.buffers)
 
     def integers(self, nodes: Sequence[int]) -> list[Integers]:  # noqa: D102
         found = {
@@ -178,9 +170,43 @@ def _rows(
     return zip(nodes, _matrix(models.updates(nodes, zero)), strict=True)
 
 
+def updates_of(
+    rows: Sequence[Tensor],
+    origin: Tensor,
+    offsets: Sequence[int] | None = None,
+    *,
+    parts: Sequence[Sequence[int]] | None = None,
+    accumulate: Accumulate | None = None,
+    threads: int | None = None,
+) -> Updates:
+    """Return updates that are worked on where the rows lie, if that is one place.
+
+    The parameters are those of :class:`~fedweight.core.updates.StackedUpdates`; where
+    the rows lie on a device there are neither parts nor threads.
+    """
+    if rows and not all(row.is_cpu for row in rows):
+        if len({row.device for row in rows}) == 1:
+            return DeviceUpdates(rows, origin, offsets, accumulate)
+        rows = _on_cpu(rows)
+    how: dict[str, Any] = {"accumulate": accumulate, "threads": threads}
+    return StackedUpdates(rows, origin, offsets, parts=parts, **how)
+
+
+def _on_cpu(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return rows in this process's memory; those of a device are brought at once."""
+    found = list(rows)
+    for device in {row.device for row in rows}:
+        places = [k for k, row in enumerate(rows) if row.device == device]
+        if not rows[places[0]].is_cpu:
+            brought = torch.stack([rows[k] for k in places]).cpu()
+            for k, row in zip(places, brought.unbind(), strict=True):
+                found[k] = row
+    return found
+
+
 def _matrix(updates: Updates) -> Tensor:
-    """Return all rows, ``[K, P]``."""
-    sheets = [sheet for _, sheet in updates.column_blocks()]
+    """Return all rows, ``[K, P]``, where they lie."""
+    sheets = [sheet for _, sheet in updates.sheets()]
     empty = torch.empty(updates.num_clients, 0, dtype=updates.dtype)
     return torch.cat(sheets, 1) if sheets else empty
 
@@ -208,13 +234,10 @@ def moved(
     """
     rows: dict[int, Tensor] = {}
     for updates, some in zip(parts, places, strict=True):
-        rows |= zip(some, _matrix(updates) + model.parameters, strict=True)
-    return StackedUpdates(
-        [rows[k] for k in range(len(rows))],
-        model.parameters,
-        model.layout.offsets,
-        **options,
-    )
+        matrix = _matrix(updates)
+        rows |= zip(some, matrix + model.parameters.to(matrix.device), strict=True)
+    own = [rows[k] for k in range(len(rows))]
+    return updates_of(own, model.parameters, model.layout.offsets, **options)
 
 
 @dataclass
@@ -284,7 +307,7 @@ class ModelSum:
             total.coefficients = dict(coefficients)
             if rows.integers:
                 pairs = zip(coefficients, places, strict=True)
-                total.integers = {node: rows[k].integers for node, k in pairs}
+                total.integers = {node: rows.integers_of(k) for node, k in pairs}
         return total
 
     def is_finite(self) -> bool:

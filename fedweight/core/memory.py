@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import ConfigurationError, FedweightError
+from .pytorch import torch
 
 
 def physical_memory() -> int | None:
@@ -16,6 +17,13 @@ def physical_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Return a GPU's memory in bytes, or ``None`` for what does not tell."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def check_memory(

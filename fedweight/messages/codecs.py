@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigurationError
 from ..core.layout import FlatModel, Layout
+from ..core.model_rows import ModelRows
 from ..core.options import checked_fields
 from ..core.registry import Registry
 
@@ -254,6 +255,8 @@ def as_read(
     """
     if not len(models) or (codec.exact and mask is None):
         return models
+    if codec.exact and mask is not None and isinstance(models, ModelRows):
+        return models.without(mask.eq(0))  # Where they lie.
     rows, uniform = to_write(codec, models, start, draws)
     if mask is not None:
         rows[:, mask == 0] = 0

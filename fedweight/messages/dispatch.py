@@ -27,7 +27,7 @@ from flwr.app import (
 )
 
 from ..core.errors import AggregationError, ClientError, EngineError
-from ..core.layout import FlatModel, Layout, is_finite
+from ..core.layout import FlatModel, Layout
 from ..core.local_models import (
     HeldModels,
     JoinedModels,
@@ -35,7 +35,7 @@ from ..core.local_models import (
     ModelSum,
     SummedModels,
 )
-from ..core.model_rows import ModelRows
+from ..core.model_rows import ModelRow, ModelRows
 from ..core.pytorch import torch
 from ..core.rows import changed_tensors
 from . import keys
@@ -221,7 +221,8 @@ class Reply:
     node : int
         The client's node.
     model : FlatModel or Callable, optional
-        What it trained; or what brings it, where it stayed elsewhere.
+        What it trained; or what brings it, where it stayed elsewhere, as a
+        :class:`~fedweight.core.model_rows.ModelRow` on a device.
     metrics : Mapping
         The reply's metric record.
     profile : Mapping
@@ -293,10 +294,13 @@ class Reply:
 
     def is_finite(self) -> bool:
         """Tell whether all values of the model are finite; look if nobody has yet."""
-        if self.finite is None and isinstance(self.model, FlatModel):
-            vectors = (self.model.parameters, self.model.buffers)
-            self.finite = all(map(is_finite, vectors))
+        if self.finite is None and isinstance(self.model, FlatModel | ModelRow):
+            self.finite = self.model.is_finite()
         return self.finite is not False
+
+    def brought(self) -> FlatModel | None:
+        """Return the model, if there is one, in this process's memory."""
+        return self.model() if callable(self.model) else self.model
 
     def message(self, reply_to: Message) -> Message:
         """Return the reply as Flower sends it."""
@@ -309,7 +313,7 @@ class Reply:
                 "as it came. Give the strategy's 'accumulate' a value to keep models."
             )
         content = RecordDict({keys.METRICS: MetricRecord(dict(self.metrics))})
-        model = self.model if not callable(self.model) else self.model()
+        model = self.brought()
         if self.written is not None:
             content[keys.ARRAYS] = self.written
         elif model is not None:
@@ -338,13 +342,25 @@ class Answers:
     models: Sequence[FlatModel] | None = None
 
     def hand_out(self, record: ArrayRecord | None = None) -> None:
-        """Let the replies hold the models; in the layout of what clients received."""
+        """Let the replies hold the models; in the layout of what clients received.
+
+        Rows on a device stay there, where they have that layout.
+        """
         if self.models is not None:
-            for reply, model in zip(self.replies, self.models, strict=True):
+            models: Sequence[FlatModel | ModelRow] = self.models
+            layout = None if record is None else layout_as_sent(record)
+            if isinstance(models, ModelRows) and layout in (None, models.layout):
+                models = models if models.is_cpu else models.there()
+            for reply, model in zip(self.replies, models, strict=True):
                 reply.model = model
             self.models = None
         if record is not None:
             lay_out_as_sent(record, self.replies)
+
+    def bring(self) -> None:
+        """Let the replies hold models in this process's memory."""
+        for reply in self.replies:
+            reply.model = reply.brought()
 
     @classmethod
     def too_many(cls, nodes: Sequence[int], why: str) -> Answers:
@@ -376,16 +392,17 @@ class Answers:
         ]
         self.total = _sum(holding, models, good, cohort.summed_by)
         if not self.total.is_finite():  # Some model is not, or their sum is too large.
-            good = [k for k in good if _is_finite(models[k])]
+            good = [k for k in good if _is_finite(models, k)]
             self.total = _sum(holding, models, good, cohort.summed_by, torch.float64)
         if good:
-            layout = models[good[0]].layout
+            rest = models if isinstance(models, ModelRows) else models[good[0]]
+            layout = rest.layout
             start = flatten(cohort.arrays, layout).parameters
             self.total.changed = _changed(models, good, start, layout.offsets)
         summed = set(good)
         for k, reply in enumerate(holding):
             if k not in summed:
-                reply.finite = _is_finite(models[k])
+                reply.finite = _is_finite(models, k)
             reply.model, reply.summed = None, True
 
 
@@ -396,17 +413,21 @@ def _changed(
     offsets: Sequence[int],
 ) -> npt.NDArray[np.bool_]:
     """Return which named tensors some of the models change, ``[T]``."""
-    if isinstance(models, ModelRows):  # Nearly always the first one tells.
-        first = models.parameters[good[0]].cpu()
-        found = changed_tensors([first], start, offsets)
+    if isinstance(models, ModelRows):
+        if not models.is_cpu:
+            return models.changed(good, start, offsets)
+        # Nearly always the first one tells.
+        found = changed_tensors([models.parameters[good[0]]], start, offsets)
         if found.all():
             return found
     moved = (models[k].parameters for k in good)
     return changed_tensors([*moved], start, offsets)
 
 
-def _is_finite(model: FlatModel) -> bool:
-    return is_finite(model.parameters) and is_finite(model.buffers)
+def _is_finite(models: Sequence[FlatModel], k: int) -> bool:
+    if isinstance(models, ModelRows):
+        return models.is_finite(k)
+    return models[k].is_finite()
 
 
 def _sum(
@@ -512,7 +533,8 @@ def held_models(
     replies: Sequence[Reply], parts: Sequence[Sequence[int]] | None = None
 ) -> HeldModels:
     """Return the models that some replies hold; see :class:`HeldModels`."""
-    models = {r.node: r.model for r in replies if isinstance(r.model, FlatModel)}
+    kinds = FlatModel | ModelRow
+    models = {r.node: r.model for r in replies if isinstance(r.model, kinds)}
     return HeldModels(models, parts)
 
 
@@ -535,9 +557,17 @@ class Gathered:
         self._total = ModelSum()
 
     def add(self, answers: Answers) -> None:
-        """Take in the answers of the next list."""
+        """Take in the answers of the next list; its rows may stay on a device."""
+        first = next(iter(answers.replies), None)
+        row = None if first is None else first.model
+        if isinstance(row, ModelRow) and not row.rows.may_stay(len(self.cohort)):
+            answers.bring()
         self._answers |= {reply.node: reply for reply in answers.replies}
         self._total.join(answers.total)
+
+    def make_room(self) -> None:
+        """Bring what lies on a device, which has no room for clients to train."""
+        Answers([*self._answers.values()]).bring()
 
     def replies(self, models: LocalModels | None = None) -> Replies:
         """Return all that came, in the cohort's order.

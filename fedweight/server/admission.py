@@ -13,6 +13,7 @@ import torch
 
 from ..core.errors import AggregationError
 from ..core.layout import FlatModel
+from ..core.model_rows import ModelRow
 from ..core.records import Status
 from ..core.texts import shown
 from ..messages import keys
@@ -86,10 +87,8 @@ def check_model(reply: Reply, arrays_key: str) -> None:
         raise AggregationError(f"its reply has no '{arrays_key}'")
     if not reply.is_finite():
         raise AggregationError(f"its model has {keys.NOT_FINITE}")
-    if not isinstance(reply.model, FlatModel):
-        return
-    for e in reply.model.layout.variances:
-        if bool((reply.model.buffers[e.start : e.stop] < 0).any()):
+    if isinstance(reply.model, FlatModel | ModelRow):
+        for e in reply.model.negative_variances():
             raise AggregationError(f"its '{e.name}', a variance, has negative values")
 
 

@@ -151,6 +151,8 @@ class LocalGrid(SimulationGrid):
                 else:
                     gathered.add(answers)
                     self.store.relieve()
+            if too_many:
+                gathered.make_room()
             todo = self._cut_smaller(cohort, lists, too_many)
             plan = self.plan
         self._tell_halved(before, why)

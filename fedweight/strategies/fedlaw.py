@@ -278,11 +278,11 @@ class FedLAW(WeightingStrategy):
         """Return the mean loss on the whole proxy set, as the optimiser sees it."""
         self._held.module.parameters.copy_(parameters)
         self._held.step = 0
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._held.x.device)
         with torch.no_grad():
             for batch in self._batches(0, 0):
-                total += float(self._held.cross_entropy(batch)) * len(batch)
-        return total / len(self._held.y)
+                total += self._held.cross_entropy(batch).double() * len(batch)
+        return float(total) / len(self._held.y)
 
 
 class _Held:

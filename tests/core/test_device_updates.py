@@ -66,7 +66,8 @@ def results(updates, device="cpu"):
 def check(one, other):
     for found, expected in zip(results(one), results(other), strict=True):
         assert found.shape == expected.shape
-        near = 3e-6 * float(expected.abs().max()) if expected.numel() else 0.0
+        # A sum of updates of about 0.01 may be far smaller than they are.
+        near = 1e-8 + 3e-6 * float(expected.abs().max()) if expected.numel() else 0.0
         np.testing.assert_allclose(found.cpu(), expected, rtol=3e-6, atol=near)
     assert torch.equal(one.changed, other.changed)
 

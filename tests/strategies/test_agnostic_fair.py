@@ -84,7 +84,7 @@ def seen(table, some=slice(None), group="site", **told):
         data=ClientData(part, part),
         num_classes=2,
         received=nothing,
-        trained=nothing,
+        _model=nothing,
         num_steps=1,
         settings=nothing,
         learning_rate=0.1,

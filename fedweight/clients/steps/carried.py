@@ -96,10 +96,16 @@ class Carried:
         """The shapes of all of it."""
         return tuple(tensor.shape for tensor in self.tensors)
 
+    def on_cpu(self) -> Carried:
+        """Return what is carried and kept, of all clients brought to the CPU."""
+        parts = self.carry, self.kept
+        carry, kept = ({n: v.cpu() for n, v in part.items()} for part in parts)
+        return Carried(carry=carry, kept=kept)
+
     def of_client(self, k: int, size: int) -> tuple[Named, Named]:
         """Return what client k of the chunk carries, and keeps of its examples."""
-        carry = {name: values[k].cpu() for name, values in self.carry.items()}
-        return carry, {name: rows[k, :size].cpu() for name, rows in self.kept.items()}
+        carry = {name: values[k] for name, values in self.carry.items()}
+        return carry, {name: rows[k, :size] for name, rows in self.kept.items()}
 
 
 def facts_of(task: Task, received: Tensor) -> Named:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ...core.layout import FlatModel
 from ...core.model_rows import ModelRows
 from ...core.module import FlatModule
+from .carried import Carried, Named
 from .memory import TrainedRows
 from .task import LocalResult, Tasks
 
@@ -43,15 +46,12 @@ class Results(Sequence[LocalResult]):
             start.frozen,
         )
         seen = tasks.sizes * tasks.epochs
-        self.losses: npt.NDArray[np.float64] = trained.losses.double().cpu().numpy()
-        self.losses = self.losses / seen
-        self.accuracies: npt.NDArray[np.float64] = (
-            trained.correct.double().cpu().numpy() / seen
-        )
+        sums = torch.stack([trained.losses, trained.correct]).double().cpu().numpy()
+        self.losses: npt.NDArray[np.float64] = sums[0] / seen
+        self.accuracies: npt.NDArray[np.float64] = sums[1] / seen
         self.num_steps = trained.num_steps
         self._sizes = tasks.sizes
         self._carried = trained.carried
-        self._carries = bool(trained.carried.carry or trained.carried.kept)
 
     def __len__(self) -> int:
         """Return C."""
@@ -64,16 +64,21 @@ class Results(Sequence[LocalResult]):
     def __getitem__(self, k: int | slice) -> LocalResult | list[LocalResult]:
         if isinstance(k, slice):
             return [self[i] for i in range(*k.indices(len(self)))]
-        result = LocalResult(
+        return LocalResult(
             self.models[k],
             float(self.losses[k]),
             float(self.accuracies[k]),
             int(self.num_steps[k]),
+            *self.carried(k),
         )
-        if self._carries:
-            carry, kept = self._carried.of_client(k, int(self._sizes[k]))
-            result = result._replace(carry=carry, kept=kept)
-        return result
+
+    @cached_property
+    def _brought(self) -> Carried:
+        return self._carried.on_cpu()
+
+    def carried(self, k: int) -> tuple[Named, Named]:
+        """Return what a client carries, and keeps of its examples."""
+        return self._brought.of_client(k, int(self._sizes[k]))
 
 
 def models_of(results: Sequence[LocalResult]) -> Sequence[FlatModel]:
@@ -81,6 +86,13 @@ def models_of(results: Sequence[LocalResult]) -> Sequence[FlatModel]:
     if isinstance(results, Results):
         return results.models
     return [result.model for result in results]
+
+
+def carried_of(results: Sequence[LocalResult]) -> list[tuple[Named, Named]]:
+    """Return what each client carries, and keeps of its examples."""
+    if isinstance(results, Results):
+        return [results.carried(k) for k in range(len(results))]
+    return [(result.carry, result.kept) for result in results]
 
 
 def columns_of(

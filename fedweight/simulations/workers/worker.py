@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from ...core.client_store import ClientRows, ClientStore
-from ...core.layout import FlatModel, Integers, Layout, as_tensor
+from ...core.layout import Integers, Layout, as_tensor
 from ...core.local_models import ModelSum
 from ...core.pytorch import is_imported, torch
 from ...core.rows import Rows
@@ -343,8 +343,8 @@ def _parted(replies: Sequence[Reply]) -> tuple[Side, list[npt.NDArray[Any]]]:
     """Take the models out of replies: their parameters, and what they have besides."""
     side, rows = Side(), []
     for reply in replies:
-        model, reply.model = reply.model, None
-        if isinstance(model, FlatModel):
+        model, reply.model = reply.brought(), None
+        if model is not None:
             side.layout = model.layout
             side.nodes.append(reply.node)
             side.buffers.append(as_array(model.buffers))

@@ -1,0 +1,147 @@
+"""Runs whose clients leave their rows on a device: those of the CPU, to rounding."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fedweight import Run, run
+from fedweight.clients import TrainingApp
+from fedweight.clients.steps.batched import BatchedTrainer
+from fedweight.core import local_models
+from fedweight.strategies import STRATEGIES
+
+from ..elsewhere import Elsewhere, There
+
+NETS = """
+from torch import nn
+
+
+def normed(input_shape, num_classes):
+    return nn.Sequential(
+        nn.Linear(*input_shape, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(),
+        nn.Linear(6, num_classes),
+    )
+"""
+
+QUICK: dict[str, Any] = {
+    "run.rounds": 2,
+    "data.name": "csv",
+    "data.label": "grade",
+    "data.client": "school",
+    "data.sensitive": ["sex"],
+    "partition.name": "natural",
+    "partition.clients": 0,
+    "model.name": "own_normed:normed",
+    "training.batch-size": 8,
+    "training.learning-rate": 0.05,
+    "engine.name": "local",
+    "engine.plan": "batched-100",
+}
+
+# What a method needs, or what only takes time.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "agnostic-fair": {"strategy.group": "sex", "run.metrics": []},
+    "fedbuff": {"schedule.name": "buffered", "schedule.buffer-size": 20},
+    "fedcollab": {"strategy.discriminator-rounds": 3},
+    "fedlaw": {"strategy.server-epochs": 2},
+    "fedlex": {"strategy.explore-epochs": 2},
+    "global-group-dro": {"strategy.group": "sex"},
+}
+RUNS = [(name, {}) for name in sorted(STRATEGIES.entries)] + [
+    ("fedavg", {"strategy.accumulate": "float64"}),  # All others' rows are added up.
+    ("fedavg", {"strategy.max-update-norm": 1.0}),
+    (
+        "ida",
+        {"strategy.per-tensor": True, "strategy.intrac": True, "strategy.fedavg": True},
+    ),
+]
+
+CLIENTS = 40
+
+# So often at most is something brought from the device in a round: less often than
+# there are clients.
+COPIES = 20
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that runs a strategy."""
+    (tmp_path / "own_normed.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    lines = ["age,hours,sex,school,grade"]
+    for k in range(CLIENTS * 10):
+        age, hours, sex = rng.normal(), rng.normal(), rng.choice(["f", "m"])
+        grade = "good" if hours + 0.3 * age + 0.02 * (k % CLIENTS) > 0.5 else "bad"
+        lines.append(f"{age:.3f},{hours:.3f},{sex},s{k % CLIENTS:02},{grade}")
+    Path("pupils.csv").write_text("\n".join(lines) + "\n")
+
+    def begin(name: str, out: str, **settings: Any) -> Run:
+        own = {**SETTINGS.get(name, {}), **settings}
+        given = {**QUICK, "strategy.name": name, "data.path": "pupils.csv", **own}
+        return run(settings=given, out=out, report=False)
+
+    yield begin
+    sys.modules.pop("own_normed", None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
+
+
+@pytest.fixture
+def leaving(monkeypatch: pytest.MonkeyPatch):
+    """Let what clients train, on the CPU, be left on a device that is not there."""
+    trains = BatchedTrainer.train_rows
+
+    def train_rows(self, *arguments: Any, **named: Any):
+        with _disable_current_modes():
+            trained = trains(self, *arguments, **named)
+        return replace(
+            trained,
+            rows=There(trained.rows),
+            buffer_rows=There(trained.buffer_rows),
+            integers={n: There(values) for n, values in trained.integers.items()},
+            losses=There(trained.losses),
+            correct=There(trained.correct),
+        )
+
+    stacked = local_models.StackedUpdates
+
+    def refuse(rows: Any, *arguments: Any, **named: Any):
+        assert len(rows) == 1, "rows were brought to the CPU"  # One trains alone.
+        return stacked(rows, *arguments, **named)
+
+    def leave() -> None:
+        monkeypatch.setattr(local_models, "StackedUpdates", refuse)
+        monkeypatch.setattr(BatchedTrainer, "train_rows", train_rows)
+        # As with an app that trains there.
+        monkeypatch.setattr(TrainingApp, "thread_safe", False)
+
+    return leave
+
+
+IDS = ["-".join([name, *settings]).replace("strategy.", "") for name, settings in RUNS]
+
+
+@pytest.mark.parametrize(("name", "settings"), RUNS, ids=IDS)
+def test_a_run_is_what_it_is_on_a_cpu(name, settings, start, leaving):
+    expected = start(name, "cpu", **settings)
+    leaving()
+    with Elsewhere() as device:
+        found = start(name, "device", **settings)
+    assert 0 < device.seen["down"] + device.seen["read"] <= COPIES * QUICK["run.rounds"]
+    for column in ("weight", "train_loss", "accuracy"):
+        np.testing.assert_allclose(
+            found.clients[column], expected.clients[column], rtol=1e-4, atol=1e-6
+        )
+    models = [load_file(f"{kind}/model.safetensors") for kind in ("device", "cpu")]
+    for tensor, values in models[1].items():
+        torch.testing.assert_close(models[0][tensor], values, rtol=1e-4, atol=1e-6)
