@@ -44,6 +44,15 @@ class There(Tensor):
         made.held = held
         return made
 
+    @property
+    def data(self) -> Tensor:
+        """The values, without a gradient."""
+        return self.detach()
+
+    @data.setter
+    def data(self, values: There) -> None:
+        self.held = values.held
+
     def tolist(self) -> Any:
         """Return the values as lists."""
         return self.cpu().tolist()

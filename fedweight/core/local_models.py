@@ -60,6 +60,10 @@ class LocalModels(ABC):
     def integers(self, nodes: Sequence[int]) -> list[Integers]:
         """Return the integer tensors of some clients' models, by name."""
 
+    def bring(self) -> bool:
+        """Bring the models that lie on a device to the CPU; tell whether some did."""
+        return False
+
 
 class HeldModels(LocalModels):
     """Models that this process holds, in its memory or on its device.
@@ -104,6 +108,11 @@ class HeldModels(LocalModels):
 
     def integers(self, nodes: Sequence[int]) -> list[Integers]:  # noqa: D102
         return [self.models[node].integers for node in nodes]
+
+    def bring(self) -> bool:  # noqa: D102
+        there = {n: m for n, m in self.models.items() if isinstance(m, ModelRow)}
+        self.models = {**self.models, **{node: row() for node, row in there.items()}}
+        return bool(there)
 
 
 class JoinedModels(LocalModels):
@@ -155,6 +164,10 @@ class JoinedModels(LocalModels):
             for node, values in zip(some, models.integers(some), strict=True)
         }
         return [found[node] for node in nodes]
+
+    def bring(self) -> bool:  # noqa: D102
+        found = [models.bring() for _, models in self.parts]
+        return any(found)
 
     def _parts_of(self, nodes: Sequence[int]) -> list[tuple[list[int], LocalModels]]:
         """Return some nodes part by part."""

@@ -33,7 +33,7 @@ from ..server.reported import (
 )
 from .checks import as_parameters, check_values, check_weights, masked
 from .now import Asked, GlobalModel, Now
-from .receiving import read, reason_of, sort
+from .receiving import read, reason_of, sort, where_room_is
 from .round import OddReplies, Round
 from .weights import effective_clients, size_weights
 
@@ -60,13 +60,15 @@ def next_model(
         return None, None
     accepted, models = sort(strategy, now, number, replies, record)
     chosen = now.own_metrics.limit(record.clients)
-    accepted = _short_enough(strategy, now, accepted, models, record)
+    short = partial(_short_enough, strategy, now, accepted, models, record)
+    accepted = where_room_is(now, models, short)
     now.errors.tell(number, record.clients)
     while True:
         if len(accepted) < strategy.min_replies:
             return _fail(record, _too_few(strategy, accepted, record))
         try:
-            made, state, optimizers = _made(strategy, now, number, accepted, models)
+            make = partial(_made, strategy, now, number, accepted, models)
+            made, state, optimizers = where_room_is(now, models, make)
             break
         except OddReplies as error:  # Without them, of what there was before.
             fewer = _without(accepted, error.reasons, record)

@@ -110,6 +110,8 @@ class Now:
         Whether no wrapper runs the rounds, which may look into the replies.
     forgets : bool
         Whether the log holds the last round only.
+    no_room : bool
+        Whether a device had no room to work on the models that clients left there.
     """
 
     method: Any
@@ -135,6 +137,7 @@ class Now:
     clock: Clock | None = None
     outermost: bool = False
     forgets: bool = False
+    no_room: bool = False
 
     def unpooled(self, pools: Mapping[str, int] | None, round: int) -> list[str]:
         """Return what clients are asked for in a round, to be added up over them."""

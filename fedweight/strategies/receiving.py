@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sized
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import TYPE_CHECKING, TypeVar
 
 from flwr.app import Message
 
 from ..core.errors import AggregationError
 from ..core.layout import FlatModel
+from ..core.limits import is_too_large
 from ..core.local_models import LocalModels
 from ..core.records import ClientRecord, RoundRecord
 from ..core.texts import TRACEBACK_LENGTH, clients_called, plain_lines
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from .base import WeightingStrategy
 
 log = logging.getLogger("fedweight")
+
+T = TypeVar("T")
 
 
 def read(
@@ -146,6 +149,28 @@ def sort(
     if models is None:
         models = held_models([one.reply for one in accepted.values()])
     return list(accepted.values()), models
+
+
+def where_room_is(now: Now, models: LocalModels, make: Callable[[], T]) -> T:
+    """Return what is made of local models: on the CPU, if a device has no room for it.
+
+    Then they are brought to the CPU in all rounds that follow.
+    """
+    if not now.no_room:
+        try:
+            return make()
+        except (MemoryError, RuntimeError) as error:
+            if not is_too_large(error) or not models.bring():
+                raise
+            why = str(error).split("\n", 1)[0] or type(error).__name__
+        now.no_room = True
+        log.warning(
+            "the server works on the clients' models on the CPU: where they trained "
+            "there is no room for it (%s)",
+            why,
+        )
+    models.bring()
+    return make()
 
 
 def _num_bytes(reply: Reply, asks: Iterable[str]) -> int:

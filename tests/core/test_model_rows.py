@@ -211,3 +211,20 @@ def test_rows_stay_where_they_leave_room(there, monkeypatch):
         gathered.make_room()
         for k, reply in enumerate(answers.replies):
             same(reply.model, rows[k])
+
+
+def test_the_device_that_is_not_there_refuses_what_a_device_does():
+    with Elsewhere() as mode:
+        one = torch.arange(3.0).to(DEVICE)
+        with pytest.raises(RuntimeError, match="on the device and on the CPU"):
+            one + torch.ones(3)
+        with pytest.raises(RuntimeError, match="numpy"):
+            one.numpy()
+        assert (one + torch.tensor(1.0)).tolist() == [1.0, 2.0, 3.0]
+        assert mode.seen == {"up": 1, "down": 1}
+        assert float(one.sum()) == 3.0
+        there = torch.zeros(3, device=DEVICE)
+        there[:2].add_(one[1:])
+        torch.zeros(3).copy_(there)
+    assert mode.seen == {"up": 1, "down": 2, "read": 1}
+    assert there.tolist() == [1.0, 2.0, 0.0]

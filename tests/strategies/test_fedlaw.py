@@ -11,10 +11,12 @@ from torch import nn
 
 from fedweight.core.device_updates import DeviceUpdates
 from fedweight.core.errors import ConfigurationError
+from fedweight.core.module import FlatModule
 from fedweight.core.updates import StackedUpdates
 from fedweight.strategies.fedavg import FedAvg
 from fedweight.strategies.fedlaw import FedLAW, chain, coherence, split, start
 
+from ..elsewhere import DEVICE, Elsewhere
 from ..waits import Waits
 
 
@@ -75,6 +77,39 @@ def test_golden_gradient(kit, toy, form):
         loss.backward()
         assert loss.item() == pytest.approx(toy[form]["loss"], abs=1e-8)
         assert gradient.tolist() == pytest.approx(free.grad.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"form": "quad"}, {"swa": True}])
+def test_with_the_proxy_set_on_the_device_of_the_rows_it_learns_there(kit, options):
+    layers = nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)
+    stream = np.random.default_rng(0)
+    model, begun = nn.Sequential(*layers), FlatModule(nn.Sequential(*layers)).save()
+    proxy = examples(stream.normal(size=(40, 3)), stream.integers(0, 2, 40))
+    moved = stream.normal(size=(9, len(begun.parameters))).astype(np.float32)
+    models = begun.parameters + 0.3 * torch.from_numpy(moved)
+
+    def learned(device, epochs):
+        strategy = FedLAW(
+            model=model, proxy=proxy, server_epochs=epochs, device=device, **options
+        )
+        where = begun.parameters, begun.layout.offsets
+        rows = models.to(device)
+        kind = StackedUpdates if rows.is_cpu else DeviceUpdates
+        updates = kind(rows.unbind(), *where)
+        round = replace(kit.make_round(models), model=begun, updates=updates)
+        return strategy.aggregate(round), round
+
+    expected, here = learned("cpu", 4)
+    copies = []
+    for epochs in (1, 4):
+        with Elsewhere() as mode:
+            found, there = learned(str(DEVICE), epochs)
+        copies.append((mode.seen["down"], mode.seen["read"]))
+    assert copies[0] == copies[1]
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **near)
+    for name, values in here.logged_clients.items():
+        torch.testing.assert_close(there.logged_clients[name], values, **near)
 
 
 @pytest.mark.parametrize("form", ["exp", "quad"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedweight import Run, run
 from fedweight.clients import TrainingApp
 from fedweight.clients.steps.batched import BatchedTrainer
 from fedweight.core import local_models
+from fedweight.core.device_updates import DeviceUpdates
 from fedweight.strategies import STRATEGIES
 
 from ..elsewhere import Elsewhere, There
@@ -66,6 +68,9 @@ RUNS = [(name, {}) for name in sorted(STRATEGIES.entries)] + [
 ]
 
 CLIENTS = 40
+
+# What is measured of personal models.
+OWN = {"personal_loss", "personal_accuracy"}
 
 # So often at most is something brought from the device in a round: less often than
 # there are clients.
@@ -119,13 +124,25 @@ def leaving(monkeypatch: pytest.MonkeyPatch):
         assert len(rows) == 1, "rows were brought to the CPU"  # One trains alone.
         return stacked(rows, *arguments, **named)
 
-    def leave() -> None:
-        monkeypatch.setattr(local_models, "StackedUpdates", refuse)
+    def leave(*, brought: bool = False) -> None:
+        if not brought:
+            monkeypatch.setattr(local_models, "StackedUpdates", refuse)
         monkeypatch.setattr(BatchedTrainer, "train_rows", train_rows)
         # As with an app that trains there.
         monkeypatch.setattr(TrainingApp, "thread_safe", False)
 
     return leave
+
+
+def assert_same(found: Run, expected: Run, tolerance: float = 1e-4) -> None:
+    """Compare two runs: weights, losses, accuracies and the last model."""
+    near = {"rtol": tolerance, "atol": tolerance / 100}
+    one, other = found.clients, expected.clients
+    for column in {"weight", "train_loss", "accuracy"} | {*other} & OWN:
+        np.testing.assert_allclose(one[column], other[column], **near)
+    models = [load_file(f"{run.folder}/model.safetensors") for run in (found, expected)]
+    for tensor, values in models[1].items():
+        torch.testing.assert_close(models[0][tensor], values, **near)
 
 
 IDS = ["-".join([name, *settings]).replace("strategy.", "") for name, settings in RUNS]
@@ -138,10 +155,63 @@ def test_a_run_is_what_it_is_on_a_cpu(name, settings, start, leaving):
     with Elsewhere() as device:
         found = start(name, "device", **settings)
     assert 0 < device.seen["down"] + device.seen["read"] <= COPIES * QUICK["run.rounds"]
-    for column in ("weight", "train_loss", "accuracy"):
-        np.testing.assert_allclose(
-            found.clients[column], expected.clients[column], rtol=1e-4, atol=1e-6
-        )
-    models = [load_file(f"{kind}/model.safetensors") for kind in ("device", "cpu")]
-    for tensor, values in models[1].items():
-        torch.testing.assert_close(models[0][tensor], values, rtol=1e-4, atol=1e-6)
+    assert_same(found, expected)
+
+
+# What needs models in this process's memory, or brings something else along.
+BROUGHT = {
+    "codec": {"codec.name": "bfloat16"},
+    "personal": {"personal.name": "ditto"},
+    "in-the-end": {"personal.name": "fine-tuned"},
+    "kept": {"objective.name": "aldr"},
+    "carried": {"objective.name": "group-dro", "objective.group": "sex"},
+}
+
+
+@pytest.mark.parametrize("name", BROUGHT)
+def test_what_needs_models_has_all_of_them_brought_at_once(name, start, leaving):
+    settings = {"strategy.accumulate": "float64", **BROUGHT[name]}
+    expected = start("ida", "cpu", **settings)
+    leaving(brought=True)
+    with Elsewhere() as device:
+        found = start("ida", "device", **settings)
+    assert_same(found, expected)
+    assert 0 < device.seen["down"] + device.seen["read"] < CLIENTS * QUICK["run.rounds"]
+
+
+def test_without_room_there_the_cpu_does_it_which_is_told_once(
+    start, leaving, monkeypatch, caplog
+):
+    expected = start("ida", "cpu")
+    leaving(brought=True)
+
+    def combine(self, weights):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(DeviceUpdates, "combine", combine)
+    with Elsewhere(), caplog.at_level(logging.WARNING, "fedweight"):
+        found = start("ida", "device")
+    assert_same(found, expected)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the server works on the clients' models on the CPU: where they trained there "
+        "is no room for it (CUDA out of memory. Tried to allocate 2 GiB.)"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fedavg", "fedce", "fedlaw", "ida"])
+def test_a_run_on_a_gpu_leaves_the_rows_there(name, start, monkeypatch):
+    settings = {"strategy.accumulate": "float64"}
+    expected = start(name, "cpu", **settings)
+    made = []
+    begin = DeviceUpdates.__init__
+
+    def note(self, models, *arguments, **named):
+        made.append({model.device.type for model in models})
+        begin(self, models, *arguments, **named)
+
+    monkeypatch.setattr(DeviceUpdates, "__init__", note)
+    found = start(name, "device", **settings, **{"engine.device": "cuda"})
+    assert made
+    assert {*map(str, made)} == {"{'cuda'}"}
+    assert_same(found, expected, 1e-3)
