@@ -44,6 +44,7 @@ from .samples import Kind, kind_of
 from .settings import TrainingSettings
 from .steps.batched import BatchedTrainer
 from .steps.loop import train
+from .steps.results import Results
 from .steps.task import Known, LocalResult, Task, Tasks
 from .trial import Trials
 from .trying import Findings
@@ -307,8 +308,11 @@ class CohortTrainer:
             )
         if everybody:
             return trained
-        begun = [start] * len(tasks) if tasks.own is None else tasks.own
-        results = [LocalResult(m or start, math.nan, math.nan, 0) for m in begun]
+        own = [None] * len(tasks) if tasks.own is None else tasks.own
+        begun = [model or start for model in own]
+        if isinstance(trained, Results) and not trained.models.is_cpu:
+            return trained.among(some, begun)
+        results = [LocalResult(model, math.nan, math.nan, 0) for model in begun]
         for k, result in zip(some, trained, strict=True):
             results[k] = result
         return results

@@ -154,6 +154,37 @@ class ModelRows(Sequence[FlatModel]):
         parameters = self.parameters.masked_fill(none, 0)
         return replace(self, parameters=parameters, _brought=[])
 
+    def among(self, places: Sequence[int], others: Sequence[FlatModel]) -> ModelRows:
+        """Return these in some places, and where they lie others in all the rest.
+
+        Parameters
+        ----------
+        places : Sequence[int]
+            C places, ascending.
+        others : Sequence[FlatModel]
+            One for each place there is; of those in ``places`` nothing is taken.
+        """
+        rest = sorted({*range(len(others))} - {*places})
+        order = np.argsort([*places, *rest])
+        where = torch.from_numpy(order).to(self.parameters.device)
+
+        def joined(own: Tensor, more: list[Tensor]) -> Tensor:
+            return torch.cat([own, torch.stack(more).to(own.device)])[where]
+
+        integers = {
+            name: np.concatenate(
+                [values, np.stack([others[k].integers[name] for k in rest])]
+            )[order]
+            for name, values in self.integers.items()
+        }
+        return replace(
+            self,
+            parameters=joined(self.parameters, [others[k].parameters for k in rest]),
+            buffers=joined(self.buffers, [others[k].buffers for k in rest]),
+            integers=integers,
+            _brought=[],
+        )
+
     def travelling(self) -> ModelRows:
         """Return the part of them that a round changes."""
         none = self.frozen.new_empty(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -228,3 +229,15 @@ def test_the_device_that_is_not_there_refuses_what_a_device_does():
         torch.zeros(3).copy_(there)
     assert mode.seen == {"up": 1, "down": 2, "read": 1}
     assert there.tolist() == [1.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2], [1, 3, 4], [2, 3, 5]])
+def test_those_who_did_not_train_stand_among_the_others(there, places):
+    others = [START.with_parameters(START.parameters * k) for k in range(6)]
+    others = [replace(m, integers=rows_on("cpu")[0].integers) for m in others]
+    found = rows_on(there.device, 3).among(places, others)
+    expected = dict(zip(places, rows_on("cpu", 3), strict=True))
+    assert found.parameters.device.type == there.device.type
+    assert len(found) == 6
+    for k, model in enumerate(found):
+        same(model, expected.get(k, others[k]))

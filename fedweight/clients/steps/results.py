@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import overload
@@ -52,6 +53,7 @@ class Results(Sequence[LocalResult]):
         self.num_steps = trained.num_steps
         self._sizes = tasks.sizes
         self._carried = trained.carried
+        self._at = dict(enumerate(range(len(tasks))))
 
     def __len__(self) -> int:
         """Return C."""
@@ -77,8 +79,30 @@ class Results(Sequence[LocalResult]):
         return self._carried.on_cpu()
 
     def carried(self, k: int) -> tuple[Named, Named]:
-        """Return what a client carries, and keeps of its examples."""
-        return self._brought.of_client(k, int(self._sizes[k]))
+        """Return what a client carries, and keeps of its examples; if it trained."""
+        at = self._at.get(k)
+        if at is None:
+            return {}, {}
+        return self._brought.of_client(at, int(self._sizes[at]))
+
+    def among(self, places: Sequence[int], begun: Sequence[FlatModel]) -> Results:
+        """Return them among the results of others, who did not train.
+
+        Parameters
+        ----------
+        places : Sequence[int]
+            Whose they are.
+        begun : Sequence[FlatModel]
+            What each client of all began with, which the others still have.
+        """
+        found, number = copy.copy(self), len(begun)
+        found.models = self.models.among(places, begun)
+        found.losses = np.full(number, np.nan)
+        found.accuracies, found.num_steps = found.losses.copy(), np.zeros(number, int)
+        for name in ("losses", "accuracies", "num_steps"):
+            getattr(found, name)[list(places)] = getattr(self, name)
+        found._at = dict(zip(places, range(len(places)), strict=True))
+        return found
 
 
 def models_of(results: Sequence[LocalResult]) -> Sequence[FlatModel]:
