@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from ..core.errors import ClientError
 from ..core.layout import FlatModel
-from ..core.model_rows import ModelRow, ModelRows
+from ..core.model_rows import Held, ModelRows
 from ..core.module import FlatModule
 from ..core.rng import Purpose, generator
 from ..core.texts import shown
@@ -224,7 +224,7 @@ class LocalWork:
         if not asked:
             return []
         clients = [clients[k] for k in asked]
-        models: Sequence[FlatModel | ModelRow] = models_of(results)
+        models: Sequence[Held] = models_of(results)
         if isinstance(models, ModelRows):  # Brought where a probe looks at one.
             models = models.there()
         _, _, steps = columns_of(results)

@@ -353,6 +353,8 @@ class FlatModel:
 
     def negative_variances(self) -> list[Entry]:
         """Return the variances that have negative values."""
+        if not self.layout.variances:
+            return []
         places = ((e, self.buffers[e.start : e.stop]) for e in self.layout.variances)
         return [e for e, values in places if bool((values < 0).any())]
 

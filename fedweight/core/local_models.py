@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .device_updates import DeviceUpdates
 from .errors import AggregationError
 from .layout import FlatModel, Integers, as_tensor, is_finite
-from .model_rows import ModelRow, ModelRows
+from .model_rows import Held, ModelRow, ModelRows
 from .pytorch import torch
 from .rows import TILE_ROWS
 from .threads import one_thread
@@ -79,7 +79,7 @@ class HeldModels(LocalModels):
 
     def __init__(
         self,
-        models: Mapping[int, FlatModel | ModelRow],
+        models: Mapping[int, Held],
         parts: Iterable[Sequence[int]] | None = None,
     ) -> None:
         self.models = models

@@ -231,6 +231,12 @@ class ModelRow:
 
     def negative_variances(self) -> list[Entry]:
         """Return the variances that have negative values."""
+        if not self.rows.layout.variances:
+            return []
         _, *negative = self.rows._looked_at[:, self.k]
         pairs = zip(self.rows.layout.variances, negative, strict=True)
         return [entry for entry, odd in pairs if odd]
+
+
+# A model that this process holds, wherever.
+Held = FlatModel | ModelRow

@@ -35,7 +35,7 @@ from ..core.local_models import (
     ModelSum,
     SummedModels,
 )
-from ..core.model_rows import ModelRow, ModelRows
+from ..core.model_rows import Held, ModelRow, ModelRows
 from ..core.pytorch import torch
 from ..core.rows import changed_tensors
 from . import keys
@@ -294,7 +294,7 @@ class Reply:
 
     def is_finite(self) -> bool:
         """Tell whether all values of the model are finite; look if nobody has yet."""
-        if self.finite is None and isinstance(self.model, FlatModel | ModelRow):
+        if self.finite is None and isinstance(self.model, Held):
             self.finite = self.model.is_finite()
         return self.finite is not False
 
@@ -347,7 +347,7 @@ class Answers:
         Rows on a device stay there, where they have that layout.
         """
         if self.models is not None:
-            models: Sequence[FlatModel | ModelRow] = self.models
+            models: Sequence[Held] = self.models
             layout = None if record is None else layout_as_sent(record)
             if isinstance(models, ModelRows) and layout in (None, models.layout):
                 models = models if models.is_cpu else models.there()
@@ -533,8 +533,7 @@ def held_models(
     replies: Sequence[Reply], parts: Sequence[Sequence[int]] | None = None
 ) -> HeldModels:
     """Return the models that some replies hold; see :class:`HeldModels`."""
-    kinds = FlatModel | ModelRow
-    models = {r.node: r.model for r in replies if isinstance(r.model, kinds)}
+    models = {r.node: r.model for r in replies if isinstance(r.model, Held)}
     return HeldModels(models, parts)
 
 

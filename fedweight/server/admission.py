@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import AggregationError
 from ..core.layout import FlatModel
-from ..core.model_rows import ModelRow
+from ..core.model_rows import Held
 from ..core.records import Status
 from ..core.texts import shown
 from ..messages import keys
@@ -87,7 +87,7 @@ def check_model(reply: Reply, arrays_key: str) -> None:
         raise AggregationError(f"its reply has no '{arrays_key}'")
     if not reply.is_finite():
         raise AggregationError(f"its model has {keys.NOT_FINITE}")
-    if isinstance(reply.model, FlatModel | ModelRow):
+    if isinstance(reply.model, Held):
         for e in reply.model.negative_variances():
             raise AggregationError(f"its '{e.name}', a variance, has negative values")
 
