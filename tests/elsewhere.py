@@ -7,10 +7,11 @@ tensors of both is refused, and what crosses from one to the other is counted.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -108,6 +109,20 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str]) -
     return tree_map_only(Tensor, placed, found)
 
 
+class _Made(TorchFunctionMode):
+    """Lets ``torch.tensor`` make a tensor there, of which no dispatch is told."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Do what is asked for."""
+        rest = dict(kwargs or {})
+        wanted = rest.pop("device", None) if func is torch.tensor else None
+        if wanted is None or torch.device(wanted) != DEVICE:
+            return func(*args, **(kwargs or {}))
+        return func(*args, **rest).to(DEVICE)
+
+
 class Elsewhere(TorchDispatchMode):
     """The device, in a ``with`` block.
 
@@ -121,6 +136,18 @@ class Elsewhere(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[str] = Counter()
+        self._made = _Made()
+
+    def __enter__(self) -> Self:
+        """Begin to count."""
+        self._made.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End it."""
+        super().__exit__(*error)
+        self._made.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
