@@ -468,7 +468,8 @@ def _schema(given: argparse.Namespace) -> int:
 
 def _report(given: argparse.Namespace) -> int:
     from .core.paths import address
-    from .studies.comparison import PLAN, Comparison
+    from .studies.comparison import Comparison
+    from .studies.reader import PLAN
     from .studies.result import Run
 
     compared = os.path.isfile(os.path.join(given.folder, PLAN))

@@ -20,7 +20,7 @@ from ..core.paths import clean_path
 from ..core.texts import listed, plain, shown
 from .comparison_lines import note_lines, rows_of, verdict_lines, warning_lines
 from .ranks import ROPE, Ranking
-from .reader import table_of
+from .reader import PLAN, table_of
 from .result import Run
 from .summarizing import (
     CELL_COLUMNS,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 else:
     pd = Imported("pandas", "studies", "a run's folder")
 
-PLAN = "comparison.toml"
 
 _ANEW = (
     "It is spoilt, or of another version; the same 'fedweight compare' as before "
@@ -71,6 +70,11 @@ class Comparison:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", clean_path("the folder", self.folder))
+        if (self.folder / "rounds.csv").is_file():
+            raise DataError(
+                f"{self.folder} is a run's folder. Read it by "
+                f"fedweight.Run({str(self.folder)!r})."
+            )
         for name in (PLAN, CELLS, SUMMARY):
             if not (self.folder / name).is_file():
                 raise DataError(

@@ -32,6 +32,9 @@ else:
 # What makes a folder a run; the rest may be missing where a run was stopped early.
 _REQUIRED = ("config.toml", "rounds.csv")
 
+# What makes it a comparison's instead.
+PLAN = "comparison.toml"
+
 _TEXT = frozenset({"name", "status", "reason", "part", "attribute", "group"})
 _KEYS = frozenset({"round", "client"})
 _COUNTS = frozenset(
@@ -83,6 +86,12 @@ class RunFolder:
         object.__setattr__(self, "folder", clean_path("the folder", self.folder))
         if not self.folder.is_dir():
             raise DataError(f"{self.folder} is not a folder. {_WHAT_A_RUN_IS}")
+        if (self.folder / PLAN).is_file():
+            raise DataError(
+                f"{self.folder} is a comparison's folder. Read it by "
+                f"fedweight.Comparison({str(self.folder)!r}), whose run(strategy, "
+                "seed) returns one of its runs."
+            )
         for name in _REQUIRED:
             self._file(name)
 

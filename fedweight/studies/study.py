@@ -32,14 +32,13 @@ from .cells import (
     what_is_there,
 )
 from .choosing import as_chosen, choose
-from .comparison import PLAN
 from .components import Components, prepare
 from .configuration import Configuration
 from .folder import check_repeats
 from .given import as_settings, of_main, whole_tables
 from .methods import Method, joined, refuse_taken
 from .origins import others_in, tell_unknown
-from .reader import table_of
+from .reader import PLAN, table_of
 from .runner import make_ready, name_of_own, preface_of
 from .summarizing import Row, reached
 from .tables import COMPARE

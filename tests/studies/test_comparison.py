@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 import fedweight
-from fedweight import Comparison, compare
+from fedweight import Comparison, Run, compare
 from fedweight.cli import main
 from fedweight.clients.objectives import Plain
 from fedweight.core.errors import ConfigurationError, DataError
@@ -494,6 +494,17 @@ def test_a_folder_that_is_no_comparisons_is_named(here: Path) -> None:
         compare(strategies="fedavg", out="file")
     with pytest.raises(DataError, match=r"nothing/comparison.toml is missing"):
         Comparison(Path("nothing"))
+
+
+def test_a_folder_of_the_other_kind_is_named(made: Comparison) -> None:
+    said = rf"is a comparison's folder. Read it by fedweight.Comparison\('{made.folder}"
+    with pytest.raises(DataError, match=said):
+        Run(made.folder)
+    own = made.run("ida", 0).folder
+    with pytest.raises(
+        DataError, match=rf"a run's folder. Read it by fedweight.Run\('{own}"
+    ):
+        Comparison(own)
 
 
 @pytest.mark.parametrize(
