@@ -157,9 +157,9 @@ class Measuring:
         cache = {"XDG_CACHE_HOME": str(place)}
         if case.kind == "card":
             return EngineProcess(sys.executable, "card", place, device)
-        if case.kind == "trainer":
-            told = (case.work[0], case.work[1:], device)
-            return EngineProcess(sys.executable, "trainer", place, *told)
+        of_trainer = (case.work[:1], case.work[1:], device)
+        if case.kind == "trainer" and not case.engine:
+            return EngineProcess(sys.executable, "trainer", place, *of_trainer)
         if case.kind == "quick start":
             told = (case.work, "1" if self.small else "10", device, case.plan)
             return EngineProcess(
@@ -170,6 +170,9 @@ class Measuring:
             python = environments.python_of(case.engine, "cuda")
         except environments.NotInstalledError as error:
             return str(error)
+        if case.kind == "trainer":
+            told = (*of_trainer, case.plan)
+            return EngineProcess(python, case.engine, place, *told)
         if case.work not in self._written:
             self._written[case.work] = Path(tempfile.mkdtemp(dir=self.folder))
             try:

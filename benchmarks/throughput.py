@@ -122,6 +122,7 @@ def row_of(
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, measure, print and write."""
+    on_gpus = [e for e in environments.ENGINES if e in environments.USE_A_GPU]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--work",
@@ -157,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--device",
         default="cpu",
         choices=["cpu", "cuda"],
-        help=f"where clients train; one GPU: {', '.join(environments.USE_A_GPU)}",
+        help=f"where clients train; one GPU: {', '.join(on_gpus)}",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="default: results/throughput-DATE"

@@ -28,11 +28,11 @@ class Case:
         Of rounds and plans a name such as ``S100``; of the trainer the model and how
         many clients train at once; of the quick start its strategy.
     engine : str
-        Who runs rounds.
+        Who runs rounds; who trains, where that is not fedweight.
     device : {"card", "cpu", "auto"}
         Where clients train; ``card`` is what the command line says.
     plan : str
-        How fedweight trains them.
+        How fedweight trains them; how exact the products of Triton by hand are.
     strategy : str
         How fedweight weighs them.
     workers : int
@@ -56,7 +56,7 @@ class Case:
         words = [self.kind, self.work, self.engine]
         if self.strategy != "fedavg":
             words.append(self.strategy)
-        if self.engine in ("local", "ray") or self.kind == "quick start":
+        if self.engine in ("local", "ray", "triton") or self.kind == "quick start":
             words.append(self.plan)
         if self.workers:
             words.append(f"{self.workers} workers")
@@ -99,6 +99,11 @@ def all_cases() -> list[Case]:
     local = {work: f"local {plan}" for work, plan in by_hand.items()}
     trainer = [Case("trainer", f"S{n}") for n in (4096, 1024, 256)]
     trainer += [Case("trainer", f"M{n}") for n in (256, 1024, 4096)]
+    # Several forms are compiled, to take the quickest.
+    in_triton = [
+        Case("trainer", f"S{n}", "triton", plan=precision, limit=60.0)
+        for n, precision in ((4096, "ieee"), (256, "ieee"), (4096, "tf32x3"))
+    ]
     quick = [
         Case("quick start", work=strategy, plan=plan, device=device)
         for strategy in ("fedavg", "fedlaw", "ida")
@@ -115,12 +120,14 @@ def all_cases() -> list[Case]:
         *rounds("S100", "floor", local["S100"], "local auto", "ray batched-25"),
         *rounds("S100", "flwr", "jax"),
         *trainer[:1],
+        *in_triton[:1],
         *rounds("M100", "floor", local["M100"], "local auto", "jax"),
         *quick[:3],
         Case("tests", limit=120.0),
         *rounds("S10000", local["S10000"], "local auto"),
         *rounds("M1000", local["M1000"], "local auto"),
         *trainer[1:],
+        *in_triton[1:],
         *weighed,
         *quick[3:5],
         *quick[6:8],

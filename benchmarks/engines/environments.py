@@ -22,7 +22,7 @@ ENGINES = ("floor", "local", "ray", "flwr", "jax", "pfl", "blazefl", "fedlab", "
 
 # These can use a GPU. There peers run beside fedweight, with its PyTorch, where they
 # are installed already.
-USE_A_GPU = ("floor", "local", "ray", "flwr", "jax", "pfl")
+USE_A_GPU = ("floor", "local", "ray", "flwr", "jax", "pfl", "triton")
 
 
 class NotInstalledError(Exception):
@@ -56,6 +56,7 @@ class Peer:
 PEERS = {
     "jax": Peer("jax==0.10.2"),
     "pfl": Peer("pfl==0.6.0", newest=(3, 12)),
+    "triton": Peer("triton==3.9.0"),  # Comes with a PyTorch for CUDA.
     "blazefl": Peer("blazefl[contrib,reproducibility]==3.0.0", python=(3, 14)),
     "fedlab": Peer("fedlab==1.3.0"),
     "fluke": Peer("fluke-fl==0.8.1"),

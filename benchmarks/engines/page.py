@@ -128,4 +128,6 @@ def _of_trainer(row: Row) -> str:
     over = [f"{row[f'over_{b}']:.3g} of {b}" for b in BOUNDS if f"over_{b}" in row]
     bounds = f"; in times of its bounds: {', '.join(over)}" if over else ""
     at_once = f"{row.get('chunk', row['work'][1:])} at once"
-    return f"The trainer alone, {row['work'][0]}, {at_once}: {speed}{bounds}."
+    precision = row["row"].split(", ")[-1]
+    whose = f", in Triton by hand, {precision}" if row["engine"] == "triton" else ""
+    return f"The trainer alone, {row['work'][0]}, {at_once}{whose}: {speed}{bounds}."

@@ -146,7 +146,17 @@ def difference(rows: Tensor, expected: Sequence[Tensor]) -> float:
 
 def main() -> None:
     """Run updates as told."""
-    worker = Worker(f"fedweight {fedweight.__version__}, PyTorch {torch.__version__}")
+    versions = f"fedweight {fedweight.__version__}, PyTorch {torch.__version__}"
+    run(Worker(versions), at_once)
+
+
+def run(
+    worker: Worker, at_once: Callable[[str, Tasks, str], Callable[[], Tensor]]
+) -> None:
+    """Run updates as told, by what trains clients at once.
+
+    What it is given and returns is as in :func:`at_once`.
+    """
     model, told, device = sys.argv[2], int(sys.argv[3]), sys.argv[4]
     name_of(device)
     tasks = tasks_of(model, told)
@@ -154,7 +164,7 @@ def main() -> None:
     chunk, update, rows = as_many_as_fit(
         lambda count: at_once(model, tasks[:count], device), told
     )
-    worker.facts = {
+    worker.facts |= {
         "chunk": chunk,
         "difference": difference(rows, expected),
         "steps": STEPS,
