@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +72,6 @@ class Shape:
         return f"tiles of {self.tile}, {self.warps} warps, {self.stages} stages"
 
 
-# The quickest on the card at hand is taken.
 SHAPES = (Shape(32, 4, 3), Shape(32, 4, 2), Shape(64, 4, 2), Shape(32, 8, 2))
 
 
@@ -129,13 +128,15 @@ class ManyMLPs:
         Of all.
     precision : {"ieee", "tf32x3"}
         Of products: float32's own, or three of the tensor cores, whose sum comes near.
+    shapes : Sequence[Shape]
+        The quickest is taken on a card, the first elsewhere.
 
     Attributes
     ----------
     losses, correct : Tensor
         ``[C]``: sums over the examples that the last training met.
     shape : Shape
-        How it is laid out: on a card, as is quickest.
+        The one that was taken.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class ManyMLPs:
         tasks: Tasks,
         learning_rate: float,
         precision: Precision = "ieee",
+        shapes: Sequence[Shape] = SHAPES,
     ) -> None:
         parts = tasks.examples
         assert isinstance(parts, Parts)
@@ -187,9 +189,9 @@ class ManyMLPs:
             "PRECISION": precision,
         }
         self._draw()
-        self.shape = SHAPES[0]
-        if device.type == "cuda":
-            self.shape = min(SHAPES, key=self._seconds)
+        self.shape = shapes[0]
+        if device.type == "cuda" and len(shapes) > 1:
+            self.shape = min(shapes, key=self._seconds)
 
     def train(self) -> Tensor:
         """Train all from the start; return their models ``[C, P]``, kept until then."""
