@@ -246,6 +246,7 @@ class Measuring:
         found |= {"round_s": turn.round, "updates_per_second": updates / turn.round}
         if facts.get("launches"):
             found["launches"] = facts["launches"]
+            found["card_us"] = 1e6 * facts["busy_s"] / updates
             found["host_us"] = 1e6 * (turn.round - facts["busy_s"]) / updates
             if "steps" in facts:
                 found["launches_per_step"] = facts["launches"] / facts["steps"]
