@@ -72,7 +72,8 @@ class Shape:
         return f"tiles of {self.tile}, {self.warps} warps, {self.stages} stages"
 
 
-SHAPES = (Shape(32, 4, 3), Shape(32, 4, 2), Shape(64, 4, 2), Shape(32, 8, 2))
+# They differ in how often shared memory is read and how many clients a processor has.
+SHAPES = (Shape(32, 4, 3), Shape(32, 2, 2), Shape(64, 4, 2), Shape(32, 8, 2))
 
 
 class Orders:
