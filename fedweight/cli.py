@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .studies.cells import Ended
     from .studies.progress import Progress, Wanted
     from .studies.result import Run
 
@@ -323,7 +322,7 @@ def _run(given: argparse.Namespace) -> int:
 
 def _compare(given: argparse.Namespace) -> int:
     from .core.paths import address
-    from .studies.comparing import compare
+    from .studies.comparing import LINES, compare
 
     _show_warnings()
     found = compare(
@@ -338,7 +337,7 @@ def _compare(given: argparse.Namespace) -> int:
         settings=given.settings,
         out=given.out,
         workers=given.workers,
-        progress=None if given.json else _print_ended,
+        progress=None if given.json else LINES,
     )
     if given.json:
         print(json.dumps(found.to_dict()))
@@ -524,10 +523,6 @@ def _progress(given: argparse.Namespace) -> Wanted:
     if given.json:
         return False
     return True if watched() else _print_round
-
-
-def _print_ended(ended: Ended) -> None:
-    print(ended, file=sys.stderr, flush=True)
 
 
 def _print_round(progress: Progress) -> None:

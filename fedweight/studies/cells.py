@@ -232,7 +232,7 @@ def run_cell(cell: Cell, dataset: DataSet) -> str:
                 preface=cell.preface,
                 report=False,
                 progress=False,
-                overwrite=cell.how == "anew",
+                overwrite="unfinished" if cell.how == "anew" else False,
             )
     except Exception as error:
         return _why(error, cell)

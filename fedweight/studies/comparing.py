@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from ..core.errors import ConfigurationError, DataError
 from ..core.extras import require
@@ -18,6 +19,7 @@ from .axes import Asked
 from .cells import Ended
 from .comparison import Comparison
 from .components import prepare
+from .folder import alone_in
 from .given import setting_map
 from .pages import report_or_say
 from .progress import watched
@@ -25,7 +27,10 @@ from .runner import as_of_now, make_ready
 from .study import Study, Wanted
 from .summarizing import write_comparison
 
-Told = Callable[[Ended], None] | bool | None
+# Lines are printed, whether somebody watches or not.
+LINES: Final = "lines"
+
+Told = Callable[[Ended], None] | bool | Literal["lines"] | None
 
 
 def compare(
@@ -99,9 +104,9 @@ def compare(
         one; and 1 where clients train on Ray or a GPU that is named, or where data or
         classes are this process's own. It changes no bit: how clients train is decided
         before.
-    progress : bool or Callable[[Ended], None], optional
-        A line for each cell where somebody watches, or nothing; or what is called when
-        a cell has ended.
+    progress : bool, "lines" or Callable[[Ended], None], optional
+        Lines on what is run, and one for each cell, where somebody watches (True), in
+        any case, or never; or what is called when a cell has ended.
 
     Returns
     -------
@@ -137,20 +142,32 @@ def compare(
             f"workers must be 1, got {workers}: data or classes were given that only "
             "this process has. Put them into a module, and name that."
         )
-    tell = _told(progress)
-    study.look(folder, dataset)
-    study.choose_plans(folder, dataset)
-    with interruptible():
-        try:
-            ended = study.run(dataset, workers, tell)
-        except BaseException as stop:
-            stop.add_note(
-                f"What was recorded is in {folder}. To go on, give the same command."
-            )
-            raise
-    write_comparison(folder, study.rows(ended), study.axes.target)
-    found = Comparison(folder)
-    report_or_say(found)
+    tell, say = _told(progress)
+    with ExitStack() as stack:
+        there = folder.is_dir()
+        if there:
+            stack.enter_context(alone_in(folder))
+        study.look(folder, dataset)
+        for line in study.told(folder):
+            say(line)
+        study.choose_plans(dataset)
+        study.make(folder)
+        if not there:
+            stack.enter_context(alone_in(folder))
+            study.refuse_begun(folder)
+        study.write_plan(folder)
+        with interruptible():
+            try:
+                ended = study.run(dataset, workers, tell)
+            except BaseException as stop:
+                stop.add_note(
+                    f"What was recorded is in {folder}. To go on, give the same "
+                    "command."
+                )
+                raise
+        write_comparison(folder, study.rows(ended), study.axes.target)
+        found = Comparison(folder)
+        report_or_say(found)
     return found
 
 
@@ -191,17 +208,22 @@ def check_comparison(
     return facts, refused
 
 
-def _told(progress: Any) -> Callable[[Ended], None]:
+def _told(progress: Any) -> tuple[Callable[[Ended], None], Callable[[str], None]]:
+    """Return what is told how a cell ended, and what is said besides."""
     if callable(progress):
-        return progress  # type: ignore[no-any-return]
-    if not (progress is None or isinstance(progress, bool)):
+        return progress, _mute
+    if not (progress is None or progress == LINES or isinstance(progress, bool)):
         raise ConfigurationError(
-            "progress must be a function of how a cell ended, or True or False, got "
-            f"{shown(progress)}."
+            "progress must be a function of how a cell ended, or True, False or "
+            f"'{LINES}', got {shown(progress)}."
         )
-    shows = progress and watched()
-    return (lambda ended: print(ended, file=sys.stderr, flush=True)) if shows else _mute
+    shows = progress == LINES or (progress and watched())
+    return (_print, _print) if shows else (_mute, _mute)
 
 
-def _mute(ended: Ended) -> None:
+def _print(line: object) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _mute(line: object) -> None:
     """Tell nobody."""

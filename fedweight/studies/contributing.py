@@ -237,7 +237,7 @@ class _Worth:
             preface=self.preface,
             report=False,
             progress=False,
-            overwrite=how != "new",
+            overwrite=False if how == "new" else "unfinished",
         )
 
 

@@ -57,8 +57,12 @@ FILES = (
 # Held by the run that writes to the folder, and removed when it ends.
 LOCK = ".lock"
 
+# Whether a run that is there may be removed: yes with a line that names what is, or,
+# where it is known to be unfinished, without.
+Overwrite = bool | Literal["unfinished"]
 
-def check_free(out: str | Path | None, overwrite: bool = False) -> None:
+
+def check_free(out: str | Path | None, overwrite: Overwrite = False) -> None:
     """Refuse early a folder that :func:`new_folder` would refuse; write nothing."""
     if out is not None:
         with _refusals(out):
@@ -67,7 +71,7 @@ def check_free(out: str | Path | None, overwrite: bool = False) -> None:
 
 @contextmanager
 def new_folder(
-    out: str | Path | None, name: str, overwrite: bool = False
+    out: str | Path | None, name: str, overwrite: Overwrite = False
 ) -> Iterator[Path]:
     """Take the folder of a new run, for the time of a ``with`` block.
 
@@ -80,7 +84,7 @@ def new_folder(
         with a number added if that is taken.
     name : str
         What the run is called.
-    overwrite : bool
+    overwrite : bool or "unfinished"
         Remove a run that is in the folder already, and is not running. Anything else
         that is there is left alone, and refused.
 
@@ -113,6 +117,34 @@ def old_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Take the folder of a comparison, for the time of a ``with`` block.
+
+    Raises
+    ------
+    ConfigurationError
+        If another process has it, or nothing can be written there.
+    """
+    try:
+        lock = _lock(folder / LOCK)
+    except OSError as error:
+        raise ConfigurationError(
+            f"nothing can be written to '{folder}': {error.strerror}. Choose another "
+            "folder with --out."
+        ) from error
+    if lock is None:
+        raise ConfigurationError(
+            f"another 'fedweight compare' is at work in '{folder}'. Nothing was run. "
+            "Wait for its end, and give the same command again; or name another "
+            "folder with --out."
+        )
+    try:
+        yield
+    finally:
+        _give_back(folder, lock)
+
+
+@contextmanager
 def _refusals(folder: str | Path) -> Iterator[None]:
     """Say of any folder that cannot be made which one it is."""
     try:
@@ -126,7 +158,7 @@ def _refusals(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _make_folder(out: str | Path | None, name: str, overwrite: bool) -> Path:
+def _make_folder(out: str | Path | None, name: str, overwrite: Overwrite) -> Path:
     if out is not None:
         folder = clean_path("--out", out)
         _check_content(folder, overwrite)
@@ -145,7 +177,7 @@ def _make_folder(out: str | Path | None, name: str, overwrite: bool) -> Path:
     raise ConfigurationError("runs/ is full; choose a folder with --out.")
 
 
-def _check_content(folder: Path, overwrite: bool) -> list[str]:
+def _check_content(folder: Path, overwrite: Overwrite) -> list[str]:
     """Return what a run that may be removed has written to a folder; or refuse it."""
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(
@@ -186,7 +218,7 @@ def _check_is_run(folder: Path, names: Sequence[str]) -> None:
         )
 
 
-def _take(folder: Path, overwrite: bool) -> int:
+def _take(folder: Path, overwrite: Overwrite) -> int:
     """Lock a folder for this run; remove the run that is there, if it may be."""
     lock = _lock(folder / LOCK)
     if lock is None:
@@ -197,7 +229,7 @@ def _take(folder: Path, overwrite: bool) -> int:
     try:
         # Another run may have come and gone since it was looked at.
         names = _check_content(folder, overwrite)
-        if names:
+        if names and overwrite is True:
             log.warning("removing the run in %s: %s", folder, listed(names, most=12))
         # The last one says that it is a run's folder, if not all can be removed.
         for name in sorted(names, key=lambda name: name == "config.toml"):

@@ -49,6 +49,7 @@ from .configuration import Configuration
 from .feasibility import check_feasible
 from .folder import (
     CHECKPOINT,
+    Overwrite,
     cannot_repeat,
     check_free,
     check_repeats,
@@ -248,7 +249,7 @@ def run_configured(
     report: bool = True,
     progress: Wanted = True,
     callbacks: Sequence[loop.Callback] = (),
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> Run:
     """Run a configuration, as :func:`run` does what it is told.
 

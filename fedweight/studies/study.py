@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ from .methods import Method, joined, refuse_taken
 from .origins import others_in, tell_unknown
 from .reader import PLAN, table_of
 from .runner import make_ready, name_of_own, preface_of
-from .summarizing import Row, reached
+from .summarizing import CELLS, Row, reached
 from .tables import COMPARE
 
 
@@ -212,7 +213,33 @@ class Study:
                 "with --out."
             )
 
-    def choose_plans(self, folder: Path, dataset: DataSet | None) -> None:
+    def told(self, folder: Path) -> Iterator[str]:
+        """Return what is said before anything is run, a line each."""
+        of: dict[str, list[Wanted]] = {}
+        for one in self.wanted:
+            of.setdefault(one.cell.how, []).append(one)
+        done, every = len(of.get("done", ())), len(self.wanted)
+        if done == every:
+            yield f"nothing to run: {'all ' * (every > 1)}{_runs(every)} there already"
+            return
+        went_wrong = _failed_in(folder)
+        for one in of.get("anew", ()):
+            why = "was stopped before its first checkpoint"
+            why = "failed" if one.folder in went_wrong else why
+            yield f"{one.folder} {why} and begins anew"
+        for one in of.get("resume", ()):
+            yield f"{one.folder} was stopped and goes on from its checkpoint"
+        there = f", of which {_runs(done)} there already" if done else ""
+        yield f"{every} run{'s' * (every > 1)}{there}"
+        if any(
+            one.cell.how != "done"
+            and one.choice.label not in self.chosen
+            and one.configuration["engine"]["plan"] == "auto"
+            for one in self.wanted
+        ):
+            yield "measuring how clients train fastest, before any of them starts"
+
+    def choose_plans(self, dataset: DataSet | None) -> None:
         """Make every method once, or refuse it; decide how its clients train.
 
         It is decided, and written down, before anything is run: under load another plan
@@ -247,6 +274,9 @@ class Study:
                 if one.configuration["engine"][key] == "auto":
                     one.configuration = one.configuration.having("engine", key, value)
             one.cell = replace(one.cell, config=one.configuration.to_toml())
+
+    def make(self, folder: Path) -> None:
+        """Make the folder, if it is not there."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -254,6 +284,18 @@ class Study:
                 f"the comparison's folder '{folder}' cannot be made: {error.strerror}. "
                 "Choose another with --out."
             ) from error
+
+    def refuse_begun(self, folder: Path) -> None:
+        """Refuse a folder in which another comparison began since it was looked at."""
+        if (folder / PLAN).exists():
+            raise ConfigurationError(
+                f"another 'fedweight compare' began in '{folder}' in the meantime. "
+                "Nothing was run. Give the same command again, or name another folder "
+                "with --out."
+            )
+
+    def write_plan(self, folder: Path) -> None:
+        """Write down what is to be run, before any of it is."""
         content = {
             "comparison": {
                 "strategies": [method.label for method in self.axes.methods],
@@ -315,6 +357,20 @@ class Study:
                 row |= reached(Path(one.cell.folder))
             rows.append(row)
         return rows
+
+
+def _runs(count: int) -> str:
+    return "1 is" if count == 1 else f"{count} are"
+
+
+def _failed_in(folder: Path) -> set[str]:
+    """Return the folders of the runs that failed when this was run last."""
+    try:
+        with (folder / CELLS).open(encoding="utf-8", newline="") as file:
+            rows = [*csv.DictReader(file)]
+    except (OSError, ValueError):
+        return set()
+    return {row.get("folder", "") for row in rows if row.get("status") == "failed"}
 
 
 def _folders(names: Sequence[str]) -> str:

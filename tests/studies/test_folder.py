@@ -14,6 +14,7 @@ from fedweight.studies import folder as folder_module
 from fedweight.studies.folder import (
     LOCK,
     Table,
+    alone_in,
     check_free,
     new_folder,
     rows_of,
@@ -371,3 +372,17 @@ def test_thousands_of_columns_are_written_in_seconds(tmp_path):
     assert header == [*columns, "more"]
     assert lines[3] == ["3"] * len(columns) + [""]
     assert lines[-1] == ["1"] * len(header)
+
+
+def test_a_comparisons_folder_is_one_process_at_a_time(tmp_path):
+    said = "another 'fedweight compare' is"
+    with (
+        alone_in(tmp_path),
+        pytest.raises(ConfigurationError, match=said),
+        alone_in(tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+    nothing = pytest.raises(ConfigurationError, match="nothing can be written to")
+    with nothing, alone_in(tmp_path / "nowhere"):
+        pass
