@@ -233,6 +233,7 @@ def run_cell(cell: Cell, dataset: DataSet) -> str:
                 report=False,
                 progress=False,
                 overwrite="unfinished" if cell.how == "anew" else False,
+                tried=True,
             )
     except Exception as error:
         return _why(error, cell)

@@ -466,7 +466,8 @@ def _check_simulation(
     from .comparing import check_comparison
     from .components import prepare
     from .configuration import Configuration, read_tables
-    from .runner import make_ready
+    from .own_strategies import try_own
+    from .runner import flat_of, make_ready
     from .tables import COMPARE
 
     facts: dict[str, Any] = {"file": str(file), "kind": "simulation file"}
@@ -482,7 +483,8 @@ def _check_simulation(
         facts |= _described(source) | {"file": str(file), "kind": facts["kind"]}
     try:
         components = prepare(configuration)
-        _, client_app, initial = make_ready(components)
+        strategy, client_app, initial = make_ready(components)
+        try_own(components, strategy, flat_of(initial))
     except (ConfigurationError, DataError) as error:
         checked.refused.append(str(error))
         return checked

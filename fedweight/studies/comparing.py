@@ -21,9 +21,10 @@ from .comparison import Comparison
 from .components import prepare
 from .folder import alone_in
 from .given import setting_map
+from .own_strategies import try_own
 from .pages import report_or_say
 from .progress import watched
-from .runner import as_of_now, make_ready
+from .runner import as_of_now, flat_of, make_ready
 from .study import Study, Wanted
 from .summarizing import write_comparison
 
@@ -196,7 +197,9 @@ def check_comparison(
     for (method, data), one in first.items():
         try:
             there = study.last.of(one.configuration)
-            make_ready(prepare(one.configuration, there))
+            components = prepare(one.configuration, there)
+            strategy, _, initial = make_ready(components)
+            try_own(components, strategy, flat_of(initial))
         except (ConfigurationError, DataError) as error:
             refused.append(f"'{method}' on {data}: {error}")
     facts = {

@@ -61,6 +61,7 @@ from .given import as_settings, of_main, setting_map, whole_tables
 from .keeper import Keeper, Remembers, go_on, read_checkpoint
 from .kept import write_kept
 from .origins import check_same
+from .own_strategies import try_own
 from .pages import report_or_say
 from .progress import Wanted, check_progress, telling
 from .reader import table_of
@@ -116,6 +117,12 @@ def make_ready(
             "them out."
         )
     return strategy, client_app, initial
+
+
+def flat_of(initial: FlatRecord) -> FlatModel:
+    """Return the initial model that :func:`make_ready` has made, as vectors."""
+    assert initial.flat is not None
+    return initial.flat
 
 
 def _what_travels(components: Components, strategy: Strategy) -> FlatModel:
@@ -250,6 +257,7 @@ def run_configured(
     progress: Wanted = True,
     callbacks: Sequence[loop.Callback] = (),
     overwrite: Overwrite = False,
+    tried: bool = False,
 ) -> Run:
     """Run a configuration, as :func:`run` does what it is told.
 
@@ -263,11 +271,15 @@ def run_configured(
         As :func:`run` takes them.
     preface : str
         Comments that ``config.toml`` begins with.
+    tried : bool
+        Whether a strategy of the user's own has been tried before.
     """
     tracking, own_callbacks = told_apart(checked_callbacks(callbacks))
     check_progress(progress)
     components = prepare(configuration, dataset)
     made = make_ready(components, callbacks=own_callbacks)
+    if not tried:
+        try_own(components, made[0], flat_of(made[2]))
     choice = components.choice = choose(components, *made[1:])
     if choice.device != components.device:
         components.device = choice.device

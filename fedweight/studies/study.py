@@ -39,8 +39,9 @@ from .folder import check_repeats
 from .given import as_settings, of_main, whole_tables
 from .methods import Method, joined, refuse_taken
 from .origins import others_in, tell_unknown
+from .own_strategies import try_own
 from .reader import PLAN, table_of
-from .runner import make_ready, name_of_own, preface_of
+from .runner import flat_of, make_ready, name_of_own, preface_of
 from .summarizing import CELLS, Row, reached
 from .tables import COMPARE
 
@@ -255,7 +256,8 @@ class Study:
             data = dataset or self.last.of(one.configuration)
             with _of(one.choice):
                 components = prepare(one.configuration, data)
-                _, client_app, initial = make_ready(components)
+                strategy, client_app, initial = make_ready(components)
+                try_own(components, strategy, flat_of(initial))
             if label not in self.chosen:
                 like = _trains_like(components)
                 if like not in measured:
