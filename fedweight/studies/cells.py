@@ -175,22 +175,18 @@ class LastData:
     """The data set that was loaded last: the next cell's is often the same."""
 
     def __init__(self) -> None:
-        self._key = ""
+        self._key: tuple[Any, ...] = ()
         self._dataset: DataSet | None = None
-        self._digests: dict[str, str] = {}
 
     def of(self, configuration: Configuration) -> DataSet:
         """Return a configuration's data set."""
-        data, seed = configuration["data"], configuration.seed("partition")
-        function = DATA_SETS.resolve(data["name"])
-        drawn = seed if "seed" in inspect.signature(function).parameters else None
-        key = _key_of(configuration, drawn)
+        data, key = configuration["data"], _key_of(configuration)
         if self._dataset is None or key != self._key:
             self._dataset = None  # Never two at a time.
             self._dataset = load(
                 data["name"],
                 data["path"] or None,
-                seed,
+                configuration.seed("partition"),
                 **configuration.options("data"),
             )
             self._key = key
@@ -198,20 +194,27 @@ class LastData:
 
     def digest(self, configuration: Configuration) -> str:
         """Return the digest of a configuration's data set, which files may tell."""
-        data, key = configuration["data"], _key_of(configuration, None)
-        if key in self._digests:
-            return self._digests[key]
-        options = configuration.options("data")
-        found = digest_of_files(data["name"], data["path"] or None, **options)
-        if found:  # Whatever of them a seed draws.
-            self._digests[key] = found
-            return found
-        return self.of(configuration).digest
+        return _of_files(configuration) or self.of(configuration).digest
 
 
-def _key_of(configuration: Configuration, drawn: int | None) -> str:
+def _key_of(configuration: Configuration) -> tuple[Any, ...]:
+    """Return what tells a configuration's data set from others."""
     data, options = configuration["data"], configuration.options("data")
-    return repr((data["name"], data["path"], drawn, options))
+    function = DATA_SETS.resolve(data["name"])
+    draws = "seed" in inspect.signature(function).parameters
+    seed = configuration.seed("partition") if draws else None
+    return data["name"], data["path"], repr(options), seed
+
+
+def alike_data(configuration: Configuration) -> tuple[Any, ...]:
+    """Return what is equal for data sets that have the same digest."""
+    key = _key_of(configuration)
+    return key[:-1] if _of_files(configuration) else key  # Whatever a seed draws.
+
+
+def _of_files(configuration: Configuration) -> str:
+    data, options = configuration["data"], configuration.options("data")
+    return digest_of_files(data["name"], data["path"] or None, **options)
 
 
 def run_cell(cell: Cell, dataset: DataSet) -> str:

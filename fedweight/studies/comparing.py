@@ -166,6 +166,7 @@ def compare(
                     "command."
                 )
                 raise
+        study.refuse_mixed(folder, dataset)
         write_comparison(folder, study.rows(ended), study.axes.target)
         found = Comparison(folder)
         report_or_say(found)

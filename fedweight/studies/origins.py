@@ -80,13 +80,14 @@ def changed(
 ) -> list[str]:
     """Return what is not what it was, in words; what is not known is not told."""
     return [
-        _called(key, configuration)
+        called(key, configuration)
         for key, digest in before.items()
         if now.get(key, digest) != digest
     ]
 
 
-def _called(key: str, configuration: Configuration) -> str:
+def called(key: str, configuration: Configuration) -> str:
+    """Return what a key of :func:`made_of` stands for, in words."""
     if key == DATA:
         table = configuration["data"]
         return f"the data ({plain(table['path'] or table['name'])})"

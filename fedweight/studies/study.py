@@ -25,6 +25,7 @@ from .cells import (
     Cell,
     Ended,
     LastData,
+    alike_data,
     is_complete,
     run_here,
     run_side_by_side,
@@ -38,7 +39,7 @@ from .configuration import Configuration
 from .folder import check_repeats
 from .given import as_settings, of_main, whole_tables
 from .methods import Method, joined, refuse_taken
-from .origins import others_in, tell_unknown
+from .origins import DATA, called, others_in, recorded, tell_unknown
 from .own_strategies import try_own
 from .reader import PLAN, table_of
 from .runner import flat_of, make_ready, name_of_own, preface_of
@@ -189,6 +190,28 @@ class Study:
             )
         if unknown:
             tell_unknown([f"{folder}: {listed(unknown, 6)}"])
+
+    def refuse_mixed(self, folder: Path, dataset: DataSet | None) -> None:
+        """Refuse to hold runs against each other if data or code changed meanwhile.
+
+        Each of them may have loaded its own.
+        """
+        of: dict[tuple[Any, ...], dict[str, list[str]]] = {}
+        for one in self.wanted:
+            of_data = () if dataset else alike_data(one.configuration)
+            for key, digest in recorded(folder / one.folder).items():
+                what = called(key, one.configuration)
+                alike = (what, of_data if key == DATA else ())
+                of.setdefault(alike, {}).setdefault(digest, []).append(one.folder)
+        several = {what: runs for (what, _), runs in of.items() if len(runs) > 1}
+        for what, by_digest in several.items():
+            apart = "; others ".join(listed(names, 40) for names in by_digest.values())
+            raise ConfigurationError(
+                f"{what} changed while this ran: one part of the runs are {apart}. "
+                f"They cannot be held against each other, and no summary was written. "
+                f"Delete in {folder} those that are not of what is there now, and give "
+                "the same command."
+            )
 
     def _refuse_to_lose(self, folder: Path) -> None:
         """Refuse to leave out what was compared before: the summary would lose it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -38,6 +37,17 @@ class Ed(WeightingStrategy):
 class Flo(WeightingStrategy):
     def weights(self, round):
         return round.size_weights
+"""
+
+
+DRAWN = """
+import numpy as np
+from fedweight.data import DataSet, Examples
+
+def drawn(seed):
+    rng = np.random.default_rng(seed)
+    part = Examples(rng.normal(size=(60, 2)).astype("float32"), np.arange(60) % 2)
+    return DataSet("drawn", part, part, 2)
 """
 
 
@@ -219,13 +229,45 @@ def test_data_of_files_are_known_by_these_whatever_is_drawn(here: Path) -> None:
     assert LastData().digest(usual) == load("digits").digest
 
 
-def test_a_digest_costs_little(here: Path) -> None:
-    """Once for all cells of one data set: the object keeps it."""
+def test_a_digest_costs_little(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all cells of one data set: the object, and the process, keep it."""
     last, configuration = LastData(), Configuration.read(None, {})
     data = last.of(configuration)
     assert last.digest(configuration) is data.digest is data.digest
     write_csv(here / "own.csv")
     of_file = Configuration.read(None, CSV)
     before = last.digest(of_file)
-    os.remove("own.csv")
-    assert last.digest(of_file) is before
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.file_digest", None)
+        assert last.digest(of_file) == before
+    write_csv(here / "own.csv", shift=1)
+    assert last.digest(of_file) != before
+
+
+def test_what_changes_while_it_runs_is_noticed(here: Path) -> None:
+    write_csv(here / "own.csv")
+
+    def told(ended: Any) -> None:
+        write_csv(here / "own.csv", shift=1)
+
+    given: dict[str, Any] = {"settings": {**QUICK, **CSV}, "out": "c", "workers": 1}
+    with pytest.raises(ConfigurationError) as caught:
+        compare(None, "fedavg", "0-1", progress=told, **given)
+    assert "own.csv) changed while this ran: one part of the" in str(caught.value)
+    assert "runs are fedavg-seed0; others fedavg-seed1." in str(caught.value)
+    assert not (here / "c" / "summary.csv").exists()
+    shutil.rmtree(here / "c" / "fedavg-seed0")
+    assert len(compare(None, "fedavg", "0-1", **given).cells) == 2
+
+
+def test_own_data_may_be_others_with_each_seed(here: Path) -> None:
+    (here / "own_ed.py").write_text(DRAWN)
+    settings = {**QUICK, "data.name": "own_ed:drawn"}
+    found = compare(None, "fedavg,ida", "0-1", settings=settings, out="c", workers=1)
+    digests = [
+        json.loads((found.folder / name / "environment.json").read_text())["made_of"]
+        for name in found.cells["folder"]
+    ]
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+    assert {*digests[0]} == {"data", "data.name"}
+    compare(None, "fedavg,ida", "0-2", settings=settings, out="c", workers=1)
