@@ -19,7 +19,7 @@ from fedweight.clients.objectives import (
     Proximal,
     objective,
 )
-from fedweight.core.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError, FedweightError
 from fedweight.studies.catalogue import json_schema, options_page
 from fedweight.studies.configuration import Configuration
 from fedweight.studies.given import as_settings
@@ -148,7 +148,7 @@ def test_what_the_inner_one_wants_is_asked_for(tmp_path: Path) -> None:
         {"objective.name": "sam", "objective.inner": "balanced-softmax"},
     )
     assert made.rounds["ok"].tolist()[1:] == [4] * 2
-    with pytest.raises(ConfigurationError, match=r"objective.group"):
+    with pytest.raises(FedweightError, match=r"objective.group"):
         start(tmp_path / "groups", {"objective": SAM(0.1, GroupDRO("sex"))})
 
 
@@ -156,7 +156,7 @@ class Own(Objective):
     """Does not say what it was made with."""
 
     def __init__(self, how: int = 1) -> None:
-        self.how = how
+        self.made_with = how
 
     def example_losses(self, outputs: Any, batch: Any, facts: Any) -> Any:
         return outputs.sum(1)

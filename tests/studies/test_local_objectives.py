@@ -13,7 +13,7 @@ from fedweight.clients.objectives import OBJECTIVES, noisy_labels
 from fedweight.clients.objectives.group_dro import GroupDRO
 from fedweight.clients.objectives.noisy_labels import DWS, RENT
 from fedweight.clients.objectives.plain import Plain
-from fedweight.core.errors import ConfigurationError
+from fedweight.core.errors import ConfigurationError, FedweightError
 from fedweight.data import DataSet, Examples
 from fedweight.studies.result import Run
 
@@ -157,7 +157,7 @@ def test_a_strategy_that_pools_nothing_is_refused(tmp_path: Path) -> None:
 def test_a_group_that_the_data_do_not_have_is_refused(
     tmp_path: Path, group: str
 ) -> None:
-    with pytest.raises(ConfigurationError, match=r"objective.group.*site"):
+    with pytest.raises(FedweightError, match=r"objective.group.*site"):
         start(tmp_path / "run", GroupDRO(group))
     assert not (tmp_path / "run").exists()
 
