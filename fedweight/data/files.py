@@ -496,7 +496,7 @@ def _split(n: int, fraction: float, seed: int) -> tuple[Array, Array]:
 
 def _npz_names(path: Path, sensitive: str | Sequence[str]) -> list[str]:
     """Return the names of sensitive arrays, which are no others'."""
-    names = list(names_of(sensitive))
+    names = list(names_of(sensitive, {""}))  # Which is refused as any other.
     for name in names:
         if name in NPZ_ARRAYS:
             raise DataError(

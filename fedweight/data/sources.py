@@ -77,7 +77,7 @@ def read_source(
     labels = [label] if isinstance(label, str) else list(dict.fromkeys(label))
     if not labels:
         raise DataError(f"{path}: label names no column. Name one or more.")
-    sensitive = list(names_of(sensitive, table.columns))
+    sensitive = list(names_of(sensitive, {*table.columns, ""}))  # "" is refused below.
     named = [*labels, client, *sensitive]
     table.check_columns(column for column in named if column is not None)
     left_out = {*labels, client} | (set() if sensitive_features else set(sensitive))
