@@ -129,7 +129,10 @@ class ByName:
 MOST = 2**31 - 1
 
 # What pydantic calls a value of another kind than is asked for ends so.
-_KINDS = ("_type", "_error", "_required", "is_instance_of", "_parsing", "missing")
+_KINDS = (
+    *("_type", "_error", "_required", "is_instance_of", "_parsing", "missing"),
+    "sequence_str",
+)
 
 # What pydantic calls a number beyond the bounds.
 _BEYOND = frozenset(

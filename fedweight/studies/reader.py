@@ -90,7 +90,8 @@ class RunFolder:
             raise DataError(
                 f"{self.folder} is a comparison's folder. Read it by "
                 f"fedweight.Comparison({str(self.folder)!r}), whose run(strategy, "
-                "seed) returns one of its runs."
+                "seed) returns one of its runs; the command that began it goes on with "
+                "it."
             )
         for name in _REQUIRED:
             self._file(name)

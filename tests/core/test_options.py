@@ -240,6 +240,7 @@ def test_what_is_taken_becomes_what_was_asked_for(annotation, value, taken):
         ),
         (Between, 9, "a whole number in [1, 8] or a number in (0, 1), got 9"),
         (Annotated[str, MinLen(3)], "a", "should have at least 3 characters), got 'a'"),
+        (Sequence[str], "sex", "k must be a list, each a text, got 'sex'."),
         (Annotated[int, Ge(1), Le(2**31)], 2**32, "at most 2,147,483,648, got"),
     ],
 )
