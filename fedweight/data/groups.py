@@ -148,8 +148,8 @@ def check_groups(key: str, data: FederatedData, name: str) -> None:
             have = listed(sorted(part.attributes), most=9) or "none"
             raise DataError(
                 f"{key}: {which}{what} have no attribute {shown(name)}.{near} They "
-                f"have {have}. Of a file name the column in data.sensitive; in Python "
-                "give Examples(x, y, {name: column})."
+                f"have {have}. Columns of a file are named in data.sensitive, as "
+                "data.sensitive=sex; in Python give Examples(x, y, {name: column})."
             )
     for part in (train, test):
         column = part.attributes.get(name)
