@@ -18,7 +18,7 @@ from ..core.errors import DataError, check_choice
 from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import listed, plain, shown
-from .comparison_lines import note_lines, rows_of, verdict_lines, warning_lines
+from .comparison_lines import failure_lines, rows_of, warning_lines
 from .ranks import ROPE, Ranking
 from .reader import PLAN, table_of
 from .result import Run
@@ -37,6 +37,17 @@ from .summarizing import (
     ranking_of,
     signed_ranks_of,
     within_bounds,
+)
+from .telling import (
+    cautions_of,
+    interval_text,
+    legend_of,
+    number_text,
+    reading_of,
+    target_of,
+    title_of,
+    to_target,
+    verdicts_of,
 )
 
 if TYPE_CHECKING:
@@ -279,6 +290,9 @@ class Comparison:
             "\n".join([title, *_text_rows(header, rows)])
             for title, header, rows in self._tables()
         ]
+        if legend := legend_of(self):
+            parts[0] += f"\n  {legend}"
+        parts += self._targets()
         if len(self.data_sets) > 1:
             ranks = {m: self.ranking(m) for m in dict.fromkeys(self.summary["metric"])}
             parts += [
@@ -304,18 +318,28 @@ class Comparison:
 
     @property
     def verdicts(self) -> list[str]:
-        """Who differs from the first strategy in the first metric, and how surely.
+        """Who differs from the first strategy, and how surely, in sentences.
 
-        Before all others who failed in every run. A sentence for each strategy, over
-        all data sets; then one for each gap between groups that is better or worse,
-        with what the accuracy did. None where there is only one strategy.
+        Before all others who failed in every run. Then how all do in the first metric,
+        and who is told apart in any other, of a gap with what the accuracy did; of
+        several data sets over all of them, and in a line on single ones.
         """
-        return verdict_lines(self)
+        return verdicts_of(self)
+
+    @property
+    def cautions(self) -> list[str]:
+        """What to know before the tables are trusted: how much was run, what failed."""
+        return [*cautions_of(self), *failure_lines(self)]
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the tables must know, one line each."""
-        return note_lines(self)
+        notes = [*cautions_of(self), *reading_of(self)]
+        for row in rows_of(self.summary):
+            if row["chosen"] and row["metric"] == self.summary["metric"][0]:
+                on = f" on {row['data']}" if len(self.data_sets) > 1 else ""
+                notes.append(f"chosen: {row['strategy']}{on}: {row['chosen']}.")
+        return [*notes, *failure_lines(self)]
 
     def accuracy_beside(self, row: Mapping[str, Any]) -> str:
         """Return what the test accuracy did where a row of the summary is of a gap.
@@ -332,7 +356,7 @@ class Comparison:
         [of] = rows_of(rows)
         if math.isnan(of["difference"]):
             return ""
-        span = _interval(of["difference_low"], of["difference_high"], "+.4f")
+        span = interval_text(of["difference_low"], of["difference_high"], "+.4f")
         within = f" ({span})" if span else ""
         return f"accuracy {of['verdict']}: {of['difference']:+.4f}{within}"
 
@@ -343,12 +367,22 @@ class Comparison:
         for row in rows_of(self.summary):
             groups.setdefault((row["metric"], row["data"]), []).append(row)
         for (metric, data), rows in groups.items():
-            title = metric_of(metric).title + (f", {data}" if several else "")
+            title = title_of(self, metric) + (f", {data}" if several else "")
             header = ["", "strategy", "n", "mean", "95% interval"]
             if len(self.strategies) > 1:
                 header += [f"minus {first}", "95% interval"]
                 header += ["p", "Holm p", "Wilcoxon p", "verdict"]
             yield title, header, [_cells_of(r, self.accuracy_beside(r)) for r in rows]
+
+    def _targets(self) -> Iterable[str]:
+        """Return in how many rounds and bytes the target was reached, as tables."""
+        for data in self.data_sets:
+            if not math.isnan(target := target_of(self, data)):
+                on = f", {data}" if len(self.data_sets) > 1 else ""
+                frame = to_target(self, data)
+                rows = [["", *row] for row in frame.itertuples(index=False, name=None)]
+                title = f"to a test accuracy of {target:.4f}, medians of all runs{on}"
+                yield "\n".join([title, *_text_rows(["", *frame.columns], rows)])
 
     def __repr__(self) -> str:
         better = [
@@ -391,31 +425,23 @@ def _cells_of(row: Mapping[str, Any], beside: str) -> list[str]:
     own = [
         row["strategy"],
         f"{row['n']:.0f}",
-        _number(row["mean"]),
-        _interval(*within_bounds(row["metric"], row["low"], row["high"])),
+        number_text(row["mean"]),
+        interval_text(*within_bounds(row["metric"], row["low"], row["high"])),
     ]
     if not row["against"]:
         return [mark, *own]
     return [
         mark,
         *own,
-        _number(row["difference"], "+.4f"),
-        _interval(row["difference_low"], row["difference_high"], "+.4f"),
-        _number(row["p"], ".3g"),
-        _number(row["p_holm"], ".3g"),
+        number_text(row["difference"], "+.4f"),
+        interval_text(row["difference_low"], row["difference_high"], "+.4f"),
+        number_text(row["p"], ".3g"),
+        number_text(row["p_holm"], ".3g"),
         "cannot reach"
         if row["wilcoxon_verdict"] == "cannot reach"
-        else _number(row["wilcoxon_p"], ".3g"),
+        else number_text(row["wilcoxon_p"], ".3g"),
         f"{row['verdict']}; {beside}" if beside and told_apart else row["verdict"],
     ]
-
-
-def _number(value: float, form: str = ".4f") -> str:
-    return "" if math.isnan(value) else format(value, form)
-
-
-def _interval(low: float, high: float, form: str = ".4f") -> str:
-    return "" if math.isnan(low) else f"{low:{form}} to {high:{form}}"
 
 
 def _text_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,35 @@ from ..core.extras import Imported
 from ..core.texts import in_bytes
 from ..core.writing import write_whole
 from . import plots
+from .comparison_lines import rows_of
 from .gaps import OF, gap_named
-from .pages import Part, diagram, figure, page, section, settings, table
+from .pages import (
+    Part,
+    diagram,
+    figure,
+    listing,
+    page,
+    section,
+    settings,
+    table,
+)
 from .plots import comparing
+from .plots.weights import weights_of
 from .ranks import ROPE
 from .reader import table_of
 from .result import Run
-from .summarizing import ALL_DATA, metric_of, within_bounds
+from .summarizing import ALL_DATA, JUDGES, Row, metric_of, within_bounds
+from .summary import num_clients_of
+from .telling import (
+    choices_of,
+    interval_text,
+    legend_of,
+    number_text,
+    reading_of,
+    target_of,
+    title_of,
+    to_target,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,11 +85,30 @@ def write_comparison_report(found: Comparison) -> Path:
 def render(found: Comparison) -> str:
     """Return the report as one HTML document."""
     several = len(found.data_sets) > 1
-    sections = [section("What differs for real", *_tables(found))]
-    if several and len(found.strategies) > 1:
+    first = found.strategies[0]
+    others = len(found.strategies) - 1
+    sections = [
+        section(
+            "What differs for real",
+            *_tables(found),
+            listing("How to read the tables", reading_of(found)),
+            text=" ".join(
+                filter(
+                    None,
+                    [
+                        f"A difference is a strategy's mean minus that of {first}."
+                        * (others > 0),
+                        legend_of(found),
+                    ],
+                )
+            ),
+        )
+    ]
+    if several and others:
         sections.append(_over_data_sets(found))
     for data in found.data_sets:
         sections += _of_data(found, data, f" on {data}" if several else "")
+    sections.append(_chosen(found))
     sections.append(
         section(
             "Runs",
@@ -75,22 +117,19 @@ def render(found: Comparison) -> str:
             "written it.",
         )
     )
-    shared = _shared(found)
+    configs, clients = _configs(found)
+    shared = _shared(configs)
     said = "What all runs share; the rest stands in each run's config.toml"
     sections.append(section("Configuration", settings(shared, said)))
     facts = (
-        ("strategies", len(found.strategies)),
+        ("baseline", first),
+        ("held against it", others),
         ("data", ", ".join(found.data_sets)),
         ("seeds", ", ".join(map(str, found.seeds))),
         ("runs", len(found.cells)),
-        *(
-            (name, shared.get(table, {}).get(key))
-            for name, table, key in (
-                ("rounds", "run", "rounds"),
-                ("clients", "partition", "clients"),
-                ("model", "model", "name"),
-            )
-        ),
+        ("rounds", shared.get("run", {}).get("rounds")),
+        ("clients", " or ".join(map(str, sorted(clients)))),
+        ("model", shared.get("model", {}).get("name")),
     )
     return page(
         "comparison.html",
@@ -98,16 +137,24 @@ def render(found: Comparison) -> str:
         facts,
         sections,
         verdicts=found.verdicts,
-        notes=found.notes,
+        cautions=[*found.warnings, *found.cautions],
     )
 
 
-def _shared(found: Comparison) -> dict[str, dict[str, Any]]:
-    """Return the keys whose values all runs have in common, table by table."""
-    configs = []
+def _configs(found: Comparison) -> tuple[list[Mapping[str, Any]], set[int]]:
+    """Return the runs' configurations, and how many clients they have."""
+    configs, clients = list[Mapping[str, Any]](), set[int]()
     for name in found.cells["folder"]:
         with suppress(DataError):  # It failed before it was written.
-            configs.append(Run(found.folder / name).config)
+            run = Run(found.folder / name)
+            configs.append(run.config)
+            if (number := num_clients_of(run)) is not None:
+                clients.add(number)
+    return configs, clients
+
+
+def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the keys whose values all runs have in common, table by table."""
     first, *others = configs or [{}]
     return {
         table: common
@@ -122,45 +169,79 @@ def _shared(found: Comparison) -> dict[str, dict[str, Any]]:
     }
 
 
+# Columns of a table of verdicts, and how much of its width each takes.
+_WIDTHS = {
+    **{"strategy": 16.0, "verdict": 9.0, "runs": 6.0, "mean": 7.0},
+    **{"95% interval": 14.5, "difference": 9.5, "95% interval ": 15.5},
+    **{"p": 6.5, "Holm p": 7.0, "Wilcoxon p": 9.5},
+}
+_WORDS = ("strategy", "verdict")
+_ALONE = ("strategy", "runs", "mean", "95% interval")
+
+
 def _tables(found: Comparison) -> Iterable[Part]:
     """Return what was compared, metric by metric, with the winners marked."""
-    first = found.strategies[0]
     summary = found.summary
     for metric in dict.fromkeys(summary["metric"]):
-        one = metric_of(metric)
         for data in [*found.data_sets, ALL_DATA]:
             own = summary[(summary["metric"] == metric) & (summary["data"] == data)]
             if own.empty:
                 continue
-            bounds = [
-                within_bounds(metric, low, high)
-                for low, high in zip(own["low"], own["high"], strict=True)
-            ]
-            frame = pd.DataFrame(
-                {
-                    # Only what the test says is better is marked.
-                    "": ["*" if v == "better" else "" for v in own["verdict"]],
-                    "strategy": own["strategy"].to_numpy(),
-                    "data sets" if data == ALL_DATA else "runs": own["n"].to_numpy(),
-                    "mean": own["mean"].to_numpy(),
-                    "95% from": [low for low, _ in bounds],
-                    "to": [high for _, high in bounds],
-                    # A mean of differences that are 0 in sum is some 1e-17.
-                    f"minus {first}": own["difference"].to_numpy().round(6),
-                    "95% from ": own["difference_low"].to_numpy().round(6),
-                    "to ": own["difference_high"].to_numpy().round(6),
-                    "p": own["p"].to_numpy(),
-                    "Holm p": own["p_holm"].to_numpy(),
-                    "Wilcoxon p": own["wilcoxon_p"]
-                    .map("{:.4g}".format, na_action="ignore")
-                    .mask(own["wilcoxon_verdict"] == "cannot reach", "cannot reach")
-                    .to_numpy(),
-                    "verdict": own["verdict"].to_numpy(),
-                }
-            )
+            rows = [_verdict_row(row, _digits(own)) for row in rows_of(own)]
+            frame = pd.DataFrame(rows)
+            if len(found.strategies) == 1:
+                frame = frame[[*_ALONE]]
+            widths = [_WIDTHS[str(name)] for name in frame]
+            if data == ALL_DATA:
+                frame = frame.rename(columns={"runs": "data sets"})
             where = f", {data}" if len(found.data_sets) > 1 else ""
-            title = f"{one.title[:1].upper()}{one.title[1:]}{where}"
-            yield table(title, frame.dropna(axis=1, how="all"))
+            yield table(
+                _capital(f"{title_of(found, metric)}{where}"),
+                frame,
+                widths=[round(100 * w / sum(widths), 2) for w in widths],
+                right=[str(name) for name in frame if name not in _WORDS],
+            )
+
+
+def _digits(rows: pd.DataFrame) -> int:
+    """Return how many decimals a metric's numbers have: four of a share."""
+    largest = float(rows["mean"].abs().max())
+    if metric_of(rows["metric"].iloc[0]).is_share or not 0 < largest < math.inf:
+        return 4
+    return min(max(3 - math.floor(math.log10(largest)), 0), 6)
+
+
+def _verdict_row(row: Row, digits: int) -> dict[str, str]:
+    """Return a row as it is read: what the test finds better is marked, no other."""
+    mean, signed = f".{digits}f", f"+.{digits}f"
+    reaches = row["wilcoxon_verdict"] != "cannot reach"
+    # A mean of differences that are 0 in sum is some 1e-17.
+    difference = round(row["difference"], digits) + 0.0
+    star = "* " * (row["verdict"] == "better")
+    return {
+        "strategy": row["strategy"],
+        "verdict": f"{star}{row['verdict']}" if row["against"] else "baseline",
+        "runs": f"{row['n']:.0f}",
+        "mean": number_text(row["mean"], mean),
+        "95% interval": interval_text(
+            *within_bounds(row["metric"], row["low"], row["high"]), mean
+        ),
+        "difference": number_text(difference, signed),
+        "95% interval ": interval_text(
+            row["difference_low"], row["difference_high"], signed
+        ),
+        "p": _p_text(row["p"]),
+        "Holm p": _p_text(row["p_holm"]),
+        "Wilcoxon p": _p_text(row["wilcoxon_p"]) if reaches else "cannot reach",
+    }
+
+
+def _p_text(p: float) -> str:
+    return "< 0.0001" if p < 0.00005 else number_text(p, ".4f")
+
+
+def _capital(title: str) -> str:
+    return f"{title[:1].upper()}{title[1:]}"
 
 
 def _over_data_sets(found: Comparison) -> Part:
@@ -168,8 +249,8 @@ def _over_data_sets(found: Comparison) -> Part:
     measured = dict.fromkeys(found.summary["metric"])
     diagrams = []
     for metric in measured:
-        ranking, title = found.ranking(metric), metric_of(metric).title
-        diagrams.append(diagram(f"{title[:1].upper()}{title[1:]}", ranking))
+        ranking = found.ranking(metric)
+        diagrams.append(diagram(_capital(title_of(found, metric)), ranking))
     frames = [
         found.signed_ranks(metric).assign(metric=metric_of(metric).title)
         for metric in measured
@@ -209,13 +290,13 @@ def _of_data(found: Comparison, data: str, on: str) -> Iterable[Part]:
         return
     first = next(iter(runs.values()))[0][1]
     measure = next(iter(plots.measures(first)), "loss")
-    percent = measure == "accuracy"
+    share = measure == "accuracy"
     title = plots.called(measure)
     place = "test" if len(first.measured(f"test_{measure}")) else "evaluate"
     client = _client_measure(runs)
     yield section(
         f"Over the rounds{on}",
-        figure(partial(comparing.curves, runs, f"{place}_{measure}", title, percent)),
+        figure(partial(comparing.curves, runs, f"{place}_{measure}", title, share)),
         figure(partial(comparing.curves, runs, f"{place}_loss", "Loss", False))
         if measure != "loss"
         else None,
@@ -236,7 +317,7 @@ def _of_data(found: Comparison, data: str, on: str) -> Iterable[Part]:
             for which in _fronts(cells)
         ),
     )
-    yield section(f"Costs{on}", _costs(cells, list(runs)))
+    yield section(f"Costs{on}", _costs(found, data, cells))
     yield _weights(runs, on)
 
 
@@ -260,7 +341,9 @@ def _weights(runs: Mapping[str, list[tuple[int, Run]]], on: str) -> Part:
     maps = []
     for name, (run, _) in drawn:
         part = figure(plots.heatmap(run, most_cells=most, limit=limit), name)
-        maps.append({**part, "title": name} if part else None)
+        if part:
+            note = " ".join(filter(None, [part["note"], _sums_of(run)]))
+            maps.append({**part, "title": name, "note": note})
     seed = next(iter(runs.values()))[0][0]
     return section(
         f"How much each client counted{on}",
@@ -269,6 +352,18 @@ def _weights(runs: Mapping[str, list[tuple[int, Run]]], on: str) -> Part:
         + (
             f" {len(shown) - len(drawn)} more are left out." * (len(shown) > len(drawn))
         ),
+    )
+
+
+def _sums_of(run: Run) -> str:
+    """Say what the weights sum to, where that is not 1."""
+    sums = weights_of(run).sum(axis=1)
+    low, high = float(sums.min()), float(sums.max())
+    if run.keeps_several or 0.99 <= low <= high <= 1.01:
+        return ""
+    return (
+        f"The weights of a round sum to {low:.2g} to {high:.2g} and not to 1: so much "
+        "shorter or longer is the global model's step."
     )
 
 
@@ -282,25 +377,48 @@ def _client_measure(runs: Mapping[str, list[tuple[int, Run]]]) -> str:
     return "accuracy"
 
 
-def _costs(cells: pd.DataFrame, strategies: list[str]) -> Part:
-    """Return what a run cost, on average over the seeds."""
+def _costs(found: Comparison, data: str, cells: pd.DataFrame) -> Part:
+    """Return what a run cost, on average over the seeds, and what the target took."""
     rows = []
-    for name in strategies:
+    for name in found.strategies:
         own = cells[cells["strategy"] == name]
-        row: dict[str, Any] = {"strategy": name, "rounds": own["rounds"].mean()}
-        row["down"] = in_bytes(own["bytes_down"].mean())
-        row["up"] = in_bytes(own["bytes_up"].mean())
-        row["rounds to target"] = own["rounds_to_target"].mean()
-        to_target = own["bytes_to_target"].mean()
-        row["traffic to target"] = "" if to_target != to_target else in_bytes(to_target)
-        row["reached"] = f"{own['rounds_to_target'].notna().sum()} of {len(own)}"
-        rows.append(row)
+        down, up = (own[f"bytes_{way}"].mean() for way in ("down", "up"))
+        rows.append(
+            {
+                "strategy": name,
+                "rounds": number_text(own["rounds"].mean(), ".1f"),
+                "down": in_bytes(down) if len(own) else "",
+                "up": in_bytes(up) if len(own) else "",
+            }
+        )
+    frame, rest = pd.DataFrame(rows), ""
+    if not math.isnan(target := target_of(found, data)):
+        reach = to_target(found, data).drop(columns="strategy")
+        reach.columns = pd.Index(["reached target", "in rounds", "with traffic"])
+        frame = pd.concat([frame, reach], axis=1)
+        rest = (
+            f"The target is a test accuracy of {target:.4f}. Rounds and traffic to it "
+            "are medians over all runs; one that did not reach it counts as later than "
+            "all that did."
+        )
+    widths = [28, *[72 / (frame.shape[1] - 1)] * (frame.shape[1] - 1)]
     return table(
-        "What a run cost, on average",
-        pd.DataFrame(rows),
-        "The target is a test accuracy: see the notes above. A mean of rounds or "
-        "traffic to it is over the runs that reached it.",
+        "What a run cost, on average", frame, rest, widths=widths, right=[*frame][1:]
     )
+
+
+def _chosen(found: Comparison) -> Part:
+    """Return what a sweep chose from what, where there was one."""
+    title, frame = "What the sweep chose", choices_of(found)
+    if frame.empty:
+        return section(title)
+    if len(found.data_sets) == 1:
+        frame = frame.drop(columns="data")
+    judges = [name for name in JUDGES if name in frame]
+    for name in judges:
+        frame[name] = [number_text(value) for value in frame[name]]
+    caption = "All candidates, by the mean over the seeds"
+    return section(title, table(caption, frame, right=judges))
 
 
 def _runs(found: Comparison) -> Part:

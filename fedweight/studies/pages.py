@@ -12,8 +12,9 @@ import base64
 import hashlib
 import json
 import logging
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cache, partial
 from importlib.metadata import version
@@ -174,10 +175,18 @@ def _environment(templates: Path) -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.filters["breakable"] = _breakable
     environment.policies["json.dumps_kwargs"] = {
         **{"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False},
     }
     return environment
+
+
+def _breakable(text: str) -> str:
+    """Return a text that a narrow column breaks where a name's parts meet."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([:+=])", r"\1<wbr>", str(escape(text))))
 
 
 @cache
@@ -294,6 +303,9 @@ def table(
     rest: str = "",
     closed: str = "",
     folders: str | None = None,
+    *,
+    widths: Sequence[float] = (),
+    right: Collection[str] = (),
 ) -> Part:
     """Return a frame as a table in a box that scrolls.
 
@@ -309,14 +321,28 @@ def table(
         What to click to see it; empty: it is open.
     folders : str, optional
         The column that names folders beside the page, which become links.
+    widths : sequence of float
+        Of the columns in percent, so that several tables have theirs at the same
+        places; the first then stays where others are scrolled. By default as wide as
+        what they hold.
+    right : collection of str
+        Columns of texts that are numbers, and stand as these do.
     """
-    columns, values = _columns(frame)
-    columns = [{**one, "folder": one["name"] == folders} for one in columns]
+    columns, values = _columns(frame, right)
+    columns = [
+        {**one, "number": one["number"] or name in right, "folder": name == folders}
+        for one, name in zip(columns, map(str, frame), strict=True)
+    ]
     texts = [["" if value is None else _told(value) for value in row] for row in values]
     return {
         **{"kind": "table", "caption": caption, "rest": rest, "closed": closed},
-        **{"columns": columns, "rows": texts, "live": False},
+        **{"columns": columns, "rows": texts, "live": False, "widths": widths},
     }
+
+
+def listing(title: str, lines: Sequence[str]) -> Part | None:
+    """Return lines that say how something is to be read."""
+    return {"kind": "listing", "title": title, "lines": lines} if lines else None
 
 
 def live_table(caption: str, frame: pd.DataFrame, rest: str = "") -> Part:
@@ -324,16 +350,20 @@ def live_table(caption: str, frame: pd.DataFrame, rest: str = "") -> Part:
     columns, values = _columns(frame)
     return {
         **{"kind": "table", "caption": caption, "rest": rest, "closed": ""},
-        **{"columns": columns, "rows": values, "live": True},
+        **{"columns": columns, "rows": values, "live": True, "widths": ()},
     }
 
 
-def _columns(frame: pd.DataFrame) -> tuple[list[Part], list[list[Any]]]:
+def _columns(
+    frame: pd.DataFrame, right: Collection[str] = ()
+) -> tuple[list[Part], list[list[Any]]]:
     columns, values = [], []
     for name, kind in frame.dtypes.items():
         is_number = pd.api.types.is_numeric_dtype(kind)
-        columns.append({"name": str(name).replace("_", " "), "number": is_number})
-        show = _number if is_number else _text
+        called = str(name).replace("_", " ").strip()
+        columns.append({"name": called, "number": is_number})
+        # A number's own sign is nothing that a spreadsheet would compute.
+        show = _number if is_number else str if name in right else _text
         values.append([show(value) for value in frame[name]])
     return columns, [list(row) for row in zip(*values, strict=True)]
 

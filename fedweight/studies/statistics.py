@@ -192,7 +192,14 @@ def compare_pairs(
             ),
             verdict=verdict,
             sentence=_sentence(
-                verdict, d, (low, high), p_holm, len(others), level, pair
+                verdict,
+                d,
+                (low, high),
+                t_tests[name],
+                p_holm,
+                len(others),
+                level,
+                pair,
             ),
         )
     return found
@@ -218,6 +225,7 @@ def _sentence(
     d: _Array,
     interval: tuple[float, float],
     p: float,
+    p_holm: float,
     comparisons: int,
     level: float,
     pair: str,
@@ -232,10 +240,17 @@ def _sentence(
             f"undecided: all {pairs} differ by the same {d.mean():+.4f}, of which a t "
             "test knows nothing"
         )
-    over = f", Holm over {comparisons} comparisons" if comparisons > 1 else ""
+    by_itself = (
+        f"{1 - level:.0%} interval {interval[0]:+.4f} to {interval[1]:+.4f}"
+        f"{',' if comparisons == 1 else ' and'} p = {p:.3g}"
+    )
+    if comparisons == 1:
+        return f"{verdict}: {d.mean():+.4f}, {by_itself} ({pairs})"
+    # An interval that leaves out 0 beside "undecided" must not seem to contradict it.
+    but = "but" if (p <= level) != (p_holm <= level) else "and"
     return (
-        f"{verdict}: {d.mean():+.4f}, {1 - level:.0%} interval {interval[0]:+.4f} to "
-        f"{interval[1]:+.4f}, p = {p:.3g} ({pairs}{over})"
+        f"{verdict}: {d.mean():+.4f}, by itself {by_itself}, {but} corrected p = "
+        f"{p_holm:.3g} ({pairs}, Holm over {comparisons} comparisons)"
     )
 
 

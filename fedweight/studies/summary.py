@@ -71,7 +71,7 @@ class SummedRun(RunFolder):
             "rounds_asked": self.rounds_asked,
             "complete": self.complete,
             "stopped": ending_of(self),
-            "clients": _num_clients(self),
+            "clients": num_clients_of(self),
             "test_accuracy": last_of(test),
             "mean_test_accuracy_last_10": _number(last_ten.mean()),
             "test_accuracies_in_mean": len(last_ten),
@@ -114,7 +114,8 @@ def _seed(run: RunFolder) -> int | None:
     return seed if isinstance(seed, int) else None
 
 
-def _num_clients(run: RunFolder) -> int | None:
+def num_clients_of(run: RunFolder) -> int | None:
+    """Return how many clients a run has; ``None`` where that is not known."""
     # A partition that is computed lazily lists only who took part.
     known = table_of(run.environment, "data").get("clients")
     if isinstance(known, int):

@@ -803,10 +803,19 @@ def test_rounds_and_bytes_to_a_target(made: Comparison, wide: Comparison) -> Non
         assert row["reached"] == own["rounds_to_target"].notna().sum()
         mean = own["rounds_to_target"].mean()
         assert row["rounds_to_target"] == pytest.approx(mean, nan_ok=True)
-    first = rows.iloc[0]
-    said = f"fedavg reached {first['target']:.4f} in {first['reached']:.0f} of 2 runs"
-    assert said in str(made)
-    assert f"rounds and {in_bytes(first['bytes_to_target'])} on average" in str(made)
+        # What did not reach it is later than all that did, and not left out.
+        times = sorted(own["rounds_to_target"].fillna(math.inf))
+        middle = sum(times) / 2
+        text = str(made).split("to a test accuracy of ")[1].split("\n\n")[0]
+        (line,) = (one for one in text.split("\n") if f"  {row['strategy']} " in one)
+        words = line.split()[1:]
+        assert words[:3] == [f"{row['reached']:.0f}", "of", "2"]
+        if math.isfinite(middle):
+            traffic = in_bytes(own["bytes_to_target"].mean())
+            assert words[3:] == [f"{middle:g}", *traffic.split()]
+        else:
+            assert words[3:] == ["not", "reached"]
+    assert f"{rows['target'].iloc[0]:.4f}, medians of all runs\n" in str(made)
 
 
 def test_a_file_and_a_command_line_say_all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,17 @@ Runs = Mapping[str, Sequence[tuple[int, RunFolder]]]  # by strategy: seeds and r
 
 _MOST_DOTS = 3000
 
-# Of strategies with the same colour, where there are more than colours.
+# Longer names stand below each other in a legend.
+_LONG = 28
+# How long a line of a name is beside an axis.
+_LABEL = 18
+
+# By what strategies differ besides their colour.
 _DASHES = ([1, 0], [6, 3], [2, 2])
 _SHAPES = ("circle", "square", "triangle-up")
 
 
-def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChart:
+def curves(runs: Runs, measure: str, title: str, share: bool) -> alt.LayerChart:
     """Draw a measure over the rounds: the mean over the seeds, and how sure it is.
 
     Parameters
@@ -43,14 +49,15 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
         A column of ``rounds.csv``.
     title : str
         What it is called.
-    percent : bool
-        Whether it is told in percent.
+    share : bool
+        Whether it lies in [0, 1], within which intervals are shown.
 
     Raises
     ------
     DataError
         No run holds it.
     """
+    bounds = (0.0, 1.0) if share else (-1e300, 1e300)
     rows: list[style.Row] = []
     for which, (strategy, several) in enumerate(runs.items()):
         values = [run.measured(measure) for _, run in several]
@@ -58,7 +65,7 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
         for place in style.thinned(len(rounds), style.MOST_ROUNDS // len(runs)):
             number = rounds[place]
             known = np.array([one[number] for one in values if number in one.index])
-            low, high = t_interval(known)
+            low, high = np.clip(t_interval(known), *bounds)
             row: style.Row = {"round": number, "strategy": strategy, "key": f"v{which}"}
             row |= {"mean": style.short(known.mean())}
             rows.append(row | {"low": style.short(low), "high": style.short(high)})
@@ -67,38 +74,45 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
     places = [row["round"] for row in rows]
     x = style.rounds_axis([min(places) - 0.2, max(places) + 0.2])
     ends = (row[key] for row in rows for key in ("mean", "low", "high"))
-    domain = style.limits(ends, (0.0, 1.0) if percent else (-1e300, 1e300))
-    as_lines = _legend(symbolType="stroke", symbolSize=500)
+    domain = style.limits(ends, bounds)
+    as_lines = _legend(list(runs), symbolType="stroke", symbolSize=500)
     colour = _colour(list(runs), legend=as_lines)
     dash = _told_apart(list(runs), _DASHES, as_lines)
     base = alt.Chart(style.data_of(rows))
     band = base.mark_area(opacity=0.16, clip=True).encode(
         x=x,
-        y=style.value_axis("low", title, domain, percent=percent),
+        y=style.value_axis("low", title, domain),
         y2=alt.Y2("high"),
         color=colour,
     )
     line = base.mark_line(strokeWidth=2, clip=True, point=len(set(places)) < 3)
     means = line.encode(
         x=x,
-        y=style.value_axis("mean", title, domain, percent=percent),
+        y=style.value_axis("mean", title, domain),
         color=colour,
         strokeDash=alt.StrokeDash("strategy:N", **dash),
     )
-    told = [
-        style.number(f"v{which}", name, percent=percent)
-        for which, name in enumerate(runs)
-    ]
+    # The first one is seen also where others lie upon it; these have gaps in turn.
+    first = next(iter(runs))
+    below = (
+        base.transform_filter(f"datum.strategy === {style.literal(first)}")
+        .mark_line(clip=True, strokeWidth=6, opacity=0.45)
+        .encode(x=x, y=style.value_axis("mean", title, domain), color=colour)
+    )
+    told = [style.number(f"v{which}", name) for which, name in enumerate(runs)]
     pointer = style.at_pointer(
         base.transform_pivot("key", value="mean", groupby=["round"]), told
     )
-    has_bands = max(map(len, runs.values())) > 1
+    cut = ", cut at 0 and 1" * share
+    notes = [
+        f"The line is the mean over the seeds, the band its 95% t interval{cut}."
+        * (max(map(len, runs.values())) > 1),
+        f"Wide: {first}." * (len(runs) > 1),
+    ]
     return finished(
-        style.layered(band, style.zoomable(means), pointer),
+        style.layered(band, below, style.zoomable(means), pointer),
         f"{title} over rounds",
-        "The line is the mean over the seeds, the band its 95% t interval."
-        if has_bands
-        else "",
+        " ".join(filter(None, notes)),
         height=270,
     )
 
@@ -106,33 +120,35 @@ def curves(runs: Runs, measure: str, title: str, percent: bool) -> alt.LayerChar
 def _colour(strategies: Sequence[str], **more: Any) -> alt.Color:
     colours = [SEVERAL[k % len(SEVERAL)] for k in range(len(strategies))]
     scale = alt.Scale(domain=list(strategies), range=colours)
-    return alt.Color("strategy:N", scale=scale, **{"legend": _legend(), **more})
+    return alt.Color(
+        "strategy:N", scale=scale, **{"legend": _legend(strategies), **more}
+    )
 
 
-def _legend(**more: Any) -> alt.Legend:
-    return alt.Legend(columns=2, symbolOpacity=1, **more)
+def _legend(strategies: Sequence[str], **more: Any) -> alt.Legend:
+    # By default two side by side, and one where the page is narrow.
+    alone: dict[str, Any] = {"columns": 1} if max(map(len, strategies)) > _LONG else {}
+    return alt.Legend(symbolOpacity=1, **alone, **more)
 
 
 def _told_apart(
     strategies: Sequence[str], kinds: Sequence[Any], legend: alt.Legend
 ) -> dict[str, Any]:
-    """Return by what those differ that have the same colour, and so its legend."""
-    own = [kinds[k // len(SEVERAL) % len(kinds)] for k in range(len(strategies))]
+    """Return by what neighbours differ, and those of one colour; and so its legend."""
+    own = [kinds[(k + k // len(SEVERAL)) % len(kinds)] for k in range(len(strategies))]
     scale = alt.Scale(domain=list(strategies), range=own)
     return {"scale": scale, "legend": legend}
 
 
-def clients_beside(
-    runs: Runs, measure: str, title: str, percent: bool
-) -> alt.LayerChart:
-    """Draw how all clients fare at the end, strategy beside strategy.
+def clients_beside(runs: Runs, measure: str, title: str, share: bool) -> alt.LayerChart:
+    """Draw how all clients fare at the end, strategy below strategy.
 
     A dot is a client of one seed, the bar holds the middle half of them, its line is
     the median client.
 
     Parameters
     ----------
-    runs, measure, title, percent
+    runs, measure, title, share
         As :func:`curves` takes them; the measure is a column of ``clients.csv``.
 
     Raises
@@ -172,63 +188,80 @@ def clients_beside(
         raise DataError(f"no run holds the clients' {measure}.")
     names = list(runs)
     domain = style.limits(
-        (dot["value"] for dot in dots), (0.0, 1.0) if percent else (-1e300, 1e300)
+        (dot["value"] for dot in dots), (0.0, 1.0) if share else (-1e300, 1e300)
     )
-    x = alt.X(
+    told = f"Clients’ {title.lower()}"
+    # A line each, so that names need not be cut, however many there are.
+    y = alt.Y(
         "at:Q",
         title=None,
-        scale=alt.Scale(domain=[-0.5, len(names) - 0.5], nice=False),
+        scale=alt.Scale(domain=[len(names) - 0.5, -0.5], nice=False),
         axis=alt.Axis(
             values=list(range(len(names))),
-            labelExpr=f"{style.literal(names)}[datum.value]",
+            labelExpr=f"{style.literal(list(map(_wrapped, names)))}[datum.value]",
             ticks=False,
-            labelLimit=140,
-            labelAngle=0 if len(names) <= 4 else -30,
+            grid=False,
+            labelLimit=150,
             labelOverlap=False,
         ),
     )
-    told = f"Clients’ {title.lower()}"
-    y = style.value_axis("value", told, domain, percent=percent)
+
+    def x(field: str) -> alt.X:
+        axis = alt.Axis(tickCount=6, **style.value_format(False))
+        scale = alt.Scale(domain=domain, nice=False, zero=False)
+        return alt.X(f"{field}:Q", title=told, scale=scale, axis=axis)
+
     cloud = alt.Chart(style.data_of(dots)).mark_circle(size=14, opacity=0.45, clip=True)
     base = alt.Chart(style.data_of(bars))
     half = base.mark_rule(strokeWidth=9, opacity=0.35, color=MUTED)
-    median = base.mark_tick(thickness=3, size=34, color=INK, orient="horizontal")
+    median = base.mark_tick(thickness=3, size=24, color=INK, orient="vertical")
     return finished(
         style.layered(
-            half.encode(
-                x=x,
-                y=style.value_axis("low", told, domain, percent=percent),
-                y2=alt.Y2("high"),
-            ),
+            half.encode(x=x("low"), x2=alt.X2("high"), y=y),
             style.zoomable(
                 cloud.encode(
-                    x=x,
+                    x=x("value"),
                     y=y,
                     color=_colour(names, legend=None),
                     tooltip=[
                         alt.Tooltip("client:N"),
                         alt.Tooltip("seed:Q"),
                         alt.Tooltip("strategy:N"),
-                        style.number("value", title.lower(), percent=percent),
+                        style.number("value", title.lower()),
                     ],
-                ),
-                "y",
+                )
             ),
             median.encode(
-                x=x,
-                y=style.value_axis("middle", told, domain, percent=percent),
+                x=x("middle"),
+                y=y,
                 tooltip=[
                     alt.Tooltip("strategy:N"),
-                    style.number("middle", "median client", percent=percent),
-                    style.number("low", "a quarter is below", percent=percent),
-                    style.number("high", "a quarter is above", percent=percent),
+                    style.number("middle", "median client"),
+                    style.number("low", "a quarter is below"),
+                    style.number("high", "a quarter is above"),
                 ],
             ),
         ),
         f"All clients’ {title.lower()}, at the end",
         "A dot is a client; the bar holds the middle half, the line is the median.",
-        height=270,
+        height=max(200, 46 * len(names)),
     )
+
+
+def _wrapped(name: str) -> list[str]:
+    """Return a name in lines, broken where its parts meet.
+
+    Examples
+    --------
+    >>> _wrapped("fedavg+plain"), _wrapped("global-group-dro:group=sex+plain")
+    (['fedavg+plain'], ['global-group-dro:', 'group=sex+plain'])
+    """
+    lines = [""]
+    for part in re.findall(r"[^:+=]*[:+=]|[^:+=]+", name):
+        if lines[-1] and len(lines[-1]) + len(part) > _LABEL:
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 @dataclass(frozen=True)
@@ -327,18 +360,17 @@ def front(
         scale=alt.Scale(
             domain=style.limits([r["x"] for r in runs], (0.0, 1.0)), nice=False
         ),
-        axis=alt.Axis(tickCount=6, **style.value_format(True)),
+        axis=alt.Axis(tickCount=6, **style.value_format(False)),
     )
     up = style.value_axis(
         "y",
         which.y_title,
         style.limits([r["y"] for r in runs], (0.0, 1.0)),
-        percent=True,
     )
     told = [
         alt.Tooltip("strategy:N"),
-        style.number("x", which.x_title.lower(), percent=True),
-        style.number("y", which.y_title.lower(), percent=True),
+        style.number("x", which.x_title.lower()),
+        style.number("y", which.y_title.lower()),
     ]
     colour = _colour(strategies)
     line = alt.Chart(style.data_of(sorted(best, key=lambda one: float(one["x"] or 0))))
@@ -346,8 +378,11 @@ def front(
     large = alt.Chart(style.data_of(means)).mark_point(
         size=130, opacity=1, clip=True, filled=True
     )
-    shape = alt.Shape("strategy:N", **_told_apart(strategies, _SHAPES, _legend()))
+    shape = alt.Shape(
+        "strategy:N", **_told_apart(strategies, _SHAPES, _legend(strategies))
+    )
     fairer = "down" if which.less_is_better else "up"
+    joined = " The dashed line joins those that no other beats in both."
     return finished(
         style.layered(
             line.mark_line(color=MUTED, strokeDash=[5, 3], strokeWidth=1).encode(
@@ -364,7 +399,7 @@ def front(
         ),
         which.title,
         f"Right is more accurate, {fairer} is fairer. Large: a strategy’s mean over "
-        "the seeds; small: one run. Dashed: those than which none is better in both.",
+        f"the seeds; small: one run.{joined * (len(best) > 1)}",
         height=290,
     )
 
