@@ -19,6 +19,7 @@ from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import listed, plain, shown
 from .comparison_lines import failure_lines, rows_of, warning_lines
+from .group_rates import group_rates
 from .ranks import ROPE, Ranking
 from .reader import PLAN, table_of
 from .result import Run
@@ -242,6 +243,24 @@ class Comparison:
         """The ``clients`` of all runs that are compared, likewise."""
         return self._every("clients")
 
+    @cached_property
+    def groups(self) -> pd.DataFrame:
+        """How each group of a sensitive attribute fares with each strategy.
+
+        A row per ``data``, ``attribute``, ``rate`` (``accuracy``, ``selection_rate``,
+        ``tpr``, ``fpr`` or ``loss``, of the last model), ``strategy`` and ``group``:
+        ``n`` runs, the ``mean`` over them with its 95% t interval ``low`` and ``high``,
+        and in how many of them no other group did worse (``worst``): had less of it, or
+        more of ``fpr`` and ``loss``. Of the test set where groups of it were measured,
+        else of all clients' held-out data.
+
+        Raises
+        ------
+        DataError
+            If no run measured groups.
+        """
+        return group_rates(self)
+
     def _every(self, table: str) -> pd.DataFrame:
         frames = []
         compared = (self.cells["status"] == "complete") & (self.cells["chosen"] == 1)
@@ -295,9 +314,7 @@ class Comparison:
         parts += self._targets()
         if len(self.data_sets) > 1:
             ranks = {m: self.ranking(m) for m in dict.fromkeys(self.summary["metric"])}
-            parts += [
-                f"{metric_of(m).title}, {ranking}" for m, ranking in ranks.items()
-            ]
+            parts += [f"{title_of(self, m)}, {ranking}" for m, ranking in ranks.items()]
         for lines in (self.warnings, self.verdicts):
             if lines:
                 parts.append("\n".join(lines))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
 from ..core.extras import Imported
-from ..core.texts import in_bytes
 from ..core.writing import write_whole
 from . import plots
-from .comparison_lines import rows_of
+from .comparison_tables import (
+    capital,
+    choices,
+    cost_table,
+    group_tables,
+    verdict_tables,
+)
 from .gaps import OF, gap_named
 from .pages import (
     Part,
@@ -31,17 +35,13 @@ from .plots.weights import weights_of
 from .ranks import ROPE
 from .reader import table_of
 from .result import Run
-from .summarizing import ALL_DATA, JUDGES, Row, metric_of, within_bounds
+from .summarizing import metric_of
 from .summary import num_clients_of
 from .telling import (
-    choices_of,
-    interval_text,
+    attributes_of,
     legend_of,
-    number_text,
     reading_of,
-    target_of,
     title_of,
-    to_target,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def render(found: Comparison) -> str:
     sections = [
         section(
             "What differs for real",
-            *_tables(found),
+            *verdict_tables(found),
             listing("How to read the tables", reading_of(found)),
             text=" ".join(
                 filter(
@@ -108,7 +108,7 @@ def render(found: Comparison) -> str:
         sections.append(_over_data_sets(found))
     for data in found.data_sets:
         sections += _of_data(found, data, f" on {data}" if several else "")
-    sections.append(_chosen(found))
+    sections.append(choices(found))
     sections.append(
         section(
             "Runs",
@@ -169,88 +169,13 @@ def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-# Columns of a table of verdicts, and how much of its width each takes.
-_WIDTHS = {
-    **{"strategy": 16.0, "verdict": 9.0, "runs": 6.0, "mean": 7.0},
-    **{"95% interval": 14.5, "difference": 9.5, "95% interval ": 15.5},
-    **{"p": 6.5, "Holm p": 7.0, "Wilcoxon p": 9.5},
-}
-_WORDS = ("strategy", "verdict")
-_ALONE = ("strategy", "runs", "mean", "95% interval")
-
-
-def _tables(found: Comparison) -> Iterable[Part]:
-    """Return what was compared, metric by metric, with the winners marked."""
-    summary = found.summary
-    for metric in dict.fromkeys(summary["metric"]):
-        for data in [*found.data_sets, ALL_DATA]:
-            own = summary[(summary["metric"] == metric) & (summary["data"] == data)]
-            if own.empty:
-                continue
-            rows = [_verdict_row(row, _digits(own)) for row in rows_of(own)]
-            frame = pd.DataFrame(rows)
-            if len(found.strategies) == 1:
-                frame = frame[[*_ALONE]]
-            widths = [_WIDTHS[str(name)] for name in frame]
-            if data == ALL_DATA:
-                frame = frame.rename(columns={"runs": "data sets"})
-            where = f", {data}" if len(found.data_sets) > 1 else ""
-            yield table(
-                _capital(f"{title_of(found, metric)}{where}"),
-                frame,
-                widths=[round(100 * w / sum(widths), 2) for w in widths],
-                right=[str(name) for name in frame if name not in _WORDS],
-            )
-
-
-def _digits(rows: pd.DataFrame) -> int:
-    """Return how many decimals a metric's numbers have: four of a share."""
-    largest = float(rows["mean"].abs().max())
-    if metric_of(rows["metric"].iloc[0]).is_share or not 0 < largest < math.inf:
-        return 4
-    return min(max(3 - math.floor(math.log10(largest)), 0), 6)
-
-
-def _verdict_row(row: Row, digits: int) -> dict[str, str]:
-    """Return a row as it is read: what the test finds better is marked, no other."""
-    mean, signed = f".{digits}f", f"+.{digits}f"
-    reaches = row["wilcoxon_verdict"] != "cannot reach"
-    # A mean of differences that are 0 in sum is some 1e-17.
-    difference = round(row["difference"], digits) + 0.0
-    star = "* " * (row["verdict"] == "better")
-    return {
-        "strategy": row["strategy"],
-        "verdict": f"{star}{row['verdict']}" if row["against"] else "baseline",
-        "runs": f"{row['n']:.0f}",
-        "mean": number_text(row["mean"], mean),
-        "95% interval": interval_text(
-            *within_bounds(row["metric"], row["low"], row["high"]), mean
-        ),
-        "difference": number_text(difference, signed),
-        "95% interval ": interval_text(
-            row["difference_low"], row["difference_high"], signed
-        ),
-        "p": _p_text(row["p"]),
-        "Holm p": _p_text(row["p_holm"]),
-        "Wilcoxon p": _p_text(row["wilcoxon_p"]) if reaches else "cannot reach",
-    }
-
-
-def _p_text(p: float) -> str:
-    return "< 0.0001" if p < 0.00005 else number_text(p, ".4f")
-
-
-def _capital(title: str) -> str:
-    return f"{title[:1].upper()}{title[1:]}"
-
-
 def _over_data_sets(found: Comparison) -> Part:
     """Return who is ahead over the data sets, and how probable that is."""
     measured = dict.fromkeys(found.summary["metric"])
     diagrams = []
     for metric in measured:
         ranking = found.ranking(metric)
-        diagrams.append(diagram(_capital(title_of(found, metric)), ranking))
+        diagrams.append(diagram(capital(title_of(found, metric)), ranking))
     frames = [
         found.signed_ranks(metric).assign(metric=metric_of(metric).title)
         for metric in measured
@@ -314,19 +239,29 @@ def _of_data(found: Comparison, data: str, on: str) -> Iterable[Part]:
         ),
         *(
             figure(partial(comparing.front, cells, list(runs), which))
-            for which in _fronts(cells)
+            for which in _fronts(cells, attributes_of(found))
         ),
     )
-    yield section(f"Costs{on}", _costs(found, data, cells))
+    yield section(
+        f"Groups: who is worse off{on}",
+        *group_tables(found, data),
+        text="Means over the seeds, with 95% t intervals. How far apart groups are "
+        "says nothing of why they are.",
+    )
+    yield section(f"Costs{on}", cost_table(found, data, cells))
     yield _weights(runs, on)
 
 
-def _fronts(cells: pd.DataFrame) -> Iterable[comparing.Front]:
+def _fronts(
+    cells: pd.DataFrame, attributes: Sequence[str]
+) -> Iterable[comparing.Front]:
     yield comparing.CLIENTS_FRONT
-    for column in cells:
-        name, _, attribute = str(column).partition(OF)
+    only = attributes[0] if len(attributes) == 1 else ""
+    for column in map(str, cells):
+        name, _, attribute = column.partition(OF)
         if name in map(gap_named, _FRONTS):
-            yield comparing.gap_front(name.removesuffix("_gap"), attribute)
+            named = name.removesuffix("_gap")
+            yield comparing.gap_front(named, attribute or only, column)
 
 
 def _weights(runs: Mapping[str, list[tuple[int, Run]]], on: str) -> Part:
@@ -375,50 +310,6 @@ def _client_measure(runs: Mapping[str, list[tuple[int, Run]]]) -> str:
             except DataError:
                 continue
     return "accuracy"
-
-
-def _costs(found: Comparison, data: str, cells: pd.DataFrame) -> Part:
-    """Return what a run cost, on average over the seeds, and what the target took."""
-    rows = []
-    for name in found.strategies:
-        own = cells[cells["strategy"] == name]
-        down, up = (own[f"bytes_{way}"].mean() for way in ("down", "up"))
-        rows.append(
-            {
-                "strategy": name,
-                "rounds": number_text(own["rounds"].mean(), ".1f"),
-                "down": in_bytes(down) if len(own) else "",
-                "up": in_bytes(up) if len(own) else "",
-            }
-        )
-    frame, rest = pd.DataFrame(rows), ""
-    if not math.isnan(target := target_of(found, data)):
-        reach = to_target(found, data).drop(columns="strategy")
-        reach.columns = pd.Index(["reached target", "in rounds", "with traffic"])
-        frame = pd.concat([frame, reach], axis=1)
-        rest = (
-            f"The target is a test accuracy of {target:.4f}. Rounds and traffic to it "
-            "are medians over all runs; one that did not reach it counts as later than "
-            "all that did."
-        )
-    widths = [28, *[72 / (frame.shape[1] - 1)] * (frame.shape[1] - 1)]
-    return table(
-        "What a run cost, on average", frame, rest, widths=widths, right=[*frame][1:]
-    )
-
-
-def _chosen(found: Comparison) -> Part:
-    """Return what a sweep chose from what, where there was one."""
-    title, frame = "What the sweep chose", choices_of(found)
-    if frame.empty:
-        return section(title)
-    if len(found.data_sets) == 1:
-        frame = frame.drop(columns="data")
-    judges = [name for name in JUDGES if name in frame]
-    for name in judges:
-        frame[name] = [number_text(value) for value in frame[name]]
-    caption = "All candidates, by the mean over the seeds"
-    return section(title, table(caption, frame, right=judges))
 
 
 def _runs(found: Comparison) -> Part:

@@ -294,11 +294,16 @@ def test_it_names_all_that_is_told_apart_and_nothing_else(found: Comparison) -> 
         "is better than fedavg in the gap in accuracy between groups (less is better)"
     )
     assert narrow.startswith(f"low {said}: -0.1")
-    assert narrow.endswith(f"Its {title}: -0.1025, worse.")
+    row = found.summary[found.summary["metric"] == gap].iloc[1].to_dict()
+    beside = found.accuracy_beside(row)
+    assert beside.startswith("accuracy worse: -0.1025 (")
+    assert narrow.endswith(f"; {beside}.")
     assert lines.startswith(f"c {said}: ")
     text = html.unescape(render(found))
     assert "Gap in accuracy between groups (less is better)</p>" in text
     assert text.count('class="verdict"') == 5
+    # The table says it, too.
+    assert f'<p class="remark">low: {beside}. c: accuracy same: +0.0000 (' in text
 
 
 def test_an_interval_beside_undecided_contradicts_nothing(found: Comparison) -> None:
@@ -365,8 +370,7 @@ def test_it_begins_with_who_differs_and_how_sure_that_is(found: Comparison) -> N
     assert found.notes[0].startswith("1 seed tells little: ")
     assert "10 or more, --seeds 0-9, tell more" in found.notes[0]
     vars(found)["_plan"]["seeds"] = [*range(5)]
-    assert found.cautions == ["6 rounds failed; see cells.csv."]
-    assert found.notes[1].startswith("Verdicts are the paired t test's at 0.05")
+    assert found.notes[0].startswith("Verdicts are the paired t test's at 0.05")
     vars(found)["summary"] = pd.DataFrame(summary_of(cells)).fillna({"against": ""})
     first, third = found.verdicts
     assert first == f"No strategy is told apart from fedavg in the {title}."
@@ -414,7 +418,10 @@ def test_weights_of_all_strategies_are_on_one_scale(found: Comparison) -> None:
 def test_runs_that_failed_are_told_and_the_rest_is_drawn(found: Comparison) -> None:
     found.cells.loc[0, ["status", "reason"]] = ["failed", "no <b>power</b>"]
     text = render(found)
-    assert "failed: fedavg-seed0: no &lt;b&gt;power&lt;/b&gt;" in text
+    above = text[: text.index("What differs for real")]
+    assert "failed: fedavg-seed0: no &lt;b&gt;power&lt;/b&gt;" in above
+    assert found.warnings
+    assert all(line in html.unescape(above) for line in found.warnings)
     rows = data(figures(text)["Accuracy over rounds"], "mean", "low")
     (last,) = (r for r in rows if r["strategy"] == "fedavg" and r["round"] == 3)
     assert last["mean"] == pytest.approx(0.715)

@@ -107,7 +107,7 @@ def curves(runs: Runs, measure: str, title: str, share: bool) -> alt.LayerChart:
     notes = [
         f"The line is the mean over the seeds, the band its 95% t interval{cut}."
         * (max(map(len, runs.values())) > 1),
-        f"Wide: {first}." * (len(runs) > 1),
+        f"The wide line is {first}." * (len(runs) > 1),
     ]
     return finished(
         style.layered(band, below, style.zoomable(means), pointer),
@@ -296,17 +296,16 @@ CLIENTS_FRONT = Front(
 )
 
 
-def gap_front(name: str, attribute: str = "") -> Front:
+def gap_front(name: str, attribute: str = "", column: str = "") -> Front:
     """Return the front of accuracy and of a gap between groups, by the gap's name.
 
-    Of several attributes one is named.
+    ``column`` of ``cells.csv`` holds it; by default the only attribute's.
     """
     called = f"{name.replace('_', ' ')}{attribute and f' by {attribute}'}"
     title = f"Accuracy against the gap in {called}"
     told = f"Gap in {called}"
-    return Front(
-        "test_accuracy", gap_named(name, attribute), "Test accuracy", told, True, title
-    )
+    y = column or gap_named(name)
+    return Front("test_accuracy", y, "Test accuracy", told, True, title)
 
 
 def front(
