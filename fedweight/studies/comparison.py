@@ -19,6 +19,7 @@ from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import listed, plain, shown
 from .comparison_lines import failure_lines, rows_of, warning_lines
+from .comparison_text import cells_of, text_rows
 from .group_rates import group_rates
 from .ranks import ROPE, Ranking
 from .reader import PLAN, table_of
@@ -37,13 +38,11 @@ from .summarizing import (
     metric_of,
     ranking_of,
     signed_ranks_of,
-    within_bounds,
 )
 from .telling import (
     cautions_of,
     interval_text,
     legend_of,
-    number_text,
     reading_of,
     target_of,
     title_of,
@@ -306,7 +305,7 @@ class Comparison:
     def __str__(self) -> str:
         """Return the summary as tables for a terminal."""
         parts = [
-            "\n".join([title, *_text_rows(header, rows)])
+            "\n".join([title, *text_rows(header, rows)])
             for title, header, rows in self._tables()
         ]
         if legend := legend_of(self):
@@ -374,7 +373,9 @@ class Comparison:
         if math.isnan(of["difference"]):
             return ""
         span = interval_text(of["difference_low"], of["difference_high"], "+.4f")
-        within = f" ({span})" if span else ""
+        # Of several comparisons an interval may leave out 0 beside "undecided".
+        alone = "by itself " * (len(self.strategies) > 2)
+        within = f" ({alone}{span})" if span else ""
         return f"accuracy {of['verdict']}: {of['difference']:+.4f}{within}"
 
     def _tables(self) -> Iterable[tuple[str, list[str], list[list[str]]]]:
@@ -389,7 +390,7 @@ class Comparison:
             if len(self.strategies) > 1:
                 header += [f"minus {first}", "95% interval"]
                 header += ["p", "Holm p", "Wilcoxon p", "verdict"]
-            yield title, header, [_cells_of(r, self.accuracy_beside(r)) for r in rows]
+            yield title, header, [cells_of(r, self.accuracy_beside(r)) for r in rows]
 
     def _targets(self) -> Iterable[str]:
         """Return in how many rounds and bytes the target was reached, as tables."""
@@ -399,7 +400,7 @@ class Comparison:
                 frame = to_target(self, data)
                 rows = [["", *row] for row in frame.itertuples(index=False, name=None)]
                 title = f"to a test accuracy of {target:.4f}, medians of all runs{on}"
-                yield "\n".join([title, *_text_rows(["", *frame.columns], rows)])
+                yield "\n".join([title, *text_rows(["", *frame.columns], rows)])
 
     def __repr__(self) -> str:
         better = [
@@ -431,49 +432,6 @@ class Comparison:
         lines = [*self.warnings, *self.verdicts, *self.notes]
         notes = "".join(f"<li>{escape(line)}</li>" for line in lines)
         return "".join(parts) + f"<ul>{notes}</ul>"
-
-
-# ------------------------------------------------------------------------ what is shown
-
-
-def _cells_of(row: Mapping[str, Any], beside: str) -> list[str]:
-    mark = "*" if row["verdict"] == "better" else ""
-    told_apart = row["verdict"] in ("better", "worse")
-    own = [
-        row["strategy"],
-        f"{row['n']:.0f}",
-        number_text(row["mean"]),
-        interval_text(*within_bounds(row["metric"], row["low"], row["high"])),
-    ]
-    if not row["against"]:
-        return [mark, *own]
-    return [
-        mark,
-        *own,
-        number_text(row["difference"], "+.4f"),
-        interval_text(row["difference_low"], row["difference_high"], "+.4f"),
-        number_text(row["p"], ".3g"),
-        number_text(row["p_holm"], ".3g"),
-        "cannot reach"
-        if row["wilcoxon_verdict"] == "cannot reach"
-        else number_text(row["wilcoxon_p"], ".3g"),
-        f"{row['verdict']}; {beside}" if beside and told_apart else row["verdict"],
-    ]
-
-
-def _text_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table as lines: texts to the left, numbers to the right."""
-    every = [header, *[[*row, *[""] * (len(header) - len(row))] for row in rows]]
-    widths = [max(len(row[k]) for row in every) for k in range(len(header))]
-    left = {0, 1, len(header) - 1}
-    lines = []
-    for row in every:
-        cells = [
-            cell.ljust(width) if k in left else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def _numbers(column: pd.Series[str]) -> pd.Series[Any]:

@@ -59,12 +59,17 @@ def interval_text(low: float, high: float, form: str = ".4f") -> str:
 
 
 def title_of(found: Comparison, metric: str) -> str:
+    """Return what a metric is called here, and whether less of it is better."""
+    less = " (less is better)" * metric_of(metric).less_is_better
+    return f"{name_of(found, metric)}{less}"
+
+
+def name_of(found: Comparison, metric: str) -> str:
     """Return what a metric is called here; of a gap also between which groups."""
-    one = metric_of(metric)
-    title = one.title
+    title = metric_of(metric).title
     if is_gap(metric) and OF not in metric and len(attributes_of(found)) == 1:
         title += f"{OF}{attributes_of(found)[0]}"
-    return f"{title} (less is better)" if one.less_is_better else title
+    return title
 
 
 def attributes_of(found: Comparison) -> list[str]:
@@ -125,7 +130,7 @@ def verdicts_of(found: Comparison) -> list[str]:
         single = held[(held["data"] != ALL_DATA) & held["verdict"].isin(_APART)]
         told = [
             f"{row['strategy']} {row['verdict']} in the "
-            f"{title_of(found, row['metric'])} on {row['data']}"
+            f"{name_of(found, row['metric'])} on {row['data']}"
             for row in rows_of(single)
         ]
         if told:
