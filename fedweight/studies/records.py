@@ -229,12 +229,14 @@ class ErrorLog:
         return {"errors": errors, "left-out": self._left_out}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what another run took in."""
+        """Go on with what another run took in; how that ended is over."""
         self._errors = {
             key: Error(text, set(rounds), clients, times)
             for key, (text, rounds, clients, times) in state["errors"].items()
         }
         self._left_out = state["left-out"]
+        if not self._errors:
+            self.path.unlink(missing_ok=True)
 
     def write(self) -> None:
         """Write the file, with what has come together since."""
