@@ -103,11 +103,14 @@ def _is_made(given: Any) -> bool:
 
 def of_main(settings: Mapping[str, Any]) -> list[str]:
     """Return the keys that name what only this process has, as a notebook's classes."""
-    return [
-        key
-        for key, value in settings.items()
-        if key.endswith(".name") and str(value).startswith(f"{MAIN}:")
-    ]
+    return [key for key, value in settings.items() if _names_main(value)]
+
+
+def _names_main(value: Any) -> bool:
+    """Tell whether a name, or one in a table of options, is of what stands there."""
+    if isinstance(value, Mapping):
+        return any(map(_names_main, value.values()))
+    return isinstance(value, str) and value.startswith(f"{MAIN}:")
 
 
 def _table_of(table: str, given: Any) -> dict[str, Any]:

@@ -133,8 +133,9 @@ def _of_tables(key: str, given: Mapping[str, Any], such_as: str) -> list[Method]
                 f"{key}.{label} must be a table of settings, such as {such_as}, got "
                 f"{shown(settings)}."
             )
-        dotted = as_settings(flat(settings))
-        found.append(Method(label, {kebab_key(k): v for k, v in dotted.items()}))
+        given = flat(settings)
+        dotted = {kebab_key(k): v for k, v in as_settings(given).items()}
+        found.append(Method(label, dotted, tuple(whole_tables(given))))
     return found
 
 

@@ -128,6 +128,9 @@ def test_a_notebooks_own_class_is_said_not_to_repeat(
     monkeypatch.setattr(Uniform, "__module__", "__main__")
     assert of_main(as_settings({"strategy": Uniform})) == ["strategy.name"]
     assert of_main(as_settings({"strategy": "ida"})) == []
+    monkeypatch.setattr(Smooth, "__module__", "__main__")
+    for made in (SAM(0.1, Smooth()), SAM(0.1, SAM(0.1, Smooth()))):
+        assert of_main(as_settings({"objective": made})) == ["objective.inner"]
 
 
 def test_a_run_takes_them_and_its_file_repeats_it(tmp_path: Path) -> None:
@@ -290,3 +293,5 @@ def test_objects_and_classes_are_compared(tmp_path: Path) -> None:
     assert table == {"name": SMOOTH, "smoothing": 0.3}
     by_table = methods_of({"mine": {"strategy": "fedavg", "objective": Smooth(0.2)}})
     assert by_table[0].settings["objective.smoothing"] == 0.2
+    # As where it stands alone: what a file says of its table does not stand.
+    assert by_table[0].whole == ("objective",)
