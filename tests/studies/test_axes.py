@@ -170,6 +170,7 @@ STUDIES = {
     "noisy_clients": (8, 2, 10),
     "label_skew_mlp": (16, 1, 10),
     "label_skew_cnn": (16, 1, 5),
+    "label_skew_objectives": (10, 1, 10),
 }
 
 
