@@ -66,6 +66,8 @@ def failure_lines(found: Comparison) -> Iterable[str]:
     logs = [n for n in odd["folder"] if (found.folder / n / ERRORS).is_file()]
     if logs:
         yield f"{ERRORS} of {listed(logs, 6)} has it in full."
+    if ((cells["status"] == "failed") & (cells["failed_rounds"] == 0)).any():
+        yield "The same command runs again what ended before its time."
     ended = cells.loc[cells["failed_rounds"] > 0, "folder"].tolist()
     if ended:
         yield (

@@ -72,9 +72,10 @@ def test_a_strategy_that_fails_everywhere_is_told_as_failed(here: Path) -> None:
     assert found.verdicts == [f"bad failed in all 2 runs: {reason}."]
     rows = found.summary[found.summary["strategy"] == "bad"]
     assert set(rows["verdict"]) == {"failed"}
-    assert found.notes[-2:] == [
+    assert found.notes[-3:] == [
         f"failed: bad-seed0 and bad-seed1: {reason}",
         "errors.log of bad-seed0 and bad-seed1 has it in full.",
+        "The same command runs again what ended before its time.",
     ]
     log = (here / "c" / "bad-seed0" / "errors.log").read_text()
     assert log.startswith("the run ended with\nTraceback")
