@@ -487,6 +487,23 @@ def test_sam_at_0_is_the_other_objective_to_the_last_bit():
     assert torch.equal(found[0].model.parameters, found[1].model.parameters)
 
 
+class Doubled(Plain):
+    def example_losses(self, outputs, batch, facts):
+        return 2 * super().example_losses(outputs, batch, facts)
+
+
+def test_what_is_made_of_plain_minimises_its_own_losses():
+    settings = TrainingSettings(batch_size=8, learning_rate=0.1)
+    start = made().save()
+    (task,) = tasks_of(Plain(), [16])
+    own, plain = (
+        train(made(), start, task, goal, settings, learning_rate=rate, least=2)
+        for goal, rate in ((Doubled(), 0.05), (Plain(), 0.1))
+    )
+    assert torch.allclose(own.model.parameters, plain.model.parameters, atol=1e-9)
+    assert own.loss == pytest.approx(2 * plain.loss)
+
+
 # ---------------------------------------------------------------------- mistakes
 
 
