@@ -18,7 +18,7 @@ from ..core.errors import DataError, check_choice
 from ..core.extras import Imported
 from ..core.paths import clean_path
 from ..core.texts import listed, plain, shown
-from .comparison_lines import failure_lines, rows_of, warning_lines
+from .comparison_lines import failure_lines, rows_of, version_lines, warning_lines
 from .comparison_text import cells_of, text_rows
 from .group_rates import group_rates
 from .ranks import ROPE, Ranking
@@ -355,7 +355,7 @@ class Comparison:
             if row["chosen"] and row["metric"] == self.summary["metric"][0]:
                 on = f" on {row['data']}" if len(self.data_sets) > 1 else ""
                 notes.append(f"chosen: {row['strategy']}{on}: {row['chosen']}.")
-        return [*notes, *failure_lines(self)]
+        return [*notes, *failure_lines(self), *version_lines(self)]
 
     def accuracy_beside(self, row: Mapping[str, Any]) -> str:
         """Return what the test accuracy did where a row of the summary is of a gap.

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..core.texts import listed, one_of, without_numbers
+from ..core.texts import listed, one_of, plain, without_numbers
 from .failures import ERRORS
+from .reader import table_of
+from .result import Run
 from .summarizing import Row
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from .comparison import Comparison
+
+
+# Packages by whose version the bits of a run may differ.
+COMPUTES = ("fedweight", "flwr", "torch", "numpy")
 
 
 def warning_lines(found: Comparison, told: pd.DataFrame | None) -> list[str]:
@@ -73,6 +79,27 @@ def failure_lines(found: Comparison) -> Iterable[str]:
         yield (
             f"What came to its end is not run again: delete {listed(ended, 20)} in "
             f"{found.folder}, and give the same command."
+        )
+
+
+def version_lines(found: Comparison) -> Iterable[str]:
+    """Return what the runs were made with, where that is not the same for all."""
+    known: dict[str, set[str]] = {}
+    compared = (found.cells["status"] == "complete") & (found.cells["chosen"] == 1)
+    for folder in found.cells.loc[compared, "folder"]:
+        versions = table_of(Run(found.folder / folder).environment, "versions")
+        for package in COMPUTES:
+            if package in versions:
+                known.setdefault(package, set()).add(plain(versions[package]))
+    several = [
+        f"{package} {listed(sorted(those))}"
+        for package, those in known.items()
+        if len(those) > 1
+    ]
+    if several:
+        yield (
+            "Runs were made with different versions, with which the same seed may give "
+            f"other bits: {'; '.join(several)}."
         )
 
 

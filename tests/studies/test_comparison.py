@@ -167,6 +167,21 @@ def test_what_is_there_is_not_run_again(made: Comparison) -> None:
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
+def test_runs_of_different_versions_are_told(made: Comparison, tmp_path: Path) -> None:
+    """What was there is not run again, whatever has been installed since."""
+    folder = tmp_path / "other"
+    shutil.copytree(made.folder, folder)
+    assert "different versions" not in str(Comparison(folder))
+    path = Comparison(folder).run("ida", 1).folder / "environment.json"
+    about = json.loads(path.read_text())
+    new, about["versions"]["torch"] = about["versions"]["torch"], "1.0"
+    path.write_text(json.dumps(about))
+    [note] = [n for n in Comparison(folder).notes if "different versions" in n]
+    assert note.endswith(f"give other bits: torch 1.0 and {new}.")
+    path.unlink()
+    assert "different versions" not in str(Comparison(folder))
+
+
 def test_strategies_and_seeds_are_added(here: Path) -> None:
     options: dict[str, Any] = {"settings": QUICK, "out": "c", "workers": 1}
     compare(None, "fedavg", 0, **options)
