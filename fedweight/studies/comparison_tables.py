@@ -35,9 +35,9 @@ else:
 
 # Columns of a table of verdicts, and how much of its width each takes.
 _WIDTHS = {
-    **{"strategy": 16.0, "verdict": 9.0, "runs": 6.0, "mean": 7.0},
+    **{"strategy": 15.0, "verdict": 9.0, "runs": 6.0, "mean": 7.0},
     **{"95% interval": 14.5, "difference": 9.5, "95% interval ": 15.5},
-    **{"p": 6.5, "Holm p": 7.0, "Wilcoxon p": 9.5},
+    **{"p": 6.5, "Holm p": 7.0, "Wilcoxon p": 10.5},
 }
 _WORDS = ("strategy", "verdict")
 _NOTHING = {"mean": math.nan, "low": math.nan, "high": math.nan}
