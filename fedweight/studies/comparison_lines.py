@@ -86,8 +86,9 @@ def version_lines(found: Comparison) -> Iterable[str]:
     """Return what the runs were made with, where that is not the same for all."""
     known: dict[str, set[str]] = {}
     compared = (found.cells["status"] == "complete") & (found.cells["chosen"] == 1)
-    for folder in found.cells.loc[compared, "folder"]:
-        versions = table_of(Run(found.folder / folder).environment, "versions")
+    folders = [found.folder / name for name in found.cells.loc[compared, "folder"]]
+    for run in (Run(folder) for folder in folders if folder.is_dir()):
+        versions = table_of(run.environment, "versions")
         for package in COMPUTES:
             if package in versions:
                 known.setdefault(package, set()).add(plain(versions[package]))

@@ -72,7 +72,7 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("owned", ("math.pi", "math.tau")),
         ("owned", ("RATE = 0.1", "RATE = 0.2")),
         ("owned", ("class Base:\n    pass", "class Base:\n    x = 1")),
-        ("owned", ("import math\n", "import math\nmath.pi = 3\n")),
+        ("owned", ("import math\n", "import math\nmath.pi = math.pi\n")),
         ("owned_more", ("return 1", "return 2")),
         ("owned_more", ("inner() * x", "inner() / x")),
         ("owned_whole", ("factor = 2", "factor = 3")),
