@@ -29,8 +29,8 @@ from ..core.texts import plain
 from ..core.threads import limit_cores
 from ..data import DATA_SETS, DataSet, digest_of_files, load
 from .configuration import Configuration
-from .failures import ERRORS, in_full, why_it_stopped
-from .folder import CHECKPOINT, LOCK
+from .failures import in_full, why_it_stopped
+from .folder import CHECKPOINT, ERRORS, LOCK
 from .reader import table_of
 from .result import Run
 from .runner import resume, run_configured

@@ -345,7 +345,7 @@ class Comparison:
     @property
     def cautions(self) -> list[str]:
         """What to know before the tables are trusted: how much was run, what failed."""
-        return [*cautions_of(self), *failure_lines(self)]
+        return [*cautions_of(self), *failure_lines(self), *version_lines(self)]
 
     @property
     def notes(self) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..core.texts import listed, one_of, plain, without_numbers
-from .failures import ERRORS
+from .folder import ERRORS
 from .reader import table_of
 from .result import Run
 from .summarizing import Row

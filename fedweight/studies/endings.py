@@ -17,6 +17,7 @@ from ..core.extras import Imported
 from ..core.texts import cause, plain, rounds_listed, without_numbers
 from ..data.tasks import CLASSIFICATION, TASKS
 from ..messages import keys
+from .folder import ERRORS
 from .gaps import lost_groups
 from .reader import BAD_REPLIES, RunFolder, table_of
 
@@ -65,8 +66,8 @@ def warnings_of(run: RunFolder) -> list[str]:
             *_huge_updates(run, asked),
         ]
     lines += [*lost_groups_of(run), *_notes(run)]
-    if (run.folder / "errors.log").is_file():
-        lines.append("errors.log, in the run's folder, has the errors in full")
+    if (run.folder / ERRORS).is_file():
+        lines.append(f"{ERRORS}, in the run's folder, has the errors in full")
     return [plain(line, LINE_LENGTH) for line in lines]
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from ..core.errors import DataError, FedweightError
 from ..core.own_code import where_raised, where_told
 from ..core.texts import cause, plain, rounds_listed
+from .folder import ERRORS
 from .reader import RunFolder
 
 # Clients that raised an error or did not answer: of neither a method is the reason, as
 # it is of updates that are rejected since they are not finite.
 _NO_FAULT_OF_METHODS = ("failed", "missing")
-
-ERRORS = "errors.log"
 
 
 def why_it_stopped(error: Exception, folder: Path) -> str:

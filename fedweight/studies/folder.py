@@ -33,6 +33,9 @@ log = logging.getLogger("fedweight")
 # What a run that is not over goes on from; when it is over there is none.
 CHECKPOINT = "checkpoint.safetensors"
 
+# What went wrong, each error once and in full.
+ERRORS = "errors.log"
+
 # All that a run writes, besides the files of a client store while it goes on.
 FILES = (
     "config.toml",
@@ -45,7 +48,7 @@ FILES = (
     "personal-models.safetensors",
     "client-states.safetensors",
     "timings.csv",
-    "errors.log",
+    ERRORS,
     "model.safetensors",
     "best-model.safetensors",
     "best-models.safetensors",

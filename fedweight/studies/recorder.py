@@ -48,8 +48,8 @@ from .columns import (
     ROUND_COLUMNS,
 )
 from .components import Components
-from .failures import ERRORS, in_full
-from .folder import Table, rows_of
+from .failures import in_full
+from .folder import ERRORS, Table, rows_of
 from .grouping import group_rows, group_table
 from .listener import Listener
 from .origins import MADE_OF, made_of

@@ -14,8 +14,8 @@ from ..core.errors import DataError
 from ..core.texts import one_of
 from ..metrics.measures import MEASURES
 from .endings import FAILED, lost_groups_of
-from .failures import ERRORS, failed_rounds_of
-from .folder import Table
+from .failures import failed_rounds_of
+from .folder import ERRORS, Table
 from .gaps import GAPS, OF, gap_named, gaps_by_attribute
 from .ranks import Ranking, SignedRanks, rank_methods, signed_ranks
 from .reader import table_of

@@ -178,6 +178,7 @@ def test_runs_of_different_versions_are_told(made: Comparison, tmp_path: Path) -
     path.write_text(json.dumps(about))
     [note] = [n for n in Comparison(folder).notes if "different versions" in n]
     assert note.endswith(f"give other bits: torch 1.0 and {new}.")
+    assert note in Comparison(folder).cautions  # Which the report shows.
     path.unlink()
     assert "different versions" not in str(Comparison(folder))
 
